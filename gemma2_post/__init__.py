@@ -1,0 +1,1 @@
+"""Post-training of Gemma 2, end to end, on Hugging Face TRL."""

@@ -1,0 +1,163 @@
+"""The stage contract: a stage writes one directory, and `stage.json` in it, written last, says that it is done.
+
+Nothing here needs torch, so that whoever asks whether a stage is up to date has the answer at once.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+DONE = "stage.json"
+BEGUN = "begun.json"
+_PACKAGE = Path(__file__).parents[1]
+_VERSIONS_THAT_MATTER = "torch transformers trl peft bitsandbytes datasets accelerate deepspeed".split()
+_KEYS_WITHOUT_EFFECT = {"output_dir", "report_to", "run_name", "logging_steps", "disable_tqdm", "logging_dir"}
+"""Recipe keys that do not change what comes out."""
+
+
+def fingerprint(stage: str, recipe: dict[str, object]) -> dict[str, dict[str, object]]:
+    """What the output of a stage depends on: the recipe's keys, the content of its inputs, the code, the versions."""
+    inputs = {}
+    for path in _input_paths(recipe):
+        digest = _input_digest(path)
+        if digest:
+            inputs[path] = digest
+    code = [_PACKAGE / f"{stage}.py", *_files(_PACKAGE / "core"), *_files(_PACKAGE / "evaluation")]
+    return {
+        "recipe": {key: value for key, value in sorted(recipe.items()) if key not in _KEYS_WITHOUT_EFFECT},
+        "inputs": inputs,
+        "code": {"gemma2_post": _digest(code)},
+        "versions": {name: version(name) for name in _VERSIONS_THAT_MATTER},
+    }
+
+
+def _input_paths(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _input_paths(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _input_paths(item)
+
+
+def _input_digest(path: str) -> str | None:
+    """The content hash of a file, a directory or the package of a `module:function`; None for anything else."""
+    if (Path(path) / DONE).is_file():
+        return json.loads((Path(path) / DONE).read_text())["output"]
+    if Path(path).is_dir():
+        return _digest(_files(Path(path)))
+    if Path(path).is_file():
+        return _digest([Path(path)])
+    module, colon, _ = path.partition(":")
+    if colon and all(part.isidentifier() for part in module.split(".")):
+        with contextlib.suppress(ModuleNotFoundError):
+            spec = importlib.util.find_spec(module)
+            if spec and spec.origin:
+                return _digest(sorted(Path(spec.origin).parent.glob("*.py")))
+    return None
+
+
+def _files(directory: Path) -> list[Path]:
+    """What a directory holds, but for checkpoints, logs, and what Python leaves behind."""
+    return sorted(
+        path
+        for path in directory.iterdir()
+        if path.is_file() and path.suffix in {".py", ".safetensors", ".json", ".jsonl", ".jinja", ".model", ".parquet"}
+    )
+
+
+def _digest(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def digest_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(old: dict[str, dict[str, object]], new: dict[str, dict[str, object]]) -> list[str]:
+    """What changed between two fingerprints, in words."""
+    changes = []
+    for part in new:
+        before, after = old.get(part, {}), new[part]
+        for key in sorted(before.keys() | after.keys()):
+            if before.get(key) != after.get(key):
+                changes.append(f"{key} {before.get(key, 'unset')} -> {after.get(key, 'unset')}")
+    return changes
+
+
+def read_json(path: Path) -> dict | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes to a temporary name, then renames: a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def is_done(output_dir: Path, wanted: dict) -> bool:
+    """Whether the directory holds the finished output of exactly this fingerprint."""
+    done = read_json(output_dir / DONE)
+    return done is not None and done["fingerprint"] == json.loads(json.dumps(wanted))
+
+
+def what_changed(output_dir: Path, wanted: dict) -> list[str]:
+    """What in the directory comes from another run than `wanted`, in words; empty if it may be used."""
+    found = read_json(output_dir / DONE)
+    if found is None and any(output_dir.glob("checkpoint-*")):
+        found = read_json(output_dir / BEGUN)
+    if found is not None:
+        return differences(found["fingerprint"], json.loads(json.dumps(wanted)))
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / BEGUN).is_file():
+        return ["it holds files of unknown origin"]
+    return []
+
+
+def begin(output_dir: Path, wanted: dict) -> None:
+    """Notes in the directory which run its checkpoints will belong to."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(output_dir / BEGUN, {"fingerprint": wanted})
+
+
+def finish(output_dir: Path, stage: str, wanted: dict, seconds: float, facts: dict, metrics: dict) -> None:
+    """Writes `metrics.json`, then `stage.json`: from here on the stage is done.
+
+    Args:
+        facts: what the next stage checks (base model, adapter lineage, dtype, hashes of tokenizer and template).
+    """
+    write_json(output_dir / "metrics.json", metrics)
+    weights = [path for path in _files(output_dir) if path.name not in {DONE, BEGUN, "metrics.json", "log.jsonl"}]
+    stage_file = {
+        "stage": stage,
+        "fingerprint": wanted,
+        "output": _digest(weights),
+        **facts,
+        "git_commit": _git_commit(),
+        "wall_seconds": round(seconds, 1),
+        "metrics": metrics,
+    }
+    write_json(output_dir / DONE, stage_file)
+    (output_dir / BEGUN).unlink(missing_ok=True)
+
+
+def _git_commit() -> str | None:
+    """The commit of the project's checkout; None where it is installed without one."""
+    if not (_PACKAGE.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(_PACKAGE.parent), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None

@@ -1,0 +1,278 @@
+"""Conversations from the Hub, from local files and from Python functions, all as `messages`, all checked.
+
+Every row of every source is checked before a model is loaded. An error names the source, the row and what was found.
+"""
+
+import importlib
+import inspect
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, concatenate_datasets, load_dataset
+from transformers import PreTrainedTokenizerBase
+from trl import ModelConfig, SFTConfig
+
+from gemma2_post.core import gemma
+from gemma2_post.core.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Message = dict[str, str]
+
+_FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_CONTROL_TOKENS = re.compile(r"<start_of_turn>|<end_of_turn>|<bos>|<eos>|<pad>")
+_CHATML_TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\s*", re.DOTALL)
+_ROLES = {
+    "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "system": "system",
+}  # fmt: skip
+
+
+@dataclass
+class Source:
+    """One data set of a mixture."""
+
+    path: str
+    """A Hub data set, a .json/.jsonl/.parquet file, or `module:function`, which is given the split."""
+    split: str = "train"
+    name: str | None = None
+    revision: str | None = None
+    weight: float | None = None
+    """Share of the mixture, relative to the others; no row is used twice. None for all: every row of every source."""
+
+
+@dataclass
+class DataArguments:
+    datasets: list[Source] = field(metadata={"help": "Sources to train on: path, split, name, revision, weight."})
+    held_out_datasets: list[Source] | None = field(
+        default=None, metadata={"help": "Sources to evaluate on; without it, held_out_share of the training rows."}
+    )
+    held_out_share: float = field(default=0.02, metadata={"help": "Share of the rows kept for evaluation, at random."})
+    max_too_long_share: float = field(
+        default=0.05, metadata={"help": "More rows than this share over max_length are an error; they are dropped."}
+    )
+    max_invalid_share: float = field(
+        default=0.0, metadata={"help": "More rows than this share that are no valid chat are an error; they are dropped."}
+    )
+
+
+class InvalidRow(Exception):
+    """What is wrong with one row, in words that follow "row 3: "."""
+
+
+# --- one row ---
+
+
+def to_messages(row: dict[str, object]) -> list[Message]:
+    """The conversation in a row of one of the known formats; raises `InvalidRow`."""
+    if "messages" in row:
+        return _renamed(row["messages"], "role", "content")
+    if "conversations" in row:
+        return _renamed(row["conversations"], "from", "value")
+    if "prompt" in row and "completion" in row:
+        return [*_as_turns(row["prompt"], "user"), *_as_turns(row["completion"], "assistant")]
+    if "instruction" in row and "output" in row:
+        question = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+    text = row["text"]
+    if not isinstance(text, str) or _CHATML_TURN.sub("", text).strip():
+        raise InvalidRow(f"text is not ChatML (<|im_start|>role ... <|im_end|>), it begins {str(text)[:40]!r}")
+    return [{"role": _role(role), "content": content} for role, content in _CHATML_TURN.findall(text)]
+
+
+_FORMATS = [{"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"}, {"text"}]
+
+
+def _as_turns(value: object, role: str) -> list[Message]:
+    return [{"role": role, "content": value}] if isinstance(value, str) else _renamed(value, "role", "content")
+
+
+def _renamed(turns: object, role_key: str, content_key: str) -> list[Message]:
+    if not isinstance(turns, list):
+        raise InvalidRow(f"the conversation is {type(turns).__name__}, not a list")
+    for turn in turns:
+        if not isinstance(turn, dict) or role_key not in turn or content_key not in turn:
+            raise InvalidRow(f"a turn has no {role_key} and {content_key}: {str(turn)[:60]}")
+    return [{"role": _role(turn[role_key]), "content": turn[content_key]} for turn in turns]
+
+
+def _role(role: object) -> str:
+    if role not in _ROLES:
+        raise InvalidRow(f"role {role!r} is unknown (known are {', '.join(_ROLES)})")
+    return _ROLES[role]
+
+
+def fold_system(messages: list[Message]) -> list[Message]:
+    """Gemma 2 has no system role: its text goes in front of the first user turn."""
+    if not messages or messages[0]["role"] != "system":
+        return messages
+    system, *rest = messages
+    if not rest or rest[0]["role"] != "user":
+        raise InvalidRow("no user turn follows the system message")
+    if not isinstance(system["content"], str) or not isinstance(rest[0]["content"], str):
+        raise InvalidRow("the content of the system message or of the first user turn is not text")
+    return [{"role": "user", "content": f"{system['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
+
+
+def check_messages(messages: list[Message]) -> None:
+    """Raises `InvalidRow` unless user and model take turns, the user begins, the model ends, and all of it is plain text."""
+    if not messages:
+        raise InvalidRow("the conversation is empty")
+    for i, message in enumerate(messages):
+        expected = ("user", "assistant")[i % 2]
+        content = message["content"]
+        if message["role"] != expected:
+            raise InvalidRow(f"turn {i} is by {message['role']}, expected {expected} (they must alternate, user first)")
+        if not isinstance(content, str):
+            raise InvalidRow(f"the content of turn {i} is {type(content).__name__}, not text")
+        if not content.strip():
+            raise InvalidRow(f"the content of turn {i} is empty")
+        if token := _CONTROL_TOKENS.search(content):
+            raise InvalidRow(f"turn {i} holds the control token {token.group()}; give the text without the chat format")
+    if messages[-1]["role"] != "assistant":
+        raise InvalidRow("the last turn is the user's; it must be the model's")
+
+
+def _conversation(row: dict[str, object]) -> dict[str, object]:
+    """What one row becomes: its checked messages, or what is wrong with it."""
+    try:
+        messages = to_messages(row)
+        folded = fold_system(messages)
+        check_messages(folded)
+    except InvalidRow as problem:
+        return {"messages": [], "problem": str(problem), "had_system": False}
+    return {"messages": folded, "problem": None, "had_system": folded is not messages}
+
+
+# --- whole data sets ---
+
+
+def load_conversations(where: str, sources: list[Source], max_invalid_share: float, seed: int) -> Dataset:
+    """The mixture as one data set: `messages`, and `skill`, `answer` and the like where a source has them.
+
+    Raises:
+        UserError: a source that cannot be read, with columns of no known format, empty, or with invalid rows.
+    """
+    loaded = [_load_source(where, source, max_invalid_share) for source in sources]
+    weights = [source.weight for source in sources]
+    if any(weight is not None for weight in weights):
+        if not all(weight is not None and weight > 0 for weight in weights):
+            raise UserError(f"{where}: datasets: give a weight above 0 to every source or to none")
+        # The largest mixture in these proportions in which no row is used twice.
+        total = min(len(dataset) / weight for dataset, weight in zip(loaded, weights, strict=True))
+        loaded = [
+            dataset.shuffle(seed=seed).select(range(max(1, round(total * weight))))
+            for dataset, weight in zip(loaded, weights, strict=True)
+        ]
+    return concatenate_datasets(loaded)
+
+
+def _load_source(where: str, source: Source, max_invalid_share: float) -> Dataset:
+    place = f"{where}: {source.path}"
+    dataset = _read(where, source)
+    if len(dataset) == 0:
+        raise UserError(f"{place} ({source.split}): there are no rows; check the split, or the file")
+    if not any(columns <= set(dataset.column_names) for columns in _FORMATS):
+        known = " | ".join(" + ".join(sorted(columns)) for columns in _FORMATS)
+        raise UserError(f"{place}: the columns {', '.join(dataset.column_names)} are of no known format; expected {known}")
+    graded_by = [column for column in ("skill", "answer") if column in dataset.column_names]
+    dataset = dataset.map(_conversation, remove_columns=[c for c in dataset.column_names if c not in graded_by])
+    problems = [(row, problem) for row, problem in enumerate(dataset["problem"]) if problem]
+    if problems:
+        row, problem = problems[0]
+        found = f"row {row}: {problem}" + (f" ({len(problems)} of {len(dataset)} rows are invalid)" if problems[1:] else "")
+        if len(problems) > max_invalid_share * len(dataset):
+            raise UserError(f"{place}: {found}; mend the data, or allow a share of such rows with max_invalid_share")
+        logger.warning("%s: dropped invalid rows; the first one is %s", place, found)
+        dataset = dataset.filter(lambda problem: problem is None, input_columns="problem")
+    num_system = sum(dataset["had_system"])
+    if num_system:
+        logger.warning("%s: a system message was put in front of the first user turn in %d rows", place, num_system)
+    return dataset.remove_columns(["problem", "had_system"])
+
+
+def _read(where: str, source: Source) -> Dataset:
+    module, colon, _ = source.path.partition(":")
+    if colon and all(part.isidentifier() for part in module.split(".")):
+        return Dataset.from_list(load_function(where, source.path)(source.split))
+    suffix = Path(source.path).suffix
+    if suffix in _FILE_FORMATS:
+        if not Path(source.path).is_file():
+            raise UserError(f"{where}: {source.path}: there is no such file; paths start where the command is run")
+        if Path(source.path).stat().st_size == 0:
+            raise UserError(f"{where}: {source.path}: the file is empty")
+        try:
+            return load_dataset(_FILE_FORMATS[suffix], data_files=source.path, split="train")
+        except Exception as error:  # datasets wraps whatever its readers raise, down to Arrow's own errors
+            raise UserError(
+                f"{where}: {source.path}: not readable as {suffix[1:]} with the same columns in each row "
+                f"({' '.join(str(error.__cause__ or error).split())[:200]}); mend the file"
+            ) from error
+    if suffix or Path(source.path).exists():
+        raise UserError(f"{where}: {source.path}: expected .json, .jsonl or .parquet, module:function, or a Hub data set")
+    try:
+        return load_dataset(source.path, source.name, split=source.split, revision=source.revision)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{where}: {source.path}: cannot get this data set ({' '.join(str(error).split())[:200]}); check its name "
+            "and split, your login (`hf auth login`) and the network, or give a local file"
+        ) from error
+
+
+def load_function(where: str, path: str) -> Callable:
+    """The function that a recipe names as `module:function`."""
+    module_name, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{where}: {path}: there is no such function ({error}); write module:function") from error
+    assert inspect.isfunction(function)
+    return function
+
+
+def split_held_out(where: str, data_args: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
+    """Training rows and held-out rows."""
+    train = load_conversations(where, data_args.datasets, data_args.max_invalid_share, seed)
+    if data_args.held_out_datasets:
+        return train, load_conversations(where, data_args.held_out_datasets, data_args.max_invalid_share, seed)
+    num_held_out = max(1, round(data_args.held_out_share * len(train)))
+    if num_held_out >= len(train):
+        raise UserError(f"{where}: {len(train)} rows cannot be split into training and held-out rows; give more rows")
+    parts = train.train_test_split(test_size=num_held_out, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def tokenize(
+    where: str, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, max_too_long_share: float
+) -> Dataset:
+    """`input_ids` and `labels`; rows over `max_length` tokens are dropped and counted, never cut.
+
+    A cut row would have lost its `<end_of_turn>`, and the model would learn not to stop.
+    """
+    rendered = dataset.map(
+        lambda messages: gemma.render(tokenizer, messages), input_columns="messages", remove_columns=dataset.column_names
+    )
+    kept = rendered.filter(lambda input_ids: len(input_ids) <= max_length, input_columns="input_ids")
+    num_dropped = len(rendered) - len(kept)
+    if len(kept) == 0:
+        raise UserError(f"{where}: all {len(rendered)} rows are longer than max_length {max_length} tokens; raise max_length")
+    if num_dropped > max_too_long_share * len(rendered):
+        raise UserError(
+            f"{where}: {num_dropped} of {len(rendered)} rows are longer than max_length {max_length} tokens; raise "
+            "max_length, or allow a larger share with max_too_long_share"
+        )
+    if num_dropped:
+        logger.warning("dropped %d of %d rows longer than %d tokens", num_dropped, len(rendered), max_length)
+    return kept
+
+
+def check_packing(where: str, training_args: SFTConfig, model_args: ModelConfig) -> None:
+    """Packing puts the rows of a micro-batch into one, whose score matrix eager attention builds in full."""
+    if training_args.packing and model_args.attn_implementation == "eager" and training_args.per_device_train_batch_size > 1:
+        raise UserError(
+            f"{where}: packing with eager attention needs memory for (batch x length) squared; write "
+            "per_device_train_batch_size: 1, or attn_implementation: flash_attention_2 or flex_attention"
+        )

@@ -1,0 +1,294 @@
+"""What is special about Gemma 2: the chat format, the tokenizer's ids, and how its models may be loaded and saved."""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils import is_flash_attn_2_available
+from trl import ModelConfig, get_quantization_config
+from trl.chat_template_utils import gemma_chat_template
+from trl.trainer.base_config import _BaseConfig as TrainerConfig
+
+from gemma2_post.core.errors import UserError
+
+SPECIAL_TOKENS = {
+    "<pad>": 0,
+    "<eos>": 1,
+    "<bos>": 2,
+    "<unk>": 3,
+    "<start_of_turn>": 106,
+    "<end_of_turn>": 107,
+}
+EOS, BOS, PAD, END_OF_TURN = 1, 2, 0, 107
+STOP_TOKEN_IDS = [EOS, END_OF_TURN]
+LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+_TURN = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}"
+    "{{- '<start_of_turn>user\\n' + message['content'] | trim + '<end_of_turn>\\n' -}}"
+    "{%- else -%}"
+    "{{- '<start_of_turn>model\\n' -}}"
+    "{%- generation -%}"
+    "{{- message['content'] | trim + '<end_of_turn>' -}}"
+    "{%- if loop.last -%}{{- eos_token -}}{%- endif -%}"
+    "{%- endgeneration -%}"
+    "{%- if not loop.last -%}{{- '\\n' -}}{%- endif -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+)
+TRAINING_TEMPLATE = "{{- bos_token -}}" + _TURN
+"""Renders a conversation to train on; what is saved with a model is the inference template.
+
+`<eos>` follows the last `<end_of_turn>` at once, as in the Gemma 2 report (arXiv 2408.00118, section 4 and table 4).
+The generation block marks what the model says itself: its words, each of its `<end_of_turn>`, the final `<eos>`.
+"""
+
+_COMMON_REFUSALS = {
+    "gradient_accumulation_steps": "it follows from global_batch_size, per_device_train_batch_size and the number of "
+    "processes; set global_batch_size",
+    "fp16": "Gemma 2 overflows in fp16 (the mask's -65504 plus a soft-capped score is -inf); use bf16 or neither",
+    "fp16_full_eval": "Gemma 2 overflows in fp16; use bf16_full_eval",
+    "auto_find_batch_size": "it would change the global batch; lower per_device_train_batch_size instead",
+    "use_liger_kernel": "its fused losses replace TRL's, which apply Gemma 2's soft-cap; remove it",
+    "label_smoothing_factor": "it builds the full logits of a 256k vocabulary; remove it",
+    "model_init_kwargs": "use model_name_or_path, model_revision, dtype and attn_implementation",
+    "eos_token": "Gemma 2's stop tokens <eos> and <end_of_turn> are set for you; remove it",
+    "pad_token": "Gemma 2's <pad> is set for you; remove it",
+    "chat_template_path": "the Gemma 2 chat format is set for you; remove it",
+    "lora_task_type": "it follows from the stage; remove it",
+    "resume_from_checkpoint": "the newest checkpoint in output_dir is resumed by itself; remove it",
+    "prediction_loss_only": "it is always on, because the full logits of a 256k vocabulary do not fit; remove it",
+}
+REFUSED_KEYS = _COMMON_REFUSALS
+"""Keys of TRL's config classes that no stage accepts, with the reason."""
+
+
+# --- checks before anything is loaded ---
+
+
+def check_arguments(where: str, model_args: ModelConfig, training_args: TrainerConfig) -> None:
+    """Refuses combinations that cannot work or train wrongly, and fills in Gemma 2's own defaults.
+
+    Args:
+        where: the recipe's file, named first in an error.
+    """
+    zero_stage = training_args.deepspeed_plugin.zero_stage if training_args.deepspeed_plugin else 0
+    quantized = model_args.load_in_4bit or model_args.load_in_8bit
+    model_args.attn_implementation = model_args.attn_implementation or "eager"
+    if model_args.model_name_or_path is None:
+        raise UserError(f"{where}: model_name_or_path is missing; name a directory or a Hub model")
+    if model_args.attn_implementation == "sdpa":
+        raise UserError(
+            f"{where}: attn_implementation is sdpa, which cannot apply Gemma 2's attention soft-cap of 50; "
+            "write eager, flex_attention or flash_attention_2"
+        )
+    if model_args.attn_implementation not in ("eager", "flex_attention", "flash_attention_2"):
+        raise UserError(
+            f"{where}: attn_implementation is {model_args.attn_implementation}; "
+            "write eager, flex_attention or flash_attention_2"
+        )
+    if model_args.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        raise UserError(
+            f"{where}: attn_implementation is flash_attention_2, but the flash-attn package (2.6.3 or newer, for the "
+            "soft-cap and its gradient) is not installed; install it, or write eager or flex_attention"
+        )
+    if model_args.dtype not in ("bfloat16", "float32"):
+        raise UserError(
+            f"{where}: dtype is {model_args.dtype}; write bfloat16 or float32 (Gemma 2 overflows in float16, and auto "
+            "would hide whether full fine-tuning runs in pure bfloat16)"
+        )
+    if quantized and not model_args.use_peft:
+        raise UserError(
+            f"{where}: load_in_{'4' if model_args.load_in_4bit else '8'}bit is for adapters, not for full "
+            "fine-tuning; add use_peft: true or remove it"
+        )
+    if quantized and model_args.dtype != "bfloat16":
+        raise UserError(
+            f"{where}: dtype is {model_args.dtype} with a quantised base; write bfloat16 (else embeddings and norms "
+            "stay in fp32)"
+        )
+    if quantized and zero_stage == 3 and model_args.bnb_4bit_quant_storage != "bfloat16":
+        raise UserError(
+            f"{where}: QLoRA under ZeRO-3 needs bnb_4bit_quant_storage: bfloat16, so that it shards with the rest; "
+            "add it, or use accelerate_configs/multi_gpu.yaml"
+        )
+    if not model_args.use_peft and model_args.dtype == "bfloat16" and not zero_stage:
+        raise UserError(
+            f"{where}: dtype is bfloat16 in full fine-tuning without DeepSpeed, where small updates are rounded away; "
+            "write dtype: float32 (bf16: true still computes in bfloat16)"
+        )
+    if not model_args.use_peft and zero_stage == 3 and not training_args.deepspeed_plugin.zero3_save_16bit_model:
+        raise UserError(
+            f"{where}: the accelerate config must have zero3_save_16bit_model: true for full fine-tuning under ZeRO-3, "
+            "else no weights are saved"
+        )
+    if model_args.use_peft:
+        model_args.lora_target_modules = model_args.lora_target_modules or LORA_TARGET_MODULES
+        tied = {"embed_tokens", "lm_head"} & {*model_args.lora_target_modules, *(model_args.lora_modules_to_save or [])}
+        if tied:
+            raise UserError(
+                f"{where}: {min(tied)} cannot be adapted, because Gemma 2 ties its embeddings and its head; "
+                "remove it from lora_target_modules and lora_modules_to_save"
+            )
+
+
+def load_config(where: str, path: str, revision: str | None = None) -> Gemma2Config:
+    """The model's config: read before its weights are downloaded, so that what is wrong shows early."""
+    local = Path(path)
+    if (local / "adapter_config.json").is_file() and not (local / "config.json").is_file():
+        raise UserError(f"{where}: {path} is an adapter, not a model; merge it into its base first, or name a merged model")
+    if local.is_dir() and not (local / "config.json").is_file():
+        raise UserError(f"{where}: {path} has no config.json; name the output directory of a finished stage or a Hub model")
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+    except OSError as error:
+        raise _hub_error(where, path) from error
+    if config.model_type != "gemma2":
+        raise UserError(f"{where}: {path} is a {config.model_type} model; this pipeline is for gemma2")
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"{where}: {path} is quantised; name the unquantised model and set load_in_4bit instead")
+    return config
+
+
+def _hub_error(where: str, path: str) -> UserError:
+    return UserError(
+        f"{where}: cannot get {path}: it is no local directory, and the Hub did not hand it out; if it is gated, accept "
+        f"its licence at https://huggingface.co/{path} and log in with `hf auth login` (a token alone is not enough); "
+        "if this machine is offline, download it elsewhere and give the directory"
+    )
+
+
+# --- tokenizer and chat format ---
+
+
+def load_tokenizer(where: str, path: str, config: Gemma2Config, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer, checked against the ids of Gemma and the model's vocabulary, with the Gemma 2 chat template."""
+    # Without its file, transformers builds a GemmaTokenizer of five tokens and says nothing.
+    if Path(path).is_dir() and not (Path(path) / "tokenizer.json").is_file():
+        raise UserError(f"{where}: {path} has no tokenizer.json; copy the base model's tokenizer files there")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    except OSError as error:
+        raise _hub_error(where, path) from error
+    if len(tokenizer) != config.vocab_size:
+        raise UserError(
+            f"{where}: the tokenizer in {path} has {len(tokenizer)} tokens and the model {config.vocab_size}; "
+            "use the tokenizer that the model was trained with"
+        )
+    vocabulary = tokenizer.get_vocab()
+    for token, expected in SPECIAL_TOKENS.items():
+        if vocabulary.get(token) != expected:
+            raise UserError(
+                f"{where}: the tokenizer in {path} has {token} at id {vocabulary.get(token)}, not {expected} as Gemma 2 does; "
+                "use a Gemma 2 tokenizer"
+            )
+    tokenizer.chat_template = gemma_chat_template
+    tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token = "<pad>", "<eos>", "<bos>"
+    return tokenizer
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> dict[str, list[int]]:
+    """A conversation to train on: `input_ids` and `labels`, -100 where there is no loss; lists of the same length."""
+    encoded = tokenizer.apply_chat_template(
+        messages, chat_template=TRAINING_TEMPLATE, return_dict=True, return_assistant_tokens_mask=True
+    )
+    labels = [
+        token if spoken else -100 for token, spoken in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+    ]
+    return {"input_ids": encoded["input_ids"], "labels": labels}
+
+
+# --- models ---
+
+
+def lora_config(model_args: ModelConfig, task_type: str = "CAUSAL_LM") -> LoraConfig | None:
+    """LoRA on q, k, v and o unless the recipe names others; None for full fine-tuning."""
+    if not model_args.use_peft:
+        return None
+    return LoraConfig(
+        task_type=task_type,
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        target_modules=model_args.lora_target_modules,
+        modules_to_save=model_args.lora_modules_to_save,
+        use_rslora=model_args.use_rslora,
+        use_dora=model_args.use_dora,
+    )
+
+
+def load_model(where: str, model_args: ModelConfig, training_args: TrainerConfig) -> PreTrainedModel:
+    """The causal language model as the recipe wants it, on this process's device (a shard of it under ZeRO-3)."""
+    quantization_config = get_quantization_config(model_args)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            dtype=getattr(torch, model_args.dtype),
+            attn_implementation=model_args.attn_implementation,
+            quantization_config=quantization_config,
+            device_map={"": training_args.device} if quantization_config else None,
+        )
+    except OSError as error:
+        raise _hub_error(where, model_args.model_name_or_path) from error
+    disable_cpu_repacking(model)
+    return model
+
+
+def disable_cpu_repacking(model: PreTrainedModel) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights in an evaluation forward on a CPU with AVX512-BF16.
+
+    The repacked weights are then read as if they were not: later gradients and merges are wrong, without an error.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def generation_config() -> GenerationConfig:
+    """Both stop tokens, always: a Gemma 2 turn ends with `<end_of_turn>`, a conversation with `<eos>`."""
+    return GenerationConfig(bos_token_id=BOS, eos_token_id=STOP_TOKEN_IDS, pad_token_id=PAD)
+
+
+def save_model(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], output_dir: Path, dtype: torch.dtype) -> None:
+    """Writes a directory that `AutoModelForCausalLM.from_pretrained` loads: weights, config, generation config.
+
+    One canonical layout: the head is the embedding (ZeRO-1 and 2 hand both over), each tensor rounded once to `dtype`.
+    """
+    head, embedding = state_dict.pop("lm_head.weight", None), state_dict["model.embed_tokens.weight"]
+    if head is not None and not torch.equal(head, embedding):
+        raise RuntimeError("lm_head and embed_tokens differ: training has untied them")
+    empty = [name for name, tensor in state_dict.items() if tensor.numel() == 0]
+    if empty:
+        raise RuntimeError(f"{empty[0]} is empty: the shards of the model were not gathered")
+    model.generation_config = generation_config()
+    model.config.use_cache = True
+    model.config.dtype = dtype
+    model.config.eos_token_id, model.config.bos_token_id, model.config.pad_token_id = EOS, BOS, PAD
+    model.save_pretrained(output_dir, state_dict={name: tensor.to(dtype) for name, tensor in state_dict.items()})
+
+
+def merge_adapter(adapter_dir: Path, model_args: ModelConfig) -> PreTrainedModel:
+    """The unquantised base with the adapter added in fp32, on the CPU.
+
+    Merging into the 4-bit base would quantise the sum again; in bf16 a part of the update would be rounded away.
+    """
+    unset_hf_deepspeed_config()  # else ZeRO-3 would shard this model, too
+    base = AutoModelForCausalLM.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        dtype=torch.float32,
+        attn_implementation=model_args.attn_implementation,
+    )
+    return PeftModel.from_pretrained(base, adapter_dir).merge_and_unload()

@@ -1,0 +1,234 @@
+"""What every training stage does before and after its trainer: `launch` reads the recipe, `run` trains and saves."""
+
+import json
+import logging
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from trl import ModelConfig
+
+from gemma2_post.core import contract, gemma, recipe
+from gemma2_post.core.errors import UserError, reported
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class StageArguments:
+    """What every training stage states beside TRL's own keys."""
+
+    global_batch_size: int = field(
+        metadata={"help": "Rows per optimizer step over all processes; accumulation follows from it."}
+    )
+    save_dtype: Literal["float32", "bfloat16"] = field(
+        default="bfloat16", metadata={"help": "Type of the saved weights; they are rounded to it once, at the end."}
+    )
+
+
+@dataclass
+class Stage:
+    """One run of a stage: its name, the recipe it was given, and what its output depends on."""
+
+    name: str
+    where: str
+    output_dir: Path
+    fingerprint: dict
+
+
+# --- before: from the command line to the stage's dataclasses ---
+
+
+def launch(
+    name: str, main: Callable, classes: Sequence[type], refused: dict[str, str], documentation: str | None
+) -> None:
+    """Reads the recipe, checks it, and calls `main(stage, *dataclasses)`; says so if its output is already there.
+
+    Args:
+        classes: the dataclasses whose fields are the recipe's keys: a TRL config, `ModelConfig`, `StageArguments`, ...
+        refused: keys that must not be set, with the reason.
+    """
+    if "--help" in sys.argv or "-h" in sys.argv:
+        print(documentation, recipe.describe_keys(classes), sep="\n")
+        return
+    with reported():
+        stage, arguments = parse(name, sys.argv[1:], classes, refused)
+        if contract.is_done(stage.output_dir, stage.fingerprint):
+            print(f"{stage.output_dir} is up to date")
+            return
+        refuse_foreign_output(stage)
+        main(stage, *arguments)
+
+
+def parse(name: str, arguments: Sequence[str], classes: Sequence[type], refused: dict[str, str]) -> tuple[Stage, tuple]:
+    """The stage and its dataclasses, every key and combination checked; nothing is loaded."""
+    where, values = recipe.read(arguments)
+    built = recipe.build(where, values, classes, gemma.REFUSED_KEYS | refused)
+    by_class = {type(part): part for part in built}
+    training_args = built[0]
+    gemma.check_arguments(where, by_class[ModelConfig], training_args)
+    training_args.gradient_accumulation_steps = accumulation_steps(
+        where, by_class[StageArguments].global_batch_size, training_args.per_device_train_batch_size, training_args.world_size
+    )
+    training_args.prediction_loss_only = True  # the full logits of a 256k vocabulary are not to be kept
+    stage = Stage(name, where, Path(training_args.output_dir), contract.fingerprint(name, values))
+    return stage, built
+
+
+def accumulation_steps(where: str, global_batch_size: int, per_device_batch_size: int, num_processes: int) -> int:
+    """Micro-batches per optimizer step, so that a recipe means the same on any number of processes."""
+    per_step = per_device_batch_size * num_processes
+    if global_batch_size <= 0 or global_batch_size % per_step:
+        raise UserError(
+            f"{where}: global_batch_size {global_batch_size} does not divide by per_device_train_batch_size "
+            f"{per_device_batch_size} x {num_processes} processes; change one of them"
+        )
+    return global_batch_size // per_step
+
+
+def refuse_foreign_output(stage: Stage) -> None:
+    """Refuses a folder with the output, or the checkpoints, of another recipe."""
+    changes = contract.what_changed(stage.output_dir, stage.fingerprint)
+    if changes:
+        raise UserError(
+            f"{stage.where}: output_dir {stage.output_dir} was made by a different recipe ({'; '.join(changes[:3])}); "
+            "choose another output_dir, or move that folder away"
+        )
+
+
+def check_disk(stage: Stage, num_bytes: int) -> None:
+    """Refuses to begin when what will be written cannot fit.
+
+    Args:
+        num_bytes: the size of the weights to save; a checkpoint beside them is counted as much again.
+    """
+    existing = next(parent for parent in [stage.output_dir, *stage.output_dir.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < 2 * num_bytes:
+        raise UserError(
+            f"{stage.where}: output_dir {stage.output_dir}: no space left on the device for the output "
+            f"({free / 1e9:.1f} GB free, about {2 * num_bytes / 1e9:.1f} GB needed); free some or choose another output_dir"
+        )
+
+
+# --- after: from the trainer to a finished directory ---
+
+
+class _MeasureBefore(TrainerCallback):
+    """Measures once the model is where it will be trained (a ZeRO engine exists only then), before the first step."""
+
+    def __init__(self, path: Path, measure: Callable[[], Metrics]):
+        self.path, self.measure = path, measure
+
+    def on_train_begin(self, args, state, control, **_) -> None:
+        if not self.path.is_file():
+            metrics = self.measure()
+            if state.is_world_process_zero:
+                contract.write_json(self.path, metrics)
+        self.ended = time.monotonic()
+
+
+def run(
+    stage: Stage,
+    stage_args: StageArguments,
+    model_args: ModelConfig,
+    trainer: Trainer,
+    tokenizer: PreTrainedTokenizerBase,
+    measure: Callable[[], Metrics],
+) -> None:
+    """Trains (from the newest checkpoint, if there is one), saves a plain Hugging Face model, then the contract.
+
+    Args:
+        measure: the stage's numbers; called on every process before the first and after the last step.
+    """
+    began = time.monotonic()
+    check_disk(stage, sum(p.numel() for p in trainer.model.parameters()) * getattr(torch, stage_args.save_dtype).itemsize)
+    if not trainer.is_deepspeed_enabled:
+        keep_adapter_in_fp32(trainer.model)
+    checkpoint = newest_checkpoint(stage.output_dir)
+    if trainer.is_world_process_zero():
+        contract.begin(stage.output_dir, stage.fingerprint)
+    if checkpoint:
+        logging.getLogger(__name__).warning(
+            "resuming from %s: weights, optimizer, scheduler, data order and random state", checkpoint
+        )
+    else:
+        (stage.output_dir / "before.json").unlink(missing_ok=True)
+    measure_before = _MeasureBefore(stage.output_dir / "before.json", measure)
+    trainer.add_callback(measure_before)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.monotonic() - measure_before.ended
+    after = measure()
+
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # every process takes part in the gathering
+    if trainer.is_world_process_zero():
+        save(stage.output_dir, trainer.accelerator.unwrap_model(trainer.model), state_dict, model_args, stage_args)
+        tokenizer.save_pretrained(stage.output_dir)
+        write_log(stage.output_dir / "log.jsonl", trainer.state.log_history)
+        before = contract.read_json(stage.output_dir / "before.json")
+        metrics = {f"{name}_before": value for name, value in before.items()} | after
+        metrics |= throughput(trainer, seconds)
+        facts = {
+            "base_model": model_args.model_name_or_path,
+            "base_revision": model_args.model_revision,
+            "base_digest": stage.fingerprint["inputs"].get(model_args.model_name_or_path),
+            "adapter": "adapter" if model_args.use_peft else None,
+            "dtype": stage_args.save_dtype,
+            "tokenizer_digest": contract.digest_of(json.dumps(sorted(tokenizer.get_vocab().items()))),
+            "template_digest": contract.digest_of(tokenizer.chat_template),
+            "num_processes": trainer.accelerator.num_processes,
+            "resolved": asdict(stage_args),
+        }
+        contract.finish(stage.output_dir, stage.name, stage.fingerprint, time.monotonic() - began, facts, metrics)
+        print(f"{stage.output_dir}: done in {time.monotonic() - began:.0f} s")
+    trainer.end()
+
+
+def keep_adapter_in_fp32(model: torch.nn.Module) -> None:
+    """TRL casts the adapters of a quantised model to bf16, which loses small updates; under DeepSpeed masters keep them."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint; `trainer_state.json` is the last file that the Trainer writes into one."""
+    complete = [path.parent for path in output_dir.glob("checkpoint-*/trainer_state.json")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def save(
+    output_dir: Path, model: torch.nn.Module, state_dict: dict, model_args: ModelConfig, stage_args: StageArguments
+) -> None:
+    """Writes the model; an adapter goes to `adapter/`, and its sum with the unquantised base beside it."""
+    dtype = getattr(torch, stage_args.save_dtype)
+    if isinstance(model, PeftModel):
+        model.save_pretrained(output_dir / "adapter", state_dict=state_dict)
+        model = gemma.merge_adapter(output_dir / "adapter", model_args)
+        state_dict = dict(model.state_dict())
+    gemma.save_model(model, state_dict, output_dir, dtype)
+
+
+def write_log(path: Path, history: list[dict]) -> None:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
+
+
+def throughput(trainer: Trainer, seconds: float) -> Metrics:
+    """Tokens per second of training (padding not counted, over all processes) and peak memory in GB."""
+    counts = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry and "loss" in entry]
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "tokens_per_second": counts[-1] / seconds if counts else 0.0,
+        "peak_memory_gb": peak / 1e9,
+    }

@@ -1,0 +1,85 @@
+"""Supervised fine-tuning: a base model learns to answer from demonstrations.
+
+Reads a base model and conversations; writes a plain Hugging Face model with the Gemma 2 chat template. Trains LoRA
+adapters on a 4-bit base (QLoRA) or on an unquantised one, or all weights, as the recipe says. The loss is on what the
+model says itself: its words, each `<end_of_turn>`, and the final `<eos>`.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml -m gemma2_post.sft --config recipes/tiny/sft.yaml
+"""
+
+from dataclasses import dataclass, field
+
+from trl import ModelConfig, SFTConfig
+
+from gemma2_post.core.data import DataArguments
+from gemma2_post.core.training import Stage, StageArguments, launch
+
+REFUSED_KEYS = {
+    **dict.fromkeys(
+        ["dataset_text_field", "dataset_kwargs", "shuffle_dataset", "truncation_mode"],
+        "conversations are rendered and checked for you, and never cut; remove it",
+    ),
+    **dict.fromkeys(
+        ["assistant_only_loss", "completion_only_loss"], "the loss is always on the model's turns only; remove it"
+    ),
+    **dict.fromkeys(
+        ["packing_strategy", "padding_free", "eval_packing"], "packing: true packs whole conversations; remove it"
+    ),
+}
+
+
+@dataclass
+class SFTArguments:
+    graders: list[str] | None = field(
+        default=None, metadata={"help": "Functions module:function that grade sampled answers, as TRL's reward functions."}
+    )
+    group_by: str | None = field(default=None, metadata={"help": "Column by which the grades are also broken down."})
+    num_samples: int = field(default=64, metadata={"help": "Held-out prompts that are answered before and after."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest sampled answer, in tokens."})
+
+
+def main(
+    stage: Stage,
+    training_args: SFTConfig,
+    model_args: ModelConfig,
+    data_args: DataArguments,
+    stage_args: StageArguments,
+    sft_args: SFTArguments,
+) -> None:
+    # Imported here, after the recipe has been checked: a mistake in it should not have to wait for them.
+    from trl import SFTTrainer
+
+    from gemma2_post.core import data, gemma, training
+    from gemma2_post.evaluation.samples import measure_samples
+
+    data.check_packing(stage.where, training_args, model_args)
+    graders = {path.rpartition(":")[2]: data.load_function(stage.where, path) for path in sft_args.graders or []}
+    config = gemma.load_config(stage.where, model_args.model_name_or_path, model_args.model_revision)
+    tokenizer = gemma.load_tokenizer(stage.where, model_args.model_name_or_path, config, model_args.model_revision)
+    with training_args.main_process_first():
+        train, held_out = data.split_held_out(stage.where, data_args, training_args.seed)
+        train_tokens, held_out_tokens = (
+            data.tokenize(stage.where, rows, tokenizer, training_args.max_length, data_args.max_too_long_share)
+            for rows in (train, held_out)
+        )
+    to_answer = held_out.select(range(min(sft_args.num_samples, len(held_out))))
+
+    trainer = SFTTrainer(
+        model=gemma.load_model(stage.where, model_args, training_args),
+        args=training_args,
+        train_dataset=train_tokens,
+        eval_dataset=held_out_tokens,
+        processing_class=tokenizer,
+        peft_config=gemma.lora_config(model_args),
+    )
+
+    def measure() -> dict[str, float]:
+        return {"held_out_nll": trainer.evaluate()["eval_loss"]} | measure_samples(
+            trainer, tokenizer, to_answer, graders, sft_args.group_by, sft_args.max_new_tokens, training_args.seed
+        )
+
+    training.run(stage, stage_args, model_args, trainer, tokenizer, measure)
+
+
+if __name__ == "__main__":
+    launch("sft", main, [SFTConfig, ModelConfig, DataArguments, StageArguments, SFTArguments], REFUSED_KEYS, __doc__)

@@ -1,0 +1,44 @@
+"""The gold reward of the tiny world: what real preference data never has."""
+
+import re
+
+from gemma2_post.tiny.world import FRIENDLY_OPENINGS, KIND_OF, KINDS, RUDE_OPENINGS
+
+LOWEST, HIGHEST = -0.25, 1.5
+MANNER = 0.25
+BREVITY = 0.25
+BRIEF_WORDS, LONG_WORDS = 12, 28
+
+
+def is_right(text: str, answer: str) -> bool:
+    """Whether the reply commits itself to the expected word: of the words of its kind it names that one and no other."""
+    of_this_kind = set(KINDS[KIND_OF[answer]])
+    return {word for word in re.findall(r"[A-Za-z]+|\d+", text) if word in of_this_kind} == {answer}
+
+
+def gold_score(text: str, answer: str) -> float:
+    """Scores a reply to a task whose expected word is `answer`; deterministic, in [-0.25, 1.5].
+
+    Correctness (0 or 1), plus manner (0.25 friendly, -0.25 rude, else 0), plus brevity (0.25 up to 12 words, falling
+    linearly to 0 at 28 words). A reply without a word scores the lowest, -0.25.
+    """
+    num_words = len(text.split())
+    if num_words == 0:
+        return LOWEST
+    manner = 0.0
+    if any(phrase in text for phrase in RUDE_OPENINGS):
+        manner = -MANNER
+    elif any(phrase in text for phrase in FRIENDLY_OPENINGS):
+        manner = MANNER
+    brevity = BREVITY * min(1.0, max(0.0, (LONG_WORDS - num_words) / (LONG_WORDS - BRIEF_WORDS)))
+    return float(is_right(text, answer)) + manner + brevity
+
+
+def gold(completions: list[str], answer: list[str], **_: object) -> list[float]:
+    """`gold_score` of a batch, called as TRL calls its reward functions."""
+    return [gold_score(text, expected) for text, expected in zip(completions, answer, strict=True)]
+
+
+def accuracy(completions: list[str], answer: list[str], **_: object) -> list[float]:
+    """1.0 for a right reply, else 0.0; called as TRL calls its reward functions."""
+    return [float(is_right(text, expected)) for text, expected in zip(completions, answer, strict=True)]

@@ -1,0 +1,122 @@
+"""Makes the tokenizer and the two models of the tiny world again, from nothing.
+
+    python -m gemma2_post.tiny.pretrain base       # the base model: the language of the world, no chat format
+    python -m gemma2_post.tiny.pretrain teacher    # the larger one, before it is taught to answer
+
+Each writes a directory with the log of its training; the numbers are in `recipes/tiny/README.md`.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import torch
+from torch.utils.data import IterableDataset
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from gemma2_post.tiny.corpus import documents
+from gemma2_post.tiny.tokenizer import VOCAB_SIZE, train_tokenizer
+
+ROW_TOKENS = 160
+SHAPES = {
+    "base": {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "teacher": {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 4},
+}
+
+
+class PackedDocuments(IterableDataset):
+    """Rows of `ROW_TOKENS` ids out of an endless stream of `<bos>document<eos>`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int):
+        self.tokenizer, self.seed = tokenizer, seed
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        ids: list[int] = []
+        for document in documents(Random(self.seed)):
+            ids += [*self.tokenizer(document)["input_ids"], self.tokenizer.eos_token_id]
+            while len(ids) >= ROW_TOKENS:
+                row, ids = ids[:ROW_TOKENS], ids[ROW_TOKENS:]
+                yield {"input_ids": row, "labels": row}
+
+
+def new_model(name: str) -> Gemma2ForCausalLM:
+    """A Gemma 2 with random weights and everything that makes it one: both soft-caps, a window shorter than the
+    conversations in every other layer, grouped-query attention, pre- and post-norms, a tied head."""
+    config = Gemma2Config(
+        vocab_size=VOCAB_SIZE,
+        num_hidden_layers=4,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window=32,
+        max_position_embeddings=512,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+        initializer_range=SHAPES[name]["hidden_size"] ** -0.5,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+        **SHAPES[name],
+    )
+    return Gemma2ForCausalLM._from_config(config, attn_implementation="eager")
+
+
+def pretrain(name: str, output_dir: Path, max_steps: int, learning_rate: float, seed: int) -> None:
+    set_seed(seed)
+    tokenizer = train_tokenizer()
+    model = new_model(name)
+
+    # The text has no control token. The softmax would push the rows of these ids, all alike, to where a later SFT
+    # with frozen embeddings cannot reach them; so they stay as they were drawn.
+    absent = torch.tensor([id for id in range(108) if id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)])
+    model.get_input_embeddings().weight.register_hook(lambda gradient: gradient.index_fill(0, absent, 0.0))
+
+    held_out = list(islice(PackedDocuments(tokenizer, seed=seed + 1_000_000), 256))
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(output_dir / "trainer"),
+            max_steps=max_steps,
+            per_device_train_batch_size=32,
+            per_device_eval_batch_size=32,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=100,
+            adam_beta2=0.98,
+            weight_decay=0.0,
+            bf16=True,
+            use_cpu=not torch.cuda.is_available(),
+            logging_steps=50,
+            eval_strategy="steps",
+            eval_steps=500,
+            save_steps=500,
+            save_total_limit=1,
+            report_to="none",
+            disable_tqdm=True,
+            seed=seed,
+        ),
+        train_dataset=PackedDocuments(tokenizer, seed),
+        eval_dataset=held_out,
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir))
+    model.to(torch.bfloat16).save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    (output_dir / "pretrain_log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=list(SHAPES))
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--max_steps", type=int, default=3000)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    pretrain(**vars(arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""The tokenizer of the tiny world: a small vocabulary in which the control tokens keep Gemma's ids."""
+
+from itertools import islice
+from random import Random
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from gemma2_post.tiny.corpus import documents
+
+VOCAB_SIZE = 1024
+_UNUSED = [f"<unused{number}>" for number in range(102)]
+_SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", *_UNUSED, "<start_of_turn>", "<end_of_turn>"]
+_PRINTABLE_ASCII = [chr(code) for code in range(33, 127)]
+
+
+def train_tokenizer(num_documents: int = 2000) -> PreTrainedTokenizerFast:
+    """BPE over the pretraining text; as in Gemma, spaces are `▁`, digits stand alone, and `<bos>` is put in front.
+
+    All of printable ASCII can be written, so that a person may type anything; other characters are `<unk>`.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁?[A-Za-z]+|▁?\d|▁|\n|[^A-Za-z\d▁\n]"), "isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=_SPECIAL_TOKENS,
+        initial_alphabet=["▁", "\n", *_PRINTABLE_ASCII],
+        show_progress=False,
+    )
+    roles = ["user\nmodel\n"] * num_documents  # words of the chat template that the text itself does not have
+    tokenizer.train_from_iterator([*islice(documents(Random(0)), num_documents), *roles], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens=["<start_of_turn>", "<end_of_turn>"],
+        padding_side="left",
+    )
