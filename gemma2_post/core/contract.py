@@ -23,15 +23,12 @@ _KEYS_WITHOUT_EFFECT = {"output_dir", "report_to", "run_name", "logging_steps", 
 
 def fingerprint(stage: str, recipe: dict[str, object]) -> dict[str, dict[str, object]]:
     """What the output of a stage depends on: the recipe's keys, the content of its inputs, the code, the versions."""
-    inputs = {}
-    for path in _input_paths(recipe):
-        digest = _input_digest(path)
-        if digest:
-            inputs[path] = digest
+    recipe = {key: value for key, value in sorted(recipe.items()) if key not in _KEYS_WITHOUT_EFFECT}
+    digests = {path: _input_digest(path) for path in _input_paths(recipe)}
     code = [_PACKAGE / f"{stage}.py", *_files(_PACKAGE / "core"), *_files(_PACKAGE / "evaluation")]
     return {
-        "recipe": {key: value for key, value in sorted(recipe.items()) if key not in _KEYS_WITHOUT_EFFECT},
-        "inputs": inputs,
+        "recipe": recipe,
+        "inputs": {path: digest for path, digest in digests.items() if digest},
         "code": {"gemma2_post": _digest(code)},
         "versions": {name: version(name) for name in _VERSIONS_THAT_MATTER},
     }

@@ -5,6 +5,10 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+EXIT_STATUS_FILE = "GEMMA2_POST_EXIT_STATUS_FILE"
+"""Environment variable: where to leave the exit status for a parent behind a launcher that does not pass it on."""
 
 
 class UserError(Exception):
@@ -28,4 +32,6 @@ def reported() -> Iterator[None]:
 def _exit(message: str) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)
+        if EXIT_STATUS_FILE in os.environ:
+            Path(os.environ[EXIT_STATUS_FILE]).write_text("2")
     raise SystemExit(2)

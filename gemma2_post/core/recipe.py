@@ -19,7 +19,7 @@ from gemma2_post.core.errors import UserError
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice and reads 2e-5 as a number (YAML 1.1 takes it for a string)."""
+    """Safe YAML that refuses a key given twice, and reads `2e-5` as a number and `no` as text, as YAML 1.2 does."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         lines: dict[str, int] = {}
@@ -33,6 +33,11 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.IGNORECASE), list("tTfF"))
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
@@ -44,12 +49,20 @@ def load_yaml(path: str | Path) -> dict[str, object]:
         raise UserError(f"{path}: there is no such recipe; `ls recipes/*/` shows those that come with the project")
     with open(path, encoding="utf-8") as file:
         try:
-            values = yaml.load(file, _StrictLoader)  # noqa: S506 - a SafeLoader
+            values = yaml.load(file, _StrictLoader)
         except yaml.YAMLError as error:
             raise UserError(f"{path}: this is not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
     return values
+
+
+def parse_value(text: str) -> object:
+    """A value from the command line, read as YAML."""
+    try:
+        return yaml.load(text, _StrictLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"command line: {text!r} is not valid YAML ({' '.join(str(error).split())})") from error
 
 
 def read(arguments: Sequence[str]) -> tuple[str, dict[str, object]]:
@@ -69,7 +82,7 @@ def read(arguments: Sequence[str]) -> tuple[str, dict[str, object]]:
         if key == "config":
             config = text
         else:
-            values[key] = yaml.load(text, _StrictLoader)  # noqa: S506 - a SafeLoader
+            values[key] = parse_value(text)
     if config is None:
         raise UserError("command line: --config is missing; write --config recipes/tiny/sft.yaml, for example")
     return config, load_yaml(config) | values
@@ -145,6 +158,8 @@ def _describe(hint: object) -> str:
         return " or ".join(_describe(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return "one of " + ", ".join(str(member.value) for member in hint)
     if typing.get_origin(hint) is list:
         return f"a list, each item {_describe(typing.get_args(hint)[0])}"
     if dataclasses.is_dataclass(hint):

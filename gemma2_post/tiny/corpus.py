@@ -47,8 +47,8 @@ def _statement(random: Random) -> str:
     return f"{told} So {asked} likes {likes[asked]}."
 
 
-def documents(random: Random) -> Iterator[str]:
-    """Endless documents of 12 to 20 passages."""
+def documents(random: Random, fewest_passages: int = 12, most_passages: int = 20) -> Iterator[str]:
+    """Endless documents, each of so many passages."""
     while True:
-        num_passages = random.randint(12, 20)
+        num_passages = random.randint(fewest_passages, most_passages)
         yield "\n".join((_transcript if random.random() < 0.7 else _statement)(random) for _ in range(num_passages))

@@ -26,17 +26,19 @@ SHAPES = {
     "base": {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2},
     "teacher": {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 4},
 }
+PASSAGES = {"base": (100, 140), "teacher": (12, 20)}
+"""Passages per document. Long ones, so that the base model does not end what it continues: ending is SFT's to teach."""
 
 
 class PackedDocuments(IterableDataset):
     """Rows of `ROW_TOKENS` ids out of an endless stream of `<bos>document<eos>`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int):
-        self.tokenizer, self.seed = tokenizer, seed
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, passages: tuple[int, int], seed: int):
+        self.tokenizer, self.passages, self.seed = tokenizer, passages, seed
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
         ids: list[int] = []
-        for document in documents(Random(self.seed)):
+        for document in documents(Random(self.seed), *self.passages):
             ids += [*self.tokenizer(document)["input_ids"], self.tokenizer.eos_token_id]
             while len(ids) >= ROW_TOKENS:
                 row, ids = ids[:ROW_TOKENS], ids[ROW_TOKENS:]
@@ -74,7 +76,7 @@ def pretrain(name: str, output_dir: Path, max_steps: int, learning_rate: float, 
     absent = torch.tensor([id for id in range(108) if id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)])
     model.get_input_embeddings().weight.register_hook(lambda gradient: gradient.index_fill(0, absent, 0.0))
 
-    held_out = list(islice(PackedDocuments(tokenizer, seed=seed + 1_000_000), 256))
+    held_out = list(islice(PackedDocuments(tokenizer, PASSAGES[name], seed + 1_000_000), 256))
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -98,7 +100,7 @@ def pretrain(name: str, output_dir: Path, max_steps: int, learning_rate: float, 
             disable_tqdm=True,
             seed=seed,
         ),
-        train_dataset=PackedDocuments(tokenizer, seed),
+        train_dataset=PackedDocuments(tokenizer, PASSAGES[name], seed),
         eval_dataset=held_out,
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir))

@@ -1,0 +1,33 @@
+# make help lists the targets. RECIPE is a folder of recipes/; ARGS goes to the command behind the target.
+RECIPE ?= tiny
+ARGS ?=
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help setup test lint sft chat
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+
+setup: $(INSTALLED) ## make .venv with everything in it (the other targets do it themselves, once)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+test: $(INSTALLED) ## run the tests
+	$(BIN)/pytest $(ARGS)
+
+lint: $(INSTALLED) ## check format and style
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+sft: $(INSTALLED) ## supervised fine-tuning: recipes/$(RECIPE) to runs/$(RECIPE)/sft
+	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until sft $(ARGS)
+
+chat: $(INSTALLED) ## talk to the model that sft made
+	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until sft
+	@$(BIN)/gemma2-post chat runs/$(RECIPE)/sft $(ARGS)

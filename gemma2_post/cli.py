@@ -1,0 +1,52 @@
+"""The `gemma2-post` command. It imports what a subcommand needs when that is called, so that --help is quick."""
+
+import argparse
+from pathlib import Path
+
+from gemma2_post.core.errors import UserError, reported
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="gemma2-post", description="Post-training of Gemma 2, end to end.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    run_parser = commands.add_parser("run", help="run a pipeline recipe; what is up to date is skipped", allow_abbrev=False)
+    run_parser.add_argument("pipeline", type=Path, help="for example recipes/tiny/pipeline.yaml")
+    run_parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    run_parser.add_argument("--set", metavar="STAGE.KEY=VALUE", action="append", default=[], help="override a recipe's key")
+
+    chat_parser = commands.add_parser("chat", help="talk to a model", allow_abbrev=False)
+    chat_parser.add_argument("directory", help="the output of a stage, or any Gemma 2 chat model")
+    chat_parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit")
+    chat_parser.add_argument("--load", choices=["4bit", "8bit"], help="quantise the weights")
+    chat_parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): the most likely answer")
+    chat_parser.add_argument("--max_new_tokens", type=int, default=512)
+
+    arguments = parser.parse_args()
+    with reported():
+        if arguments.command == "run":
+            from gemma2_post.pipeline.run import run
+
+            run(arguments.pipeline, arguments.until, parse_overrides(arguments.set))
+        else:
+            from gemma2_post.chat import chat
+
+            chat(arguments.directory, arguments.prompt, arguments.load, arguments.temperature, arguments.max_new_tokens)
+
+
+def parse_overrides(settings: list[str]) -> dict[str, dict[str, object]]:
+    """`["sft.learning_rate=1e-4"]` becomes `{"sft": {"learning_rate": 0.0001}}`."""
+    from gemma2_post.core.recipe import parse_value
+
+    overrides: dict[str, dict[str, object]] = {}
+    for setting in settings:
+        target, equals, value = setting.partition("=")
+        stage, dot, key = target.partition(".")
+        if not (equals and dot and stage and key):
+            raise UserError(f"--set {setting}: expected STAGE.KEY=VALUE, for example sft.learning_rate=1e-4")
+        overrides.setdefault(stage, {})[key] = parse_value(value)
+    return overrides
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Runs the stages of a pipeline recipe, each as its own `accelerate launch`; skips those that are up to date.
+
+Nothing here imports torch: with everything up to date the answer comes at once.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma2_post.core import contract, recipe
+from gemma2_post.core.errors import EXIT_STATUS_FILE, UserError
+
+
+@dataclass
+class StageEntry:
+    recipe: str
+    """A file beside the pipeline recipe."""
+    launch: str | None = None
+    """Its accelerate config; without it, the pipeline's."""
+
+
+@dataclass
+class Pipeline:
+    run_dir: str
+    launch: str
+    stages: dict[str, dict]
+
+
+def load_pipeline(path: Path) -> tuple[Pipeline, dict[str, StageEntry]]:
+    (pipeline,) = recipe.build(str(path), recipe.load_yaml(path), [Pipeline], {})
+    entries = {name: recipe.build(f"{path}: {name}", entry, [StageEntry], {})[0] for name, entry in pipeline.stages.items()}
+    return pipeline, entries
+
+
+def run(path: Path, until: str | None, overrides: dict[str, dict[str, object]]) -> None:
+    """Runs the stages in order, up to and including `until`.
+
+    Args:
+        overrides: stage name to recipe keys that take the place of the recipe's.
+    """
+    pipeline, entries = load_pipeline(path)
+    for name in [*([until] if until else []), *overrides]:
+        if name not in entries:
+            raise UserError(f"{path}: there is no stage {name}; it has {', '.join(entries)}")
+    for name, entry in entries.items():
+        _run_stage(name, path.parent / entry.recipe, entry.launch or pipeline.launch, Path(pipeline.run_dir), overrides.get(name, {}))
+        if name == until:
+            break
+
+
+def _run_stage(name: str, config: Path, launch: str, run_dir: Path, overrides: dict[str, object]) -> None:
+    output_dir = run_dir / name
+    overrides = overrides | {"output_dir": str(output_dir)}
+    wanted = contract.fingerprint(name, recipe.load_yaml(config) | overrides)
+    if contract.is_done(output_dir, wanted):
+        print(f"{name}: up to date ({output_dir})")
+        return
+    if not Path(launch).is_file():
+        raise UserError(f"{config}: there is no accelerate config {launch}; run from the project's folder, or set launch")
+    previous = output_dir.with_name(f"{name}.previous")
+    changes = contract.what_changed(output_dir, wanted)
+    if changes:
+        print(f"{name}: runs again, because {'; '.join(changes)}", flush=True)
+        shutil.rmtree(previous, ignore_errors=True)
+        output_dir.rename(previous)
+    _launch(name, config, launch, overrides)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _launch(name: str, config: Path, launch: str, overrides: dict[str, object]) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", launch]
+    command += ["-m", f"gemma2_post.{name}", "--config", str(config)]
+    command += [f"--{key}={json.dumps(value)}" for key, value in overrides.items()]  # JSON is YAML
+    with tempfile.TemporaryDirectory() as directory:
+        # accelerate makes 1 of every exit status of the stage.
+        status_file = Path(directory) / "status"
+        finished = subprocess.run(command, env=os.environ | {EXIT_STATUS_FILE: str(status_file)})
+        if finished.returncode:
+            raise SystemExit(int(status_file.read_text()) if status_file.is_file() else 1)
