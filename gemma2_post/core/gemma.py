@@ -273,10 +273,10 @@ def save_model(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], outp
     if empty:
         raise RuntimeError(f"{empty[0]} is empty: the shards of the model were not gathered")
     model.generation_config = generation_config()
-    model.config.use_cache = True
-    model.config.dtype = dtype
-    model.config.eos_token_id, model.config.bos_token_id, model.config.pad_token_id = EOS, BOS, PAD
     model.save_pretrained(output_dir, state_dict={name: tensor.to(dtype) for name, tensor in state_dict.items()})
+    config = model.config  # rewritten, because save_pretrained notes the type of the model, not of the tensors
+    config.update({"use_cache": True, "dtype": dtype, "eos_token_id": EOS, "bos_token_id": BOS, "pad_token_id": PAD})
+    config.save_pretrained(output_dir)
 
 
 def merge_adapter(adapter_dir: Path, model_args: ModelConfig) -> PreTrainedModel:

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -42,6 +42,7 @@ class Stage:
     where: str
     output_dir: Path
     fingerprint: dict
+    began: float = field(default_factory=time.monotonic)
 
 
 # --- before: from the command line to the stage's dataclasses ---
@@ -149,7 +150,6 @@ def run(
     Args:
         measure: the stage's numbers; called on every process before the first and after the last step.
     """
-    began = time.monotonic()
     check_disk(stage, sum(p.numel() for p in trainer.model.parameters()) * getattr(torch, stage_args.save_dtype).itemsize)
     if not trainer.is_deepspeed_enabled:
         keep_adapter_in_fp32(trainer.model)
@@ -185,10 +185,10 @@ def run(
             "tokenizer_digest": contract.digest_of(json.dumps(sorted(tokenizer.get_vocab().items()))),
             "template_digest": contract.digest_of(tokenizer.chat_template),
             "num_processes": trainer.accelerator.num_processes,
-            "resolved": asdict(stage_args),
         }
-        contract.finish(stage.output_dir, stage.name, stage.fingerprint, time.monotonic() - began, facts, metrics)
-        print(f"{stage.output_dir}: done in {time.monotonic() - began:.0f} s")
+        wall_seconds = time.monotonic() - stage.began
+        contract.finish(stage.output_dir, stage.name, stage.fingerprint, wall_seconds, facts, metrics)
+        print(f"{stage.output_dir}: done in {wall_seconds:.0f} s")
     trainer.end()
 
 

@@ -1,0 +1,100 @@
+"""Every mistake of a user: one sentence that says where, what was found and what to do; exit status 2; nothing touched."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gemma2_post import sft
+from gemma2_post.core.training import launch
+from tests.conftest import SFT_CLASSES
+
+Recipe = dict[str, object]
+USER, MODEL = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+
+
+def with_rows(rows: list[dict] | str) -> Callable[[Recipe, Path], Recipe]:
+    def change(recipe: Recipe, folder: Path) -> Recipe:
+        text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "bad.jsonl").write_text(text)
+        return recipe | {"datasets": [{"path": str(folder / "bad.jsonl")}]}
+
+    return change
+
+
+def with_values(**values: object) -> Callable[[Recipe, Path], Recipe]:
+    return lambda recipe, _: recipe | values
+
+
+def with_model(change_model: Callable[[Path], None]) -> Callable[[Recipe, Path], Recipe]:
+    def change(recipe: Recipe, folder: Path) -> Recipe:
+        broken = shutil.copytree(recipe["model_name_or_path"], folder / "broken")
+        change_model(broken)
+        return recipe | {"model_name_or_path": str(broken)}
+
+    return change
+
+
+def make_adapter(directory: Path) -> None:
+    (directory / "config.json").unlink()
+    (directory / "adapter_config.json").write_text("{}")
+
+
+def shrink_vocabulary(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": 1000}))
+
+
+BAD = {
+    "unknown key": (with_values(learning_rte=1e-3), "unknown key learning_rte (value 0.001); did you mean learning_rate?"),
+    "wrong type": (with_values(max_steps=2.5), "max_steps is 2.5 (float); write a whole number"),
+    "unknown file": (with_values(datasets=[{"path": "nowhere.jsonl"}]), "nowhere.jsonl: there is no such file"),
+    "unsupported columns": (with_rows([{"question": "a", "reply": "b"}]), "the columns question, reply are of no known format"),
+    "empty data": (with_rows(""), "bad.jsonl: the file is empty"),
+    "roles out of order": (
+        with_rows([{"messages": [USER, MODEL]}, {"messages": [MODEL, USER]}]),
+        "row 1: turn 0 is by assistant, expected user",
+    ),
+    "list content": (
+        with_rows([{"messages": [USER, MODEL | {"content": [{"type": "text", "text": "Hello"}]}]}]),
+        "row 0: the content of turn 1 is list, not text",
+    ),
+    "control tokens": (
+        with_rows([{"messages": [USER, MODEL | {"content": "Hello<end_of_turn>"}]}]),
+        "row 0: turn 1 holds the control token <end_of_turn>",
+    ),
+    "all rows too long": (with_values(max_length=3), "all 32 rows are longer than max_length 3 tokens; raise max_length"),
+    "fp16": (with_values(fp16=True), "fp16 must not be set: Gemma 2 overflows in fp16"),
+    "sdpa": (with_values(attn_implementation="sdpa"), "attn_implementation is sdpa, which cannot apply"),
+    "adapter as model": (with_model(make_adapter), "is an adapter, not a model"),
+    "no tokenizer": (with_model(lambda directory: (directory / "tokenizer.json").unlink()), "has no tokenizer.json"),
+    "vocabulary mismatch": (with_model(shrink_vocabulary), "has 1024 tokens and the model 1000"),
+    "4-bit full fine-tuning": (with_values(load_in_4bit=True), "load_in_4bit is for adapters"),
+    "batch": (with_values(global_batch_size=12), "global_batch_size 12 does not divide by per_device_train_batch_size 8 x 1"),
+    "packing": (with_values(packing=True), "packing with eager attention needs memory"),
+    "grader": (with_values(graders=["gemma2_post.tiny.gold:silver"]), "gemma2_post.tiny.gold:silver: there is no such function"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD.keys())
+def test_a_mistake_is_one_sentence_with_status_2_and_touches_nothing(
+    change: Callable[[Recipe, Path], Recipe],
+    message: str,
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(change(recipe, tmp_path)))
+    monkeypatch.setattr(sys, "argv", ["sft", "--config", str(file)])
+    with pytest.raises(SystemExit) as stopped:
+        launch("sft", sft.main, SFT_CLASSES, sft.REFUSED_KEYS, None)
+    assert stopped.value.code == 2
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in sentence and str(file) in sentence
+    assert not Path(recipe["output_dir"]).exists()

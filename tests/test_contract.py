@@ -1,0 +1,106 @@
+"""The stage contract: what counts as the same run, and that nothing half-written counts as done."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gemma2_post.core import contract
+from gemma2_post.core.errors import UserError, reported
+from gemma2_post.core.training import Stage, check_disk
+
+RECIPE = {"learning_rate": 1e-3, "output_dir": "a", "logging_steps": 1}
+
+
+def test_output_folder_and_logging_do_not_change_the_fingerprint_and_the_rest_does() -> None:
+    same = contract.fingerprint("sft", RECIPE | {"output_dir": "b", "logging_steps": 5})
+    assert same == contract.fingerprint("sft", RECIPE)
+    other = contract.fingerprint("sft", RECIPE | {"learning_rate": 2e-3})
+    assert contract.differences(same, other) == ["learning_rate 0.001 -> 0.002"]
+
+
+def test_the_content_of_inputs_counts_and_not_their_name(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    first.write_text("{}\n")
+    second.write_text("{}\n")
+    digests = [contract.fingerprint("sft", {"datasets": [{"path": str(path)}]})["inputs"][str(path)] for path in (first, first)]
+    second.write_text("{ }\n")
+    changed = contract.fingerprint("sft", {"datasets": [{"path": str(second)}]})["inputs"][str(second)]
+    assert digests[0] == digests[1] != changed
+
+
+def test_a_function_counts_with_its_whole_package() -> None:
+    inputs = contract.fingerprint("sft", {"datasets": [{"path": "gemma2_post.tiny.data:demonstrations"}]})["inputs"]
+    expected = contract._digest(sorted(Path("gemma2_post/tiny").glob("*.py")))
+    assert inputs == {"gemma2_post.tiny.data:demonstrations": expected}
+
+
+def test_a_finished_stage_hands_its_recorded_hash_to_the_next(tmp_path: Path) -> None:
+    wanted = contract.fingerprint("sft", RECIPE)
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    assert not contract.is_done(tmp_path, wanted)
+    contract.begin(tmp_path, wanted)
+    contract.finish(tmp_path, "sft", wanted, 1.0, {"dtype": "float32"}, {"held_out_nll": 1.0})
+    assert contract.is_done(tmp_path, wanted) and not (tmp_path / contract.BEGUN).exists()
+    recorded = json.loads((tmp_path / "stage.json").read_text())["output"]
+    assert contract.fingerprint("sft", {"model_name_or_path": str(tmp_path)})["inputs"] == {str(tmp_path): recorded}
+
+
+def test_a_claim_without_a_checkpoint_holds_nothing_back_and_foreign_files_do(tmp_path: Path) -> None:
+    wanted = contract.fingerprint("sft", RECIPE)
+    contract.begin(tmp_path / "claimed", contract.fingerprint("sft", {"learning_rate": 5}))
+    assert contract.what_changed(tmp_path / "claimed", wanted) == []
+    (tmp_path / "thesis.docx").write_text("do not touch")
+    assert contract.what_changed(tmp_path, wanted) == ["it holds files of unknown origin"]
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
+    contract.write_json(tmp_path / "stage.json", {"a": 1})
+    with pytest.raises(TypeError):
+        contract.write_json(tmp_path / "stage.json", {"a": object()})
+    assert json.loads((tmp_path / "stage.json").read_text()) == {"a": 1}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_sentence_and_exit_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped, reported(), open("/dev/full", "w") as full:
+        full.write("x" * 100_000)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: no space left on the device")
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    with pytest.raises(OSError, match="denied"), reported():
+        raise OSError(errno.EACCES, "denied")
+
+
+def test_too_little_room_is_refused_before_training(tmp_path: Path) -> None:
+    stage = Stage("sft", "sft.yaml", tmp_path / "not" / "there", {})
+    with pytest.raises(UserError, match=r"no space left on the device for the output \(.* GB free, about 2000000\.0 GB needed"):
+        check_disk(stage, 10**15)
+
+
+def test_up_to_date_and_help_need_no_torch(tmp_path: Path) -> None:
+    """A finished stage is recognised by a process in which torch cannot be imported."""
+    recipe = tmp_path / "sft.yaml"
+    recipe.write_text("learning_rate: 1e-3\n")
+    launch = tmp_path / "cpu.yaml"
+    launch.write_text("num_processes: 1\n")
+    pipeline = tmp_path / "pipeline.yaml"
+    pipeline.write_text(f"run_dir: {tmp_path}/run\nlaunch: {launch}\nstages:\n  sft: {{recipe: sft.yaml}}\n")
+    output = tmp_path / "run" / "sft"
+    wanted = contract.fingerprint("sft", {"learning_rate": 1e-3})
+    contract.begin(output, wanted)
+    contract.finish(output, "sft", wanted, 1.0, {}, {})
+    (tmp_path / "torch.py").write_text("raise ImportError('torch must not be imported')\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path.cwd()}"}
+    for arguments in (["--help"], ["run", str(pipeline), "--until", "sft"]):
+        finished = subprocess.run(
+            [sys.executable, "-m", "gemma2_post.cli", *arguments], capture_output=True, text=True, env=environment
+        )
+        assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == f"sft: up to date ({output})\n"

@@ -1,0 +1,197 @@
+"""The Gemma 2 facts: the chat format token by token, the tokenizer's ids, the soft-caps, how models load."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from trl import ModelConfig, SFTConfig
+
+from gemma2_post.core import gemma
+from gemma2_post.core.errors import UserError
+
+SINGLE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Sure! "}]
+MULTI = [
+    *SINGLE,
+    {"role": "user", "content": "What is 3 plus 5?"},
+    {"role": "assistant", "content": "It is 8."},
+]
+
+
+@pytest.fixture(params=["tiny", "stand-in"])
+def any_tokenizer(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    if request.param == "tiny":
+        return tokenizer
+    directory = request.getfixturevalue("real_data") / "tokenizer" / "standin-gemma2"
+    config = gemma.Gemma2Config(vocab_size=2048)
+    return gemma.load_tokenizer("test", str(directory), config)
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_single_turn_is_rendered_and_masked_token_by_token(any_tokenizer: PreTrainedTokenizerBase) -> None:
+    user, sure = pieces(any_tokenizer, "user\nHi"), pieces(any_tokenizer, "Sure!")
+    (newline,), model = pieces(any_tokenizer, "\n"), pieces(any_tokenizer, "model\n")
+    rendered = gemma.render(any_tokenizer, SINGLE)
+    prompt = [2, 106, *user, 107, newline, 106, *model]
+    assert rendered["input_ids"] == [*prompt, *sure, 107, 1]
+    assert rendered["labels"] == [-100] * len(prompt) + [*sure, 107, 1]
+
+
+def test_every_turn_of_the_model_has_loss_and_only_the_last_one_ends_with_eos(any_tokenizer: PreTrainedTokenizerBase) -> None:
+    first = gemma.render(any_tokenizer, SINGLE)
+    rendered = gemma.render(any_tokenizer, MULTI)
+    length = len(first["input_ids"]) - 1  # the first turn without its <eos>
+    assert rendered["input_ids"][:length] == first["input_ids"][:-1]
+    assert rendered["labels"][:length] == first["labels"][:-1]
+    (newline,), model = pieces(any_tokenizer, "\n"), pieces(any_tokenizer, "model\n")
+    question, answer = pieces(any_tokenizer, "user\nWhat is 3 plus 5?"), pieces(any_tokenizer, "It is 8.")
+    between = [newline, 106, *question, 107, newline, 106, *model]
+    assert rendered["input_ids"][length:] == [*between, *answer, 107, 1]
+    assert rendered["labels"][length:] == [-100] * len(between) + [*answer, 107, 1]
+    assert rendered["input_ids"].count(2) == 1 and rendered["input_ids"].count(1) == 1
+
+
+def test_training_text_begins_with_the_prompt_of_inference(any_tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt = any_tokenizer.apply_chat_template(MULTI[:-1], add_generation_prompt=True)["input_ids"]
+    assert gemma.render(any_tokenizer, MULTI)["input_ids"][: len(prompt)] == prompt
+
+
+def test_the_cropped_gemma_tokenizer_renders_its_golden_ids(real_data: Path) -> None:
+    """The real normaliser and the real template, on a cropped vocabulary."""
+    folder = real_data / "tokenizer" / "standin-gemma2"
+    golden = json.loads((folder / "gemma_golden_ids.json").read_text())
+    cropped = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer_gemma_cropped.json"), bos_token="<bos>")
+    assert json.loads((folder / "tokenizer_config_gemma.json").read_text())["chat_template"] == gemma.gemma_chat_template
+    chat = golden["cropped_chat"]
+    rendered = cropped.apply_chat_template(
+        chat["messages"], chat_template=gemma.gemma_chat_template, add_generation_prompt=True
+    )
+    assert rendered["input_ids"][: len(chat["ids_prefix"])] == chat["ids_prefix"]
+
+
+def test_the_stand_in_tokenizer_gives_the_published_ids_of_gemma(real_data: Path) -> None:
+    """Those of the golden vectors whose ids are all below 473, where the stand-in is Gemma's own vocabulary."""
+    folder = real_data / "tokenizer" / "standin-gemma2"
+    standin = gemma.load_tokenizer("test", str(folder), gemma.Gemma2Config(vocab_size=2048))
+    vectors = json.loads((folder / "gemma_golden_ids.json").read_text())["encode"]
+    vectors = [vector for vector in vectors if max(vector["ids"]) < 473]
+    assert len(vectors) == 4
+    for vector in vectors:
+        assert standin(vector["text"], add_special_tokens=vector["add_bos"])["input_ids"] == vector["ids"]
+
+
+def test_a_tokenizer_without_its_file_is_refused_before_transformers_makes_one_up(model_dir: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(model_dir, tmp_path / "broken")
+    (broken / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
+        gemma.load_tokenizer("here", str(broken), gemma.load_config("here", str(broken)))
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has 1024 tokens and the model 2048"):
+        gemma.load_tokenizer("here", str(model_dir), gemma.Gemma2Config(vocab_size=2048))
+    moved = shutil.copytree(model_dir, tmp_path / "moved")
+    text = (moved / "tokenizer.json").read_text()
+    for old, new in (("<end_of_turn>", "<swap>"), ("<unused7>", "<end_of_turn>"), ("<swap>", "<unused7>")):
+        text = text.replace(f'"{old}"', f'"{new}"')
+    (moved / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError, match="<end_of_turn> at id 11, not 107"):
+        gemma.load_tokenizer("here", str(moved), gemma.load_config("here", str(moved)))
+
+
+def test_an_adapter_another_architecture_and_an_unknown_model_are_refused(model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="is an adapter, not a model"):
+        gemma.load_config("here", str(tmp_path))
+    other = shutil.copytree(model_dir, tmp_path / "other")
+    (other / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="is a llama model"):
+        gemma.load_config("here", str(other))
+    with pytest.raises(UserError, match="accept its licence at https://huggingface.co/google/gemma-2-2b"):
+        gemma.load_config("here", "google/gemma-2-2b")
+
+
+def test_the_attention_soft_cap_is_real(model_dir: Path) -> None:
+    """With large scores, eager attention without the cap gives other logits, and flex_attention with it the same ones."""
+    ids = torch.arange(110, 140)[None]
+
+    def logits(cap: float | None, implementation: str) -> torch.Tensor:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=torch.float32, attn_implementation=implementation, attn_logit_softcapping=cap
+        )
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.self_attn.q_proj.weight *= 8
+            return model(ids).logits
+
+    capped = logits(50.0, "eager")
+    assert (capped - logits(None, "eager")).abs().max() > 0.01
+    torch.testing.assert_close(logits(50.0, "flex_attention"), capped, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_of_a_4bit_model_survive_an_evaluation_forward(model_dir: Path) -> None:
+    """On a CPU with AVX512-BF16, bitsandbytes repacks weights in evaluation mode, and gradients are wrong from then on."""
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir,
+        dtype=torch.bfloat16,
+        attn_implementation="eager",
+        device_map="cpu",
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    )
+    gemma.disable_cpu_repacking(model)
+    embedded = model.get_input_embeddings()(torch.arange(110, 140)[None]).detach().requires_grad_()
+
+    def gradient() -> torch.Tensor:
+        model.train()
+        return torch.autograd.grad(model(inputs_embeds=embedded).logits.float().pow(2).sum(), embedded)[0]
+
+    before = gradient()
+    with torch.no_grad():
+        model.eval()(inputs_embeds=embedded)
+    assert torch.equal(gradient(), before)
+
+
+REFUSALS = {
+    "sdpa": ({"attn_implementation": "sdpa"}, {}, "cannot apply Gemma 2's attention soft-cap"),
+    "fp16 weights": ({"dtype": "float16"}, {}, "write bfloat16 or float32"),
+    "4-bit full fine-tuning": ({"load_in_4bit": True, "dtype": "bfloat16"}, {}, "load_in_4bit is for adapters"),
+    "fp32 with a 4-bit base": ({"load_in_4bit": True, "use_peft": True}, {}, "dtype is float32 with a quantised base"),
+    "pure bf16": ({"dtype": "bfloat16"}, {}, "small updates are rounded away"),
+    "adapting the head": ({"use_peft": True, "lora_target_modules": ["q_proj", "lm_head"]}, {}, "lm_head cannot be adapted"),
+    "flash attention that is not there": ({"attn_implementation": "flash_attention_2"}, {}, "flash-attn package"),
+}
+
+
+@pytest.mark.parametrize(("model", "training", "message"), REFUSALS.values(), ids=REFUSALS.keys())
+def test_combinations_that_cannot_work_are_refused_with_the_remedy(model: dict, training: dict, message: str, tmp_path: Path) -> None:
+    model_args = ModelConfig(model_name_or_path="google/gemma-2-2b", **model)
+    training_args = SFTConfig(str(tmp_path), use_cpu=True, **training)
+    with pytest.raises(UserError, match=message):
+        gemma.check_arguments("sft.yaml", model_args, training_args)
+
+
+def test_lora_is_on_q_k_v_o_unless_the_recipe_names_others(tmp_path: Path) -> None:
+    model_args = ModelConfig(model_name_or_path="google/gemma-2-2b", use_peft=True, dtype="bfloat16", load_in_4bit=True)
+    gemma.check_arguments("sft.yaml", model_args, SFTConfig(str(tmp_path), use_cpu=True))
+    assert gemma.lora_config(model_args).target_modules == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert model_args.attn_implementation == "eager"
+
+
+def test_a_head_that_training_untied_is_not_saved_in_silence(model_dir: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    state_dict = dict(model.state_dict())
+    state_dict["lm_head.weight"] = state_dict["lm_head.weight"] + 1
+    with pytest.raises(RuntimeError, match="lm_head and embed_tokens differ"):
+        gemma.save_model(model, state_dict, tmp_path, torch.float32)
+
+
+def test_what_is_saved_tokenizes_and_renders_as_before(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.get_vocab() == tokenizer.get_vocab() and again.chat_template == tokenizer.chat_template
+    assert again("Anna, what is 12?")["input_ids"] == tokenizer("Anna, what is 12?")["input_ids"]

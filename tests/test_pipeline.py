@@ -1,0 +1,72 @@
+"""`gemma2-post run` as a user runs it: a stage is made once, made again when its recipe changes, and mistakes are status 2."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gemma2_post.pipeline.run import load_pipeline
+
+
+def gemma2_post(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gemma2_post.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_run_makes_a_stage_once_again_when_its_recipe_changes_and_chat_talks_to_it(
+    recipe: dict[str, object], tmp_path: Path
+) -> None:
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(recipe))
+    pipeline = tmp_path / "pipeline.yaml"
+    pipeline.write_text(
+        yaml.safe_dump(
+            {"run_dir": str(tmp_path / "run"), "launch": "accelerate_configs/cpu.yaml", "stages": {"sft": {"recipe": "sft.yaml"}}}
+        )
+    )
+    output = tmp_path / "run" / "sft"
+    assert "error: " not in (first := gemma2_post("run", str(pipeline))).stderr and first.returncode == 0, first.stderr
+    weights = (output / "model.safetensors").read_bytes()
+
+    assert gemma2_post("run", str(pipeline)).stdout == f"sft: up to date ({output})\n"
+
+    bad = gemma2_post("run", str(pipeline), "--set", "sft.learning_rate=fast")
+    assert bad.returncode == 2
+    assert "learning_rate is 'fast' (str); write a number" in bad.stderr
+    assert (output / "model.safetensors").read_bytes() == weights
+
+    again = gemma2_post("run", str(pipeline), "--set", "sft.learning_rate=2e-3")
+    assert again.returncode == 0 and "sft: runs again, because learning_rate 0.001 -> 0.002" in again.stdout
+    assert (output / "model.safetensors").read_bytes() != weights
+    assert not output.with_name("sft.previous").exists()
+
+    answer = gemma2_post("chat", str(output), "--prompt", "What is 3 plus 5?", "--max_new_tokens", "3")
+    assert answer.returncode == 0 and answer.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "nowhere.yaml"), "nowhere.yaml: there is no such recipe"),
+        (("run", "recipes/tiny/pipeline.yaml", "--until", "rlfh"), "there is no stage rlfh; it has sft"),
+        (("run", "recipes/tiny/pipeline.yaml", "--set", "sft=1"), "expected STAGE.KEY=VALUE"),
+        (("chat", "nowhere"), "cannot get nowhere"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_sentence(arguments: tuple[str, ...], message: str) -> None:
+    finished = gemma2_post(*arguments)
+    assert finished.returncode == 2
+    assert message in next(line for line in finished.stderr.splitlines() if line.startswith("error: "))
+
+
+def test_every_shipped_pipeline_names_recipes_and_launchers_that_exist() -> None:
+    files = sorted(Path("recipes").glob("*/pipeline.yaml"))
+    assert [file.parent.name for file in files] == ["gemma-2-27b", "gemma-2-2b", "gemma-2-9b", "tiny"]
+    for file in files:
+        pipeline, entries = load_pipeline(file)
+        assert pipeline.run_dir == f"runs/{file.parent.name}"
+        for name, entry in entries.items():
+            assert (file.parent / entry.recipe).is_file() and Path(f"gemma2_post/{name}.py").is_file()
+            assert Path(entry.launch or pipeline.launch).is_file()
