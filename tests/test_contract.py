@@ -55,7 +55,8 @@ def test_a_claim_without_a_checkpoint_holds_nothing_back_and_foreign_files_do(tm
     contract.begin(tmp_path / "claimed", contract.fingerprint("sft", {"learning_rate": 5}))
     assert contract.what_changed(tmp_path / "claimed", wanted) == []
     (tmp_path / "thesis.docx").write_text("do not touch")
-    assert contract.what_changed(tmp_path, wanted) == ["it holds files of unknown origin"]
+    with pytest.raises(UserError, match="holds files that no stage has made"):
+        contract.what_changed(tmp_path, wanted)
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:

@@ -16,9 +16,7 @@ def gemma2_post(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def test_run_makes_a_stage_once_again_when_its_recipe_changes_and_chat_talks_to_it(
-    recipe: dict[str, object], tmp_path: Path
-) -> None:
+def test_run_makes_a_stage_once_and_again_when_its_recipe_changes(recipe: dict[str, object], tmp_path: Path) -> None:
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(recipe))
     pipeline = tmp_path / "pipeline.yaml"
     pipeline.write_text(
@@ -42,8 +40,19 @@ def test_run_makes_a_stage_once_again_when_its_recipe_changes_and_chat_talks_to_
     assert (output / "model.safetensors").read_bytes() != weights
     assert not output.with_name("sft.previous").exists()
 
-    answer = gemma2_post("chat", str(output), "--prompt", "What is 3 plus 5?", "--max_new_tokens", "3")
-    assert answer.returncode == 0 and answer.stdout.strip()
+
+@pytest.mark.parametrize("load", [[], ["--load", "8bit"]], ids=["fp32", "8bit"])
+def test_chat_answers_a_prompt(load: list[str]) -> None:
+    answer = gemma2_post("chat", "gemma2_post/tiny/models/teacher", "--prompt", "What is 3 plus 5?", *load)
+    assert answer.returncode == 0 and "8" in answer.stdout
+
+
+def test_chat_remembers_the_conversation_and_ends_with_the_input() -> None:
+    lines = "My name is Anna.\nWhat is my name?\n\nWhat is the capital of Japan?\n"
+    command = [sys.executable, "-m", "gemma2_post.cli", "chat", "gemma2_post/tiny/models/teacher"]
+    finished = subprocess.run(command, input=lines, capture_output=True, text=True)
+    assert finished.returncode == 0
+    assert finished.stdout.count("Anna") == 2 and "(new conversation)" in finished.stdout and "Tokyo" in finished.stdout
 
 
 @pytest.mark.parametrize(

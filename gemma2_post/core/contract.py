@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+from gemma2_post.core.errors import UserError
+
 DONE = "stage.json"
 BEGUN = "begun.json"
 _PACKAGE = Path(__file__).parents[1]
@@ -114,14 +116,18 @@ def is_done(output_dir: Path, wanted: dict) -> bool:
 
 
 def what_changed(output_dir: Path, wanted: dict) -> list[str]:
-    """What in the directory comes from another run than `wanted`, in words; empty if it may be used."""
+    """How the run in the directory differs from `wanted`, in words; empty if it may be used.
+
+    Raises:
+        UserError: the directory holds what no stage has made.
+    """
     found = read_json(output_dir / DONE)
     if found is None and any(output_dir.glob("checkpoint-*")):
         found = read_json(output_dir / BEGUN)
     if found is not None:
         return differences(found["fingerprint"], json.loads(json.dumps(wanted)))
     if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / BEGUN).is_file():
-        return ["it holds files of unknown origin"]
+        raise UserError(f"output_dir {output_dir}: holds files that no stage has made; choose another output_dir")
     return []
 
 

@@ -62,17 +62,26 @@ def _run_stage(name: str, config: Path, launch: str, run_dir: Path, overrides: d
         return
     if not Path(launch).is_file():
         raise UserError(f"{config}: there is no accelerate config {launch}; run from the project's folder, or set launch")
+    # What was made before is set aside until its replacement is done; a failure that made nothing puts it back.
     previous = output_dir.with_name(f"{name}.previous")
     changes = contract.what_changed(output_dir, wanted)
     if changes:
         print(f"{name}: runs again, because {'; '.join(changes)}", flush=True)
-        shutil.rmtree(previous, ignore_errors=True)
-        output_dir.rename(previous)
-    _launch(name, config, launch, overrides)
+        if previous.is_dir():
+            shutil.rmtree(output_dir)  # an unfinished replacement
+        else:
+            output_dir.rename(previous)
+    status = _launch(name, config, launch, overrides)
+    if status:
+        if previous.is_dir() and not any(output_dir.glob("checkpoint-*")):
+            shutil.rmtree(output_dir, ignore_errors=True)
+            previous.rename(output_dir)
+        raise SystemExit(status)
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _launch(name: str, config: Path, launch: str, overrides: dict[str, object]) -> None:
+def _launch(name: str, config: Path, launch: str, overrides: dict[str, object]) -> int:
+    """The stage's exit status."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", launch]
     command += ["-m", f"gemma2_post.{name}", "--config", str(config)]
     command += [f"--{key}={json.dumps(value)}" for key, value in overrides.items()]  # JSON is YAML
@@ -80,5 +89,4 @@ def _launch(name: str, config: Path, launch: str, overrides: dict[str, object]) 
         # accelerate makes 1 of every exit status of the stage.
         status_file = Path(directory) / "status"
         finished = subprocess.run(command, env=os.environ | {EXIT_STATUS_FILE: str(status_file)})
-        if finished.returncode:
-            raise SystemExit(int(status_file.read_text()) if status_file.is_file() else 1)
+        return int(status_file.read_text()) if status_file.is_file() else finished.returncode
