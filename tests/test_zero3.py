@@ -1,4 +1,4 @@
-"""Two real ZeRO-3 processes on the CPU, through `accelerate launch`, give what one process gives."""
+"""Two real DeepSpeed processes on the CPU, through `accelerate launch`, give what one process gives."""
 
 import json
 import os
@@ -10,37 +10,52 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import losses
 
 Run = Callable[[dict[str, object]], Path]
 
+LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "dtype": "bfloat16", "learning_rate": 1e-2}
+CASES = {"ZeRO-3, full": (3, {}), "ZeRO-3, LoRA": (3, LORA), "ZeRO-2, full": (2, {})}
 
-def test_two_zero3_processes_equal_one(run_sft: Run, recipe: dict[str, object], tmp_path: Path) -> None:
-    """Same rows, same global batch; losses and weights agree within what bf16 resolves (three digits)."""
-    values = recipe | {"bf16": True, "max_steps": 4}
+
+@pytest.mark.parametrize(("zero_stage", "method"), CASES.values(), ids=CASES.keys())
+def test_two_processes_equal_one(
+    zero_stage: int, method: dict[str, object], run_sft: Run, recipe: dict[str, object], tmp_path: Path
+) -> None:
+    """Same rows, same global batch: the losses agree to 1 %, which is what bf16 resolves, and so do the saved weights."""
+    values = recipe | {"bf16": True, "max_steps": 4} | method
     alone = run_sft(values)
-    file = tmp_path / "zero3.yaml"
-    file.write_text(yaml.safe_dump(values | {"output_dir": str(tmp_path / "zero3"), "per_device_train_batch_size": 2}))
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", "accelerate_configs/deepspeed_zero3_cpu.yaml", "--main_process_port", "0"]
-    command += ["-m", "gemma2_post.sft", "--config", str(file)]
+    config = yaml.safe_load(Path("accelerate_configs/deepspeed_zero3_cpu.yaml").read_text())
+    if zero_stage == 2:
+        config["deepspeed_config"] = {"zero_stage": 2, "gradient_accumulation_steps": "auto"}
+    (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(config))
+    output = tmp_path / "sharded"
+    values |= {"output_dir": str(output), "per_device_train_batch_size": 2}
+    (tmp_path / "sharded.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command += ["--config_file", str(tmp_path / "accelerate.yaml")]
+    command += ["-m", "gemma2_post.sft", "--config", str(tmp_path / "sharded.yaml")]
     finished = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert finished.returncode == 0, finished.stderr[-3000:]
 
-    stage = json.loads((tmp_path / "zero3" / "stage.json").read_text())
+    stage = json.loads((output / "stage.json").read_text())
     assert stage["num_processes"] == 2
-    assert losses(tmp_path / "zero3") == pytest.approx(losses(alone), rel=0.01)
-    assert losses(alone)[-1] < 0.95 * losses(alone)[0]
-    assert stage["metrics"]["held_out_nll_before"] == pytest.approx(
-        json.loads((alone / "metrics.json").read_text())["held_out_nll_before"], rel=0.01
-    )
-    sharded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "zero3", output_loading_info=True)
+    assert losses(output) == pytest.approx(losses(alone), rel=0.01)
+    assert losses(alone)[-1] < 0.97 * losses(alone)[0]
+    before = json.loads((alone / "metrics.json").read_text())["held_out_nll_before"]
+    assert stage["metrics"]["held_out_nll_before"] == pytest.approx(before, rel=0.01)
+
+    _, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    single, start = AutoModelForCausalLM.from_pretrained(alone), AutoModelForCausalLM.from_pretrained(recipe["model_name_or_path"])
-    moved, apart = (
-        torch.stack([(a.float() - b.float()).norm() for a, b in zip(first.parameters(), second.parameters(), strict=True)]).norm()
-        for first, second in ((single, start), (single, sharded))
+    start, one, two = (
+        load_file(Path(directory) / "model.safetensors") for directory in (recipe["model_name_or_path"], alone, output)
     )
-    assert apart < 0.3 * moved
+    assert start.keys() == one.keys() == two.keys()
+
+    def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+        return sum((first[name].float() - second[name].float()).square().sum().item() for name in first) ** 0.5
+
+    assert distance(one, two) < 0.3 * distance(start, one)

@@ -30,6 +30,10 @@ _ROLES = {
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "system": "system",
 }  # fmt: skip
 
+# datasets keys its cache by the function it is given, not by what that calls: after a change of the checks or of the
+# chat format it would hand out what the old ones made.
+_WITHOUT_CACHE = {"load_from_cache_file": False}
+
 
 @dataclass
 class Source:
@@ -179,7 +183,9 @@ def _load_source(where: str, source: Source, max_invalid_share: float) -> Datase
         known = " | ".join(" + ".join(sorted(columns)) for columns in _FORMATS)
         raise UserError(f"{place}: the columns {', '.join(dataset.column_names)} are of no known format; expected {known}")
     graded_by = [column for column in ("skill", "answer") if column in dataset.column_names]
-    dataset = dataset.map(_conversation, remove_columns=[c for c in dataset.column_names if c not in graded_by])
+    dataset = dataset.map(
+        _conversation, remove_columns=[c for c in dataset.column_names if c not in graded_by], **_WITHOUT_CACHE
+    )
     problems = [(row, problem) for row, problem in enumerate(dataset["problem"]) if problem]
     if problems:
         row, problem = problems[0]
@@ -187,7 +193,7 @@ def _load_source(where: str, source: Source, max_invalid_share: float) -> Datase
         if len(problems) > max_invalid_share * len(dataset):
             raise UserError(f"{place}: {found}; mend the data, or allow a share of such rows with max_invalid_share")
         logger.warning("%s: dropped invalid rows; the first one is %s", place, found)
-        dataset = dataset.filter(lambda problem: problem is None, input_columns="problem")
+        dataset = dataset.filter(lambda problem: problem is None, input_columns="problem", **_WITHOUT_CACHE)
     num_system = sum(dataset["had_system"])
     if num_system:
         logger.warning("%s: a system message was put in front of the first user turn in %d rows", place, num_system)
@@ -205,13 +211,13 @@ def _read(where: str, source: Source) -> Dataset:
         if Path(source.path).stat().st_size == 0:
             raise UserError(f"{where}: {source.path}: the file is empty")
         try:
-            return load_dataset(_FILE_FORMATS[suffix], data_files=source.path, split="train")
+            return load_dataset(_FILE_FORMATS[suffix], data_files=source.path, split=source.split)
         except Exception as error:  # datasets wraps whatever its readers raise, down to Arrow's own errors
             raise UserError(
-                f"{where}: {source.path}: not readable as {suffix[1:]} with the same columns in each row "
-                f"({' '.join(str(error.__cause__ or error).split())[:200]}); mend the file"
+                f"{where}: {source.path}: not readable as {suffix[1:]} with the same columns in each row and split "
+                f"{source.split} ({' '.join(str(error.__cause__ or error).split())[:200]}); mend the file, or split: train"
             ) from error
-    if suffix or Path(source.path).exists():
+    if Path(source.path).exists():
         raise UserError(f"{where}: {source.path}: expected .json, .jsonl or .parquet, module:function, or a Hub data set")
     try:
         return load_dataset(source.path, source.name, split=source.split, revision=source.revision)
@@ -229,7 +235,8 @@ def load_function(where: str, path: str) -> Callable:
         function = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{where}: {path}: there is no such function ({error}); write module:function") from error
-    assert inspect.isfunction(function)
+    if not inspect.isfunction(function):
+        raise UserError(f"{where}: {path}: is {type(function).__name__}, not a function; write module:function")
     return function
 
 
@@ -253,9 +260,14 @@ def tokenize(
     A cut row would have lost its `<end_of_turn>`, and the model would learn not to stop.
     """
     rendered = dataset.map(
-        lambda messages: gemma.render(tokenizer, messages), input_columns="messages", remove_columns=dataset.column_names
+        lambda messages: gemma.render(tokenizer, messages),
+        input_columns="messages",
+        remove_columns=dataset.column_names,
+        **_WITHOUT_CACHE,
     )
-    kept = rendered.filter(lambda input_ids: len(input_ids) <= max_length, input_columns="input_ids")
+    kept = rendered.filter(
+        lambda input_ids: len(input_ids) <= max_length, input_columns="input_ids", **_WITHOUT_CACHE
+    )
     num_dropped = len(rendered) - len(kept)
     if len(kept) == 0:
         raise UserError(f"{where}: all {len(rendered)} rows are longer than max_length {max_length} tokens; raise max_length")

@@ -25,6 +25,8 @@ class _StrictLoader(yaml.SafeLoader):
         lines: dict[str, int] = {}
         for key_node, _ in node.value:
             key, line = key_node.value, key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise UserError(f"{self.name}: the key in line {line} is not text; write `key: value`")
             if key in lines:
                 raise UserError(
                     f"{self.name}: {key} is given twice, in lines {lines[key]} and {line}; keep one of them"
@@ -47,11 +49,7 @@ def load_yaml(path: str | Path) -> dict[str, object]:
     """The mapping in a YAML file."""
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no such recipe; `ls recipes/*/` shows those that come with the project")
-    with open(path, encoding="utf-8") as file:
-        try:
-            values = yaml.load(file, _StrictLoader)
-        except yaml.YAMLError as error:
-            raise UserError(f"{path}: this is not valid YAML ({' '.join(str(error).split())})") from error
+    values = _parse(Path(path).read_bytes(), str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
     return values
@@ -59,10 +57,16 @@ def load_yaml(path: str | Path) -> dict[str, object]:
 
 def parse_value(text: str) -> object:
     """A value from the command line, read as YAML."""
+    return _parse(text, f"command line: {text!r}")
+
+
+def _parse(text: str | bytes, name: str) -> object:
     try:
-        return yaml.load(text, _StrictLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"command line: {text!r} is not valid YAML ({' '.join(str(error).split())})") from error
+        loader = _StrictLoader(text)
+        loader.name = name
+        return loader.get_single_data()
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{name}: this is not valid YAML ({' '.join(str(error).split())})") from error
 
 
 def read(arguments: Sequence[str]) -> tuple[str, dict[str, object]]:
@@ -118,7 +122,7 @@ def build(where: str, values: dict[str, object], classes: Sequence[type], refuse
     for cls in classes:
         try:
             built.append(cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}))
-        except (ValueError, ImportError) as error:  # raised by the checks of transformers' and TRL's own classes
+        except (ValueError, TypeError, ImportError) as error:  # raised by the checks of transformers' and TRL's own classes
             raise UserError(f"{where}: {' '.join(str(error).split())}") from error
     return tuple(built)
 

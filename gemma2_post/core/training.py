@@ -87,7 +87,7 @@ def parse(name: str, arguments: Sequence[str], classes: Sequence[type], refused:
 def accumulation_steps(where: str, global_batch_size: int, per_device_batch_size: int, num_processes: int) -> int:
     """Micro-batches per optimizer step, so that a recipe means the same on any number of processes."""
     per_step = per_device_batch_size * num_processes
-    if global_batch_size <= 0 or global_batch_size % per_step:
+    if min(global_batch_size, per_step) <= 0 or global_batch_size % per_step:
         raise UserError(
             f"{where}: global_batch_size {global_batch_size} does not divide by per_device_train_batch_size "
             f"{per_device_batch_size} x {num_processes} processes; change one of them"
@@ -188,7 +188,8 @@ def run(
         }
         wall_seconds = time.monotonic() - stage.began
         contract.finish(stage.output_dir, stage.name, stage.fingerprint, wall_seconds, facts, metrics)
-        print(f"{stage.output_dir}: done in {wall_seconds:.0f} s")
+        changes = [f"{name} {before[name]:.3g} -> {after[name]:.3g}" for name in before if "/" not in name]
+        print(f"{stage.output_dir}: done in {wall_seconds:.0f} s; {', '.join(changes)}")
     trainer.end()
 
 

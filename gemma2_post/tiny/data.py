@@ -7,6 +7,7 @@ held-out conversation is about (number pair, fact, name, list of words) occurs i
 import math
 from random import Random
 
+from gemma2_post.core.errors import UserError
 from gemma2_post.tiny.gold import gold_score
 from gemma2_post.tiny.world import MANNERS, SKILLS, Task, make_task, reply
 
@@ -24,6 +25,8 @@ PREFERENCE_SHARPNESS = 4.0
 
 
 def _tasks(kind: str, split: str) -> tuple[Random, list[Task]]:
+    if split not in NUM_ROWS[kind]:
+        raise UserError(f"gemma2_post.tiny.data: {kind} has no split {split}; write train or held_out")
     random = Random(f"{kind} {split}")
     num_rows = NUM_ROWS[kind][split]
     tasks = [make_task(SKILLS[i % len(SKILLS)], random, held_out=split == "held_out") for i in range(num_rows)]

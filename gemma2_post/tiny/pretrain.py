@@ -1,13 +1,16 @@
 """Makes the tokenizer and the two models of the tiny world again, from nothing.
 
-    python -m gemma2_post.tiny.pretrain base       # the base model: the language of the world, no chat format
-    python -m gemma2_post.tiny.pretrain teacher    # the larger one, before it is taught to answer
+    python -m gemma2_post.tiny.pretrain base --output_dir DIR       # knows the language of the world, no chat format
+    python -m gemma2_post.tiny.pretrain teacher --output_dir DIR    # larger, and taught to answer by the SFT stage
 
-Each writes a directory with the log of its training; the numbers are in `recipes/tiny/README.md`.
+An interrupted run goes on from its newest checkpoint. The logs lie beside the shipped models, the numbers are in
+`recipes/tiny/README.md`.
 """
 
 import argparse
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -26,6 +29,7 @@ SHAPES = {
     "base": {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2},
     "teacher": {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 4},
 }
+LEARNING_RATE = {"base": 2e-3, "teacher": 1.5e-3}
 PASSAGES = {"base": (100, 140), "teacher": (12, 20)}
 """Passages per document. Long ones, so that the base model does not end what it continues: ending is SFT's to teach."""
 
@@ -66,7 +70,7 @@ def new_model(name: str) -> Gemma2ForCausalLM:
     return Gemma2ForCausalLM._from_config(config, attn_implementation="eager")
 
 
-def pretrain(name: str, output_dir: Path, max_steps: int, learning_rate: float, seed: int) -> None:
+def pretrain(name: str, output_dir: Path, max_steps: int, seed: int) -> None:
     set_seed(seed)
     tokenizer = train_tokenizer()
     model = new_model(name)
@@ -84,7 +88,7 @@ def pretrain(name: str, output_dir: Path, max_steps: int, learning_rate: float, 
             max_steps=max_steps,
             per_device_train_batch_size=32,
             per_device_eval_batch_size=32,
-            learning_rate=learning_rate,
+            learning_rate=LEARNING_RATE[name],
             lr_scheduler_type="cosine",
             warmup_steps=100,
             adam_beta2=0.98,
@@ -109,15 +113,26 @@ def pretrain(name: str, output_dir: Path, max_steps: int, learning_rate: float, 
     (output_dir / "pretrain_log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
 
 
+def teach(pretrained: Path, output_dir: Path) -> None:
+    """The SFT stage on ideal demonstrations, in a process of its own as every stage."""
+    recipe = ["--config", str(Path(__file__).with_name("teacher.yaml"))]
+    names = ["--model_name_or_path", str(pretrained), "--output_dir", str(output_dir)]
+    subprocess.run([sys.executable, "-m", "gemma2_post.sft", *recipe, *names], check=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=list(SHAPES))
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--max_steps", type=int, default=3000)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    pretrain(**vars(arguments))
+    if arguments.name == "base":
+        pretrain("base", arguments.output_dir, arguments.max_steps, arguments.seed)
+    else:
+        pretrained = arguments.output_dir / "pretrained"
+        pretrain("teacher", pretrained, arguments.max_steps, arguments.seed)
+        teach(pretrained, arguments.output_dir / "taught")
 
 
 if __name__ == "__main__":

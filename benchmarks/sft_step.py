@@ -1,0 +1,108 @@
+"""The SFT stage against a bare `SFTTrainer` script on the same rows: tokens per second of training, run in turn.
+
+    python benchmarks/sft_step.py            # five pairs on recipes/tiny/sft.yaml; prints both and the ratios
+
+Both train QLoRA adapters of the same shape with the same batches; neither evaluates or saves while it is timed.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+RECIPE = "recipes/tiny/sft.yaml"
+
+
+def stage(max_steps: int, directory: Path) -> float:
+    """Tokens per second of `python -m gemma2_post.sft`, as it reports them itself."""
+    values = {"output_dir": directory / "stage", "max_steps": max_steps, "save_strategy": "no", "num_samples": 1}
+    command = [sys.executable, "-m", "gemma2_post.sft", "--config", RECIPE]
+    subprocess.run([*command, *(f"--{key}={value}" for key, value in values.items())], check=True, capture_output=True)
+    return json.loads((directory / "stage" / "metrics.json").read_text())["tokens_per_second"]
+
+
+def bare(max_steps: int, directory: Path) -> float:
+    """Tokens per second of the script below, in a process of its own."""
+    command = [sys.executable, __file__, "--bare", str(max_steps), str(directory / "bare")]
+    finished = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(finished.stdout.splitlines()[-1])
+
+
+def train_bare(max_steps: int, output_dir: str) -> float:
+    """What a user of TRL would write."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from trl import SFTConfig, SFTTrainer
+
+    from gemma2_post.core import gemma
+    from gemma2_post.tiny.data import demonstrations
+
+    base = "gemma2_post/tiny/models/base"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    rows = [gemma.render(tokenizer, row["messages"]) for row in demonstrations("train")]
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.bfloat16, attn_implementation="eager", quantization_config=quantization, device_map="cpu"
+        ),
+        args=SFTConfig(
+            output_dir,
+            use_cpu=True,
+            max_steps=max_steps,
+            per_device_train_batch_size=32,
+            learning_rate=2e-3,
+            lr_scheduler_type="cosine",
+            warmup_steps=20,
+            gradient_checkpointing=False,
+            max_length=192,
+            save_strategy="no",
+            report_to="none",
+            seed=0,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(
+            r=16,
+            lora_alpha=32,
+            lora_dropout=0.0,
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+            task_type="CAUSAL_LM",
+        ),
+    )
+    began = time.monotonic()
+    trainer.train()
+    seconds = time.monotonic() - began
+    counts = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry and "loss" in entry]
+    return counts[-1] / seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--max_steps", type=int, default=100)
+    parser.add_argument("--bare", nargs=2, metavar=("STEPS", "DIR"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.bare:
+        print(train_bare(int(arguments.bare[0]), arguments.bare[1]))
+        return
+    pairs = []
+    for i in range(arguments.pairs):
+        with tempfile.TemporaryDirectory() as directory:
+            order = (stage, bare) if i % 2 else (bare, stage)
+            speeds = {run.__name__: run(arguments.max_steps, Path(directory)) for run in order}
+        pairs.append(speeds)
+        print(f"stage {speeds['stage']:.0f} tokens/s, bare {speeds['bare']:.0f} tokens/s", flush=True)
+    ratios = [speeds["bare"] / speeds["stage"] for speeds in pairs]
+    print(f"time per step, stage / bare: median {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Everything in recipes/ and accelerate_configs/ is valid, and none of it is overlooked here."""
+
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+from gemma2_post import sft
+from gemma2_post.core import gemma, recipe, training
+from gemma2_post.core.errors import UserError
+from gemma2_post.pipeline.run import load_pipeline
+from tests.conftest import SFT_CLASSES
+
+RECIPES = sorted(Path("recipes").glob("*/sft*.yaml"))
+PIPELINES = sorted(Path("recipes").glob("*/pipeline.yaml"))
+
+
+def test_every_recipe_is_tested_here() -> None:
+    assert len(RECIPES) == 6 and len(PIPELINES) == 4
+    assert sorted(Path("recipes").rglob("*.yaml")) == sorted([*RECIPES, *PIPELINES])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=str)
+def test_a_shipped_recipe_passes_its_own_stage(path: Path) -> None:
+    """Those for full fine-tuning in bf16 need the ZeRO-3 that their accelerate config brings, and say so without it."""
+    values = recipe.load_yaml(path)
+    assert values["output_dir"] == f"runs/{path.parent.name}/{path.stem}"
+    recipe.build(str(path), values | {"use_cpu": True}, SFT_CLASSES, gemma.REFUSED_KEYS | sft.REFUSED_KEYS)
+    arguments = ["--config", str(path), "--use_cpu", "true"]
+    if values["dtype"] == "bfloat16" and not values.get("use_peft"):
+        with pytest.raises(UserError, match="full fine-tuning without DeepSpeed"):
+            training.parse("sft", arguments, SFT_CLASSES, sft.REFUSED_KEYS)
+    else:
+        training.parse("sft", arguments, SFT_CLASSES, sft.REFUSED_KEYS)
+
+
+def test_the_27b_recipe_is_the_well_known_one() -> None:
+    _, (training_args, model_args, data_args, *_) = training.parse(
+        "sft", ["--config", "recipes/gemma-2-27b/sft.yaml", "--use_cpu", "true"], SFT_CLASSES, sft.REFUSED_KEYS
+    )
+    assert (model_args.lora_r, model_args.lora_alpha, model_args.load_in_4bit) == (16, 32, True)
+    assert model_args.lora_target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert (model_args.attn_implementation, model_args.dtype) == ("eager", "bfloat16")
+    assert (training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps) == (1, 4)
+    assert (training_args.learning_rate, training_args.max_length, training_args.logging_steps) == (2e-4, 1024, 10)
+    assert training_args.gradient_checkpointing and training_args.bf16
+    assert data_args.datasets[0].path == "OpenAssistant/oasst_top1_2023-08-25"
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=str)
+def test_a_shipped_pipeline_names_recipes_stages_and_launchers_that_exist(path: Path) -> None:
+    pipeline, entries = load_pipeline(path)
+    assert pipeline.run_dir == f"runs/{path.parent.name}"
+    for name, entry in entries.items():
+        assert (path.parent / entry.recipe).is_file() and Path(f"gemma2_post/{name}.py").is_file()
+        assert Path(entry.launch or pipeline.launch).is_file()
+
+
+def test_every_accelerate_config_is_read_by_accelerate_and_saves_what_it_shards() -> None:
+    files = sorted(Path("accelerate_configs").glob("*.yaml"))
+    assert [file.stem for file in files] == [
+        "cpu",
+        "deepspeed_zero2",
+        "deepspeed_zero3",
+        "deepspeed_zero3_cpu",
+        "deepspeed_zero3_multi_node",
+        "multi_gpu",
+        "single_gpu",
+    ]
+    for file in files:
+        config = load_config_from_file(str(file))
+        deepspeed = getattr(config, "deepspeed_config", None) or {}
+        assert (deepspeed.get("zero_stage") == 3) == bool(deepspeed.get("zero3_save_16bit_model"))
+        assert config.mixed_precision in ("no", "bf16")
