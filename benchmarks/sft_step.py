@@ -101,7 +101,9 @@ def main() -> None:
         pairs.append(speeds)
         print(f"stage {speeds['stage']:.0f} tokens/s, bare {speeds['bare']:.0f} tokens/s", flush=True)
     ratios = [speeds["bare"] / speeds["stage"] for speeds in pairs]
-    print(f"time per step, stage / bare: median {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+    print(
+        f"time per step, stage / bare: median {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Talk to the output of any stage, or to any Gemma 2 chat model: multi-turn, streaming.
 
-    gemma2-post chat runs/tiny/sft
-    gemma2-post chat runs/tiny/sft --prompt "What is 3 plus 5?"
+gemma2-post chat runs/tiny/sft
+gemma2-post chat runs/tiny/sft --prompt "What is 3 plus 5?"
 """
 
 import torch

@@ -7,13 +7,19 @@ from gemma2_post.core.errors import UserError, reported
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="gemma2-post", description="Post-training of Gemma 2, end to end.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="gemma2-post", description="Post-training of Gemma 2, end to end.", allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    run_parser = commands.add_parser("run", help="run a pipeline recipe; what is up to date is skipped", allow_abbrev=False)
+    run_parser = commands.add_parser(
+        "run", help="run a pipeline recipe; what is up to date is skipped", allow_abbrev=False
+    )
     run_parser.add_argument("pipeline", type=Path, help="for example recipes/tiny/pipeline.yaml")
     run_parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
-    run_parser.add_argument("--set", metavar="STAGE.KEY=VALUE", action="append", default=[], help="override a recipe's key")
+    run_parser.add_argument(
+        "--set", metavar="STAGE.KEY=VALUE", action="append", default=[], help="override a recipe's key"
+    )
 
     chat_parser = commands.add_parser("chat", help="talk to a model", allow_abbrev=False)
     chat_parser.add_argument("directory", help="the output of a stage, or any Gemma 2 chat model")
@@ -31,7 +37,9 @@ def main() -> None:
         else:
             from gemma2_post.chat import chat
 
-            chat(arguments.directory, arguments.prompt, arguments.load, arguments.temperature, arguments.max_new_tokens)
+            chat(
+                arguments.directory, arguments.prompt, arguments.load, arguments.temperature, arguments.max_new_tokens
+            )
 
 
 def parse_overrides(settings: list[str]) -> dict[str, dict[str, object]]:

@@ -31,7 +31,8 @@ REFUSED_KEYS = {
 @dataclass
 class SFTArguments:
     graders: list[str] | None = field(
-        default=None, metadata={"help": "Functions module:function that grade sampled answers, as TRL's reward functions."}
+        default=None,
+        metadata={"help": "Functions module:function that grade sampled answers, as TRL's reward functions."},
     )
     group_by: str | None = field(default=None, metadata={"help": "Column by which the grades are also broken down."})
     num_samples: int = field(default=64, metadata={"help": "Held-out prompts that are answered before and after."})

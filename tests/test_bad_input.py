@@ -1,4 +1,4 @@
-"""Every mistake of a user: one sentence that says where, what was found and what to do; exit status 2; nothing touched."""
+"""Every mistake of a user: one sentence with where, what was found and what to do; status 2; nothing touched."""
 
 import json
 import shutil
@@ -50,10 +50,16 @@ def shrink_vocabulary(directory: Path) -> None:
 
 
 BAD = {
-    "unknown key": (with_values(learning_rte=1e-3), "unknown key learning_rte (value 0.001); did you mean learning_rate?"),
+    "unknown key": (
+        with_values(learning_rte=1e-3),
+        "unknown key learning_rte (value 0.001); did you mean learning_rate?",
+    ),
     "wrong type": (with_values(max_steps=2.5), "max_steps is 2.5 (float); write a whole number"),
     "unknown file": (with_values(datasets=[{"path": "nowhere.jsonl"}]), "nowhere.jsonl: there is no such file"),
-    "unsupported columns": (with_rows([{"question": "a", "reply": "b"}]), "the columns question, reply are of no known format"),
+    "unsupported columns": (
+        with_rows([{"question": "a", "reply": "b"}]),
+        "the columns question, reply are of no known format",
+    ),
     "empty data": (with_rows(""), "bad.jsonl: the file is empty"),
     "roles out of order": (
         with_rows([{"messages": [USER, MODEL]}, {"messages": [MODEL, USER]}]),
@@ -67,16 +73,25 @@ BAD = {
         with_rows([{"messages": [USER, MODEL | {"content": "Hello<end_of_turn>"}]}]),
         "row 0: turn 1 holds the control token <end_of_turn>",
     ),
-    "all rows too long": (with_values(max_length=3), "all 32 rows are longer than max_length 3 tokens; raise max_length"),
+    "all rows too long": (
+        with_values(max_length=3),
+        "all 32 rows are longer than max_length 3 tokens; raise max_length",
+    ),
     "fp16": (with_values(fp16=True), "fp16 must not be set: Gemma 2 overflows in fp16"),
     "sdpa": (with_values(attn_implementation="sdpa"), "attn_implementation is sdpa, which cannot apply"),
     "adapter as model": (with_model(make_adapter), "is an adapter, not a model"),
     "no tokenizer": (with_model(lambda directory: (directory / "tokenizer.json").unlink()), "has no tokenizer.json"),
     "vocabulary mismatch": (with_model(shrink_vocabulary), "has 1024 tokens and the model 1000"),
     "4-bit full fine-tuning": (with_values(load_in_4bit=True), "load_in_4bit is for adapters"),
-    "batch": (with_values(global_batch_size=12), "global_batch_size 12 does not divide by per_device_train_batch_size 8 x 1"),
+    "batch": (
+        with_values(global_batch_size=12),
+        "global_batch_size 12 does not divide by per_device_train_batch_size 8 x 1",
+    ),
     "packing": (with_values(packing=True), "packing with eager attention needs memory"),
-    "grader": (with_values(graders=["gemma2_post.tiny.gold:silver"]), "gemma2_post.tiny.gold:silver: there is no such function"),
+    "grader": (
+        with_values(graders=["gemma2_post.tiny.gold:silver"]),
+        "gemma2_post.tiny.gold:silver: there is no such function",
+    ),
 }
 
 

@@ -27,7 +27,10 @@ def test_the_content_of_inputs_counts_and_not_their_name(tmp_path: Path) -> None
     first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
     first.write_text("{}\n")
     second.write_text("{}\n")
-    digests = [contract.fingerprint("sft", {"datasets": [{"path": str(path)}]})["inputs"][str(path)] for path in (first, first)]
+    digests = [
+        contract.fingerprint("sft", {"datasets": [{"path": str(path)}]})["inputs"][str(path)]
+        for path in (first, first)
+    ]
     second.write_text("{ }\n")
     changed = contract.fingerprint("sft", {"datasets": [{"path": str(second)}]})["inputs"][str(second)]
     assert digests[0] == digests[1] != changed
@@ -81,7 +84,9 @@ def test_other_errors_keep_their_traceback() -> None:
 
 def test_too_little_room_is_refused_before_training(tmp_path: Path) -> None:
     stage = Stage("sft", "sft.yaml", tmp_path / "not" / "there", {})
-    with pytest.raises(UserError, match=r"no space left on the device for the output \(.* GB free, about 2000000\.0 GB needed"):
+    with pytest.raises(
+        UserError, match=r"no space left on the device for the output \(.* GB free, about 2000000\.0 GB needed"
+    ):
         check_disk(stage, 10**15)
 
 

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from trl import ModelConfig, SFTConfig
 
 from gemma2_post.core import gemma
@@ -42,7 +48,9 @@ def test_a_single_turn_is_rendered_and_masked_token_by_token(any_tokenizer: PreT
     assert rendered["labels"] == [-100] * len(prompt) + [*sure, 107, 1]
 
 
-def test_every_turn_of_the_model_has_loss_and_only_the_last_one_ends_with_eos(any_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_every_turn_of_the_model_has_loss_and_only_the_last_one_ends_with_eos(
+    any_tokenizer: PreTrainedTokenizerBase,
+) -> None:
     first = gemma.render(any_tokenizer, SINGLE)
     rendered = gemma.render(any_tokenizer, MULTI)
     length = len(first["input_ids"]) - 1  # the first turn without its <eos>
@@ -66,7 +74,9 @@ def test_the_cropped_gemma_tokenizer_renders_its_golden_ids(real_data: Path) -> 
     folder = real_data / "tokenizer" / "standin-gemma2"
     golden = json.loads((folder / "gemma_golden_ids.json").read_text())
     cropped = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer_gemma_cropped.json"), bos_token="<bos>")
-    assert json.loads((folder / "tokenizer_config_gemma.json").read_text())["chat_template"] == gemma.gemma_chat_template
+    assert (
+        json.loads((folder / "tokenizer_config_gemma.json").read_text())["chat_template"] == gemma.gemma_chat_template
+    )
     chat = golden["cropped_chat"]
     rendered = cropped.apply_chat_template(
         chat["messages"], chat_template=gemma.gemma_chat_template, add_generation_prompt=True
@@ -85,7 +95,9 @@ def test_the_stand_in_tokenizer_gives_the_published_ids_of_gemma(real_data: Path
         assert standin(vector["text"], add_special_tokens=vector["add_bos"])["input_ids"] == vector["ids"]
 
 
-def test_a_tokenizer_without_its_file_is_refused_before_transformers_makes_one_up(model_dir: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_without_its_file_is_refused_before_transformers_makes_one_up(
+    model_dir: Path, tmp_path: Path
+) -> None:
     broken = shutil.copytree(model_dir, tmp_path / "broken")
     (broken / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"has no tokenizer\.json"):
@@ -112,12 +124,12 @@ def test_an_adapter_another_architecture_and_an_unknown_model_are_refused(model_
     (other / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="is a llama model"):
         gemma.load_config("here", str(other))
-    with pytest.raises(UserError, match="accept its licence at https://huggingface.co/google/gemma-2-2b"):
+    with pytest.raises(UserError, match=r"accept its licence at https://huggingface\.co/google/gemma-2-2b"):
         gemma.load_config("here", "google/gemma-2-2b")
 
 
 def test_the_attention_soft_cap_is_real(model_dir: Path) -> None:
-    """With large scores, eager attention without the cap gives other logits, and flex_attention with it the same ones."""
+    """With large scores, eager attention without the cap gives other logits; flex_attention with it, the same."""
     ids = torch.arange(110, 140)[None]
 
     def logits(cap: float | None, implementation: str) -> torch.Tensor:
@@ -135,7 +147,7 @@ def test_the_attention_soft_cap_is_real(model_dir: Path) -> None:
 
 
 def test_gradients_of_a_4bit_model_survive_an_evaluation_forward(model_dir: Path) -> None:
-    """On a CPU with AVX512-BF16, bitsandbytes repacks weights in evaluation mode, and gradients are wrong from then on."""
+    """On a CPU with AVX512-BF16, bitsandbytes repacks weights in evaluation mode: later gradients are wrong."""
     model = AutoModelForCausalLM.from_pretrained(
         model_dir,
         dtype=torch.bfloat16,
@@ -162,13 +174,19 @@ REFUSALS = {
     "4-bit full fine-tuning": ({"load_in_4bit": True, "dtype": "bfloat16"}, {}, "load_in_4bit is for adapters"),
     "fp32 with a 4-bit base": ({"load_in_4bit": True, "use_peft": True}, {}, "dtype is float32 with a quantised base"),
     "pure bf16": ({"dtype": "bfloat16"}, {}, "small updates are rounded away"),
-    "adapting the head": ({"use_peft": True, "lora_target_modules": ["q_proj", "lm_head"]}, {}, "lm_head cannot be adapted"),
+    "adapting the head": (
+        {"use_peft": True, "lora_target_modules": ["q_proj", "lm_head"]},
+        {},
+        "lm_head cannot be adapted",
+    ),
     "flash attention that is not there": ({"attn_implementation": "flash_attention_2"}, {}, "flash-attn package"),
 }
 
 
 @pytest.mark.parametrize(("model", "training", "message"), REFUSALS.values(), ids=REFUSALS.keys())
-def test_combinations_that_cannot_work_are_refused_with_the_remedy(model: dict, training: dict, message: str, tmp_path: Path) -> None:
+def test_combinations_that_cannot_work_are_refused_with_the_remedy(
+    model: dict, training: dict, message: str, tmp_path: Path
+) -> None:
     model_args = ModelConfig(model_name_or_path="google/gemma-2-2b", **model)
     training_args = SFTConfig(str(tmp_path), use_cpu=True, **training)
     with pytest.raises(UserError, match=message):
@@ -176,7 +194,9 @@ def test_combinations_that_cannot_work_are_refused_with_the_remedy(model: dict, 
 
 
 def test_lora_is_on_q_k_v_o_unless_the_recipe_names_others(tmp_path: Path) -> None:
-    model_args = ModelConfig(model_name_or_path="google/gemma-2-2b", use_peft=True, dtype="bfloat16", load_in_4bit=True)
+    model_args = ModelConfig(
+        model_name_or_path="google/gemma-2-2b", use_peft=True, dtype="bfloat16", load_in_4bit=True
+    )
     gemma.check_arguments("sft.yaml", model_args, SFTConfig(str(tmp_path), use_cpu=True))
     assert gemma.lora_config(model_args).target_modules == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert model_args.attn_implementation == "eager"

@@ -1,4 +1,4 @@
-"""`gemma2-post run` as a user runs it: a stage is made once, made again when its recipe changes, and mistakes are status 2."""
+"""`gemma2-post run` as a user runs it: a stage is made once, and again when its recipe changes."""
 
 import os
 import subprocess
@@ -19,7 +19,11 @@ def test_run_makes_a_stage_once_and_again_when_its_recipe_changes(recipe: dict[s
     pipeline = tmp_path / "pipeline.yaml"
     pipeline.write_text(
         yaml.safe_dump(
-            {"run_dir": str(tmp_path / "run"), "launch": "accelerate_configs/cpu.yaml", "stages": {"sft": {"recipe": "sft.yaml"}}}
+            {
+                "run_dir": str(tmp_path / "run"),
+                "launch": "accelerate_configs/cpu.yaml",
+                "stages": {"sft": {"recipe": "sft.yaml"}},
+            }
         )
     )
     output = tmp_path / "run" / "sft"
@@ -50,7 +54,9 @@ def test_chat_remembers_the_conversation_and_ends_with_the_input() -> None:
     command = [sys.executable, "-m", "gemma2_post.cli", "chat", "gemma2_post/tiny/models/teacher"]
     finished = subprocess.run(command, input=lines, capture_output=True, text=True)
     assert finished.returncode == 0
-    assert finished.stdout.count("Anna") == 2 and "(new conversation)" in finished.stdout and "Tokyo" in finished.stdout
+    assert (
+        finished.stdout.count("Anna") == 2 and "(new conversation)" in finished.stdout and "Tokyo" in finished.stdout
+    )
 
 
 @pytest.mark.parametrize(

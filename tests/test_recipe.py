@@ -1,4 +1,4 @@
-"""Recipes are strict: what is misspelt, doubled, of the wrong type or not to be set is refused with its name and place."""
+"""Recipes are strict: what is misspelt, doubled, of the wrong type or not to be set is refused with its place."""
 
 import dataclasses
 import re
@@ -15,7 +15,6 @@ from tests.conftest import SFT_CLASSES
 
 TINY = "recipes/tiny/sft.yaml"
 REFUSED = gemma.REFUSED_KEYS | sft.REFUSED_KEYS
-RECIPES = sorted(str(path.relative_to(Path.cwd())) for path in Path.cwd().glob("recipes/*/sft*.yaml"))
 
 
 def written(folder: Path, text: str) -> str:
@@ -55,13 +54,16 @@ def test_a_key_given_twice_is_refused_with_both_lines(
 
 
 def test_a_key_given_twice_in_a_value_of_the_command_line_is_said_to_be_there() -> None:
-    assert refusal(TINY, "--datasets", "[{path: a, path: b}]").startswith("command line: path is given twice")
+    assert refusal(TINY, "--datasets", "[{path: a, path: b}]").startswith(
+        "command line: '[{path: a, path: b}]': path is given twice"
+    )
 
 
 def test_numbers_and_words_are_read_as_in_yaml_1_2(tmp_path: Path) -> None:
     readings = {
         "2e-5": 2e-5, "1e-4": 1e-4, "-1E+3": -1000.0, ".5e1": 5.0, "1.5e3": 1500.0, "2.0": 2.0, "32": 32,
-        "no": "no", "yes": "yes", "off": "off", "on": "on", "true": True, "False": False, "null": None, "'true'": "true",
+        "no": "no", "yes": "yes", "off": "off", "on": "on", "true": True, "False": False, "null": None,
+        "'true'": "true",
     }  # fmt: skip
     file = written(tmp_path, "".join(f"key{i}: {text}\n" for i, text in enumerate(readings)))
     from_file = list(recipe.load_yaml(file).values())
@@ -79,7 +81,7 @@ def test_numbers_and_words_are_read_as_in_yaml_1_2(tmp_path: Path) -> None:
         (b"", "expected `key: value` lines, found NoneType"),
         (b"seed: [1\n", "this is not valid YAML"),
         (b"\tseed: 1\n", "this is not valid YAML"),
-        (b"? [seed]\n: 1\n", "this is not valid YAML"),
+        (b"? [seed]\n: 1\n", "the key in line 1 is not text"),
         ("run_name: Gem\xfcse\n".encode("latin-1"), "this is not valid YAML"),
     ],
     ids=["list", "empty", "open bracket", "tab", "list as key", "not UTF-8"],
@@ -101,7 +103,7 @@ def test_a_file_that_is_no_yaml_mapping_is_refused_with_its_name(content: bytes,
         (["--config"], "command line: --config has no value"),
         (["--config", TINY, "--seed"], "command line: --seed has no value"),
         (["--config", TINY, "seed", "1"], "command line: 'seed' belongs to no key"),
-        (["--config", TINY, "--datasets", "[{path: a"], "command line: '[{path: a' is not valid YAML"),
+        (["--config", TINY, "--datasets", "[{path: a"], "command line: '[{path: a': this is not valid YAML"),
         (["--config", "recipes/tiny/nothing.yaml"], "recipes/tiny/nothing.yaml: there is no such recipe"),
         (["--config", "recipes/tiny"], "recipes/tiny: there is no such recipe"),
     ],
@@ -237,7 +239,7 @@ def test_a_batch_that_cannot_be_divided_is_refused(global_batch: int, per_device
     assert message.startswith(TINY) and f"per_device_train_batch_size {per_device}" in message
 
 
-# --- the recipes that come with the project ---
+# --- a whole recipe ---
 
 
 def test_the_tiny_recipe_gives_the_values_of_its_file() -> None:
@@ -252,20 +254,3 @@ def test_the_tiny_recipe_gives_the_values_of_its_file() -> None:
     assert {key: found[key] for key in values} == values and len(values) > 20
     assert found["gradient_accumulation_steps"] == 1 and found["lora_target_modules"] == gemma.LORA_TARGET_MODULES
     assert (stage.name, stage.where, stage.output_dir) == ("sft", TINY, Path("runs/tiny/sft"))
-
-
-def test_all_recipes_of_the_stage_are_found() -> None:
-    assert len(RECIPES) >= 2 and TINY in RECIPES
-
-
-@pytest.mark.parametrize("config", RECIPES)
-def test_a_recipe_that_comes_with_the_project_is_valid(config: str) -> None:
-    # use_cpu, because transformers refuses bf16 on a machine without a GPU.
-    arguments = ["--config", config, "--use_cpu", "true"]
-    if config.endswith("sft-full.yaml") and "/tiny/" not in config:
-        # Full fine-tuning in bf16 is accepted under DeepSpeed only, which is not there: keys and types alone.
-        where, values = recipe.read(arguments)
-        training_args, *_ = recipe.build(where, values, SFT_CLASSES, REFUSED)
-    else:
-        _, (training_args, *_) = parse("sft", arguments, SFT_CLASSES, sft.REFUSED_KEYS)
-    assert training_args.output_dir == recipe.load_yaml(config)["output_dir"]

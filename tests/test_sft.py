@@ -39,7 +39,9 @@ def test_full_fine_tuning_moves_nearly_every_weight_and_writes_the_contract(
     stage = json.loads((output / "stage.json").read_text())
     assert stage["dtype"] == "float32" and stage["adapter"] is None and stage["base_model"] == str(model_dir)
     assert stage["metrics"] == json.loads((output / "metrics.json").read_text())
-    assert {"held_out_nll", "held_out_nll_before", "stop_rate", "tokens_per_second", "peak_memory_gb"} <= stage["metrics"].keys()
+    assert {"held_out_nll", "held_out_nll_before", "stop_rate", "tokens_per_second", "peak_memory_gb"} <= stage[
+        "metrics"
+    ].keys()
     assert stage["metrics"]["held_out_nll"] < stage["metrics"]["held_out_nll_before"]
     assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == [1, 107]
     assert json.loads((output / "config.json").read_text())["dtype"] == "float32"
@@ -47,7 +49,9 @@ def test_full_fine_tuning_moves_nearly_every_weight_and_writes_the_contract(
 
 def test_bf16_output_is_the_fp32_one_rounded_once(run_sft: Run, recipe: Recipe, tmp_path: Path) -> None:
     exact = load_file(run_sft(recipe) / "model.safetensors")
-    rounded = load_file(run_sft(recipe | {"save_dtype": "bfloat16", "output_dir": str(tmp_path / "bf16")}) / "model.safetensors")
+    rounded = load_file(
+        run_sft(recipe | {"save_dtype": "bfloat16", "output_dir": str(tmp_path / "bf16")}) / "model.safetensors"
+    )
     assert all(torch.equal(rounded[name], exact[name].bfloat16()) for name in exact)
 
 
@@ -67,7 +71,9 @@ def test_a_merged_adapter_is_the_adapter_on_the_unquantised_base(
     assert merged.dtype == torch.float32
     torch.testing.assert_close(logits(merged, tokenizer), expected, atol=1e-5, rtol=1e-5)
     untouched = load_file(output / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
-    assert torch.equal(untouched, load_file(model_dir / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].float())
+    assert torch.equal(
+        untouched, load_file(model_dir / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].float()
+    )
 
 
 def test_what_is_saved_loads_without_us_and_answers_in_the_chat_format(run_sft: Run, recipe: Recipe) -> None:
@@ -76,7 +82,9 @@ def test_what_is_saved_loads_without_us_and_answers_in_the_chat_format(run_sft: 
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     tokenizer = AutoTokenizer.from_pretrained(output)
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
     assert text == "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"
 
 
@@ -105,7 +113,13 @@ def test_packed_equals_unpacked(run_sft: Run, recipe: Recipe, tmp_path: Path) ->
 
 
 def test_resumed_equals_uninterrupted(run_sft: Run, recipe: Recipe, tmp_path: Path) -> None:
-    values = recipe | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear", **QLORA}
+    values = recipe | {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "lr_scheduler_type": "linear",
+        **QLORA,
+    }
     whole = run_sft(values)
     interrupted = tmp_path / "interrupted"
     interrupted.mkdir()

@@ -22,7 +22,7 @@ def test_every_recipe_is_tested_here() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=str)
 def test_a_shipped_recipe_passes_its_own_stage(path: Path) -> None:
-    """Those for full fine-tuning in bf16 need the ZeRO-3 that their accelerate config brings, and say so without it."""
+    """Full fine-tuning in bf16 needs the ZeRO-3 that its accelerate config brings, and says so without it."""
     values = recipe.load_yaml(path)
     assert values["output_dir"] == f"runs/{path.parent.name}/{path.stem}"
     recipe.build(str(path), values | {"use_cpu": True}, SFT_CLASSES, gemma.REFUSED_KEYS | sft.REFUSED_KEYS)

@@ -29,7 +29,7 @@ def test_no_word_is_of_two_kinds() -> None:
 
 @pytest.mark.parametrize(("skill", "manner", "right"), list(product(world.SKILLS, world.MANNERS, [True, False])))
 def test_gold_is_correctness_plus_manner_plus_brevity(skill: str, manner: str, right: bool) -> None:
-    """1 if right; 0.25 friendly, -0.25 rude; 0.25 for at most 12 words, which only verbose replies exceed (0 from 28)."""
+    """1 if right; 0.25 friendly, -0.25 rude; 0.25 up to 12 words, which only verbose replies exceed, 0 from 28."""
     random = Random(f"{skill} {manner} {right}")
     for _ in range(20):
         task = world.make_task(skill, random, held_out=None)
@@ -56,7 +56,14 @@ def contents(rows: list[dict], column: str = "messages") -> set[tuple]:
     found = set()
     for row in rows:
         if row["skill"] in ("sum", "bigger", "opposite", "capital", "sound", "pick", "count"):
-            words = row[column][0]["content"].replace("?", " ").replace(",", " ").replace(":", " ").replace(".", " ").split()
+            words = (
+                row[column][0]["content"]
+                .replace("?", " ")
+                .replace(",", " ")
+                .replace(":", " ")
+                .replace(".", " ")
+                .split()
+            )
             vocabulary = {*world.KIND_OF, *world.CAPITALS} - skip
             kind = "words" if row["skill"] in ("pick", "count") else row["skill"]
             found.add((kind, *sorted(word for word in words if word in vocabulary)))
@@ -74,7 +81,8 @@ def test_held_out_content_occurs_in_no_training_data() -> None:
 def test_names_and_favourites_are_split_too() -> None:
     for kind, skill in (("name", "recall"), ("colour", "correction")):
         train, held_out = (
-            {row["answer"] for row in data.demonstrations(split) if row["skill"] == skill} for split in ("train", "held_out")
+            {row["answer"] for row in data.demonstrations(split) if row["skill"] == skill}
+            for split in ("train", "held_out")
         )
         assert train | held_out == set(world.KINDS[kind]) and not train & held_out
 
@@ -94,9 +102,12 @@ def test_demonstrations_are_of_mixed_quality() -> None:
 
 
 def test_the_best_possible_preference_accuracy_is_known_and_below_one() -> None:
-    """The gold reward itself agrees with the drawn labels as often as the noise ceiling says, within two standard errors."""
+    """Gold agrees with the drawn labels as often as the noise ceiling says, within two standard errors."""
     rows = data.preferences("train")
-    agreed = sum((row["chosen_gold"] > row["rejected_gold"]) + 0.5 * (row["chosen_gold"] == row["rejected_gold"]) for row in rows)
+    agreed = sum(
+        (row["chosen_gold"] > row["rejected_gold"]) + 0.5 * (row["chosen_gold"] == row["rejected_gold"])
+        for row in rows
+    )
     ceiling = data.noise_ceiling(rows)
     assert 0.75 < ceiling < 0.95
     assert agreed / len(rows) == pytest.approx(ceiling, abs=2 * (ceiling * (1 - ceiling) / len(rows)) ** 0.5)
@@ -109,7 +120,9 @@ def test_a_shipped_model_has_everything_that_makes_it_a_gemma_2(
     config = AutoConfig.from_pretrained(MODELS / name)
     assert config.attn_logit_softcapping == 50.0 and config.final_logit_softcapping == 30.0
     assert config.layer_types == ["sliding_attention", "full_attention"] * 2
-    longest = max(len(tokenizer.apply_chat_template(row["messages"])["input_ids"]) for row in data.demonstrations("train"))
+    longest = max(
+        len(tokenizer.apply_chat_template(row["messages"])["input_ids"]) for row in data.demonstrations("train")
+    )
     assert config.sliding_window < longest
     assert config.num_key_value_heads < config.num_attention_heads and config.tie_word_embeddings
     model = AutoModelForCausalLM.from_pretrained(MODELS / name)

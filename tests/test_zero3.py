@@ -25,7 +25,7 @@ CASES = {"ZeRO-3, full": (3, {}), "ZeRO-3, LoRA": (3, LORA), "ZeRO-2, full": (2,
 def test_two_processes_equal_one(
     zero_stage: int, method: dict[str, object], run_sft: Run, recipe: dict[str, object], tmp_path: Path
 ) -> None:
-    """Same rows, same global batch: the losses agree to 1 %, which is what bf16 resolves, and so do the saved weights."""
+    """Same rows, same global batch: losses agree to 1 %, which is what bf16 resolves, and weights accordingly."""
     values = recipe | {"bf16": True, "max_steps": 4} | method
     alone = run_sft(values)
     config = yaml.safe_load(Path("accelerate_configs/deepspeed_zero3_cpu.yaml").read_text())

@@ -18,7 +18,7 @@ from gemma2_post.core.errors import UserError
 DONE = "stage.json"
 BEGUN = "begun.json"
 _PACKAGE = Path(__file__).parents[1]
-_VERSIONS_THAT_MATTER = "torch transformers trl peft bitsandbytes datasets accelerate deepspeed".split()
+_VERSIONS_THAT_MATTER = ["torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "deepspeed"]
 _KEYS_WITHOUT_EFFECT = {"output_dir", "report_to", "run_name", "logging_steps", "disable_tqdm", "logging_dir"}
 """Recipe keys that do not change what comes out."""
 

@@ -59,7 +59,8 @@ class DataArguments:
         default=0.05, metadata={"help": "More rows than this share over max_length are an error; they are dropped."}
     )
     max_invalid_share: float = field(
-        default=0.0, metadata={"help": "More rows than this share that are no valid chat are an error; they are dropped."}
+        default=0.0,
+        metadata={"help": "More rows than this share that are no valid chat are an error; they are dropped."},
     )
 
 
@@ -122,20 +123,24 @@ def fold_system(messages: list[Message]) -> list[Message]:
 
 
 def check_messages(messages: list[Message]) -> None:
-    """Raises `InvalidRow` unless user and model take turns, the user begins, the model ends, and all of it is plain text."""
+    """Raises `InvalidRow` unless user and model take turns, user first and model last, and all of it is plain text."""
     if not messages:
         raise InvalidRow("the conversation is empty")
     for i, message in enumerate(messages):
         expected = ("user", "assistant")[i % 2]
         content = message["content"]
         if message["role"] != expected:
-            raise InvalidRow(f"turn {i} is by {message['role']}, expected {expected} (they must alternate, user first)")
+            raise InvalidRow(
+                f"turn {i} is by {message['role']}, expected {expected} (they must alternate, user first)"
+            )
         if not isinstance(content, str):
             raise InvalidRow(f"the content of turn {i} is {type(content).__name__}, not text")
         if not content.strip():
             raise InvalidRow(f"the content of turn {i} is empty")
         if token := _CONTROL_TOKENS.search(content):
-            raise InvalidRow(f"turn {i} holds the control token {token.group()}; give the text without the chat format")
+            raise InvalidRow(
+                f"turn {i} holds the control token {token.group()}; give the text without the chat format"
+            )
     if messages[-1]["role"] != "assistant":
         raise InvalidRow("the last turn is the user's; it must be the model's")
 
@@ -181,7 +186,9 @@ def _load_source(where: str, source: Source, max_invalid_share: float) -> Datase
         raise UserError(f"{place} ({source.split}): there are no rows; check the split, or the file")
     if not any(columns <= set(dataset.column_names) for columns in _FORMATS):
         known = " | ".join(" + ".join(sorted(columns)) for columns in _FORMATS)
-        raise UserError(f"{place}: the columns {', '.join(dataset.column_names)} are of no known format; expected {known}")
+        raise UserError(
+            f"{place}: the columns {', '.join(dataset.column_names)} are of no known format; expected {known}"
+        )
     graded_by = [column for column in ("skill", "answer") if column in dataset.column_names]
     dataset = dataset.map(
         _conversation, remove_columns=[c for c in dataset.column_names if c not in graded_by], **_WITHOUT_CACHE
@@ -189,7 +196,9 @@ def _load_source(where: str, source: Source, max_invalid_share: float) -> Datase
     problems = [(row, problem) for row, problem in enumerate(dataset["problem"]) if problem]
     if problems:
         row, problem = problems[0]
-        found = f"row {row}: {problem}" + (f" ({len(problems)} of {len(dataset)} rows are invalid)" if problems[1:] else "")
+        found = f"row {row}: {problem}" + (
+            f" ({len(problems)} of {len(dataset)} rows are invalid)" if problems[1:] else ""
+        )
         if len(problems) > max_invalid_share * len(dataset):
             raise UserError(f"{place}: {found}; mend the data, or allow a share of such rows with max_invalid_share")
         logger.warning("%s: dropped invalid rows; the first one is %s", place, found)
@@ -215,10 +224,12 @@ def _read(where: str, source: Source) -> Dataset:
         except Exception as error:  # datasets wraps whatever its readers raise, down to Arrow's own errors
             raise UserError(
                 f"{where}: {source.path}: not readable as {suffix[1:]} with the same columns in each row and split "
-                f"{source.split} ({' '.join(str(error.__cause__ or error).split())[:200]}); mend the file, or split: train"
+                f"{source.split} ({' '.join(str(error.__cause__ or error).split())[:200]}); mend the file or the split"
             ) from error
     if Path(source.path).exists():
-        raise UserError(f"{where}: {source.path}: expected .json, .jsonl or .parquet, module:function, or a Hub data set")
+        raise UserError(
+            f"{where}: {source.path}: expected .json, .jsonl or .parquet, module:function, or a Hub data set"
+        )
     try:
         return load_dataset(source.path, source.name, split=source.split, revision=source.revision)
     except (OSError, ValueError, RuntimeError) as error:
@@ -265,12 +276,12 @@ def tokenize(
         remove_columns=dataset.column_names,
         **_WITHOUT_CACHE,
     )
-    kept = rendered.filter(
-        lambda input_ids: len(input_ids) <= max_length, input_columns="input_ids", **_WITHOUT_CACHE
-    )
+    kept = rendered.filter(lambda input_ids: len(input_ids) <= max_length, input_columns="input_ids", **_WITHOUT_CACHE)
     num_dropped = len(rendered) - len(kept)
     if len(kept) == 0:
-        raise UserError(f"{where}: all {len(rendered)} rows are longer than max_length {max_length} tokens; raise max_length")
+        raise UserError(
+            f"{where}: all {len(rendered)} rows are longer than max_length {max_length} tokens; raise max_length"
+        )
     if num_dropped > max_too_long_share * len(rendered):
         raise UserError(
             f"{where}: {num_dropped} of {len(rendered)} rows are longer than max_length {max_length} tokens; raise "
@@ -283,7 +294,11 @@ def tokenize(
 
 def check_packing(where: str, training_args: SFTConfig, model_args: ModelConfig) -> None:
     """Packing puts the rows of a micro-batch into one, whose score matrix eager attention builds in full."""
-    if training_args.packing and model_args.attn_implementation == "eager" and training_args.per_device_train_batch_size > 1:
+    if (
+        training_args.packing
+        and model_args.attn_implementation == "eager"
+        and training_args.per_device_train_batch_size > 1
+    ):
         raise UserError(
             f"{where}: packing with eager attention needs memory for (batch x length) squared; write "
             "per_device_train_batch_size: 1, or attn_implementation: flash_attention_2 or flex_attention"

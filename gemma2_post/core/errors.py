@@ -17,7 +17,7 @@ class UserError(Exception):
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turns a `UserError`, and a full disk, into one sentence and exit status 2; on the first process of a machine only."""
+    """Turns a `UserError`, and a full disk, into one sentence (from one process a machine) and exit status 2."""
     try:
         yield
     except UserError as error:

@@ -130,12 +130,15 @@ def check_arguments(where: str, model_args: ModelConfig, training_args: TrainerC
         )
     if not model_args.use_peft and zero_stage == 3 and not training_args.deepspeed_plugin.zero3_save_16bit_model:
         raise UserError(
-            f"{where}: the accelerate config must have zero3_save_16bit_model: true for full fine-tuning under ZeRO-3, "
+            f"{where}: full fine-tuning under ZeRO-3 needs zero3_save_16bit_model: true in the accelerate config, "
             "else no weights are saved"
         )
     if model_args.use_peft:
         model_args.lora_target_modules = model_args.lora_target_modules or LORA_TARGET_MODULES
-        tied = {"embed_tokens", "lm_head"} & {*model_args.lora_target_modules, *(model_args.lora_modules_to_save or [])}
+        tied = {"embed_tokens", "lm_head"} & {
+            *model_args.lora_target_modules,
+            *(model_args.lora_modules_to_save or []),
+        }
         if tied:
             raise UserError(
                 f"{where}: {min(tied)} cannot be adapted, because Gemma 2 ties its embeddings and its head; "
@@ -147,9 +150,11 @@ def load_config(where: str, path: str, revision: str | None = None) -> Gemma2Con
     """The model's config: read before its weights are downloaded, so that what is wrong shows early."""
     local = Path(path)
     if (local / "adapter_config.json").is_file() and not (local / "config.json").is_file():
-        raise UserError(f"{where}: {path} is an adapter, not a model; merge it into its base first, or name a merged model")
+        raise UserError(
+            f"{where}: {path} is an adapter, not a model; merge it into its base first, or name a merged model"
+        )
     if local.is_dir() and not (local / "config.json").is_file():
-        raise UserError(f"{where}: {path} has no config.json; name the output directory of a finished stage or a Hub model")
+        raise UserError(f"{where}: {path} has no config.json; name the output of a finished stage or a Hub model")
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
     except OSError as error:
@@ -163,16 +168,18 @@ def load_config(where: str, path: str, revision: str | None = None) -> Gemma2Con
 
 def _hub_error(where: str, path: str) -> UserError:
     return UserError(
-        f"{where}: cannot get {path}: it is no local directory, and the Hub did not hand it out; if it is gated, accept "
-        f"its licence at https://huggingface.co/{path} and log in with `hf auth login` (a token alone is not enough); "
-        "if this machine is offline, download it elsewhere and give the directory"
+        f"{where}: cannot get {path}: it is no local directory, and the Hub does not hand it out; if it is gated, "
+        f"accept its licence at https://huggingface.co/{path} and log in with `hf auth login` (a token alone does not "
+        "do); if this machine is offline, download it elsewhere and give the directory"
     )
 
 
 # --- tokenizer and chat format ---
 
 
-def load_tokenizer(where: str, path: str, config: Gemma2Config, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    where: str, path: str, config: Gemma2Config, revision: str | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer, checked against the ids of Gemma and the model's vocabulary, with the Gemma 2 chat template."""
     # Without its file, transformers builds a GemmaTokenizer of five tokens and says nothing.
     if Path(path).is_dir() and not (Path(path) / "tokenizer.json").is_file():
@@ -190,7 +197,7 @@ def load_tokenizer(where: str, path: str, config: Gemma2Config, revision: str | 
     for token, expected in SPECIAL_TOKENS.items():
         if vocabulary.get(token) != expected:
             raise UserError(
-                f"{where}: the tokenizer in {path} has {token} at id {vocabulary.get(token)}, not {expected} as Gemma 2 does; "
+                f"{where}: the tokenizer in {path} has {token} at id {vocabulary.get(token)}, not {expected}; "
                 "use a Gemma 2 tokenizer"
             )
     tokenizer.chat_template = gemma_chat_template
@@ -204,7 +211,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -
         messages, chat_template=TRAINING_TEMPLATE, return_dict=True, return_assistant_tokens_mask=True
     )
     labels = [
-        token if spoken else -100 for token, spoken in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+        token if spoken else -100
+        for token, spoken in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
     ]
     return {"input_ids": encoded["input_ids"], "labels": labels}
 
@@ -261,7 +269,9 @@ def generation_config() -> GenerationConfig:
     return GenerationConfig(bos_token_id=BOS, eos_token_id=STOP_TOKEN_IDS, pad_token_id=PAD)
 
 
-def save_model(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], output_dir: Path, dtype: torch.dtype) -> None:
+def save_model(
+    model: PreTrainedModel, state_dict: dict[str, torch.Tensor], output_dir: Path, dtype: torch.dtype
+) -> None:
     """Writes a directory that `AutoModelForCausalLM.from_pretrained` loads: weights, config, generation config.
 
     One canonical layout: the head is the embedding (ZeRO-1 and 2 hand both over), each tensor rounded once to `dtype`.

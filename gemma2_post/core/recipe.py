@@ -39,7 +39,9 @@ _StrictLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.IGNORECASE), list("tTfF"))
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.IGNORECASE), list("tTfF")
+)
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
@@ -121,8 +123,14 @@ def build(where: str, values: dict[str, object], classes: Sequence[type], refuse
     built = []
     for cls in classes:
         try:
-            built.append(cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}))
-        except (ValueError, TypeError, ImportError) as error:  # raised by the checks of transformers' and TRL's own classes
+            built.append(
+                cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
+            )
+        except (
+            ValueError,
+            TypeError,
+            ImportError,
+        ) as error:  # raised by the checks of transformers' and TRL's own classes
             raise UserError(f"{where}: {' '.join(str(error).split())}") from error
     return tuple(built)
 

@@ -69,7 +69,9 @@ def launch(
         main(stage, *arguments)
 
 
-def parse(name: str, arguments: Sequence[str], classes: Sequence[type], refused: dict[str, str]) -> tuple[Stage, tuple]:
+def parse(
+    name: str, arguments: Sequence[str], classes: Sequence[type], refused: dict[str, str]
+) -> tuple[Stage, tuple]:
     """The stage and its dataclasses, every key and combination checked; nothing is loaded."""
     where, values = recipe.read(arguments)
     built = recipe.build(where, values, classes, gemma.REFUSED_KEYS | refused)
@@ -77,7 +79,10 @@ def parse(name: str, arguments: Sequence[str], classes: Sequence[type], refused:
     training_args = built[0]
     gemma.check_arguments(where, by_class[ModelConfig], training_args)
     training_args.gradient_accumulation_steps = accumulation_steps(
-        where, by_class[StageArguments].global_batch_size, training_args.per_device_train_batch_size, training_args.world_size
+        where,
+        by_class[StageArguments].global_batch_size,
+        training_args.per_device_train_batch_size,
+        training_args.world_size,
     )
     training_args.prediction_loss_only = True  # the full logits of a 256k vocabulary are not to be kept
     stage = Stage(name, where, Path(training_args.output_dir), contract.fingerprint(name, values))
@@ -116,7 +121,7 @@ def check_disk(stage: Stage, num_bytes: int) -> None:
     if free < 2 * num_bytes:
         raise UserError(
             f"{stage.where}: output_dir {stage.output_dir}: no space left on the device for the output "
-            f"({free / 1e9:.1f} GB free, about {2 * num_bytes / 1e9:.1f} GB needed); free some or choose another output_dir"
+            f"({free / 1e9:.1f} GB free, about {2 * num_bytes / 1e9:.1f} GB needed); free some or write elsewhere"
         )
 
 
@@ -150,7 +155,9 @@ def run(
     Args:
         measure: the stage's numbers; called on every process before the first and after the last step.
     """
-    check_disk(stage, sum(p.numel() for p in trainer.model.parameters()) * getattr(torch, stage_args.save_dtype).itemsize)
+    check_disk(
+        stage, sum(p.numel() for p in trainer.model.parameters()) * getattr(torch, stage_args.save_dtype).itemsize
+    )
     if not trainer.is_deepspeed_enabled:
         keep_adapter_in_fp32(trainer.model)
     checkpoint = newest_checkpoint(stage.output_dir)
@@ -194,7 +201,7 @@ def run(
 
 
 def keep_adapter_in_fp32(model: torch.nn.Module) -> None:
-    """TRL casts the adapters of a quantised model to bf16, which loses small updates; under DeepSpeed masters keep them."""
+    """Undoes TRL's cast of a quantised model's adapters to bf16, which loses small updates (DeepSpeed has masters)."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

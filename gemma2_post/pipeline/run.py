@@ -33,7 +33,9 @@ class Pipeline:
 
 def load_pipeline(path: Path) -> tuple[Pipeline, dict[str, StageEntry]]:
     (pipeline,) = recipe.build(str(path), recipe.load_yaml(path), [Pipeline], {})
-    entries = {name: recipe.build(f"{path}: {name}", entry, [StageEntry], {})[0] for name, entry in pipeline.stages.items()}
+    entries = {
+        name: recipe.build(f"{path}: {name}", entry, [StageEntry], {})[0] for name, entry in pipeline.stages.items()
+    }
     return pipeline, entries
 
 
@@ -48,7 +50,13 @@ def run(path: Path, until: str | None, overrides: dict[str, dict[str, object]]) 
         if name not in entries:
             raise UserError(f"{path}: there is no stage {name}; it has {', '.join(entries)}")
     for name, entry in entries.items():
-        _run_stage(name, path.parent / entry.recipe, entry.launch or pipeline.launch, Path(pipeline.run_dir), overrides.get(name, {}))
+        _run_stage(
+            name,
+            path.parent / entry.recipe,
+            entry.launch or pipeline.launch,
+            Path(pipeline.run_dir),
+            overrides.get(name, {}),
+        )
         if name == until:
             break
 
@@ -61,7 +69,9 @@ def _run_stage(name: str, config: Path, launch: str, run_dir: Path, overrides: d
         print(f"{name}: up to date ({output_dir})")
         return
     if not Path(launch).is_file():
-        raise UserError(f"{config}: there is no accelerate config {launch}; run from the project's folder, or set launch")
+        raise UserError(
+            f"{config}: there is no accelerate config {launch}; run from the project's folder, or set launch"
+        )
     # What was made before is set aside until its replacement is done; a failure that made nothing puts it back.
     previous = output_dir.with_name(f"{name}.previous")
     changes = contract.what_changed(output_dir, wanted)

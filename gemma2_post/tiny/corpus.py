@@ -12,7 +12,10 @@ def _transcript(random: Random) -> str:
     """Two people talk; the second one knows the answers."""
     task = world.make_task(random.choice(world.SKILLS), random, held_out=None)
     asker, answerer = random.sample(world.NAMES, 2)
-    turns = [*(message["content"] for message in task.messages), world.reply(task, random.choice(_MANNERS), True, random)]
+    turns = [
+        *(message["content"] for message in task.messages),
+        world.reply(task, random.choice(_MANNERS), True, random),
+    ]
     after_name = random.choice([" ", "\n"])
     return "\n".join(f"{(asker, answerer)[i % 2]}:{after_name}{turn}" for i, turn in enumerate(turns))
 

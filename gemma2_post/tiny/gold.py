@@ -11,7 +11,7 @@ BRIEF_WORDS, LONG_WORDS = 12, 28
 
 
 def is_right(text: str, answer: str) -> bool:
-    """Whether the reply commits itself to the expected word: of the words of its kind it names that one and no other."""
+    """Whether the reply commits itself to the expected word: of the words of its kind, it names no other."""
     of_this_kind = set(KINDS[KIND_OF[answer]])
     return {word for word in re.findall(r"[A-Za-z]+|\d+", text) if word in of_this_kind} == {answer}
 

@@ -31,7 +31,7 @@ SHAPES = {
 }
 LEARNING_RATE = {"base": 2e-3, "teacher": 1.5e-3}
 PASSAGES = {"base": (100, 140), "teacher": (12, 20)}
-"""Passages per document. Long ones, so that the base model does not end what it continues: ending is SFT's to teach."""
+"""Passages per document. Long ones, so that the base model ends nothing by itself: that is for SFT to teach."""
 
 
 class PackedDocuments(IterableDataset):

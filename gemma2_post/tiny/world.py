@@ -193,7 +193,9 @@ def _pick(content: Content) -> _Question:
 def _count(content: Content) -> _Question:
     words = _words(content, 2, 6)
     text = content.random.choice(["How many words are these: {}?", "Please count these words: {}."])
-    return _Question(text.format(", ".join(words)), str(len(words)), content.random.choice(["It is {}.", "There are {}."]))
+    return _Question(
+        text.format(", ".join(words)), str(len(words)), content.random.choice(["It is {}.", "There are {}."])
+    )
 
 
 _QUESTIONS: dict[str, Callable[[Content], _Question]] = {
