@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from trl import ModelConfig, SFTConfig
 
 from gemma2_post.core.data import DataArguments
+from gemma2_post.core.errors import UserError
 from gemma2_post.core.training import Stage, StageArguments, launch
 
 REFUSED_KEYS = {
@@ -63,6 +64,8 @@ def main(
             data.tokenize(stage.where, rows, tokenizer, training_args.max_length, data_args.max_too_long_share)
             for rows in (train, held_out)
         )
+    if sft_args.group_by and sft_args.group_by not in held_out.column_names:
+        raise UserError(f"{stage.where}: group_by is {sft_args.group_by}, not one of the held-out columns")
     to_answer = held_out.select(range(min(sft_args.num_samples, len(held_out))))
 
     trainer = SFTTrainer(

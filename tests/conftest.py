@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -20,6 +21,12 @@ SFT_CLASSES = [sft.SFTConfig, sft.ModelConfig, sft.DataArguments, sft.StageArgum
 @pytest.fixture(autouse=True, scope="session")
 def in_the_project() -> None:
     os.chdir(Path(__file__).parents[1])
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left in the user's cache of data sets, and nothing is read from it."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,13 @@
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from trl.data_utils import pack_dataset
 
 from gemma2_post.core import data, gemma
 from gemma2_post.core.data import DataArguments, Source
@@ -23,6 +25,16 @@ def write(path: Path, rows: list[dict]) -> str:
 
 def load(path: str, max_invalid_share: float = 0.0, **source: object) -> Dataset:
     return data.load_conversations("recipe", [Source(path, **source)], max_invalid_share, seed=0)
+
+
+def numbered(start: int, end: int) -> list[dict]:
+    return [{"messages": [{"role": "user", "content": f"What is {i}?"}, MODEL]} for i in range(start, end)]
+
+
+def refusal(path: str, max_invalid_share: float = 0.0) -> str:
+    with pytest.raises(UserError) as refused:
+        load(path, max_invalid_share)
+    return str(refused.value)
 
 
 FORMATS = {
@@ -142,8 +154,8 @@ def test_a_split_that_a_file_does_not_have_is_not_ignored(tmp_path: Path) -> Non
 
 
 def test_a_hub_name_with_a_dot_is_a_hub_name() -> None:
-    with pytest.raises(UserError, match=r"teknium/OpenHermes-2\.5: cannot get this data set"):
-        load("teknium/OpenHermes-2.5")
+    with pytest.raises(UserError, match=r"nobody-at-all/chats-2\.5: cannot get this data set"):
+        load("nobody-at-all/chats-2.5")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +172,8 @@ def test_a_source_that_is_no_function_is_refused(path: str, message: str) -> Non
 
 
 def test_what_grades_answers_survives() -> None:
-    rows = load("gemma2_post.tiny.data:demonstrations", split="held_out")
+    sources = [Source("gemma2_post.tiny.data:demonstrations", "held_out")]
+    rows = data.load_conversations("recipe", sources, 0.0, seed=0, columns=["skill", "answer", "absent"])
     assert set(rows.column_names) == {"skill", "answer", "messages"} and len(rows) == 480
 
 
@@ -210,6 +223,124 @@ def test_long_rows_are_dropped_and_counted_and_never_cut(
         data.tokenize("recipe", rows, tokenizer, max_length=length - 1, max_too_long_share=1.0)
 
 
+@pytest.mark.parametrize(
+    "as_row",
+    [
+        lambda chat: {"conversations": [{"from": turn["role"], "value": turn["content"]} for turn in chat]},
+        lambda chat: {"text": "".join(f"<|im_start|>{t['role']}\n{t['content']}<|im_end|>\n" for t in chat)},
+        lambda chat: {"prompt": chat[:-1], "completion": chat[-1]["content"]},
+    ],
+    ids=["ShareGPT", "ChatML", "prompt and completion"],
+)
+def test_turns_and_a_system_message_survive_in_every_format(
+    as_row: Callable[[list[dict]], dict], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chat = [*CHAT, {"role": "user", "content": "And\nnow?"}, MODEL]
+    with_system = as_row([{"role": "system", "content": "Be kind."}, *chat])
+    path = write(tmp_path / "rows.jsonl", [with_system, as_row(chat), with_system])
+    folded = [{"role": "user", "content": "Be kind.\n\nHi"}, *chat[1:]]
+    assert load(path)["messages"] == [folded, chat, folded]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"recipe: {path}: a system message was put in front of the first user turn in 2 rows"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("valid", "invalid", "found"),
+    [
+        ({"messages": CHAT}, {"messages": [{"role": ["user"], "content": "x"}, MODEL]}, "role ['user'] is unknown"),
+        (
+            {"messages": CHAT},
+            {"messages": [USER, {"role": "assistant", "content": ["x"]}]},
+            "the content of turn 1 is",
+        ),
+        ({"messages": CHAT}, {"messages": None}, "the conversation is NoneType, not a list"),
+        ({"prompt": "x", "completion": "y"}, {"prompt": "x", "completion": None}, "the conversation is NoneType"),
+        ({"instruction": "x", "output": "y"}, {"instruction": ["x"], "output": "y"}, "the instruction or its"),
+        ({"instruction": "x", "output": "y"}, {"instruction": "x", "output": None}, "the content of turn 1 is None"),
+        ({"conversations": []}, {"conversations": CHAT}, "a turn has no from and value"),
+        ({"text": ""}, {"text": "<|im_start|>user\nx<|im_end|>"}, "the last turn is the user's"),
+    ],
+    ids=str,
+)
+def test_a_bad_value_is_found_whatever_the_format(valid: dict, invalid: dict, found: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [invalid, valid])
+    assert refusal(path).startswith(f"recipe: {path}: row 0: {found}")
+
+
+def test_an_invalid_row_far_down_is_found_and_can_be_dropped(tmp_path: Path) -> None:
+    # datasets writes 1,000 rows at a time and guesses the types of what it writes from the first of them.
+    path = write(tmp_path / "rows.jsonl", [*numbered(0, 1000), {"messages": [USER]}])
+    assert refusal(path).startswith(f"recipe: {path}: row 1000: the last turn is the user's")
+    assert load(path, max_invalid_share=0.01).to_list() == numbered(0, 1000)
+
+
+def test_a_source_without_one_valid_row_is_refused_whatever_the_share(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"messages": [USER]}] * 3)
+    assert "3 of 3 rows are invalid" in refusal(path, max_invalid_share=1.0)
+
+
+def test_a_parquet_file_is_read_and_a_broken_one_refused(tmp_path: Path) -> None:
+    Dataset.from_list(numbered(0, 3)).to_parquet(tmp_path / "rows.parquet")
+    assert load(str(tmp_path / "rows.parquet")).to_list() == numbered(0, 3)
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    assert "broken.parquet: not readable as parquet" in refusal(str(tmp_path / "broken.parquet"))
+
+
+def test_a_split_that_a_function_of_the_project_does_not_have_is_refused_with_its_name() -> None:
+    with pytest.raises(UserError, match="no split validation"):
+        data.load_conversations("recipe", [Source("gemma2_post.tiny.data:demonstrations", "validation")], 0.0, seed=0)
+
+
+def test_a_function_without_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "no_rows.py").write_text("def rows(split):\n    return []\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert refusal("no_rows:rows").startswith("recipe: no_rows:rows (train): there are no rows")
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0])
+def test_a_weight_must_be_above_0(weight: float, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", numbered(0, 4))
+    with pytest.raises(UserError, match=r"^recipe: datasets: give a weight above 0 to every source or to none"):
+        data.load_conversations("recipe", [Source(path, weight=1.0), Source(path, weight=weight)], 0.0, seed=0)
+
+
+def test_held_out_datasets_take_the_place_of_the_share_and_one_row_cannot_be_split(tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"{i}.jsonl", numbered(i, i + 1)) for i in range(2)]
+    train, held_out = data.split_held_out("recipe", DataArguments([Source(paths[0])], [Source(paths[1])]), seed=0)
+    assert train.to_list() == numbered(0, 1) and held_out.to_list() == numbered(1, 2)
+    with pytest.raises(UserError, match=r"^recipe: 1 rows cannot be split"):
+        data.split_held_out("recipe", DataArguments([Source(paths[0])]), seed=0)
+
+
+def test_packing_does_not_bring_back_what_an_earlier_code_made(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "rows.jsonl", numbered(0, 4))
+
+    def packed() -> list[int]:
+        # As SFTTrainer does with packing: true; it knows the rows by their fingerprint only.
+        tokens = data.tokenize("recipe", load(path), tokenizer, 64, 0.0)
+        return [i for ids in pack_dataset(tokens, 128, "bfd")["input_ids"] for i in ids]
+
+    before = packed()
+    monkeypatch.setattr(data, "fold_system", lambda messages: [{**turn, "content": "new"} for turn in messages])
+    assert packed() != before
+
+
+def test_what_would_be_lost_beside_the_conversation_is_refused(tmp_path: Path) -> None:
+    row = {"instruction": "Hi", "output": "Hello!", "history": [["a", "b"]]}
+    assert "row 0: column history would be lost" in refusal(write(tmp_path / "rows.jsonl", [row]))
+
+
+def test_sources_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+    rows = [[{"messages": CHAT, "answer": answer}] for answer in (5, "five")]
+    sources = [Source(write(tmp_path / f"{i}.jsonl", rows[i])) for i in range(2)]
+    with pytest.raises(UserError, match="the sources do not fit together"):
+        data.load_conversations("recipe", sources, 0.0, seed=0, columns=["answer"])
+    assert len(data.load_conversations("recipe", sources, 0.0, seed=0)) == 2
+
+
 # --- real files ---
 
 
@@ -228,7 +359,10 @@ def test_real_conversations_are_read(
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("sft/llamafactory/glaive_toolcall_en_demo.json", r"row \d+: role 'function_call' is unknown"),
+        (
+            "sft/llamafactory/glaive_toolcall_en_demo.json",
+            r"row \d+: (role 'function_call' is unknown|column tools would be lost)",
+        ),
         ("sft/self-instruct/seed_tasks.jsonl", "are of no known format"),
         ("sft/tulu-1/eval_instances_tulu_1.jsonl", "are of no known format"),
         ("benchmarks/gsm8k/train.first2000.jsonl", "the columns question, answer are of no known format"),
@@ -237,3 +371,20 @@ def test_real_conversations_are_read(
 def test_real_files_that_are_no_demonstrations_are_refused(file: str, message: str, real_data: Path) -> None:
     with pytest.raises(UserError, match=message):
         load(str(real_data / file))
+
+
+def test_every_real_conversation_is_what_its_file_says(real_data: Path) -> None:
+    expected = []
+    for line in (real_data / "sft/tinker/conversations.jsonl").read_text().splitlines():
+        first, *rest = json.loads(line)["messages"]
+        if first["role"] == "system":
+            first, rest = {"role": "user", "content": f"{first['content']}\n\n{rest[0]['content']}"}, rest[1:]
+        expected.append([first, *rest])
+    assert load(str(real_data / "sft/tinker/conversations.jsonl"))["messages"] == expected
+
+    path = real_data / "sft/fastchat/dummy_conversation.json"
+    names = {"user": "human", "assistant": "gpt"}
+    assert [
+        [{"from": names[turn["role"]], "value": turn["content"]} for turn in messages]
+        for messages in load(str(path))["messages"]
+    ] == [row["conversations"] for row in json.loads(path.read_text())]

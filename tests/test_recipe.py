@@ -185,7 +185,7 @@ def test_a_whole_number_does_for_a_float_and_becomes_one() -> None:
     ("sources", "found"),
     [
         ("[{path: a, wieght: 1}]", "datasets[0]: unknown key wieght (value 1); did you mean weight?"),
-        ("[{path: a, weight: much}]", "datasets[0]: weight is 'much' (str); write a number or null"),
+        ("[{path: a, weight: much}]", "datasets[0]: weight is 'much' (str); write a number"),
         ("[{path: 3}]", "datasets[0]: path is 3 (int); write text"),
         ("[{path: a}, {split: train}]", "datasets[1]: path is missing; add `path: VALUE`"),
         ("[a.jsonl]", "datasets[0] is 'a.jsonl' (str); write a mapping with path, split, name, revision, weight"),
@@ -249,7 +249,7 @@ def test_the_tiny_recipe_gives_the_values_of_its_file() -> None:
     found = {name: value for part in built for name, value in vars(part).items()}
     assert found["report_to"] == [] and values.pop("report_to") == "none"  # as transformers spells it
     sources = {key: [Source(**source) for source in values.pop(key)] for key in ("datasets", "held_out_datasets")}
-    assert built[2] == DataArguments(**sources)
+    assert built[2] == DataArguments(**sources, columns=["skill", "answer"])
     assert sources["held_out_datasets"] == [Source(demonstrations, split="held_out")]
     assert {key: found[key] for key in values} == values and len(values) > 20
     assert found["gradient_accumulation_steps"] == 1 and found["lora_target_modules"] == gemma.LORA_TARGET_MODULES

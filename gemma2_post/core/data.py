@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, concatenate_datasets, disable_caching, load_dataset
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig
 
@@ -23,16 +23,13 @@ logger = logging.getLogger(__name__)
 Message = dict[str, str]
 
 _FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-_CONTROL_TOKENS = re.compile(r"<start_of_turn>|<end_of_turn>|<bos>|<eos>|<pad>")
+_CONTROL_TOKENS = re.compile("|".join(map(re.escape, gemma.SPECIAL_TOKENS)))
+_PARTS_OF_A_CONVERSATION = ("system", "history", "tools")
 _CHATML_TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\s*", re.DOTALL)
 _ROLES = {
     "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "system": "system",
 }  # fmt: skip
-
-# datasets keys its cache by the function it is given, not by what that calls: after a change of the checks or of the
-# chat format it would hand out what the old ones made.
-_WITHOUT_CACHE = {"load_from_cache_file": False}
 
 
 @dataclass
@@ -53,6 +50,9 @@ class DataArguments:
     datasets: list[Source] = field(metadata={"help": "Sources to train on: path, split, name, revision, weight."})
     held_out_datasets: list[Source] | None = field(
         default=None, metadata={"help": "Sources to evaluate on; without it, held_out_share of the training rows."}
+    )
+    columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns that are kept beside the conversation, for graders and group_by."}
     )
     held_out_share: float = field(default=0.02, metadata={"help": "Share of the rows kept for evaluation, at random."})
     max_too_long_share: float = field(
@@ -80,8 +80,10 @@ def to_messages(row: dict[str, object]) -> list[Message]:
     if "prompt" in row and "completion" in row:
         return [*_as_turns(row["prompt"], "user"), *_as_turns(row["completion"], "assistant")]
     if "instruction" in row and "output" in row:
-        question = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+        parts = [part for part in (row["instruction"], row.get("input")) if part]
+        if not all(isinstance(part, str) for part in parts):
+            raise InvalidRow("the instruction or its input is not text")
+        return [{"role": "user", "content": "\n\n".join(parts)}, {"role": "assistant", "content": row["output"]}]
     text = row["text"]
     if not isinstance(text, str) or _CHATML_TURN.sub("", text).strip():
         raise InvalidRow(f"text is not ChatML (<|im_start|>role ... <|im_end|>), it begins {str(text)[:40]!r}")
@@ -105,7 +107,7 @@ def _renamed(turns: object, role_key: str, content_key: str) -> list[Message]:
 
 
 def _role(role: object) -> str:
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise InvalidRow(f"role {role!r} is unknown (known are {', '.join(_ROLES)})")
     return _ROLES[role]
 
@@ -149,23 +151,31 @@ def _conversation(row: dict[str, object]) -> dict[str, object]:
     """What one row becomes: its checked messages, or what is wrong with it."""
     try:
         messages = to_messages(row)
+        for column in _PARTS_OF_A_CONVERSATION:
+            if row.get(column):
+                raise InvalidRow(f"column {column} would be lost; make it a part of the conversation")
         folded = fold_system(messages)
         check_messages(folded)
     except InvalidRow as problem:
         return {"messages": [], "problem": str(problem), "had_system": False}
-    return {"messages": folded, "problem": None, "had_system": folded is not messages}
+    return {"messages": folded, "problem": "", "had_system": folded is not messages}
 
 
 # --- whole data sets ---
 
 
-def load_conversations(where: str, sources: list[Source], max_invalid_share: float, seed: int) -> Dataset:
-    """The mixture as one data set: `messages`, and `skill`, `answer` and the like where a source has them.
+def load_conversations(
+    where: str, sources: list[Source], max_invalid_share: float, seed: int, columns: list[str] | None = None
+) -> Dataset:
+    """The mixture as one data set: `messages`, and those of `columns` that the sources have.
 
     Raises:
         UserError: a source that cannot be read, with columns of no known format, empty, or with invalid rows.
     """
-    loaded = [_load_source(where, source, max_invalid_share) for source in sources]
+    # datasets keys its cache by the function it is given, not by what that calls: after a change of the checks or of
+    # the chat format it would hand out what the old ones made.
+    disable_caching()
+    loaded = [_load_source(where, source, max_invalid_share, columns or []) for source in sources]
     weights = [source.weight for source in sources]
     if any(weight is not None for weight in weights):
         if not all(weight is not None and weight > 0 for weight in weights):
@@ -176,10 +186,13 @@ def load_conversations(where: str, sources: list[Source], max_invalid_share: flo
             dataset.shuffle(seed=seed).select(range(max(1, round(total * weight))))
             for dataset, weight in zip(loaded, weights, strict=True)
         ]
-    return concatenate_datasets(loaded)
+    try:
+        return concatenate_datasets(loaded)
+    except ValueError as error:
+        raise UserError(f"{where}: datasets: the sources do not fit together ({error})") from error
 
 
-def _load_source(where: str, source: Source, max_invalid_share: float) -> Dataset:
+def _load_source(where: str, source: Source, max_invalid_share: float, columns: list[str]) -> Dataset:
     place = f"{where}: {source.path}"
     dataset = _read(where, source)
     if len(dataset) == 0:
@@ -189,20 +202,17 @@ def _load_source(where: str, source: Source, max_invalid_share: float) -> Datase
         raise UserError(
             f"{place}: the columns {', '.join(dataset.column_names)} are of no known format; expected {known}"
         )
-    graded_by = [column for column in ("skill", "answer") if column in dataset.column_names]
-    dataset = dataset.map(
-        _conversation, remove_columns=[c for c in dataset.column_names if c not in graded_by], **_WITHOUT_CACHE
-    )
+    dataset = dataset.map(_conversation, remove_columns=[c for c in dataset.column_names if c not in columns])
     problems = [(row, problem) for row, problem in enumerate(dataset["problem"]) if problem]
     if problems:
         row, problem = problems[0]
         found = f"row {row}: {problem}" + (
             f" ({len(problems)} of {len(dataset)} rows are invalid)" if problems[1:] else ""
         )
-        if len(problems) > max_invalid_share * len(dataset):
+        if len(problems) > max_invalid_share * len(dataset) or len(problems) == len(dataset):
             raise UserError(f"{place}: {found}; mend the data, or allow a share of such rows with max_invalid_share")
         logger.warning("%s: dropped invalid rows; the first one is %s", place, found)
-        dataset = dataset.filter(lambda problem: problem is None, input_columns="problem", **_WITHOUT_CACHE)
+        dataset = dataset.filter(lambda problem: not problem, input_columns="problem")
     num_system = sum(dataset["had_system"])
     if num_system:
         logger.warning("%s: a system message was put in front of the first user turn in %d rows", place, num_system)
@@ -253,12 +263,18 @@ def load_function(where: str, path: str) -> Callable:
 
 def split_held_out(where: str, data_args: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
     """Training rows and held-out rows."""
-    train = load_conversations(where, data_args.datasets, data_args.max_invalid_share, seed)
+
+    def load(sources: list[Source]) -> Dataset:
+        return load_conversations(where, sources, data_args.max_invalid_share, seed, data_args.columns)
+
+    train = load(data_args.datasets)
     if data_args.held_out_datasets:
-        return train, load_conversations(where, data_args.held_out_datasets, data_args.max_invalid_share, seed)
+        return train, load(data_args.held_out_datasets)
     num_held_out = max(1, round(data_args.held_out_share * len(train)))
     if num_held_out >= len(train):
-        raise UserError(f"{where}: {len(train)} rows cannot be split into training and held-out rows; give more rows")
+        raise UserError(
+            f"{where}: {len(train)} rows cannot be split at held_out_share {data_args.held_out_share}; lower it, or give more"
+        )
     parts = train.train_test_split(test_size=num_held_out, seed=seed)
     return parts["train"], parts["test"]
 
@@ -274,9 +290,8 @@ def tokenize(
         lambda messages: gemma.render(tokenizer, messages),
         input_columns="messages",
         remove_columns=dataset.column_names,
-        **_WITHOUT_CACHE,
     )
-    kept = rendered.filter(lambda input_ids: len(input_ids) <= max_length, input_columns="input_ids", **_WITHOUT_CACHE)
+    kept = rendered.filter(lambda input_ids: len(input_ids) <= max_length, input_columns="input_ids")
     num_dropped = len(rendered) - len(kept)
     if len(kept) == 0:
         raise UserError(

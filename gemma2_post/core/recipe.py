@@ -85,6 +85,8 @@ def read(arguments: Sequence[str]) -> tuple[str, dict[str, object]]:
             if not remaining:
                 raise UserError(f"command line: --{key} has no value; write --{key} VALUE")
             text = remaining.pop(0)
+        if key in values or (key == "config" and config):
+            raise UserError(f"command line: --{key} is given twice; keep one of them")
         if key == "config":
             config = text
         else:
@@ -105,6 +107,7 @@ def build(where: str, values: dict[str, object], classes: Sequence[type], refuse
     """
     hints = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
     fields = {field.name: field for cls in classes for field in dataclasses.fields(cls) if field.init}
+    fitted: dict[str, object] = {}
     for key, value in values.items():
         if key in refused:
             raise UserError(f"{where}: {key} must not be set: {refused[key]}")
@@ -112,25 +115,20 @@ def build(where: str, values: dict[str, object], classes: Sequence[type], refuse
             nearest = difflib.get_close_matches(str(key), [name for name in fields if name not in refused], n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else "see --help for the keys"
             raise UserError(f"{where}: unknown key {key} (value {value!r}); {hint}")
-        values = values | {key: _fitted(f"{where}: {key}", value, hints[key])}
+        fitted[key] = _fitted(f"{where}: {key}", value, hints[key])
     missing = [
         name
         for name, field in fields.items()
-        if name not in values and field.default is field.default_factory is dataclasses.MISSING
+        if name not in fitted and field.default is field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise UserError(f"{where}: {missing[0]} is missing; add `{missing[0]}: VALUE`")
     built = []
     for cls in classes:
+        names = fitted.keys() & {field.name for field in dataclasses.fields(cls)}
         try:
-            built.append(
-                cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
-            )
-        except (
-            ValueError,
-            TypeError,
-            ImportError,
-        ) as error:  # raised by the checks of transformers' and TRL's own classes
+            built.append(cls(**{name: fitted[name] for name in names}))
+        except (ValueError, TypeError, ImportError) as error:  # from the checks of transformers' and TRL's own classes
             raise UserError(f"{where}: {' '.join(str(error).split())}") from error
     return tuple(built)
 
@@ -165,9 +163,9 @@ def _fits(value: object, hint: object) -> bool:
 
 
 def _describe(hint: object) -> str:
-    names = {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "null"}
+    names = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_describe(option) for option in typing.get_args(hint))
+        return " or ".join(_describe(option) for option in typing.get_args(hint) if option is not type(None))
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
