@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 
 from trl import ModelConfig, SFTConfig
 
+from gemma2_post.core import data, gemma
 from gemma2_post.core.data import DataArguments
 from gemma2_post.core.errors import UserError
-from gemma2_post.core.training import Stage, StageArguments, launch
+from gemma2_post.core.training import Stage, StageArguments, launch, run
+from gemma2_post.evaluation.samples import measure_samples
 
 REFUSED_KEYS = {
     **dict.fromkeys(
@@ -48,13 +50,14 @@ def main(
     stage_args: StageArguments,
     sft_args: SFTArguments,
 ) -> None:
-    # Imported here, after the recipe has been checked: a mistake in it should not have to wait for them.
+    if training_args.packing and model_args.attn_implementation == "eager" and training_args.train_batch_size > 1:
+        raise UserError(
+            f"{stage.where}: packing with eager attention needs memory for (batch x length) squared; write "
+            "per_device_train_batch_size: 1, or attn_implementation: flash_attention_2 or flex_attention"
+        )
+    # Imported here: who has made a mistake in a recipe should not have to wait for it.
     from trl import SFTTrainer
 
-    from gemma2_post.core import data, gemma, training
-    from gemma2_post.evaluation.samples import measure_samples
-
-    data.check_packing(stage.where, training_args, model_args)
     graders = {path.rpartition(":")[2]: data.load_function(stage.where, path) for path in sft_args.graders or []}
     config = gemma.load_config(stage.where, model_args.model_name_or_path, model_args.model_revision)
     tokenizer = gemma.load_tokenizer(stage.where, model_args.model_name_or_path, config, model_args.model_revision)
@@ -65,7 +68,9 @@ def main(
             for rows in (train, held_out)
         )
     if sft_args.group_by and sft_args.group_by not in held_out.column_names:
-        raise UserError(f"{stage.where}: group_by is {sft_args.group_by}, not one of the held-out columns")
+        raise UserError(
+            f"{stage.where}: group_by is {sft_args.group_by}, not one of the held-out columns; add it to columns"
+        )
     to_answer = held_out.select(range(min(sft_args.num_samples, len(held_out))))
 
     trainer = SFTTrainer(
@@ -82,7 +87,7 @@ def main(
             trainer, tokenizer, to_answer, graders, sft_args.group_by, sft_args.max_new_tokens, training_args.seed
         )
 
-    training.run(stage, stage_args, model_args, trainer, tokenizer, measure)
+    run(stage, stage_args, model_args, trainer, tokenizer, measure)
 
 
 if __name__ == "__main__":

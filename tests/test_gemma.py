@@ -168,6 +168,11 @@ def test_gradients_of_a_4bit_model_survive_an_evaluation_forward(model_dir: Path
     assert torch.equal(gradient(), before)
 
 
+def test_parameters_are_counted_from_the_config(model_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    assert gemma.num_parameters(model.config) == sum(parameter.numel() for parameter in model.parameters())
+
+
 REFUSALS = {
     "sdpa": ({"attn_implementation": "sdpa"}, {}, "cannot apply Gemma 2's attention soft-cap"),
     "fp16 weights": ({"dtype": "float16"}, {}, "write bfloat16 or float32"),

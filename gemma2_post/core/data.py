@@ -13,7 +13,6 @@ from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets, disable_caching, load_dataset
 from transformers import PreTrainedTokenizerBase
-from trl import ModelConfig, SFTConfig
 
 from gemma2_post.core import gemma
 from gemma2_post.core.errors import UserError
@@ -273,7 +272,8 @@ def split_held_out(where: str, data_args: DataArguments, seed: int) -> tuple[Dat
     num_held_out = max(1, round(data_args.held_out_share * len(train)))
     if num_held_out >= len(train):
         raise UserError(
-            f"{where}: {len(train)} rows cannot be split at held_out_share {data_args.held_out_share}; lower it, or give more"
+            f"{where}: {len(train)} rows cannot be split at held_out_share {data_args.held_out_share}; lower it, or "
+            "give more rows"
         )
     parts = train.train_test_split(test_size=num_held_out, seed=seed)
     return parts["train"], parts["test"]
@@ -305,16 +305,3 @@ def tokenize(
     if num_dropped:
         logger.warning("dropped %d of %d rows longer than %d tokens", num_dropped, len(rendered), max_length)
     return kept
-
-
-def check_packing(where: str, training_args: SFTConfig, model_args: ModelConfig) -> None:
-    """Packing puts the rows of a micro-batch into one, whose score matrix eager attention builds in full."""
-    if (
-        training_args.packing
-        and model_args.attn_implementation == "eager"
-        and training_args.per_device_train_batch_size > 1
-    ):
-        raise UserError(
-            f"{where}: packing with eager attention needs memory for (batch x length) squared; write "
-            "per_device_train_batch_size: 1, or attn_implementation: flash_attention_2 or flex_attention"
-        )

@@ -12,12 +12,12 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainingArguments,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import is_flash_attn_2_available
 from trl import ModelConfig, get_quantization_config
 from trl.chat_template_utils import gemma_chat_template
-from trl.trainer.base_config import _BaseConfig as TrainerConfig
 
 from gemma2_post.core.errors import UserError
 
@@ -33,7 +33,8 @@ EOS, BOS, PAD, END_OF_TURN = 1, 2, 0, 107
 STOP_TOKEN_IDS = [EOS, END_OF_TURN]
 LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
-_TURN = (
+TRAINING_TEMPLATE = (
+    "{{- bos_token -}}"
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'user' -%}"
     "{{- '<start_of_turn>user\\n' + message['content'] | trim + '<end_of_turn>\\n' -}}"
@@ -47,14 +48,13 @@ _TURN = (
     "{%- endif -%}"
     "{%- endfor -%}"
 )
-TRAINING_TEMPLATE = "{{- bos_token -}}" + _TURN
 """Renders a conversation to train on; what is saved with a model is the inference template.
 
 `<eos>` follows the last `<end_of_turn>` at once, as in the Gemma 2 report (arXiv 2408.00118, section 4 and table 4).
 The generation block marks what the model says itself: its words, each of its `<end_of_turn>`, the final `<eos>`.
 """
 
-_COMMON_REFUSALS = {
+REFUSED_KEYS = {
     "gradient_accumulation_steps": "it follows from global_batch_size, per_device_train_batch_size and the number of "
     "processes; set global_batch_size",
     "fp16": "Gemma 2 overflows in fp16 (the mask's -65504 plus a soft-capped score is -inf); use bf16 or neither",
@@ -70,14 +70,13 @@ _COMMON_REFUSALS = {
     "resume_from_checkpoint": "the newest checkpoint in output_dir is resumed by itself; remove it",
     "prediction_loss_only": "it is always on, because the full logits of a 256k vocabulary do not fit; remove it",
 }
-REFUSED_KEYS = _COMMON_REFUSALS
 """Keys of TRL's config classes that no stage accepts, with the reason."""
 
 
 # --- checks before anything is loaded ---
 
 
-def check_arguments(where: str, model_args: ModelConfig, training_args: TrainerConfig) -> None:
+def check_arguments(where: str, model_args: ModelConfig, training_args: TrainingArguments) -> None:
     """Refuses combinations that cannot work or train wrongly, and fills in Gemma 2's own defaults.
 
     Args:
@@ -166,6 +165,13 @@ def load_config(where: str, path: str, revision: str | None = None) -> Gemma2Con
     return config
 
 
+def num_parameters(config: Gemma2Config) -> int:
+    """Parameters of the causal language model, the tied head counted once."""
+    attention = 2 * config.hidden_size * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
+    layer = attention + 3 * config.hidden_size * config.intermediate_size + 4 * config.hidden_size
+    return config.vocab_size * config.hidden_size + config.num_hidden_layers * layer + config.hidden_size
+
+
 def _hub_error(where: str, path: str) -> UserError:
     return UserError(
         f"{where}: cannot get {path}: it is no local directory, and the Hub does not hand it out; if it is gated, "
@@ -236,7 +242,7 @@ def lora_config(model_args: ModelConfig, task_type: str = "CAUSAL_LM") -> LoraCo
     )
 
 
-def load_model(where: str, model_args: ModelConfig, training_args: TrainerConfig) -> PreTrainedModel:
+def load_model(where: str, model_args: ModelConfig, training_args: TrainingArguments) -> PreTrainedModel:
     """The causal language model as the recipe wants it, on this process's device (a shard of it under ZeRO-3)."""
     quantization_config = get_quantization_config(model_args)
     try:

@@ -155,9 +155,7 @@ def run(
     Args:
         measure: the stage's numbers; called on every process before the first and after the last step.
     """
-    check_disk(
-        stage, sum(p.numel() for p in trainer.model.parameters()) * getattr(torch, stage_args.save_dtype).itemsize
-    )
+    check_disk(stage, gemma.num_parameters(trainer.model.config) * getattr(torch, stage_args.save_dtype).itemsize)
     if not trainer.is_deepspeed_enabled:
         keep_adapter_in_fp32(trainer.model)
     checkpoint = newest_checkpoint(stage.output_dir)
@@ -231,12 +229,12 @@ def write_log(path: Path, history: list[dict]) -> None:
 
 def throughput(trainer: Trainer, seconds: float) -> Metrics:
     """Tokens per second of training (padding not counted, over all processes) and peak memory in GB."""
-    counts = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry and "loss" in entry]
+    num_tokens = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry][-1]
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
-        "tokens_per_second": counts[-1] / seconds if counts else 0.0,
+        "tokens_per_second": num_tokens / seconds,
         "peak_memory_gb": peak / 1e9,
     }
