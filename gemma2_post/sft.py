@@ -14,7 +14,7 @@ from trl import ModelConfig, SFTConfig
 from gemma2_post.core import data, gemma
 from gemma2_post.core.data import DataArguments
 from gemma2_post.core.errors import UserError
-from gemma2_post.core.training import Stage, StageArguments, launch, run
+from gemma2_post.core.training import Stage, StageArguments, check_disk, launch, run
 from gemma2_post.evaluation.samples import measure_samples
 
 REFUSED_KEYS = {
@@ -61,10 +61,24 @@ def main(
     graders = {path.rpartition(":")[2]: data.load_function(stage.where, path) for path in sft_args.graders or []}
     config = gemma.load_config(stage.where, model_args.model_name_or_path, model_args.model_revision)
     tokenizer = gemma.load_tokenizer(stage.where, model_args.model_name_or_path, config, model_args.model_revision)
+    max_length = training_args.max_length or config.max_position_embeddings
+    if max_length > config.max_position_embeddings:
+        raise UserError(
+            f"{stage.where}: max_length is {max_length}, more than the {config.max_position_embeddings} positions of "
+            "the model; lower it"
+        )
+    check_disk(stage, stage_args, config)
     with training_args.main_process_first():
         train, held_out = data.split_held_out(stage.where, data_args, training_args.seed)
         train_tokens, held_out_tokens = (
-            data.tokenize(stage.where, rows, tokenizer, training_args.max_length, data_args.max_too_long_share)
+            data.tokenize(
+                stage.where,
+                rows,
+                tokenizer,
+                max_length,
+                data_args.max_too_long_share,
+                training_args.dataset_num_proc,
+            )
             for rows in (train, held_out)
         )
     if sft_args.group_by and sft_args.group_by not in held_out.column_names:

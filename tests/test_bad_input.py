@@ -87,6 +87,16 @@ BAD = {
         with_values(global_batch_size=12),
         "global_batch_size 12 does not divide by per_device_train_batch_size 8 x 1",
     ),
+    "no output folder": (with_values(output_dir=""), "output_dir is missing"),
+    "longer than the model": (
+        with_values(max_length=512),
+        "max_length is 512, more than the 256 positions of the model",
+    ),
+    "an unfinished stage as model": (
+        with_model(lambda directory: (directory / "begun.json").write_text("{}")),
+        "is not finished; run the stage that makes it",
+    ),
+    "grouping by nothing": (with_values(group_by="skill"), "group_by is skill, not one of the held-out columns"),
     "packing": (with_values(packing=True), "packing with eager attention needs memory"),
     "grader": (
         with_values(graders=["gemma2_post.tiny.gold:silver"]),

@@ -1,6 +1,7 @@
 """The whole SFT stage on a small random model: what must be equal is equal, what must be refused is refused."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,9 +9,9 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from gemma2_post.core import contract
+from gemma2_post.core import contract, gemma
 from gemma2_post.core.errors import UserError
 from tests.conftest import losses
 
@@ -18,6 +19,7 @@ Run = Callable[[dict[str, object]], Path]
 Recipe = dict[str, object]
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+FILES = ["fastchat/dummy_conversation.json", "tinker/conversations.jsonl"]
 QLORA = {**LORA, "load_in_4bit": True, "dtype": "bfloat16"}
 
 
@@ -151,3 +153,24 @@ def test_checkpoints_of_another_recipe_are_not_resumed(run_sft: Run, recipe: Rec
     contract.begin(output, {"recipe": {"learning_rate": 5.0}, "inputs": {}, "code": {}, "versions": {}})
     with pytest.raises(UserError, match="made by a different recipe"):
         run_sft(recipe)
+
+
+def test_real_conversations_train_with_the_stand_in_gemma_tokenizer(
+    run_sft: Run, recipe: Recipe, model_dir: Path, real_data: Path, tmp_path: Path
+) -> None:
+    """ShareGPT rows of several turns, and rows with a system message, on a vocabulary of 2,048 pieces."""
+    config = AutoConfig.from_pretrained(model_dir, vocab_size=2048)
+    directory = tmp_path / "standin"
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    for file in (real_data / "tokenizer" / "standin-gemma2").glob("tokenizer*.json"):
+        shutil.copy(file, directory)
+    sources = [{"path": str(real_data / "sft" / name)} for name in FILES]
+    output = run_sft(
+        recipe
+        | QLORA
+        | {"model_name_or_path": str(directory), "datasets": sources, "held_out_datasets": None, "learning_rate": 1e-2}
+        | {"max_steps": 8, "max_too_long_share": 0.3, "lora_target_modules": ["q_proj", "v_proj"]}
+    )
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["held_out_nll"] < metrics["held_out_nll_before"]
+    assert AutoTokenizer.from_pretrained(output).chat_template == gemma.gemma_chat_template

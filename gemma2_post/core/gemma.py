@@ -19,6 +19,7 @@ from transformers.utils import is_flash_attn_2_available
 from trl import ModelConfig, get_quantization_config
 from trl.chat_template_utils import gemma_chat_template
 
+from gemma2_post.core import contract
 from gemma2_post.core.errors import UserError
 
 SPECIAL_TOKENS = {
@@ -154,6 +155,8 @@ def load_config(where: str, path: str, revision: str | None = None) -> Gemma2Con
         )
     if local.is_dir() and not (local / "config.json").is_file():
         raise UserError(f"{where}: {path} has no config.json; name the output of a finished stage or a Hub model")
+    if (local / contract.BEGUN).is_file():
+        raise UserError(f"{where}: {path} is not finished; run the stage that makes it to its end")
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
     except OSError as error:

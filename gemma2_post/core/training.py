@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import Gemma2Config, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl import ModelConfig
 
 from gemma2_post.core import contract, gemma, recipe
@@ -75,6 +75,8 @@ def parse(
     """The stage and its dataclasses, every key and combination checked; nothing is loaded."""
     where, values = recipe.read(arguments)
     built = recipe.build(where, values, classes, gemma.REFUSED_KEYS | refused)
+    if not values.get("output_dir"):
+        raise UserError(f"{where}: output_dir is missing; add `output_dir: runs/NAME/{name}`")
     by_class = {type(part): part for part in built}
     training_args = built[0]
     gemma.check_arguments(where, by_class[ModelConfig], training_args)
@@ -110,12 +112,9 @@ def refuse_foreign_output(stage: Stage) -> None:
         )
 
 
-def check_disk(stage: Stage, num_bytes: int) -> None:
-    """Refuses to begin when what will be written cannot fit.
-
-    Args:
-        num_bytes: the size of the weights to save; a checkpoint beside them is counted as much again.
-    """
+def check_disk(stage: Stage, stage_args: StageArguments, config: Gemma2Config) -> None:
+    """Refuses to begin when the weights and a checkpoint of the same size cannot fit."""
+    num_bytes = gemma.num_parameters(config) * getattr(torch, stage_args.save_dtype).itemsize
     existing = next(parent for parent in [stage.output_dir, *stage.output_dir.absolute().parents] if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < 2 * num_bytes:
@@ -131,11 +130,11 @@ def check_disk(stage: Stage, num_bytes: int) -> None:
 class _MeasureBefore(TrainerCallback):
     """Measures once the model is where it will be trained (a ZeRO engine exists only then), before the first step."""
 
-    def __init__(self, path: Path, measure: Callable[[], Metrics]):
-        self.path, self.measure = path, measure
+    def __init__(self, path: Path, measure: Callable[[], Metrics], is_resumed: bool):
+        self.path, self.measure, self.is_resumed = path, measure, is_resumed
 
     def on_train_begin(self, args, state, control, **_) -> None:
-        if not self.path.is_file():
+        if not self.is_resumed:
             metrics = self.measure()
             if state.is_world_process_zero:
                 contract.write_json(self.path, metrics)
@@ -155,7 +154,6 @@ def run(
     Args:
         measure: the stage's numbers; called on every process before the first and after the last step.
     """
-    check_disk(stage, gemma.num_parameters(trainer.model.config) * getattr(torch, stage_args.save_dtype).itemsize)
     if not trainer.is_deepspeed_enabled:
         keep_adapter_in_fp32(trainer.model)
     checkpoint = newest_checkpoint(stage.output_dir)
@@ -165,9 +163,7 @@ def run(
         logging.getLogger(__name__).warning(
             "resuming from %s: weights, optimizer, scheduler, data order and random state", checkpoint
         )
-    else:
-        (stage.output_dir / "before.json").unlink(missing_ok=True)
-    measure_before = _MeasureBefore(stage.output_dir / "before.json", measure)
+    measure_before = _MeasureBefore(stage.output_dir / "before.json", measure, is_resumed=checkpoint is not None)
     trainer.add_callback(measure_before)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - measure_before.ended
