@@ -61,7 +61,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTok
     directory = tmp_path_factory.mktemp("model")
     model = Gemma2ForCausalLM._from_config(config, attn_implementation="eager", dtype=torch.bfloat16)
     model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    gemma.save_tokenizer(tokenizer, directory)
     return directory
 
 

@@ -78,8 +78,11 @@ def test_a_merged_adapter_is_the_adapter_on_the_unquantised_base(
     )
 
 
-def test_what_is_saved_loads_without_us_and_answers_in_the_chat_format(run_sft: Run, recipe: Recipe) -> None:
+def test_what_is_saved_loads_without_us_and_answers_in_the_chat_format(
+    run_sft: Run, recipe: Recipe, model_dir: Path
+) -> None:
     output = run_sft(recipe)
+    assert (output / "tokenizer.json").read_bytes() == (model_dir / "tokenizer.json").read_bytes()
     model, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight

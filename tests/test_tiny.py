@@ -1,16 +1,19 @@
 """The tiny world: its splits are disjoint, its gold reward means what it says, its models are Gemma 2 and able."""
 
+import json
 from itertools import product
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 
 from gemma2_post.core.data import check_messages
 from gemma2_post.evaluation.samples import grade, sample_answers
 from gemma2_post.tiny import data, gold, world
+from gemma2_post.tiny.pretrain import new_model, pretrain
+from gemma2_post.tiny.tokenizer import train_tokenizer
 
 MODELS = Path("gemma2_post/tiny/models")
 MULTI_TURN = ["recall", "favourite", "follow_up", "correction"]
@@ -131,6 +134,22 @@ def test_a_shipped_model_has_everything_that_makes_it_a_gemma_2(
 
 def test_the_shipped_models_are_small() -> None:
     assert sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file()) <= 12_000_000
+
+
+def test_the_shipped_tokenizer_is_the_one_that_the_script_makes(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert json.loads(train_tokenizer().backend_tokenizer.to_str()) == json.loads(
+        (MODELS / "base" / "tokenizer.json").read_text()
+    )
+    assert (MODELS / "base" / "tokenizer.json").read_bytes() == (MODELS / "teacher" / "tokenizer.json").read_bytes()
+    assert tokenizer("Tell me: 12 + ~?")["input_ids"].count(3) == 0 and 3 in tokenizer("ü")["input_ids"]
+
+
+def test_pretraining_leaves_the_rows_of_control_tokens_as_they_were_drawn(tmp_path: Path) -> None:
+    pretrain("base", tmp_path / "base", max_steps=2)
+    set_seed(0)
+    drawn = new_model("base").get_input_embeddings().weight.bfloat16()
+    rows = AutoModelForCausalLM.from_pretrained(tmp_path / "base").get_input_embeddings().weight
+    assert torch.equal(rows[3:108], drawn[3:108]) and not torch.equal(rows[108:], drawn[108:])
 
 
 def greedy_metrics(name: str, tokenizer: PreTrainedTokenizerBase, num_rows: int) -> dict[str, float]:

@@ -214,6 +214,13 @@ def load_tokenizer(
     return tokenizer
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, output_dir: Path) -> None:
+    """Saves it as it was loaded: padding a batch leaves its settings in the tokenizer, and they would be saved, too."""
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.save_pretrained(output_dir)
+
+
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> dict[str, list[int]]:
     """A conversation to train on: `input_ids` and `labels`, -100 where there is no loss; lists of the same length."""
     encoded = tokenizer.apply_chat_template(

@@ -172,7 +172,7 @@ def run(
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # every process takes part in the gathering
     if trainer.is_world_process_zero():
         save(stage.output_dir, trainer.accelerator.unwrap_model(trainer.model), state_dict, model_args, stage_args)
-        tokenizer.save_pretrained(stage.output_dir)
+        gemma.save_tokenizer(tokenizer, stage.output_dir)
         write_log(stage.output_dir / "log.jsonl", trainer.state.log_history)
         before = contract.read_json(stage.output_dir / "before.json")
         metrics = {f"{name}_before": value for name, value in before.items()} | after

@@ -1,10 +1,10 @@
 """Makes the tokenizer and the two models of the tiny world again, from nothing.
 
-    python -m gemma2_post.tiny.pretrain base --output_dir DIR       # knows the language of the world, no chat format
-    python -m gemma2_post.tiny.pretrain teacher --output_dir DIR    # larger, and taught to answer by the SFT stage
+    python -m gemma2_post.tiny.pretrain        # both: about two hours on two cores; or only base, or only teacher
 
-An interrupted run goes on from its newest checkpoint. The logs lie beside the shipped models, the numbers are in
-`recipes/tiny/README.md`.
+The base model knows the language of the world and no chat format; the larger one is then taught to answer by the SFT
+stage, and is the teacher. An interrupted run goes on from its newest checkpoint. The logs lie beside the shipped
+models, the numbers are in `recipes/tiny/README.md`.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def new_model(name: str) -> Gemma2ForCausalLM:
     return Gemma2ForCausalLM._from_config(config, attn_implementation="eager")
 
 
-def pretrain(name: str, output_dir: Path, max_steps: int, seed: int) -> None:
+def pretrain(name: str, output_dir: Path, max_steps: int = 3000, seed: int = 0) -> None:
     set_seed(seed)
     tokenizer = train_tokenizer()
     model = new_model(name)
@@ -122,17 +122,14 @@ def teach(pretrained: Path, output_dir: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=list(SHAPES))
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--max_steps", type=int, default=3000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("names", nargs="*", default=list(SHAPES), metavar="base|teacher")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/pretrain"))
     arguments = parser.parse_args()
-    if arguments.name == "base":
-        pretrain("base", arguments.output_dir, arguments.max_steps, arguments.seed)
-    else:
-        pretrained = arguments.output_dir / "pretrained"
-        pretrain("teacher", pretrained, arguments.max_steps, arguments.seed)
-        teach(pretrained, arguments.output_dir / "taught")
+    if "base" in arguments.names:
+        pretrain("base", arguments.output_dir / "base")
+    if "teacher" in arguments.names:
+        pretrain("teacher", arguments.output_dir / "pretrained")
+        teach(arguments.output_dir / "pretrained", arguments.output_dir / "teacher")
 
 
 if __name__ == "__main__":
