@@ -60,31 +60,17 @@ def main(
 
     graders = {path.rpartition(":")[2]: data.load_function(stage.where, path) for path in sft_args.graders or []}
     config = gemma.load_config(stage.where, model_args.model_name_or_path, model_args.model_revision)
+    max_length = gemma.check_length(stage.where, training_args.max_length, config)
     tokenizer = gemma.load_tokenizer(stage.where, model_args.model_name_or_path, config, model_args.model_revision)
-    max_length = training_args.max_length or config.max_position_embeddings
-    if max_length > config.max_position_embeddings:
-        raise UserError(
-            f"{stage.where}: max_length is {max_length}, more than the {config.max_position_embeddings} positions of "
-            "the model; lower it"
-        )
     check_disk(stage, stage_args, config)
     with training_args.main_process_first():
         train, held_out = data.split_held_out(stage.where, data_args, training_args.seed)
         train_tokens, held_out_tokens = (
-            data.tokenize(
-                stage.where,
-                rows,
-                tokenizer,
-                max_length,
-                data_args.max_too_long_share,
-                training_args.dataset_num_proc,
-            )
+            data.tokenize(stage.where, rows, tokenizer, max_length, data_args.max_too_long_share)
             for rows in (train, held_out)
         )
     if sft_args.group_by and sft_args.group_by not in held_out.column_names:
-        raise UserError(
-            f"{stage.where}: group_by is {sft_args.group_by}, not one of the held-out columns; add it to columns"
-        )
+        raise UserError(f"{stage.where}: group_by is {sft_args.group_by}, which held-out rows lack; add it to columns")
     to_answer = held_out.select(range(min(sft_args.num_samples, len(held_out))))
 
     trainer = SFTTrainer(

@@ -96,7 +96,7 @@ BAD = {
         with_model(lambda directory: (directory / "begun.json").write_text("{}")),
         "is not finished; run the stage that makes it",
     ),
-    "grouping by nothing": (with_values(group_by="skill"), "group_by is skill, not one of the held-out columns"),
+    "grouping by nothing": (with_values(group_by="skill"), "group_by is skill, which held-out rows lack"),
     "packing": (with_values(packing=True), "packing with eager attention needs memory"),
     "grader": (
         with_values(graders=["gemma2_post.tiny.gold:silver"]),

@@ -280,12 +280,7 @@ def split_held_out(where: str, data_args: DataArguments, seed: int) -> tuple[Dat
 
 
 def tokenize(
-    where: str,
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    max_too_long_share: float,
-    num_processes: int | None = None,
+    where: str, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, max_too_long_share: float
 ) -> Dataset:
     """`input_ids` and `labels`; rows over `max_length` tokens are dropped and counted, never cut.
 
@@ -295,7 +290,6 @@ def tokenize(
         lambda messages: gemma.render(tokenizer, messages),
         input_columns="messages",
         remove_columns=dataset.column_names,
-        num_proc=num_processes,
     )
     kept = rendered.filter(lambda input_ids: len(input_ids) <= max_length, input_columns="input_ids")
     num_dropped = len(rendered) - len(kept)

@@ -168,6 +168,14 @@ def load_config(where: str, path: str, revision: str | None = None) -> Gemma2Con
     return config
 
 
+def check_length(where: str, max_length: int | None, config: Gemma2Config) -> int:
+    """The longest row in tokens: `max_length`, or all positions of the model, which nothing else would check."""
+    most = config.max_position_embeddings
+    if max_length is not None and max_length > most:
+        raise UserError(f"{where}: max_length is {max_length}, more than the {most} positions of the model; lower it")
+    return max_length or most
+
+
 def num_parameters(config: Gemma2Config) -> int:
     """Parameters of the causal language model, the tied head counted once."""
     attention = 2 * config.hidden_size * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
@@ -215,7 +223,7 @@ def load_tokenizer(
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, output_dir: Path) -> None:
-    """Saves it as it was loaded: padding a batch leaves its settings in the tokenizer, and they would be saved, too."""
+    """Saves it as it was loaded: padding a batch leaves settings in the tokenizer that would be saved, too."""
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(output_dir)
