@@ -23,10 +23,20 @@ def reported() -> Iterator[None]:
     except UserError as error:
         _exit(str(error))
     except Exception as error:
-        # safetensors writes in Rust and reports a full disk as an error of its own, with the system's number in it.
-        if not (isinstance(error, OSError) and error.errno == errno.ENOSPC) and "os error 28" not in str(error):
+        if not _is_full_disk(error):
             raise
-        _exit("no space left on the device while writing: free some, then run the same command; it goes on from there")
+        _exit("no space left on the device while writing; free some, then the same command goes on from there")
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether a full disk is behind it; safetensors (Rust) and torch (C++) report it in words of their own."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return True
+        if "os error 28" in str(error) or "iostream error" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _exit(message: str) -> None:

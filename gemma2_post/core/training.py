@@ -120,7 +120,7 @@ def check_disk(stage: Stage, stage_args: StageArguments, config: Gemma2Config) -
     if free < 2 * num_bytes:
         raise UserError(
             f"{stage.where}: output_dir {stage.output_dir}: no space left on the device for the output "
-            f"({free / 1e9:.1f} GB free, about {2 * num_bytes / 1e9:.1f} GB needed); free some or write elsewhere"
+            f"({free / 1e6:,.0f} MB free, about {2 * num_bytes / 1e6:,.0f} MB needed); free some or write elsewhere"
         )
 
 
