@@ -29,5 +29,5 @@ sft: $(INSTALLED) ## supervised fine-tuning: recipes/$(RECIPE) to runs/$(RECIPE)
 	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until sft $(ARGS)
 
 chat: $(INSTALLED) ## talk to the model that sft made
-	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until sft
+	@test -f runs/$(RECIPE)/sft/stage.json || $(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until sft
 	@$(BIN)/gemma2-post chat runs/$(RECIPE)/sft $(ARGS)

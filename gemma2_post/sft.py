@@ -38,7 +38,7 @@ class SFTArguments:
         metadata={"help": "Functions module:function that grade sampled answers, as TRL's reward functions."},
     )
     group_by: str | None = field(default=None, metadata={"help": "Column by which the grades are also broken down."})
-    num_samples: int = field(default=64, metadata={"help": "Held-out prompts that are answered before and after."})
+    num_samples: int = field(default=64, metadata={"help": "Held-out prompts answered before and after; 0 for none."})
     max_new_tokens: int = field(default=256, metadata={"help": "Longest sampled answer, in tokens."})
 
 
@@ -56,16 +56,17 @@ def main(
             "per_device_train_batch_size: 1, or attn_implementation: flash_attention_2 or flex_attention"
         )
     # Imported here: who has made a mistake in a recipe should not have to wait for it.
-    from trl import SFTTrainer
+    from trl import SFTTrainer, get_peft_config
 
     graders = {path.rpartition(":")[2]: data.load_function(stage.where, path) for path in sft_args.graders or []}
     config = gemma.load_config(stage.where, model_args.model_name_or_path, model_args.model_revision)
     max_length = gemma.check_length(stage.where, training_args.max_length, config)
     tokenizer = gemma.load_tokenizer(stage.where, model_args.model_name_or_path, config, model_args.model_revision)
-    check_disk(stage, stage_args, config)
+    check_disk(stage, stage_args, training_args, model_args, config)
+    training_args.eval_packing = False
     with training_args.main_process_first():
         train, held_out = data.split_held_out(stage.where, data_args, training_args.seed)
-        train_tokens, held_out_tokens = (
+        train, held_out = (
             data.tokenize(stage.where, rows, tokenizer, max_length, data_args.max_too_long_share)
             for rows in (train, held_out)
         )
@@ -76,10 +77,10 @@ def main(
     trainer = SFTTrainer(
         model=gemma.load_model(stage.where, model_args, training_args),
         args=training_args,
-        train_dataset=train_tokens,
-        eval_dataset=held_out_tokens,
+        train_dataset=train.select_columns(["input_ids", "labels"]),
+        eval_dataset=held_out.select_columns(["input_ids", "labels"]),
         processing_class=tokenizer,
-        peft_config=gemma.lora_config(model_args),
+        peft_config=get_peft_config(model_args),
     )
 
     def measure() -> dict[str, float]:

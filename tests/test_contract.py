@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from transformers import Gemma2Config
+from trl import ModelConfig, SFTConfig
 
 from gemma2_post.core import contract
 from gemma2_post.core.errors import UserError, reported
@@ -24,17 +25,14 @@ def test_output_folder_and_logging_do_not_change_the_fingerprint_and_the_rest_do
     assert contract.differences(same, other) == ["learning_rate 0.001 -> 0.002"]
 
 
-def test_the_content_of_inputs_counts_and_not_their_name(tmp_path: Path) -> None:
-    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
-    first.write_text("{}\n")
-    second.write_text("{}\n")
-    digests = [
-        contract.fingerprint("sft", {"datasets": [{"path": str(path)}]})["inputs"][str(path)]
-        for path in (first, first)
-    ]
-    second.write_text("{ }\n")
-    changed = contract.fingerprint("sft", {"datasets": [{"path": str(second)}]})["inputs"][str(second)]
-    assert digests[0] == digests[1] != changed
+def test_the_content_of_inputs_counts(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("{}\n")
+    before = contract.fingerprint("sft", {"datasets": [{"path": str(file)}]})
+    assert contract.fingerprint("sft", {"datasets": [{"path": str(file)}]}) == before
+    file.write_text("{ }\n")
+    (change,) = contract.differences(before, contract.fingerprint("sft", {"datasets": [{"path": str(file)}]}))
+    assert change.startswith(f"{file} {before['inputs'][str(file)]} -> ")
 
 
 def test_a_function_counts_with_its_whole_package() -> None:
@@ -98,7 +96,7 @@ def test_too_little_room_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"no space left on the device for the output \(.* MB free, about .* MB needed\)"
     ):
-        check_disk(stage, StageArguments(global_batch_size=8), enormous)
+        check_disk(stage, StageArguments(8), SFTConfig(str(tmp_path), use_cpu=True), ModelConfig(), enormous)
 
 
 def test_up_to_date_and_help_need_no_torch(tmp_path: Path) -> None:

@@ -173,7 +173,9 @@ def test_a_source_that_is_no_function_is_refused(path: str, message: str) -> Non
 
 def test_what_grades_answers_survives() -> None:
     sources = [Source("gemma2_post.tiny.data:demonstrations", "held_out")]
-    rows = data.load_conversations("recipe", sources, 0.0, seed=0, columns=["skill", "answer", "absent"])
+    rows = data.load_conversations("recipe", sources, 0.0, seed=0, columns=["skill", "answer"])
+    with pytest.raises(UserError, match="columns: no source has anser"):
+        data.load_conversations("recipe", sources, 0.0, seed=0, columns=["anser"])
     assert set(rows.column_names) == {"skill", "answer", "messages"} and len(rows) == 480
 
 

@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from trl import ModelConfig, SFTConfig
+from trl import ModelConfig, SFTConfig, get_peft_config
 
 from gemma2_post.core import gemma
 from gemma2_post.core.errors import UserError
@@ -203,8 +203,22 @@ def test_lora_is_on_q_k_v_o_unless_the_recipe_names_others(tmp_path: Path) -> No
         model_name_or_path="google/gemma-2-2b", use_peft=True, dtype="bfloat16", load_in_4bit=True
     )
     gemma.check_arguments("sft.yaml", model_args, SFTConfig(str(tmp_path), use_cpu=True))
-    assert gemma.lora_config(model_args).target_modules == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert get_peft_config(model_args).target_modules == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert model_args.attn_implementation == "eager"
+
+
+def test_fp16_does_not_come_in_through_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    model_args = ModelConfig(model_name_or_path="google/gemma-2-2b")
+    with pytest.raises(UserError, match="bf16 is false, but accelerate was started with mixed precision fp16"):
+        gemma.check_arguments("sft.yaml", model_args, SFTConfig(str(tmp_path), use_cpu=True, bf16=False))
+
+
+def test_a_directory_that_cannot_be_loaded_is_not_mistaken_for_a_gated_model(model_dir: Path, tmp_path: Path) -> None:
+    empty = shutil.copytree(model_dir, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(UserError, match="cannot be loaded") as refused:
+        gemma.load_model("here", ModelConfig(model_name_or_path=str(empty)), SFTConfig(str(tmp_path), use_cpu=True))
+    assert "huggingface.co" not in str(refused.value)
 
 
 def test_a_head_that_training_untied_is_not_saved_in_silence(model_dir: Path, tmp_path: Path) -> None:

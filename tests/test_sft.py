@@ -142,6 +142,22 @@ def test_resumed_equals_uninterrupted(run_sft: Run, recipe: Recipe, tmp_path: Pa
     assert json.loads((resumed / "stage.json").read_text())["output"] == stage["output"]
 
 
+def test_a_run_that_died_after_its_last_step_ends_with_the_same_weights(
+    run_sft: Run, recipe: Recipe, tmp_path: Path
+) -> None:
+    """Three steps of four an epoch: from a checkpoint after the third, the Trainer would take the fourth."""
+    values = recipe | {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "linear"}
+    whole = run_sft(values | {"output_dir": str(tmp_path / "whole")})
+    assert not (whole / "checkpoint-3").exists()
+    died = run_sft(values)
+    (died / "stage.json").unlink()
+    (died / "model.safetensors").unlink()
+    contract.begin(died, json.loads((whole / "stage.json").read_text())["fingerprint"])
+    again = run_sft(values)
+    assert (again / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert losses(again) == losses(whole)
+
+
 def test_a_folder_of_another_recipe_is_refused_and_left_as_it_is(run_sft: Run, recipe: Recipe) -> None:
     output = run_sft(recipe)
     before = {path: path.read_bytes() for path in output.glob("*.json")}

@@ -1,6 +1,7 @@
 """The tiny world: its splits are disjoint, its gold reward means what it says, its models are Gemma 2 and able."""
 
 import json
+import re
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -88,6 +89,14 @@ def test_names_and_favourites_are_split_too() -> None:
             for split in ("train", "held_out")
         )
         assert train | held_out == set(world.KINDS[kind]) and not train & held_out
+
+
+def test_no_training_reply_says_a_held_out_name_or_city() -> None:
+    held_out = {row["answer"] for row in data.demonstrations("held_out") if row["skill"] in ("recall", "capital")}
+    replies = [row["messages"][-1]["content"] for row in data.demonstrations("train")]
+    replies += [row[side][0]["content"] for row in data.preferences("train") for side in ("chosen", "rejected")]
+    words = {word for reply in replies for word in re.findall(r"[A-Za-z]+", reply)}
+    assert len(held_out) == 10 and not held_out & words
 
 
 def test_data_is_made_by_seed_and_is_valid_chat() -> None:

@@ -37,7 +37,7 @@ def fingerprint(stage: str, recipe: dict[str, object]) -> dict[str, dict[str, ob
 
 
 def _input_paths(value: object) -> Iterator[str]:
-    if isinstance(value, str):
+    if isinstance(value, str) and any(mark in value for mark in "/.:"):  # not `split: train` beside a folder train
         yield value
     elif isinstance(value, dict):
         for item in value.values():

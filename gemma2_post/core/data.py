@@ -84,7 +84,11 @@ def to_messages(row: dict[str, object]) -> list[Message]:
             raise InvalidRow("the instruction or its input is not text")
         return [{"role": "user", "content": "\n\n".join(parts)}, {"role": "assistant", "content": row["output"]}]
     text = row["text"]
-    if not isinstance(text, str) or _CHATML_TURN.sub("", text).strip():
+    if (
+        not isinstance(text, str)
+        or _CHATML_TURN.sub("", text).strip()
+        or "<|im_start|>" in "".join(content for _, content in _CHATML_TURN.findall(text))
+    ):
         raise InvalidRow(f"text is not ChatML (<|im_start|>role ... <|im_end|>), it begins {str(text)[:40]!r}")
     return [{"role": _role(role), "content": content} for role, content in _CHATML_TURN.findall(text)]
 
@@ -175,6 +179,9 @@ def load_conversations(
     # the chat format it would hand out what the old ones made.
     disable_caching()
     loaded = [_load_source(where, source, max_invalid_share, columns or []) for source in sources]
+    for column in columns or []:
+        if not any(column in dataset.column_names for dataset in loaded):
+            raise UserError(f"{where}: columns: no source has {column}; correct it or remove it")
     weights = [source.weight for source in sources]
     if any(weight is not None for weight in weights):
         if not all(weight is not None and weight > 0 for weight in weights):
@@ -282,14 +289,13 @@ def split_held_out(where: str, data_args: DataArguments, seed: int) -> tuple[Dat
 def tokenize(
     where: str, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, max_too_long_share: float
 ) -> Dataset:
-    """`input_ids` and `labels`; rows over `max_length` tokens are dropped and counted, never cut.
+    """The rows with their `input_ids` and `labels`; those over `max_length` tokens are dropped and counted, never cut.
 
     A cut row would have lost its `<end_of_turn>`, and the model would learn not to stop.
     """
     rendered = dataset.map(
         lambda messages: gemma.render(tokenizer, messages),
         input_columns="messages",
-        remove_columns=dataset.column_names,
     )
     kept = rendered.filter(lambda input_ids: len(input_ids) <= max_length, input_columns="input_ids")
     num_dropped = len(rendered) - len(kept)

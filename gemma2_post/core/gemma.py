@@ -1,9 +1,10 @@
 """What is special about Gemma 2: the chat format, the tokenizer's ids, and how its models may be loaded and saved."""
 
+import errno
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,7 +16,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_greater_or_equal
 from trl import ModelConfig, get_quantization_config
 from trl.chat_template_utils import gemma_chat_template
 
@@ -59,7 +60,14 @@ REFUSED_KEYS = {
     "gradient_accumulation_steps": "it follows from global_batch_size, per_device_train_batch_size and the number of "
     "processes; set global_batch_size",
     "fp16": "Gemma 2 overflows in fp16 (the mask's -65504 plus a soft-capped score is -inf); use bf16 or neither",
-    "fp16_full_eval": "Gemma 2 overflows in fp16; use bf16_full_eval",
+    "fp16_full_eval": "Gemma 2 overflows in fp16; remove it",
+    "bf16_full_eval": "it would round the trained weights in place before they are saved; remove it",
+    "hub_token": "it would be written beside the weights; log in with `hf auth login`",
+    "save_only_model": "a run could not be resumed; remove it",
+    "ignore_data_skip": "a resumed run would see other rows; remove it",
+    "deepspeed": "it belongs into an accelerate config, see accelerate_configs/",
+    "fsdp": "sharding is by DeepSpeed here, see accelerate_configs/",
+    "fsdp_config": "sharding is by DeepSpeed here, see accelerate_configs/",
     "auto_find_batch_size": "it would change the global batch; lower per_device_train_batch_size instead",
     "use_liger_kernel": "its fused losses replace TRL's, which apply Gemma 2's soft-cap; remove it",
     "label_smoothing_factor": "it builds the full logits of a 256k vocabulary; remove it",
@@ -98,7 +106,7 @@ def check_arguments(where: str, model_args: ModelConfig, training_args: Training
             f"{where}: attn_implementation is {model_args.attn_implementation}; "
             "write eager, flex_attention or flash_attention_2"
         )
-    if model_args.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+    if model_args.attn_implementation == "flash_attention_2" and not is_flash_attn_greater_or_equal("2.6.3"):
         raise UserError(
             f"{where}: attn_implementation is flash_attention_2, but the flash-attn package (2.6.3 or newer, for the "
             "soft-cap and its gradient) is not installed; install it, or write eager or flex_attention"
@@ -118,10 +126,20 @@ def check_arguments(where: str, model_args: ModelConfig, training_args: Training
             f"{where}: dtype is {model_args.dtype} with a quantised base; write bfloat16 (else embeddings and norms "
             "stay in fp32)"
         )
-    if quantized and zero_stage == 3 and model_args.bnb_4bit_quant_storage != "bfloat16":
+    if quantized and zero_stage == 3:
         raise UserError(
-            f"{where}: QLoRA under ZeRO-3 needs bnb_4bit_quant_storage: bfloat16, so that it shards with the rest; "
-            "add it, or use accelerate_configs/multi_gpu.yaml"
+            f"{where}: a quantised base cannot be sharded by ZeRO-3; use accelerate_configs/multi_gpu.yaml or "
+            "accelerate_configs/deepspeed_zero2.yaml"
+        )
+    if training_args.n_gpu > 1:
+        raise UserError(
+            f"{where}: {training_args.n_gpu} GPUs are visible to one process; start it with "
+            "accelerate_configs/multi_gpu.yaml, or show it one GPU with CUDA_VISIBLE_DEVICES=0"
+        )
+    if training_args.mixed_precision != ("bf16" if training_args.bf16 else "no"):
+        raise UserError(
+            f"{where}: bf16 is {str(training_args.bf16).lower()}, but accelerate was started with mixed precision "
+            f"{training_args.mixed_precision}; make them agree (Gemma 2 overflows in fp16)"
         )
     if not model_args.use_peft and model_args.dtype == "bfloat16" and not zero_stage:
         raise UserError(
@@ -155,12 +173,12 @@ def load_config(where: str, path: str, revision: str | None = None) -> Gemma2Con
         )
     if local.is_dir() and not (local / "config.json").is_file():
         raise UserError(f"{where}: {path} has no config.json; name the output of a finished stage or a Hub model")
-    if (local / contract.BEGUN).is_file():
+    if (local / contract.BEGUN).is_file() and not (local / contract.DONE).is_file():
         raise UserError(f"{where}: {path} is not finished; run the stage that makes it to its end")
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
     except OSError as error:
-        raise _hub_error(where, path) from error
+        raise _load_error(where, path, error) from error
     if config.model_type != "gemma2":
         raise UserError(f"{where}: {path} is a {config.model_type} model; this pipeline is for gemma2")
     if getattr(config, "quantization_config", None):
@@ -183,11 +201,17 @@ def num_parameters(config: Gemma2Config) -> int:
     return config.vocab_size * config.hidden_size + config.num_hidden_layers * layer + config.hidden_size
 
 
-def _hub_error(where: str, path: str) -> UserError:
+def _load_error(where: str, path: str, error: OSError) -> UserError | OSError:
+    """What to do when a model cannot be loaded; a full disk is left to speak for itself."""
+    if error.errno == errno.ENOSPC:
+        return error
+    reason = str(error).strip().splitlines()[0]
+    if Path(path).is_dir():
+        return UserError(f"{where}: {path} cannot be loaded ({reason}); name the output of a finished stage")
     return UserError(
         f"{where}: cannot get {path}: it is no local directory, and the Hub does not hand it out; if it is gated, "
         f"accept its licence at https://huggingface.co/{path} and log in with `hf auth login` (a token alone does not "
-        "do); if this machine is offline, download it elsewhere and give the directory"
+        f"do); if this machine is offline, download it elsewhere and give the directory ({reason})"
     )
 
 
@@ -204,7 +228,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except OSError as error:
-        raise _hub_error(where, path) from error
+        raise _load_error(where, path, error) from error
     if len(tokenizer) != config.vocab_size:
         raise UserError(
             f"{where}: the tokenizer in {path} has {len(tokenizer)} tokens and the model {config.vocab_size}; "
@@ -244,22 +268,6 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -
 # --- models ---
 
 
-def lora_config(model_args: ModelConfig, task_type: str = "CAUSAL_LM") -> LoraConfig | None:
-    """LoRA on q, k, v and o unless the recipe names others; None for full fine-tuning."""
-    if not model_args.use_peft:
-        return None
-    return LoraConfig(
-        task_type=task_type,
-        r=model_args.lora_r,
-        lora_alpha=model_args.lora_alpha,
-        lora_dropout=model_args.lora_dropout,
-        target_modules=model_args.lora_target_modules,
-        modules_to_save=model_args.lora_modules_to_save,
-        use_rslora=model_args.use_rslora,
-        use_dora=model_args.use_dora,
-    )
-
-
 def load_model(where: str, model_args: ModelConfig, training_args: TrainingArguments) -> PreTrainedModel:
     """The causal language model as the recipe wants it, on this process's device (a shard of it under ZeRO-3)."""
     quantization_config = get_quantization_config(model_args)
@@ -273,8 +281,9 @@ def load_model(where: str, model_args: ModelConfig, training_args: TrainingArgum
             device_map={"": training_args.device} if quantization_config else None,
         )
     except OSError as error:
-        raise _hub_error(where, model_args.model_name_or_path) from error
+        raise _load_error(where, model_args.model_name_or_path, error) from error
     disable_cpu_repacking(model)
+    model.generation_config = generation_config()
     return model
 
 
@@ -309,6 +318,7 @@ def save_model(
     model.generation_config = generation_config()
     model.save_pretrained(output_dir, state_dict={name: tensor.to(dtype) for name, tensor in state_dict.items()})
     config = model.config  # rewritten, because save_pretrained notes the type of the model, not of the tensors
+    config.__dict__.pop("cache_implementation", None)  # "hybrid" in Google's files, which transformers 5 dropped
     config.update({"use_cache": True, "dtype": dtype, "eos_token_id": EOS, "bos_token_id": BOS, "pad_token_id": PAD})
     config.save_pretrained(output_dir)
 
@@ -325,4 +335,4 @@ def merge_adapter(adapter_dir: Path, model_args: ModelConfig) -> PreTrainedModel
         dtype=torch.float32,
         attn_implementation=model_args.attn_implementation,
     )
-    return PeftModel.from_pretrained(base, adapter_dir).merge_and_unload()
+    return PeftModel.from_pretrained(base, adapter_dir, torch_device="cpu").merge_and_unload()

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from peft import PeftModel
-from transformers import Gemma2Config, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import Gemma2Config, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from trl import ModelConfig
 
 from gemma2_post.core import contract, gemma, recipe
@@ -80,6 +80,10 @@ def parse(
     by_class = {type(part): part for part in built}
     training_args = built[0]
     gemma.check_arguments(where, by_class[ModelConfig], training_args)
+    if by_class[StageArguments].save_dtype == "float32" and training_args.deepspeed_plugin:
+        raise UserError(
+            f"{where}: save_dtype is float32, but what DeepSpeed gathers are the bfloat16 copies; write bfloat16"
+        )
     training_args.gradient_accumulation_steps = accumulation_steps(
         where,
         by_class[StageArguments].global_batch_size,
@@ -112,15 +116,27 @@ def refuse_foreign_output(stage: Stage) -> None:
         )
 
 
-def check_disk(stage: Stage, stage_args: StageArguments, config: Gemma2Config) -> None:
-    """Refuses to begin when the weights and a checkpoint of the same size cannot fit."""
-    num_bytes = gemma.num_parameters(config) * getattr(torch, stage_args.save_dtype).itemsize
+def check_disk(
+    stage: Stage,
+    stage_args: StageArguments,
+    training_args: TrainingArguments,
+    model_args: ModelConfig,
+    config: Gemma2Config,
+) -> None:
+    """Refuses to begin when the output, and in full fine-tuning two checkpoints, cannot fit.
+
+    A checkpoint holds fp32 weights and both moments of Adam, 12 bytes a parameter; while one is written, the last
+    it is still there. Those of adapters are small.
+    """
+    checkpoints = 0 if model_args.use_peft or training_args.save_strategy == "no" else 2
+    bytes_each = getattr(torch, stage_args.save_dtype).itemsize + 12 * checkpoints
+    num_bytes = gemma.num_parameters(config) * bytes_each
     existing = next(parent for parent in [stage.output_dir, *stage.output_dir.absolute().parents] if parent.exists())
     free = shutil.disk_usage(existing).free
-    if free < 2 * num_bytes:
+    if free < num_bytes:
         raise UserError(
             f"{stage.where}: output_dir {stage.output_dir}: no space left on the device for the output "
-            f"({free / 1e6:,.0f} MB free, about {2 * num_bytes / 1e6:,.0f} MB needed); free some or write elsewhere"
+            f"({free / 1e6:,.0f} MB free, about {num_bytes / 1e6:,.0f} MB needed); free some or write elsewhere"
         )
 
 
@@ -139,6 +155,19 @@ class _MeasureBefore(TrainerCallback):
             if state.is_world_process_zero:
                 contract.write_json(self.path, metrics)
         self.ended = time.monotonic()
+
+
+class _NoLastCheckpoint(TrainerCallback):
+    """No checkpoint after the last step, whose weights are saved anyway.
+
+    A run that dies while it measures or saves then resumes before the last step; from a checkpoint after it, the
+    Trainer would take one step too many.
+    """
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        control.should_save = control.should_save and state.global_step < state.max_steps
+
+    on_epoch_end = on_step_end
 
 
 def run(
@@ -165,6 +194,7 @@ def run(
         )
     measure_before = _MeasureBefore(stage.output_dir / "before.json", measure, is_resumed=checkpoint is not None)
     trainer.add_callback(measure_before)
+    trainer.add_callback(_NoLastCheckpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - measure_before.ended
     after = measure()
@@ -179,7 +209,7 @@ def run(
         metrics |= throughput(trainer, seconds)
         facts = {
             "base_model": model_args.model_name_or_path,
-            "base_revision": model_args.model_revision,
+            "base_revision": getattr(trainer.model.config, "_commit_hash", None) or model_args.model_revision,
             "base_digest": stage.fingerprint["inputs"].get(model_args.model_name_or_path),
             "adapter": "adapter" if model_args.use_peft else None,
             "dtype": stage_args.save_dtype,
@@ -214,7 +244,8 @@ def save(
     dtype = getattr(torch, stage_args.save_dtype)
     if isinstance(model, PeftModel):
         model.save_pretrained(output_dir / "adapter", state_dict=state_dict)
-        model = gemma.merge_adapter(output_dir / "adapter", model_args)
+        # Rounded in place, one parameter after the other: a copy of 27b would take another 54 GB.
+        model = gemma.merge_adapter(output_dir / "adapter", model_args).to(dtype)
         state_dict = dict(model.state_dict())
     gemma.save_model(model, state_dict, output_dir, dtype)
 
@@ -226,7 +257,7 @@ def write_log(path: Path, history: list[dict]) -> None:
 def throughput(trainer: Trainer, seconds: float) -> Metrics:
     """Tokens per second of training (padding not counted, over all processes) and peak memory in GB."""
     num_tokens = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry][-1]
-    if torch.cuda.is_available():
+    if trainer.args.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

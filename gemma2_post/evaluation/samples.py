@@ -58,6 +58,7 @@ def sample_answers(
                 top_k=0,
                 top_p=1.0,
                 max_new_tokens=max_new_tokens,
+                synced_gpus=False,  # the weights are gathered; processes with fewer prompts must not be waited for
                 eos_token_id=STOP_TOKEN_IDS,
                 pad_token_id=PAD,
             )
@@ -109,8 +110,10 @@ def measure_samples(
     """`grade` on answers of the model in training, at temperature 1; each process samples its part of the prompts.
 
     Args:
-        rows: conversations; the prompt is all but the model's last turn.
+        rows: conversations; the prompt is all but the model's last turn. Without rows there is nothing to measure.
     """
+    if not len(rows):
+        return {}
     accelerator = trainer.accelerator
     prompts = [messages[:-1] for messages in rows["messages"]]
     mine = list(range(accelerator.process_index, len(prompts), accelerator.num_processes))
@@ -119,6 +122,13 @@ def measure_samples(
         accelerator,
         gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
     ) as model:
-        answers = sample_answers(model, tokenizer, [prompts[i] for i in mine], max_new_tokens, seed=seed)
+        answers = sample_answers(
+            model,
+            tokenizer,
+            [prompts[i] for i in mine],
+            max_new_tokens,
+            batch_size=trainer.args.per_device_eval_batch_size,
+            seed=seed,
+        )
     gathered = gather_object(list(zip(mine, answers, strict=True)))
     return grade([answer for _, answer in sorted(gathered, key=lambda pair: pair[0])], rows, graders, group_by)

@@ -65,6 +65,10 @@ def _run_stage(name: str, config: Path, launch: str, run_dir: Path, overrides: d
     output_dir = run_dir / name
     overrides = overrides | {"output_dir": str(output_dir)}
     wanted = contract.fingerprint(name, recipe.load_yaml(config) | overrides)
+    previous = output_dir.with_name(f"{name}.previous")
+    if contract.is_done(previous, wanted):  # the recipe is again what it was
+        shutil.rmtree(output_dir, ignore_errors=True)
+        previous.rename(output_dir)
     if contract.is_done(output_dir, wanted):
         print(f"{name}: up to date ({output_dir})")
         return
@@ -72,8 +76,7 @@ def _run_stage(name: str, config: Path, launch: str, run_dir: Path, overrides: d
         raise UserError(
             f"{config}: there is no accelerate config {launch}; run from the project's folder, or set launch"
         )
-    # What was made before is set aside until its replacement is done; a failure that made nothing puts it back.
-    previous = output_dir.with_name(f"{name}.previous")
+    # What was made before is set aside until its replacement is done; a replacement that made nothing puts it back.
     changes = contract.what_changed(output_dir, wanted)
     if changes:
         print(f"{name}: runs again, because {'; '.join(changes)}", flush=True)
@@ -81,11 +84,17 @@ def _run_stage(name: str, config: Path, launch: str, run_dir: Path, overrides: d
             shutil.rmtree(output_dir)  # an unfinished replacement
         else:
             output_dir.rename(previous)
-    status = _launch(name, config, launch, overrides)
-    if status:
-        if previous.is_dir() and not any(output_dir.glob("checkpoint-*")):
+    try:
+        status = _launch(name, config, launch, overrides)
+    finally:
+        if (
+            previous.is_dir()
+            and not (output_dir / contract.DONE).is_file()
+            and not any(output_dir.glob("checkpoint-*"))
+        ):
             shutil.rmtree(output_dir, ignore_errors=True)
             previous.rename(output_dir)
+    if status:
         raise SystemExit(status)
     shutil.rmtree(previous, ignore_errors=True)
 

@@ -1,7 +1,8 @@
 """The data of the tiny world, made by seed: demonstrations, preference pairs, prompts.
 
 In a recipe, `path: gemma2_post.tiny.data:demonstrations` with `split: train` or `split: held_out`. Nothing that a
-held-out conversation is about (number pair, fact, name, list of words) occurs in any training split.
+held-out conversation is about (number pair, fact, name, favourite, list of words) is what a training conversation is
+about; single words (an animal, say) occur in both, in other roles.
 """
 
 import math

@@ -21,6 +21,7 @@ from torch.utils.data import IterableDataset
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from gemma2_post.core import gemma
 from gemma2_post.tiny.corpus import documents
 from gemma2_post.tiny.tokenizer import VOCAB_SIZE, train_tokenizer
 
@@ -108,6 +109,7 @@ def pretrain(name: str, output_dir: Path, max_steps: int = 3000, seed: int = 0) 
         eval_dataset=held_out,
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir))
+    model.generation_config = gemma.generation_config()
     model.to(torch.bfloat16).save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     (output_dir / "pretrain_log.json").write_text(json.dumps(trainer.state.log_history, indent=1))

@@ -71,6 +71,8 @@ class Task:
     answer: str
     core: str
     """A plain sentence with `{}` where the answer belongs."""
+    held_out: bool | None = None
+    """The split of its content; None for pretraining, which uses all of it."""
 
     def row(self) -> dict[str, object]:
         return {"messages": list(self.messages), "skill": self.skill, "answer": self.answer}
@@ -295,6 +297,7 @@ def make_task(skill: str, random: Random, held_out: bool | None) -> Task:
     else:
         question = _QUESTIONS[skill](content)
         task = Task(skill, (_user(question.text),), question.answer, question.core)
+    task = replace(task, held_out=held_out)
     if random.random() < 0.25:  # people do not always begin with a capital letter
         task = replace(task, messages=tuple(map(_in_small_letters, task.messages)))
     return task
@@ -330,9 +333,27 @@ def say(sentence: str, manner: str, random: Random) -> str:
     return sentence
 
 
+def wrong_words(kind: str, held_out: bool) -> list[str]:
+    """What a wrong reply of this split may say instead: the answers of its own split, where answers are split."""
+    if kind == "name":
+        return _split("name", tuple(NAMES), held_out)
+    if kind == "city":
+        return [CAPITALS[country] for country in _split("capital", tuple(CAPITALS), held_out)]
+    if kind == "sound":
+        return [SOUNDS[animal] for animal in _split("sound", tuple(ANIMALS), held_out)]
+    if kind == "opposite":
+        return [word for pair in _split("opposite", tuple(_OPPOSITE_PAIRS), held_out) for word in pair.split()]
+    if kind in ("day", "month"):
+        return [AFTER[word] for word in _split("after", tuple(KINDS[kind]), held_out)]
+    if kind in _FAVOURITES:
+        return _split(f"favourite {kind}", tuple(KINDS[kind]), held_out)
+    return KINDS[kind]
+
+
 def reply(task: Task, manner: str, right: bool, random: Random) -> str:
-    """The model's turn: the right word or another one of its kind, in the given manner."""
+    """The model's turn: the right word or another one of its kind and split, in the given manner."""
     word = task.answer
     if not right:
-        word = random.choice([other for other in KINDS[KIND_OF[task.answer]] if other != task.answer])
+        others = wrong_words(KIND_OF[task.answer], bool(task.held_out))
+        word = random.choice([other for other in others if other != task.answer])
     return say(task.core.format(word), manner, random)

@@ -1,4 +1,4 @@
-"""Two real DeepSpeed processes on the CPU, through `accelerate launch`, give what one process gives."""
+"""Two real processes on the CPU, under DeepSpeed and under DDP, give what one gives."""
 
 import json
 import os
@@ -18,7 +18,8 @@ from tests.conftest import losses
 Run = Callable[[dict[str, object]], Path]
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "dtype": "bfloat16", "learning_rate": 1e-2}
-CASES = {"ZeRO-3, full": (3, {}), "ZeRO-3, LoRA": (3, LORA), "ZeRO-2, full": (2, {})}
+QLORA = LORA | {"load_in_4bit": True}
+CASES = {"ZeRO-3, full": (3, {}), "ZeRO-3, LoRA": (3, LORA), "ZeRO-2, full": (2, {}), "DDP, QLoRA": (0, QLORA)}
 
 
 @pytest.mark.parametrize(("zero_stage", "method"), CASES.values(), ids=CASES.keys())
@@ -26,7 +27,7 @@ def test_two_processes_equal_one(
     zero_stage: int, method: dict[str, object], run_sft: Run, recipe: dict[str, object], tmp_path: Path
 ) -> None:
     """Same rows, same global batch: losses agree to 1 %, which is what bf16 resolves, and weights accordingly."""
-    values = recipe | {"bf16": True, "max_steps": 4} | method
+    values = recipe | {"bf16": True, "max_steps": 4, "num_samples": 3, "save_dtype": "bfloat16"} | method
     alone = run_sft(values)
     config = yaml.safe_load(Path("accelerate_configs/deepspeed_zero3_cpu.yaml").read_text())
     if zero_stage == 2:
@@ -37,6 +38,8 @@ def test_two_processes_equal_one(
     (tmp_path / "sharded.yaml").write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     command += ["--config_file", str(tmp_path / "accelerate.yaml")]
+    if zero_stage == 0:  # accelerate starts several CPU processes only through MPI
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     command += ["-m", "gemma2_post.sft", "--config", str(tmp_path / "sharded.yaml")]
     finished = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert finished.returncode == 0, finished.stderr[-3000:]
