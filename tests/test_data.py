@@ -323,7 +323,11 @@ def test_packing_does_not_bring_back_what_an_earlier_code_made(
     def packed() -> list[int]:
         # As SFTTrainer does with packing: true; it knows the rows by their fingerprint only.
         tokens = data.tokenize("recipe", load(path), tokenizer, 64, 0.0)
-        return [i for ids in pack_dataset(tokens, 128, "bfd")["input_ids"] for i in ids]
+        return [
+            i
+            for ids in pack_dataset(tokens.select_columns(["input_ids", "labels"]), 128, "bfd")["input_ids"]
+            for i in ids
+        ]
 
     before = packed()
     monkeypatch.setattr(data, "fold_system", lambda messages: [{**turn, "content": "new"} for turn in messages])

@@ -125,8 +125,8 @@ def check_disk(
 ) -> None:
     """Refuses to begin when the output, and in full fine-tuning two checkpoints, cannot fit.
 
-    A checkpoint holds fp32 weights and both moments of Adam, 12 bytes a parameter; while one is written, the last
-    it is still there. Those of adapters are small.
+    A checkpoint holds fp32 weights and both moments of Adam, 12 bytes a parameter, and stays until the next one is
+    written. Those of adapters are small.
     """
     checkpoints = 0 if model_args.use_peft or training_args.save_strategy == "no" else 2
     bytes_each = getattr(torch, stage_args.save_dtype).itemsize + 12 * checkpoints
