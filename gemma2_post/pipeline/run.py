@@ -80,9 +80,10 @@ def _run_stage(name: str, config: Path, launch: str, run_dir: Path, overrides: d
     changes = contract.what_changed(output_dir, wanted)
     if changes:
         print(f"{name}: runs again, because {'; '.join(changes)}", flush=True)
-        if previous.is_dir():
+        if previous.is_dir() and not (output_dir / contract.DONE).is_file():
             shutil.rmtree(output_dir)  # an unfinished replacement
         else:
+            shutil.rmtree(previous, ignore_errors=True)
             output_dir.rename(previous)
     try:
         status = _launch(name, config, launch, overrides)
