@@ -203,8 +203,8 @@ def _load_source(where: str, source: Source, max_invalid_share: float, columns: 
     dataset = _read(where, source)
     if len(dataset) == 0:
         raise UserError(f"{place} ({source.split}): there are no rows; check the split, or the file")
-    if not any(columns <= set(dataset.column_names) for columns in _FORMATS):
-        known = " | ".join(" + ".join(sorted(columns)) for columns in _FORMATS)
+    if not any(needed <= set(dataset.column_names) for needed in _FORMATS):
+        known = " | ".join(" + ".join(sorted(needed)) for needed in _FORMATS)
         raise UserError(
             f"{place}: the columns {', '.join(dataset.column_names)} are of no known format; expected {known}"
         )
@@ -293,10 +293,7 @@ def tokenize(
 
     A cut row would have lost its `<end_of_turn>`, and the model would learn not to stop.
     """
-    rendered = dataset.map(
-        lambda messages: gemma.render(tokenizer, messages),
-        input_columns="messages",
-    )
+    rendered = dataset.map(lambda messages: gemma.render(tokenizer, messages), input_columns="messages")
     kept = rendered.filter(lambda input_ids: len(input_ids) <= max_length, input_columns="input_ids")
     num_dropped = len(rendered) - len(kept)
     if len(kept) == 0:
