@@ -15,7 +15,7 @@ from gemma2_post.core import data, gemma
 from gemma2_post.core.data import DataArguments
 from gemma2_post.core.errors import UserError
 from gemma2_post.core.training import Stage, StageArguments, check_disk, launch, run
-from gemma2_post.evaluation.samples import measure_samples
+from gemma2_post.evaluation.samples import SampleArguments, grade, load_graders, sample_held_out
 
 REFUSED_KEYS = {
     **dict.fromkeys(
@@ -33,12 +33,6 @@ REFUSED_KEYS = {
 
 @dataclass
 class SFTArguments:
-    graders: list[str] | None = field(
-        default=None,
-        metadata={"help": "Functions module:function that grade sampled answers, as TRL's reward functions."},
-    )
-    group_by: str | None = field(default=None, metadata={"help": "Column by which the grades are also broken down."})
-    num_samples: int = field(default=64, metadata={"help": "Held-out prompts answered before and after; 0 for none."})
     max_new_tokens: int = field(default=256, metadata={"help": "Longest sampled answer, in tokens."})
 
 
@@ -48,6 +42,7 @@ def main(
     model_args: ModelConfig,
     data_args: DataArguments,
     stage_args: StageArguments,
+    sample_args: SampleArguments,
     sft_args: SFTArguments,
 ) -> None:
     if training_args.packing and model_args.attn_implementation == "eager" and training_args.train_batch_size > 1:
@@ -58,7 +53,6 @@ def main(
     # Imported here: who has made a mistake in a recipe should not have to wait for it.
     from trl import SFTTrainer, get_peft_config
 
-    graders = {path.rpartition(":")[2]: data.load_function(stage.where, path) for path in sft_args.graders or []}
     config = gemma.load_config(stage.where, model_args.model_name_or_path, model_args.model_revision)
     max_length = gemma.check_length(stage.where, training_args.max_length, config)
     tokenizer = gemma.load_tokenizer(stage.where, model_args.model_name_or_path, config, model_args.model_revision)
@@ -70,9 +64,9 @@ def main(
             data.tokenize(stage.where, rows, tokenizer, max_length, data_args.max_too_long_share)
             for rows in (train, held_out)
         )
-    if sft_args.group_by and sft_args.group_by not in held_out.column_names:
-        raise UserError(f"{stage.where}: group_by is {sft_args.group_by}, which held-out rows lack; add it to columns")
-    to_answer = held_out.select(range(min(sft_args.num_samples, len(held_out))))
+    graders = load_graders(stage.where, sample_args, held_out)
+    to_answer = held_out.select(range(min(sample_args.num_samples, len(held_out))))
+    prompts = [messages[:-1] for messages in to_answer["messages"]]
 
     trainer = SFTTrainer(
         model=gemma.load_model(stage.where, model_args, training_args),
@@ -84,12 +78,13 @@ def main(
     )
 
     def measure() -> dict[str, float]:
-        return {"held_out_nll": trainer.evaluate()["eval_loss"]} | measure_samples(
-            trainer, tokenizer, to_answer, graders, sft_args.group_by, sft_args.max_new_tokens, training_args.seed
-        )
+        answers = sample_held_out(trainer, trainer.model_wrapped, tokenizer, prompts, sft_args.max_new_tokens)
+        grades = grade(answers, to_answer, graders, sample_args.group_by)
+        return {"held_out_nll": trainer.evaluate()["eval_loss"]} | grades
 
     run(stage, stage_args, model_args, trainer, tokenizer, measure)
 
 
 if __name__ == "__main__":
-    launch("sft", main, [SFTConfig, ModelConfig, DataArguments, StageArguments, SFTArguments], REFUSED_KEYS, __doc__)
+    classes = [SFTConfig, ModelConfig, DataArguments, StageArguments, SampleArguments, SFTArguments]
+    launch("sft", main, classes, REFUSED_KEYS, __doc__)

@@ -15,7 +15,14 @@ from gemma2_post import sft
 from gemma2_post.core import gemma, training
 
 BASE = "gemma2_post/tiny/models/base"
-SFT_CLASSES = [sft.SFTConfig, sft.ModelConfig, sft.DataArguments, sft.StageArguments, sft.SFTArguments]
+SFT_CLASSES = [
+    sft.SFTConfig,
+    sft.ModelConfig,
+    sft.DataArguments,
+    sft.StageArguments,
+    sft.SampleArguments,
+    sft.SFTArguments,
+]
 
 
 @pytest.fixture(autouse=True, scope="session")

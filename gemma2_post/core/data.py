@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets, disable_caching, load_dataset
@@ -94,6 +95,7 @@ def to_messages(row: dict[str, object]) -> list[Message]:
 
 
 _FORMATS = [{"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"}, {"text"}]
+_PROMPT_FORMATS = [{"prompt"}, *_FORMATS]
 
 
 def _as_turns(value: object, role: str) -> list[Message]:
@@ -127,10 +129,22 @@ def fold_system(messages: list[Message]) -> list[Message]:
     return [{"role": "user", "content": f"{system['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
 
 
-def check_messages(messages: list[Message]) -> None:
-    """Raises `InvalidRow` unless user and model take turns, user first and model last, and all of it is plain text."""
+def to_prompt(row: dict[str, object]) -> list[Message]:
+    """What a model is to answer: the row's prompt, or its conversation without the model's last turn."""
+    if "prompt" in row:
+        return _as_turns(row["prompt"], "user")
+    messages = to_messages(row)
+    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+
+
+def check_messages(messages: list[Message], last: str = "assistant") -> None:
+    """Raises `InvalidRow` unless user and model take turns, user first and `last` last, and all of it is plain text.
+
+    Args:
+        last: whose turn ends it: "assistant" for a conversation, "user" for a prompt.
+    """
     if not messages:
-        raise InvalidRow("the conversation is empty")
+        raise InvalidRow("the conversation is empty" if last == "assistant" else "there is no user turn to answer")
     for i, message in enumerate(messages):
         expected = ("user", "assistant")[i % 2]
         content = message["content"]
@@ -146,19 +160,20 @@ def check_messages(messages: list[Message]) -> None:
             raise InvalidRow(
                 f"turn {i} holds the control token {token.group()}; give the text without the chat format"
             )
-    if messages[-1]["role"] != "assistant":
-        raise InvalidRow("the last turn is the user's; it must be the model's")
+    if messages[-1]["role"] != last:
+        found, wanted = ("user", "model") if last == "assistant" else ("model", "user")
+        raise InvalidRow(f"the last turn is the {found}'s; it must be the {wanted}'s")
 
 
-def _conversation(row: dict[str, object]) -> dict[str, object]:
+def _checked(row: dict[str, object], parse: Callable, last: str) -> dict[str, object]:
     """What one row becomes: its checked messages, or what is wrong with it."""
     try:
-        messages = to_messages(row)
+        messages = parse(row)
         for column in _PARTS_OF_A_CONVERSATION:
             if row.get(column):
                 raise InvalidRow(f"column {column} would be lost; make it a part of the conversation")
         folded = fold_system(messages)
-        check_messages(folded)
+        check_messages(folded, last)
     except InvalidRow as problem:
         return {"messages": [], "problem": str(problem), "had_system": False}
     return {"messages": folded, "problem": "", "had_system": folded is not messages}
@@ -175,11 +190,34 @@ def load_conversations(
     Raises:
         UserError: a source that cannot be read, with columns of no known format, empty, or with invalid rows.
     """
+    read = partial(_checked, parse=to_messages, last="assistant")
+    return _load(where, sources, max_invalid_share, seed, columns or [], read, _FORMATS)
+
+
+def load_prompts(
+    where: str, sources: list[Source], max_invalid_share: float, seed: int, columns: list[str] | None = None
+) -> Dataset:
+    """As `load_conversations`, but `prompt` in place of `messages`: the model's last turn, where there is one, is
+    dropped, and the user's turn before it is the last."""
+    read = partial(_checked, parse=to_prompt, last="user")
+    loaded = _load(where, sources, max_invalid_share, seed, columns or [], read, _PROMPT_FORMATS)
+    return loaded.rename_column("messages", "prompt")
+
+
+def _load(
+    where: str,
+    sources: list[Source],
+    max_invalid_share: float,
+    seed: int,
+    columns: list[str],
+    read: Callable[[dict[str, object]], dict[str, object]],
+    formats: list[set[str]],
+) -> Dataset:
     # datasets keys its cache by the function it is given, not by what that calls: after a change of the checks or of
     # the chat format it would hand out what the old ones made.
     disable_caching()
-    loaded = [_load_source(where, source, max_invalid_share, columns or []) for source in sources]
-    for column in columns or []:
+    loaded = [_load_source(where, source, max_invalid_share, columns, read, formats) for source in sources]
+    for column in columns:
         if not any(column in dataset.column_names for dataset in loaded):
             raise UserError(f"{where}: columns: no source has {column}; correct it or remove it")
     weights = [source.weight for source in sources]
@@ -198,17 +236,24 @@ def load_conversations(
         raise UserError(f"{where}: datasets: the sources do not fit together ({error})") from error
 
 
-def _load_source(where: str, source: Source, max_invalid_share: float, columns: list[str]) -> Dataset:
+def _load_source(
+    where: str,
+    source: Source,
+    max_invalid_share: float,
+    columns: list[str],
+    read: Callable[[dict[str, object]], dict[str, object]],
+    formats: list[set[str]],
+) -> Dataset:
     place = f"{where}: {source.path}"
     dataset = _read(where, source)
     if len(dataset) == 0:
         raise UserError(f"{place} ({source.split}): there are no rows; check the split, or the file")
-    if not any(needed <= set(dataset.column_names) for needed in _FORMATS):
-        known = " | ".join(" + ".join(sorted(needed)) for needed in _FORMATS)
+    if not any(needed <= set(dataset.column_names) for needed in formats):
+        known = " | ".join(" + ".join(sorted(needed)) for needed in formats)
         raise UserError(
             f"{place}: the columns {', '.join(dataset.column_names)} are of no known format; expected {known}"
         )
-    dataset = dataset.map(_conversation, remove_columns=[c for c in dataset.column_names if c not in columns])
+    dataset = dataset.map(read, remove_columns=[c for c in dataset.column_names if c not in columns])
     problems = [(row, problem) for row, problem in enumerate(dataset["problem"]) if problem]
     if problems:
         row, problem = problems[0]
@@ -267,15 +312,17 @@ def load_function(where: str, path: str) -> Callable:
     return function
 
 
-def split_held_out(where: str, data_args: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
-    """Training rows and held-out rows."""
+def split_held_out(
+    where: str, data_args: DataArguments, seed: int, load: Callable[..., Dataset] = load_conversations
+) -> tuple[Dataset, Dataset]:
+    """Training rows and held-out rows, as `load` makes them."""
 
-    def load(sources: list[Source]) -> Dataset:
-        return load_conversations(where, sources, data_args.max_invalid_share, seed, data_args.columns)
+    def load_sources(sources: list[Source]) -> Dataset:
+        return load(where, sources, data_args.max_invalid_share, seed, data_args.columns)
 
-    train = load(data_args.datasets)
+    train = load_sources(data_args.datasets)
     if data_args.held_out_datasets:
-        return train, load(data_args.held_out_datasets)
+        return train, load_sources(data_args.held_out_datasets)
     num_held_out = max(1, round(data_args.held_out_share * len(train)))
     if num_held_out >= len(train):
         raise UserError(
@@ -294,17 +341,33 @@ def tokenize(
     A cut row would have lost its `<end_of_turn>`, and the model would learn not to stop.
     """
     rendered = dataset.map(lambda messages: gemma.render(tokenizer, messages), input_columns="messages")
+    return _drop_too_long(where, rendered, "rows", "max_length", max_length, max_too_long_share)
+
+
+def drop_long_prompts(
+    where: str, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int, max_too_long_share: float
+) -> Dataset:
+    """The rows whose `prompt`, in the chat format, has at most `max_prompt_length` tokens."""
+    rendered = dataset.map(
+        lambda prompt: dict(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)),
+        input_columns="prompt",
+    )
+    kept = _drop_too_long(where, rendered, "prompts", "max_prompt_length", max_prompt_length, max_too_long_share)
+    return kept.select_columns(dataset.column_names)
+
+
+def _drop_too_long(
+    where: str, rendered: Dataset, what: str, key: str, max_length: int, max_too_long_share: float
+) -> Dataset:
     kept = rendered.filter(lambda input_ids: len(input_ids) <= max_length, input_columns="input_ids")
     num_dropped = len(rendered) - len(kept)
     if len(kept) == 0:
-        raise UserError(
-            f"{where}: all {len(rendered)} rows are longer than max_length {max_length} tokens; raise max_length"
-        )
+        raise UserError(f"{where}: all {len(rendered)} {what} are longer than {key} {max_length} tokens; raise {key}")
     if num_dropped > max_too_long_share * len(rendered):
         raise UserError(
-            f"{where}: {num_dropped} of {len(rendered)} rows are longer than max_length {max_length} tokens; raise "
-            "max_length, or allow a larger share with max_too_long_share"
+            f"{where}: {num_dropped} of {len(rendered)} {what} are longer than {key} {max_length} tokens; raise "
+            f"{key}, or allow a larger share with max_too_long_share"
         )
     if num_dropped:
-        logger.warning("dropped %d of %d rows longer than %d tokens", num_dropped, len(rendered), max_length)
+        logger.warning("dropped %d of %d %s longer than %d tokens", num_dropped, len(rendered), what, max_length)
     return kept

@@ -194,6 +194,19 @@ def check_length(where: str, max_length: int | None, config: Gemma2Config) -> in
     return max_length or most
 
 
+def check_prompt_length(
+    where: str, max_prompt_length: int | None, max_completion_length: int, config: Gemma2Config
+) -> int:
+    """The longest prompt in tokens: `max_prompt_length`, or what the answer leaves of the model's positions."""
+    most = config.max_position_embeddings - max_completion_length
+    if most <= 0 or (max_prompt_length or 0) > most:
+        raise UserError(
+            f"{where}: max_prompt_length {max_prompt_length or 1} and max_completion_length {max_completion_length} "
+            f"are more than the {config.max_position_embeddings} positions of the model together; lower one of them"
+        )
+    return max_prompt_length or most
+
+
 def num_parameters(config: Gemma2Config) -> int:
     """Parameters of the causal language model, the tied head counted once."""
     attention = 2 * config.hidden_size * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
@@ -244,6 +257,23 @@ def load_tokenizer(
     tokenizer.chat_template = gemma_chat_template
     tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token = "<pad>", "<eos>", "<bos>"
     return tokenizer
+
+
+def check_same_vocabulary(
+    where: str, tokenizer: PreTrainedTokenizerBase, model_args: ModelConfig, teacher_args: ModelConfig
+) -> None:
+    """Refuses a teacher that means another token by an id than the student; TRL compares sizes only."""
+    path, revision = teacher_args.model_name_or_path, teacher_args.model_revision
+    teacher_tokenizer = load_tokenizer(where, path, load_config(where, path, revision), revision)
+    ours, theirs = (
+        {token_id: token for token, token_id in each.get_vocab().items()} for each in (tokenizer, teacher_tokenizer)
+    )
+    for token_id in sorted(ours.keys() | theirs.keys()):
+        if ours.get(token_id) != theirs.get(token_id):
+            raise UserError(
+                f"{where}: id {token_id} is {ours.get(token_id)!r} to the student {model_args.model_name_or_path} and "
+                f"{theirs.get(token_id)!r} to the teacher {path}; choose a teacher with the same vocabulary"
+            )
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, output_dir: Path) -> None:

@@ -177,11 +177,13 @@ def run(
     trainer: Trainer,
     tokenizer: PreTrainedTokenizerBase,
     measure: Callable[[], Metrics],
+    summarise: Callable[[Metrics, Metrics], Metrics] = lambda before, after: {},
 ) -> None:
     """Trains (from the newest checkpoint, if there is one), saves a plain Hugging Face model, then the contract.
 
     Args:
         measure: the stage's numbers; called on every process before the first and after the last step.
+        summarise: further numbers, from those before and those after.
     """
     if not trainer.is_deepspeed_enabled:
         keep_adapter_in_fp32(trainer.model)
@@ -206,7 +208,7 @@ def run(
         write_log(stage.output_dir / "log.jsonl", trainer.state.log_history)
         before = contract.read_json(stage.output_dir / "before.json")
         metrics = {f"{name}_before": value for name, value in before.items()} | after
-        metrics |= throughput(trainer, seconds)
+        metrics |= summarise(before, after) | throughput(trainer, seconds)
         facts = {
             "base_model": model_args.model_name_or_path,
             "base_revision": getattr(trainer.model.config, "_commit_hash", None) or model_args.model_revision,

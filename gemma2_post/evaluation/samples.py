@@ -3,14 +3,17 @@
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl.models.utils import unwrap_model_for_generation
 
+from gemma2_post.core import data
+from gemma2_post.core.errors import UserError
 from gemma2_post.core.gemma import PAD, STOP_TOKEN_IDS
 
 Grader = Callable[..., list[float]]
@@ -18,12 +21,40 @@ Grader = Callable[..., list[float]]
 
 
 @dataclass
+class SampleArguments:
+    """What every training stage that samples held-out answers states about it."""
+
+    graders: list[str] | None = field(
+        default=None,
+        metadata={"help": "Functions module:function that grade sampled answers, as TRL's reward functions."},
+    )
+    group_by: str | None = field(default=None, metadata={"help": "Column by which the grades are also broken down."})
+    num_samples: int = field(default=64, metadata={"help": "Held-out prompts answered before and after; 0 for none."})
+
+
+@dataclass
 class Answer:
     text: str
-    num_tokens: int
-    """Without the stop token."""
-    stopped: bool
-    """Whether it ended by itself, with one of the stop tokens."""
+    prompt_ids: list[int]
+    token_ids: list[int]
+    """With the stop token, if it ended with one."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it ended by itself."""
+        return bool(self.token_ids) and self.token_ids[-1] in STOP_TOKEN_IDS
+
+    @property
+    def num_tokens(self) -> int:
+        """Without the stop token."""
+        return len(self.token_ids) - self.stopped
+
+
+def load_graders(where: str, sample_args: SampleArguments, rows: Dataset) -> dict[str, Grader]:
+    """The graders by their functions' names; checks the column to group by, too."""
+    if sample_args.group_by and sample_args.group_by not in rows.column_names:
+        raise UserError(f"{where}: group_by is {sample_args.group_by}, which held-out rows lack; add it to columns")
+    return {path.rpartition(":")[2]: data.load_function(where, path) for path in sample_args.graders or []}
 
 
 def sample_answers(
@@ -62,10 +93,12 @@ def sample_answers(
                 eos_token_id=STOP_TOKEN_IDS,
                 pad_token_id=PAD,
             )
-            for ids in generated[:, batch["input_ids"].shape[1] :].tolist():
-                num_tokens = next((i for i, token in enumerate(ids) if token in STOP_TOKEN_IDS), len(ids))
-                text = tokenizer.decode(ids[:num_tokens], skip_special_tokens=True).strip()
-                answers.append(Answer(text, num_tokens, stopped=num_tokens < len(ids)))
+            width = batch["input_ids"].shape[1]
+            for mask, ids in zip(batch["attention_mask"].bool(), generated.cpu(), strict=True):
+                prompt_ids, token_ids = ids[:width][mask.cpu()].tolist(), ids[width:].tolist()
+                end = next((i + 1 for i, token in enumerate(token_ids) if token in STOP_TOKEN_IDS), len(token_ids))
+                text = tokenizer.decode(token_ids[:end], skip_special_tokens=True).strip()
+                answers.append(Answer(text, prompt_ids, token_ids[:end]))
     return answers
 
 
@@ -82,7 +115,12 @@ def _evaluating(model: PreTrainedModel):
 def grade(
     answers: list[Answer], rows: Dataset, graders: dict[str, Grader], group_by: str | None = None
 ) -> dict[str, float]:
-    """Stop rate, mean length in tokens, and the mean of each grader: overall, and by a column if one is named."""
+    """Stop rate, mean length in tokens, and the mean of each grader: overall, and by a column if one is named.
+
+    Without answers there is nothing to measure.
+    """
+    if not answers:
+        return {}
     metrics = {
         "stop_rate": sum(answer.stopped for answer in answers) / len(answers),
         "mean_tokens": sum(answer.num_tokens for answer in answers) / len(answers),
@@ -98,28 +136,32 @@ def grade(
     return metrics
 
 
-def measure_samples(
-    trainer: Trainer,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
-    graders: dict[str, Grader],
-    group_by: str | None,
-    max_new_tokens: int,
-    seed: int,
-) -> dict[str, float]:
-    """`grade` on answers of the model in training, at temperature 1; each process samples its part of the prompts.
+def share_of(num_rows: int, accelerator: Accelerator) -> list[int]:
+    """The rows of this process: as many for each, so that sharded models run in step; some come twice for that."""
+    world = accelerator.num_processes
+    return [i % num_rows for i in range(accelerator.process_index, -(-num_rows // world) * world, world)]
 
-    Args:
-        rows: conversations; the prompt is all but the model's last turn. Without rows there is nothing to measure.
-    """
-    if not len(rows):
-        return {}
-    accelerator = trainer.accelerator
-    prompts = [messages[:-1] for messages in rows["messages"]]
-    mine = list(range(accelerator.process_index, len(prompts), accelerator.num_processes))
+
+def gather_rows(mine: list[int], results: list, num_rows: int) -> list:
+    """What all processes have made of their `share_of` the rows, in the order of the rows, on each of them."""
+    gathered = dict(gather_object(list(zip(mine, results, strict=True))))
+    return [gathered[i] for i in range(num_rows)]
+
+
+def sample_held_out(
+    trainer: Trainer,
+    wrapped_model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[dict[str, str]]],
+    max_new_tokens: int,
+) -> list[Answer]:
+    """Answers at temperature 1 of a model as the trainer holds it; each process samples its share of the prompts."""
+    if not prompts:
+        return []
+    mine = share_of(len(prompts), trainer.accelerator)
     with unwrap_model_for_generation(
-        trainer.model_wrapped,
-        accelerator,
+        wrapped_model,
+        trainer.accelerator,
         gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
     ) as model:
         answers = sample_answers(
@@ -128,7 +170,6 @@ def measure_samples(
             [prompts[i] for i in mine],
             max_new_tokens,
             batch_size=trainer.args.per_device_eval_batch_size,
-            seed=seed,
+            seed=trainer.args.seed,
         )
-    gathered = gather_object(list(zip(mine, answers, strict=True)))
-    return grade([answer for _, answer in sorted(gathered, key=lambda pair: pair[0])], rows, graders, group_by)
+    return gather_rows(mine, answers, len(prompts))

@@ -1,0 +1,87 @@
+"""How far two models are apart, over the whole vocabulary, on answers that one of them has sampled."""
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from gemma2_post.core.gemma import PAD
+from gemma2_post.evaluation.samples import Answer, gather_rows, share_of
+
+
+@dataclass
+class Divergence:
+    """Of one answer, in nats, summed over its tokens (the stop token is one of them)."""
+
+    forward: float
+    """KL(model || other). With answers sampled from the model, its mean estimates the sequence-level KL."""
+    backward: float
+    """KL(other || model), at the same positions."""
+    nll: float
+    """-log p(answer) under the model."""
+    num_tokens: int
+
+
+def token_kl(logits: torch.Tensor, other_logits: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) at each position, in nats, fp32 or better.
+
+    Args:
+        logits: of p, (..., vocabulary), soft-cap already applied.
+        other_logits: of q, the same shape.
+    """
+    log_p, log_q = (part.to(_at_least_fp32(part)).log_softmax(-1) for part in (logits, other_logits))
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def _at_least_fp32(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def measure_divergence(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    other: torch.nn.Module,
+    answers: list[Answer],
+    batch_size: int,
+) -> list[Divergence]:
+    """Both divergences of each answer; each process takes its share of them.
+
+    Args:
+        model: as the trainer holds it (a ZeRO engine, say); it is called on every process equally often.
+        other: likewise, with the same vocabulary.
+    """
+    mine = share_of(len(answers), accelerator)
+    was_training = model.training
+    model.eval()
+    results = []
+    with torch.no_grad():
+        for start in range(0, len(mine), batch_size):
+            batch = [answers[i] for i in mine[start : start + batch_size]]
+            longest = max(len(answer.token_ids) for answer in batch)
+            logits, other_logits = (_answer_logits(part, accelerator, batch, longest) for part in (model, other))
+            for row, answer in enumerate(batch):
+                num_tokens = len(answer.token_ids)
+                # The logits of one answer at a time: at 256k tokens of vocabulary, 512 of them take 0.5 GB in fp32.
+                own, others = logits[row, -num_tokens - 1 : -1], other_logits[row, -num_tokens - 1 : -1]
+                targets = torch.tensor(answer.token_ids, device=own.device)
+                results.append(
+                    Divergence(
+                        forward=token_kl(own, others).sum().item(),
+                        backward=token_kl(others, own).sum().item(),
+                        nll=torch.nn.functional.cross_entropy(own.float(), targets, reduction="sum").item(),
+                        num_tokens=num_tokens,
+                    )
+                )
+    model.train(was_training)
+    return gather_rows(mine, results, len(answers))
+
+
+def _answer_logits(
+    model: torch.nn.Module, accelerator: Accelerator, answers: list[Answer], num_tokens: int
+) -> torch.Tensor:
+    """(answers, num_tokens + 1, vocabulary): the last positions of left-padded conversations."""
+    rows = [answer.prompt_ids + answer.token_ids for answer in answers]
+    width = max(map(len, rows))
+    input_ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows], device=accelerator.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=accelerator.device)
+    return model(input_ids=input_ids, attention_mask=mask, logits_to_keep=num_tokens + 1, use_cache=False).logits
