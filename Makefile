@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help setup test lint sft chat
+.PHONY: help setup test lint synthesize sft distill chat
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -25,8 +25,14 @@ lint: $(INSTALLED) ## check format and style
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
+synthesize: $(INSTALLED) ## SFT data written by a teacher: recipes/$(RECIPE) to runs/$(RECIPE)/synthesize
+	@$(BIN)/python -m gemma2_post.synthesize --config recipes/$(RECIPE)/synthesize.yaml $(ARGS)
+
 sft: $(INSTALLED) ## supervised fine-tuning: recipes/$(RECIPE) to runs/$(RECIPE)/sft
 	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until sft $(ARGS)
+
+distill: $(INSTALLED) ## on-policy distillation of what sft made (which it makes first if needed)
+	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until distill $(ARGS)
 
 chat: $(INSTALLED) ## talk to the model that sft made
 	@test -f runs/$(RECIPE)/sft/stage.json || $(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until sft

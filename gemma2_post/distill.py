@@ -107,8 +107,8 @@ def main(
 
     training_args.disable_dropout = True
     trainer = DistillationTrainer(
-        model=gemma.load_model(stage.where, model_args, training_args),
-        teacher_model=gemma.load_model(stage.where, teacher_args, training_args),
+        model=gemma.load_for_training(stage.where, model_args, training_args),
+        teacher_model=gemma.load_for_training(stage.where, teacher_args, training_args),
         args=training_args,
         train_dataset=train.select_columns("prompt"),
         eval_dataset=held_out.select_columns("prompt"),
@@ -150,7 +150,7 @@ def teacher_arguments(
             f"{where}: a quantised teacher cannot be sharded by ZeRO-3; remove teacher_load_in_4bit and "
             "teacher_load_in_8bit, ZeRO-3 spreads the teacher's weights over the processes"
         )
-    return ModelConfig(
+    teacher_args = ModelConfig(
         model_name_or_path=training_args.teacher_model_name_or_path,
         model_revision=training_args.teacher_model_revision or "main",
         dtype=distill_args.teacher_dtype,
@@ -158,6 +158,8 @@ def teacher_arguments(
         load_in_4bit=distill_args.teacher_load_in_4bit,
         load_in_8bit=distill_args.teacher_load_in_8bit,
     )
+    gemma.check_model_arguments(f"{where}: the teacher", teacher_args)
+    return teacher_args
 
 
 def divergences(trainer: Trainer, answers: list[Answer]) -> Metrics:

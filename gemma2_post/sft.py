@@ -69,7 +69,7 @@ def main(
     prompts = [messages[:-1] for messages in to_answer["messages"]]
 
     trainer = SFTTrainer(
-        model=gemma.load_model(stage.where, model_args, training_args),
+        model=gemma.load_for_training(stage.where, model_args, training_args),
         args=training_args,
         train_dataset=train.select_columns(["input_ids", "labels"]),
         eval_dataset=held_out.select_columns(["input_ids", "labels"]),

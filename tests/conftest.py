@@ -3,7 +3,9 @@
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import datasets
 import pytest
@@ -11,18 +13,14 @@ import torch
 import yaml
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerBase, set_seed
 
-from gemma2_post import sft
+from gemma2_post import distill, sft
 from gemma2_post.core import gemma, training
+from gemma2_post.tiny.data import prompts
 
-BASE = "gemma2_post/tiny/models/base"
-SFT_CLASSES = [
-    sft.SFTConfig,
-    sft.ModelConfig,
-    sft.DataArguments,
-    sft.StageArguments,
-    sft.SampleArguments,
-    sft.SFTArguments,
-]
+BASE, TEACHER = "gemma2_post/tiny/models/base", "gemma2_post/tiny/models/teacher"
+SHARED_CLASSES = [sft.ModelConfig, sft.DataArguments, sft.StageArguments, sft.SampleArguments]
+SFT_CLASSES = [sft.SFTConfig, *SHARED_CLASSES, sft.SFTArguments]
+DISTILL_CLASSES = [distill.DistillationConfig, *SHARED_CLASSES, distill.DistillArguments]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -50,26 +48,32 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """A small random model with every Gemma 2 feature, in bf16 as Gemma 2 is shipped."""
-    set_seed(0)
-    config = Gemma2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        query_pre_attn_scalar=16,
-        sliding_window=8,
-        max_position_embeddings=256,
-        initializer_range=0.1,
-    )
+    """A small random model, in bf16 as Gemma 2 is shipped."""
     directory = tmp_path_factory.mktemp("model")
-    model = Gemma2ForCausalLM._from_config(config, attn_implementation="eager", dtype=torch.bfloat16)
-    model.save_pretrained(directory)
+    random_model(len(tokenizer), dtype=torch.bfloat16).save_pretrained(directory)
     gemma.save_tokenizer(tokenizer, directory)
     return directory
+
+
+def random_model(
+    vocab_size: int, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object
+) -> Gemma2ForCausalLM:
+    """A small random model with every Gemma 2 feature."""
+    set_seed(seed)
+    values = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.1,
+    }
+    config = Gemma2Config(vocab_size=vocab_size, **values | changes)
+    return Gemma2ForCausalLM._from_config(config, attn_implementation="eager", dtype=dtype)
 
 
 def write_rows(path: Path, num_rows: int) -> Path:
@@ -115,18 +119,43 @@ def recipe(tmp_path: Path, model_dir: Path) -> dict[str, object]:
 
 
 @pytest.fixture
+def distill_recipe(recipe: dict[str, object], tmp_path: Path) -> dict[str, object]:
+    """A student that ends its turns, and the untaught base model as its teacher: far apart, both small."""
+    return {key: value for key, value in recipe.items() if key not in ("max_length", "max_new_tokens")} | {
+        "model_name_or_path": TEACHER,
+        "teacher_model_name_or_path": BASE,
+        "teacher_dtype": "float32",
+        "datasets": [{"path": str(write_prompts(tmp_path / "prompts.jsonl", "train", 24))}],
+        "held_out_datasets": [{"path": str(write_prompts(tmp_path / "held_out_prompts.jsonl", "held_out", 5))}],
+        "columns": ["skill", "answer"],
+        "max_completion_length": 16,
+        "num_samples": 5,
+        "learning_rate": 1e-4,
+    }
+
+
+def write_prompts(path: Path, split: str, num_rows: int) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in prompts(split)[:num_rows]))
+    return path
+
+
+@pytest.fixture
 def run_sft(tmp_path: Path) -> Callable[[dict[str, object]], Path]:
-    """Writes the recipe to a file and runs the SFT stage on it, in this process; returns its output directory."""
+    return partial(run_stage, tmp_path / "recipe.yaml", "sft", sft, SFT_CLASSES)
 
-    def run(values: dict[str, object]) -> Path:
-        file = tmp_path / "recipe.yaml"
-        file.write_text(yaml.safe_dump(values))
-        stage, arguments = training.parse("sft", ["--config", str(file)], SFT_CLASSES, sft.REFUSED_KEYS)
-        training.refuse_foreign_output(stage)
-        sft.main(stage, *arguments)
-        return stage.output_dir
 
-    return run
+@pytest.fixture
+def run_distill(tmp_path: Path) -> Callable[[dict[str, object]], Path]:
+    return partial(run_stage, tmp_path / "recipe.yaml", "distill", distill, DISTILL_CLASSES)
+
+
+def run_stage(file: Path, name: str, module: ModuleType, classes: list[type], values: dict[str, object]) -> Path:
+    """Writes the recipe to a file and runs the stage on it, in this process; returns its output directory."""
+    file.write_text(yaml.safe_dump(values))
+    stage, arguments = training.parse(name, ["--config", str(file)], classes, module.REFUSED_KEYS)
+    training.refuse_foreign_output(stage)
+    module.main(stage, *arguments)
+    return stage.output_dir
 
 
 def losses(output_dir: Path) -> list[float]:

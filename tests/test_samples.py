@@ -6,7 +6,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from gemma2_post.core.gemma import PAD, STOP_TOKEN_IDS
 from gemma2_post.evaluation.samples import Answer, grade, sample_answers
+from tests.conftest import TEACHER
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("Hi", "What is 3 plus 5? Please add.", "And plus 2?")]
 
@@ -18,6 +20,20 @@ def test_sampling_in_a_padded_batch_is_sampling_one_by_one(
     together = sample_answers(model, tokenizer, PROMPTS, max_new_tokens=12, temperature=0.0)
     alone = [sample_answers(model, tokenizer, [prompt], max_new_tokens=12, temperature=0.0)[0] for prompt in PROMPTS]
     assert together == alone
+    rendered = tokenizer.apply_chat_template(PROMPTS, add_generation_prompt=True)["input_ids"]
+    assert [answer.prompt_ids for answer in together] == rendered
+
+
+def test_an_answer_ends_with_its_first_stop_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """In one batch with a longer one, and with either of the two stop tokens."""
+    model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
+    answers = sample_answers(model, tokenizer, PROMPTS, max_new_tokens=12, temperature=0.0)
+    assert len({len(answer.token_ids) for answer in answers}) > 1
+    for answer in answers:
+        *words, last = answer.token_ids
+        assert answer.stopped == (last in STOP_TOKEN_IDS) == (answer.num_tokens < 12)
+        assert not {PAD, *STOP_TOKEN_IDS} & set(words)
+        assert answer.text == tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip()
 
 
 def test_sampling_in_training_with_checkpointing_is_sampling_in_evaluation(
@@ -33,8 +49,8 @@ def test_sampling_in_training_with_checkpointing_is_sampling_in_evaluation(
 
 
 def test_grades_are_means_overall_and_by_group() -> None:
-    """Lengths of 1, 3 and 5 letters: mean 3; group a (1 + 5) / 2 = 3, group b 3."""
-    answers = [Answer("x", 1, True), Answer("xxx", 3, True), Answer("xxxxx", 5, False)]
+    """Lengths of 1, 3 and 5 letters: mean 3; group a (1 + 5) / 2 = 3, group b 3. The stop token is no length."""
+    answers = [Answer("x", [2], [7, 1]), Answer("xxx", [2], [7, 7, 7, 107]), Answer("xxxxx", [2], [7] * 5)]
     rows = Dataset.from_dict({"skill": ["a", "b", "a"]})
     metrics = grade(
         answers, rows, {"length": lambda completions, **_: [float(len(text)) for text in completions]}, "skill"

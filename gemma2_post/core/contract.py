@@ -17,9 +17,16 @@ from gemma2_post.core.errors import UserError
 
 DONE = "stage.json"
 BEGUN = "begun.json"
+PROGRESS = "progress"
+"""Folder with what a stage without checkpoints has made so far."""
 _PACKAGE = Path(__file__).parents[1]
+_MEASURED = {DONE, BEGUN, "before.json", "metrics.json", "log.jsonl"}
+"""Files that say how a stage went, beside those that the next stage reads."""
 _VERSIONS_THAT_MATTER = ["torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "deepspeed"]
-_KEYS_WITHOUT_EFFECT = {"output_dir", "report_to", "run_name", "logging_steps", "disable_tqdm", "logging_dir"}
+_KEYS_WITHOUT_EFFECT = {
+    *("output_dir", "report_to", "run_name", "logging_steps", "disable_tqdm", "logging_dir"),
+    *("endpoint", "api_key_variable", "concurrency", "endpoint_timeout", "endpoint_retries"),
+}
 """Recipe keys that do not change what comes out."""
 
 
@@ -122,13 +129,20 @@ def what_changed(output_dir: Path, wanted: dict) -> list[str]:
         UserError: the directory holds what no stage has made.
     """
     found = read_json(output_dir / DONE)
-    if found is None and any(output_dir.glob("checkpoint-*")):
+    if found is None and has_progress(output_dir):
         found = read_json(output_dir / BEGUN)
     if found is not None:
         return differences(found["fingerprint"], json.loads(json.dumps(wanted)))
     if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / BEGUN).is_file():
         raise UserError(f"output_dir {output_dir}: holds files that no stage has made; choose another output_dir")
     return []
+
+
+def has_progress(output_dir: Path) -> bool:
+    """Whether an interrupted run has left something to go on from."""
+    return any(output_dir.glob("checkpoint-*")) or any(
+        path.stat().st_size for path in output_dir.glob(f"{PROGRESS}/*")
+    )
 
 
 def begin(output_dir: Path, wanted: dict) -> None:
@@ -144,7 +158,7 @@ def finish(output_dir: Path, stage: str, wanted: dict, seconds: float, facts: di
         facts: what the next stage checks (base model, adapter lineage, dtype, hashes of tokenizer and template).
     """
     write_json(output_dir / "metrics.json", metrics)
-    weights = [path for path in _files(output_dir) if path.name not in {DONE, BEGUN, "metrics.json", "log.jsonl"}]
+    weights = [path for path in _files(output_dir) if path.name not in _MEASURED]
     stage_file = {
         "stage": stage,
         "fingerprint": wanted,

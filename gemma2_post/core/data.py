@@ -165,6 +165,15 @@ def check_messages(messages: list[Message], last: str = "assistant") -> None:
         raise InvalidRow(f"the last turn is the {found}'s; it must be the {wanted}'s")
 
 
+def is_valid(messages: list[Message]) -> bool:
+    """Whether a conversation may be trained on as it is."""
+    try:
+        check_messages(messages)
+    except InvalidRow:
+        return False
+    return True
+
+
 def _checked(row: dict[str, object], parse: Callable, last: str) -> dict[str, object]:
     """What one row becomes: its checked messages, or what is wrong with it."""
     try:

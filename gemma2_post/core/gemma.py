@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     Gemma2Config,
     GenerationConfig,
@@ -91,40 +92,13 @@ def check_arguments(where: str, model_args: ModelConfig, training_args: Training
     Args:
         where: the recipe's file, named first in an error.
     """
+    check_model_arguments(where, model_args)
     zero_stage = training_args.deepspeed_plugin.zero_stage if training_args.deepspeed_plugin else 0
     quantized = model_args.load_in_4bit or model_args.load_in_8bit
-    model_args.attn_implementation = model_args.attn_implementation or "eager"
-    if model_args.model_name_or_path is None:
-        raise UserError(f"{where}: model_name_or_path is missing; name a directory or a Hub model")
-    if model_args.attn_implementation == "sdpa":
-        raise UserError(
-            f"{where}: attn_implementation is sdpa, which cannot apply Gemma 2's attention soft-cap of 50; "
-            "write eager, flex_attention or flash_attention_2"
-        )
-    if model_args.attn_implementation not in ("eager", "flex_attention", "flash_attention_2"):
-        raise UserError(
-            f"{where}: attn_implementation is {model_args.attn_implementation}; "
-            "write eager, flex_attention or flash_attention_2"
-        )
-    if model_args.attn_implementation == "flash_attention_2" and not is_flash_attn_greater_or_equal("2.6.3"):
-        raise UserError(
-            f"{where}: attn_implementation is flash_attention_2, but the flash-attn package (2.6.3 or newer, for the "
-            "soft-cap and its gradient) is not installed; install it, or write eager or flex_attention"
-        )
-    if model_args.dtype not in ("bfloat16", "float32"):
-        raise UserError(
-            f"{where}: dtype is {model_args.dtype}; write bfloat16 or float32 (Gemma 2 overflows in float16, and auto "
-            "would hide whether full fine-tuning runs in pure bfloat16)"
-        )
     if quantized and not model_args.use_peft:
         raise UserError(
             f"{where}: load_in_{'4' if model_args.load_in_4bit else '8'}bit is for adapters, not for full "
             "fine-tuning; add use_peft: true or remove it"
-        )
-    if quantized and model_args.dtype != "bfloat16":
-        raise UserError(
-            f"{where}: dtype is {model_args.dtype} with a quantised base; write bfloat16 (else embeddings and norms "
-            "stay in fp32)"
         )
     if quantized and zero_stage == 3:
         raise UserError(
@@ -162,6 +136,38 @@ def check_arguments(where: str, model_args: ModelConfig, training_args: Training
                 f"{where}: {min(tied)} cannot be adapted, because Gemma 2 ties its embeddings and its head; "
                 "remove it from lora_target_modules and lora_modules_to_save"
             )
+
+
+def check_model_arguments(where: str, model_args: ModelConfig) -> None:
+    """Refuses ways of loading a Gemma 2 model that cannot work or are wrong, and fills in eager attention."""
+    model_args.attn_implementation = model_args.attn_implementation or "eager"
+    if model_args.model_name_or_path is None:
+        raise UserError(f"{where}: model_name_or_path is missing; name a directory or a Hub model")
+    if model_args.attn_implementation == "sdpa":
+        raise UserError(
+            f"{where}: attn_implementation is sdpa, which cannot apply Gemma 2's attention soft-cap of 50; "
+            "write eager, flex_attention or flash_attention_2"
+        )
+    if model_args.attn_implementation not in ("eager", "flex_attention", "flash_attention_2"):
+        raise UserError(
+            f"{where}: attn_implementation is {model_args.attn_implementation}; "
+            "write eager, flex_attention or flash_attention_2"
+        )
+    if model_args.attn_implementation == "flash_attention_2" and not is_flash_attn_greater_or_equal("2.6.3"):
+        raise UserError(
+            f"{where}: attn_implementation is flash_attention_2, but the flash-attn package (2.6.3 or newer, for the "
+            "soft-cap and its gradient) is not installed; install it, or write eager or flex_attention"
+        )
+    if model_args.dtype not in ("bfloat16", "float32"):
+        raise UserError(
+            f"{where}: dtype is {model_args.dtype}; write bfloat16 or float32 (Gemma 2 overflows in float16, and auto "
+            "would hide whether full fine-tuning runs in pure bfloat16)"
+        )
+    if (model_args.load_in_4bit or model_args.load_in_8bit) and model_args.dtype != "bfloat16":
+        raise UserError(
+            f"{where}: dtype is {model_args.dtype} with quantised weights; write bfloat16 (else embeddings and norms "
+            "stay in fp32)"
+        )
 
 
 def load_config(where: str, path: str, revision: str | None = None) -> Gemma2Config:
@@ -298,23 +304,52 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -
 # --- models ---
 
 
-def load_model(where: str, model_args: ModelConfig, training_args: TrainingArguments) -> PreTrainedModel:
-    """The causal language model as the recipe wants it, on this process's device (a shard of it under ZeRO-3)."""
-    quantization_config = get_quantization_config(model_args)
+def load_for_training(where: str, model_args: ModelConfig, training_args: TrainingArguments) -> PreTrainedModel:
+    """The causal language model for a trainer: a quantised one on its device, any other where the trainer moves it
+    from (or shards it, under ZeRO-3)."""
+    quantized = model_args.load_in_4bit or model_args.load_in_8bit
+    return load_model(where, model_args, device_map={"": training_args.device} if quantized else None)
+
+
+def load_model(where: str, model_args: ModelConfig, device_map: str | dict | None) -> PreTrainedModel:
+    """The causal language model as the recipe wants it."""
     try:
         model = AutoModelForCausalLM.from_pretrained(
             model_args.model_name_or_path,
             revision=model_args.model_revision,
             dtype=getattr(torch, model_args.dtype),
             attn_implementation=model_args.attn_implementation,
-            quantization_config=quantization_config,
-            device_map={"": training_args.device} if quantization_config else None,
+            quantization_config=get_quantization_config(model_args),
+            device_map=device_map,
         )
     except OSError as error:
         raise _load_error(where, model_args.model_name_or_path, error) from error
     disable_cpu_repacking(model)
     model.generation_config = generation_config()
     return model
+
+
+def load_reward_model(where: str, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A trained Gemma 2 reward model and its tokenizer, in bf16 on a GPU and in fp32 without one."""
+    config = load_config(where, path)
+    tokenizer = load_tokenizer(where, path, config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            dtype=torch.bfloat16 if device == "cuda" else torch.float32,
+            attn_implementation="eager",
+            device_map=device,
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise _load_error(where, path, error) from error
+    if info["missing_keys"] or model.config.num_labels != 1:
+        raise UserError(
+            f"{where}: {path} is no reward model (it has {model.config.num_labels} labels and lacks "
+            f"{', '.join(sorted(info['missing_keys'])) or 'nothing'}); name the output of a reward stage"
+        )
+    return model, tokenizer
 
 
 def disable_cpu_repacking(model: PreTrainedModel) -> None:

@@ -77,6 +77,13 @@ def parse(
     built = recipe.build(where, values, classes, gemma.REFUSED_KEYS | refused)
     if not values.get("output_dir"):
         raise UserError(f"{where}: output_dir is missing; add `output_dir: runs/NAME/{name}`")
+    if isinstance(built[0], TrainingArguments):
+        _check_training(where, built)
+    return Stage(name, where, Path(values["output_dir"]), contract.fingerprint(name, values)), built
+
+
+def _check_training(where: str, built: tuple) -> None:
+    """Checks and completes what a training stage was given."""
     by_class = {type(part): part for part in built}
     training_args = built[0]
     gemma.check_arguments(where, by_class[ModelConfig], training_args)
@@ -91,8 +98,6 @@ def parse(
         training_args.world_size,
     )
     training_args.prediction_loss_only = True  # the full logits of a 256k vocabulary are not to be kept
-    stage = Stage(name, where, Path(training_args.output_dir), contract.fingerprint(name, values))
-    return stage, built
 
 
 def accumulation_steps(where: str, global_batch_size: int, per_device_batch_size: int, num_processes: int) -> int:

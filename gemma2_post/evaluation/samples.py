@@ -102,6 +102,27 @@ def sample_answers(
     return answers
 
 
+def reward_conversations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[list[dict[str, str]]],
+    batch_size: int,
+) -> list[float]:
+    """A reward model's score of each conversation, which ends with the model's turn."""
+    scores: list[float] = []
+    with _evaluating(model), torch.no_grad():
+        for start in range(0, len(conversations), batch_size):
+            batch = tokenizer.apply_chat_template(
+                conversations[start : start + batch_size],
+                return_dict=True,
+                return_tensors="pt",
+                padding=True,
+                tokenizer_kwargs={"padding_side": "right"},
+            ).to(model.device)
+            scores += model(**batch).logits[:, 0].float().tolist()
+    return scores
+
+
 @contextmanager
 def _evaluating(model: PreTrainedModel):
     training = model.training

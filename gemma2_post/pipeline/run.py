@@ -22,6 +22,8 @@ class StageEntry:
     """A file beside the pipeline recipe."""
     launch: str | None = None
     """Its accelerate config; without it, the pipeline's."""
+    model: str | None = None
+    """The earlier stage whose output is its model; without it, the recipe's model_name_or_path."""
 
 
 @dataclass
@@ -36,6 +38,12 @@ def load_pipeline(path: Path) -> tuple[Pipeline, dict[str, StageEntry]]:
     entries = {
         name: recipe.build(f"{path}: {name}", entry, [StageEntry], {})[0] for name, entry in pipeline.stages.items()
     }
+    names = list(entries)
+    for i, (name, entry) in enumerate(entries.items()):
+        if entry.model is not None and entry.model not in names[:i]:
+            raise UserError(
+                f"{path}: {name}: model is {entry.model}, which is no earlier stage ({', '.join(names[:i]) or 'none'})"
+            )
     return pipeline, entries
 
 
@@ -49,13 +57,15 @@ def run(path: Path, until: str | None, overrides: dict[str, dict[str, object]]) 
     for name in [*([until] if until else []), *overrides]:
         if name not in entries:
             raise UserError(f"{path}: there is no stage {name}; it has {', '.join(entries)}")
+    run_dir = Path(pipeline.run_dir)
     for name, entry in entries.items():
+        references = {"model_name_or_path": str(run_dir / entry.model)} if entry.model else {}
         _run_stage(
             name,
             path.parent / entry.recipe,
             entry.launch or pipeline.launch,
-            Path(pipeline.run_dir),
-            overrides.get(name, {}),
+            run_dir,
+            references | overrides.get(name, {}),
         )
         if name == until:
             break
@@ -88,11 +98,7 @@ def _run_stage(name: str, config: Path, launch: str, run_dir: Path, overrides: d
     try:
         status = _launch(name, config, launch, overrides)
     finally:
-        if (
-            previous.is_dir()
-            and not (output_dir / contract.DONE).is_file()
-            and not any(output_dir.glob("checkpoint-*"))
-        ):
+        if previous.is_dir() and not (output_dir / contract.DONE).is_file() and not contract.has_progress(output_dir):
             shutil.rmtree(output_dir, ignore_errors=True)
             previous.rename(output_dir)
     if status:
