@@ -93,7 +93,11 @@ def main(
     tokenizer = gemma.load_tokenizer(stage.where, model_args.model_name_or_path, config, model_args.model_revision)
     gemma.check_same_vocabulary(stage.where, tokenizer, model_args, teacher_args)
     max_prompt_length = gemma.check_prompt_length(
-        stage.where, distill_args.max_prompt_length, training_args.max_completion_length, config
+        stage.where,
+        distill_args.max_prompt_length,
+        "max_completion_length",
+        training_args.max_completion_length,
+        config,
     )
     check_disk(stage, stage_args, training_args, model_args, config)
     with training_args.main_process_first():

@@ -84,7 +84,9 @@ def main(
     else:
         config = gemma.load_config(stage.where, model_args.model_name_or_path, model_args.model_revision)
         tokenizer = gemma.load_tokenizer(stage.where, model_args.model_name_or_path, config, model_args.model_revision)
-        longest = gemma.check_prompt_length(stage.where, args.max_prompt_length, args.max_new_tokens, config)
+        longest = gemma.check_prompt_length(
+            stage.where, args.max_prompt_length, "max_new_tokens", args.max_new_tokens, config
+        )
         prompts = data.drop_long_prompts(stage.where, prompts, tokenizer, longest, data_args.max_too_long_share)
         ask = partial(ask_model, stage, args, model_args, tokenizer)
 
@@ -133,7 +135,6 @@ def main(
 
 def check_arguments(stage: Stage, args: SynthesizeArguments, model_args: ModelConfig) -> None:
     """Refuses what cannot work, or would have no effect."""
-    gemma.check_model_arguments(stage.where, model_args)
     if min(args.num_answers, args.batch_size, args.concurrency, args.max_new_tokens) < 1:
         raise UserError(
             f"{stage.where}: num_answers, batch_size, concurrency and max_new_tokens are counts; write 1 or more"
@@ -149,6 +150,7 @@ def check_arguments(stage: Stage, args: SynthesizeArguments, model_args: ModelCo
     without_effect = sorted(stage.fingerprint["recipe"].keys() & local - {"model_name_or_path"})
     if args.endpoint and without_effect:
         raise UserError(f"{stage.where}: {without_effect[0]} has no effect with an endpoint; remove one of them")
+    gemma.check_model_arguments(stage.where, model_args)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             f"{stage.where}: synthesize is one process; start it with accelerate_configs/single_gpu.yaml (one model "

@@ -130,20 +130,17 @@ def test_the_loss_and_its_gradient_are_the_divergence_of_the_soft_capped_distrib
 
 
 def test_both_soft_caps_matter_in_the_models_of_the_test_above(tokenizer: PreTrainedTokenizerBase) -> None:
-    student, teacher = far_apart(tokenizer)
+    models = far_apart(tokenizer)
     with torch.no_grad():
-        divergence = kl(*(answer_logits(model).log_softmax(-1) for model in (student, teacher))).mean().item()
-        without = kl(*(answer_logits(model, 1e9).log_softmax(-1) for model in (student, teacher))).mean().item()
-        print(divergence, without)
-        for model in (student, teacher):
-            capped = answer_logits(model)
-            print((answer_logits(model, 1e9) - capped).abs().mean())
+        capped = [answer_logits(model) for model in models]
+        uncapped = [answer_logits(model, final_cap=1e9) for model in models]
+        first, second = (kl(*(part.log_softmax(-1) for part in logits)).mean() for logits in (capped, uncapped))
+        assert second > 2 * first
+        for model, logits in zip(models, capped, strict=True):
             for layer in model.model.layers:
                 assert layer.self_attn.attn_logit_softcapping == 50
                 layer.self_attn.attn_logit_softcapping = None
-            print((answer_logits(model) - capped).abs().mean())
-        without = kl(*(answer_logits(model).log_softmax(-1) for model in (student, teacher))).mean().item()
-        print(divergence, without)
+            assert (answer_logits(model) - logits).abs().mean() > 0.3
 
 
 def test_between_the_two_kls_the_loss_shrinks_with_its_weight(
@@ -159,6 +156,376 @@ def test_between_the_two_kls_the_loss_shrinks_with_its_weight(
     def loss(beta: float) -> float:
         return trained_loss(student, teacher, tokenizer, beta=beta, output_dir=str(tmp_path / "out")).item()
 
-    print()
-    print(loss(1e-3) / 1e-3, loss(0.0))
-    print(loss(1 - 1e-3) / 1e-3, loss(1.0))
+    forward, reverse = loss(0.0), loss(1.0)
+    assert forward > 1.1 * reverse
+    assert loss(1e-3) / 1e-3 == pytest.approx(forward, rel=0.03)
+    assert loss(1 - 1e-3) / 1e-3 == pytest.approx(reverse, rel=0.03)
+
+
+# --- the stage ---
+
+
+@pytest.fixture
+def trainers(monkeypatch: pytest.MonkeyPatch) -> list[DistillationTrainer]:
+    """The trainers of the runs that follow."""
+    seen, run = [], distill.run
+
+    def run_and_remember(*arguments: object) -> None:
+        seen.append(arguments[3])
+        run(*arguments)
+
+    monkeypatch.setattr(distill, "run", run_and_remember)
+    return seen
+
+
+def metrics_of(output: Path) -> dict[str, float]:
+    return json.loads((output / "metrics.json").read_text())
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    return (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+def test_full_fine_tuning_comes_nearer_to_the_teacher_and_writes_every_measure(
+    run_distill: Run, distill_recipe: Recipe
+) -> None:
+    output = run_distill(distill_recipe | {"learning_rate": 1e-3, "max_steps": 3})
+    metrics = metrics_of(output)
+    measured = ["kl_student_teacher", "kl_student_teacher_per_token", "kl_teacher_student"]
+    measured += ["kl_teacher_student_per_token", "student_nll", "stop_rate", "mean_tokens"]
+    assert metrics.keys() == {
+        *measured,
+        *(f"{name}_before" for name in measured),
+        "tokens_per_second",
+        "peak_memory_gb",
+    }
+    for name in ("kl_student_teacher", "kl_teacher_student"):
+        assert metrics[name] < metrics[f"{name}_before"]
+        for when in ("", "_before"):  # the stop token is one of the tokens here, not so in mean_tokens
+            num_tokens = metrics[f"mean_tokens{when}"] + metrics[f"stop_rate{when}"]
+            assert metrics[f"{name}{when}"] == pytest.approx(metrics[f"{name}_per_token{when}"] * num_tokens)
+
+    before, after = load_file(f"{TEACHER}/model.safetensors"), load_file(output / "model.safetensors")
+    assert before.keys() == after.keys() and "lm_head.weight" not in after
+    changed = sum((after[name] != before[name].float()).sum().item() for name in after if "embed" not in name)
+    assert changed > 0.9 * sum(after[name].numel() for name in after if "embed" not in name)
+    assert json.loads((output / "stage.json").read_text())["metrics"] == metrics
+    _, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == [1, 107]
+
+
+def test_the_teachers_grade_is_measured_and_the_closed_part_of_the_gap(
+    run_distill: Run, distill_recipe: Recipe
+) -> None:
+    changes = {"graders": ["gemma2_post.tiny.gold:gold"], "group_by": "skill", "learning_rate": 3e-3, "max_steps": 6}
+    metrics = metrics_of(run_distill(distill_recipe | changes))
+    before, after, teacher = (metrics[name] for name in ("gold_before", "gold", "teacher_gold"))
+    assert len({before, after, teacher}) == 3
+    assert metrics["gold_gap_closed"] == pytest.approx((after - before) / (teacher - before))
+    assert {"teacher_stop_rate", "teacher_mean_tokens", "gold/sum", "gold/sum_before"} <= metrics.keys()
+
+
+def test_without_samples_nothing_is_measured(run_distill: Run, distill_recipe: Recipe) -> None:
+    changes = {"graders": ["gemma2_post.tiny.gold:gold"], "num_samples": 0, "max_steps": 1}
+    assert metrics_of(run_distill(distill_recipe | changes)).keys() == {"tokens_per_second", "peak_memory_gb"}
+
+
+def test_a_student_that_is_its_teacher_is_at_distance_zero(run_distill: Run, distill_recipe: Recipe) -> None:
+    output = run_distill(distill_recipe | {"teacher_model_name_or_path": TEACHER, "max_steps": 1})
+    metrics = metrics_of(output)
+    assert losses(output) == pytest.approx([0.0], abs=1e-6)
+    assert metrics["kl_student_teacher_before"] == pytest.approx(0, abs=1e-5)
+    assert metrics["kl_teacher_student_before"] == pytest.approx(0, abs=1e-5)
+    assert metrics["student_nll_before"] > 0.01
+
+
+@pytest.mark.parametrize("teacher_load_in_4bit", [True, False])
+def test_qlora_on_the_teachers_own_weights_is_at_distance_zero_if_the_teacher_is_in_4_bit_too(
+    teacher_load_in_4bit: bool, run_distill: Run, distill_recipe: Recipe
+) -> None:
+    changes = {"teacher_model_name_or_path": TEACHER, "teacher_dtype": "bfloat16"}
+    output = run_distill(distill_recipe | QLORA | changes | {"teacher_load_in_4bit": teacher_load_in_4bit})
+    distance = metrics_of(output)["kl_student_teacher_per_token_before"]
+    assert distance == pytest.approx(0, abs=1e-6) if teacher_load_in_4bit else distance > 1e-3
+    adapter = load_file(output / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+    _, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_rollouts_end_with_either_stop_token(
+    run_distill: Run, distill_recipe: Recipe, trainers: list[DistillationTrainer]
+) -> None:
+    run_distill(distill_recipe | {"num_samples": 0, "max_steps": 1})
+    (trainer,) = trainers
+    assert sorted(trainer.eos_token_ids) == [1, 107] == sorted(trainer.generation_config.eos_token_id)
+    (rollouts,) = trainer._buffered_inputs
+    num_tokens = rollouts["completion_mask"].sum(1)
+    assert len(num_tokens) == 8 and num_tokens.min() < num_tokens.max() < 16
+    for ids, length in zip(rollouts["completion_ids"].tolist(), num_tokens.tolist(), strict=True):
+        assert ids.index(107) == length - 1 and set(ids[length:]) <= {0}
+
+
+def test_dropout_is_off(run_distill: Run, distill_recipe: Recipe, trainers: list[DistillationTrainer]) -> None:
+    run_distill(distill_recipe | QLORA | {"lora_dropout": 0.5, "num_samples": 0, "learning_rate": 1e-2})
+    (trainer,) = trainers
+    (rollouts,) = trainer._buffered_inputs
+    assert trainer.model.training and trainer.model.peft_config["default"].lora_dropout == 0.5
+    first, second = (trainer.compute_loss(trainer.model, rollouts).item() for _ in range(2))
+    assert first == second
+    for module in trainer.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    assert trainer.compute_loss(trainer.model, rollouts).item() != first
+
+
+def test_a_prompt_is_the_same_as_messages_as_text_and_in_a_conversation(tmp_path: Path) -> None:
+    system, again = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "And now?"}
+    chats = [[USER], [USER, MODEL, again], [system, USER]]
+    formats = {
+        "prompts": [{"prompt": chat} for chat in chats],
+        "conversations": [{"messages": [*chat, MODEL]} for chat in chats],
+        "conversations that end with the user": [{"messages": chat} for chat in chats],
+        "ShareGPT": [
+            {"conversations": [{"from": turn["role"], "value": turn["content"]} for turn in [*chat, MODEL]]}
+            for chat in chats
+        ],
+        "preferences": [{"prompt": chat, "chosen": [MODEL], "rejected": [MODEL]} for chat in chats],
+    }
+    folded = {"role": "user", "content": "Be kind.\n\nHi"}
+    for name, rows in formats.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        loaded = data.load_prompts("recipe", [data.Source(str(tmp_path / f"{name}.jsonl"))], 0.0, seed=0)
+        assert loaded.column_names == ["prompt"] and list(loaded["prompt"]) == [*chats[:2], [folded]], name
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"prompt": "Hi"}) + "\n")
+    assert data.load_prompts("recipe", [data.Source(str(tmp_path / "texts.jsonl"))], 0.0, 0)["prompt"][0] == [USER]
+
+
+def test_prompts_longer_than_allowed_are_dropped(
+    run_distill: Run,
+    distill_recipe: Recipe,
+    trainers: list[DistillationTrainer],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    chats = [row["prompt"] for row in prompts("train")[:24]]
+    lengths = [len(ids) for ids in tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]]
+    longest = sorted(lengths)[15]
+    kept = [chat for chat, length in zip(chats, lengths, strict=True) if length <= longest]
+    assert 16 <= len(kept) < 24
+    changes = {"max_prompt_length": longest, "max_too_long_share": 1.0, "num_samples": 0, "max_steps": 1}
+    run_distill(distill_recipe | changes)
+    assert list(trainers[0].train_dataset["prompt"]) == kept
+
+
+@pytest.mark.parametrize("method", [{}, QLORA], ids=["full", "qlora"])
+def test_resumed_equals_uninterrupted(
+    method: Recipe, run_distill: Run, distill_recipe: Recipe, tmp_path: Path
+) -> None:
+    """Also in what the student samples, and with accumulation, in which the rollouts of a step are kept."""
+    changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear"}
+    values = distill_recipe | changes | {"per_device_train_batch_size": 4} | method
+    whole = run_distill(values)
+    interrupted = tmp_path / "interrupted"
+    interrupted.mkdir()
+    # What a killed run leaves behind: its claim, what it measured before the first step, and a checkpoint.
+    (whole / "checkpoint-2").rename(interrupted / "checkpoint-2")
+    (whole / "before.json").rename(interrupted / "before.json")
+    stage = json.loads((whole / "stage.json").read_text())
+    contract.begin(interrupted, stage["fingerprint"])
+
+    resumed = run_distill(values | {"output_dir": str(interrupted)})
+    assert len(set(losses(whole))) == 4 and losses(resumed) == losses(whole)
+    assert same_weights(whole, resumed)
+    assert json.loads((resumed / "stage.json").read_text())["output"] == stage["output"]
+
+
+def test_eight_prompts_at_once_are_two_prompts_four_times(
+    run_distill: Run, distill_recipe: Recipe, tmp_path: Path
+) -> None:
+    together = run_distill(distill_recipe | GREEDY)
+    changes = {"per_device_train_batch_size": 2, "output_dir": str(tmp_path / "apart")}
+    apart = run_distill(distill_recipe | GREEDY | changes)
+    assert losses(apart) == pytest.approx(losses(together), rel=1e-5)
+    first, second = (load_file(output / "model.safetensors") for output in (together, apart))
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=2e-5, rtol=0)  # a fifth of one Adam step of 1e-4
+
+
+# --- answers that never end ---
+
+
+def test_a_student_that_does_not_stop_is_stopped_and_leaves_no_finished_output(
+    run_distill: Run, distill_recipe: Recipe
+) -> None:
+    changes = {"model_name_or_path": BASE, "teacher_model_name_or_path": TEACHER, "max_steps": 3}
+    with pytest.raises(UserError, match=r"100% of the student's answers in the first 3 steps were cut at max_comple"):
+        run_distill(distill_recipe | changes | {"num_samples": 0, "max_completion_length": 8, "logging_steps": 2})
+    output = Path(distill_recipe["output_dir"])
+    assert not (output / "stage.json").exists() and not (output / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("last_share", "max_steps", "stops_at"),
+    [(0.7, 100, 20), (0.6, 100, None), (0.7, 20, 20), (1.0, 14, 14), (0.0, 10, 10)],
+)
+def test_the_share_of_cut_answers_is_that_of_the_first_twenty_steps_however_often_they_are_logged(
+    last_share: float, max_steps: int, stops_at: int | None
+) -> None:
+    """Logged every seven steps: (14 + 6 x 0.7) / 20 = 91 %, (14 + 6 x 0.6) / 20 = 88 %. The steps after 20 are all cut.
+
+    TRL logs the mean over the steps since the last log; the end of the training is logged, too.
+    """
+    callback = distill.StopIfAnswersAreCut("recipe", 16)
+    state, control = TrainerState(max_steps=max_steps), TrainerControl()
+    found = None
+    for step in range(1, max_steps + 1):
+        state.global_step, control.should_log = step, step % 7 == 0 or step == max_steps
+        callback.on_step_end(None, state, control)
+        if control.should_log:
+            share = last_share if 14 < step <= 20 else 1.0
+            try:
+                callback.on_log(None, state, control, {"completions/clipped_ratio": share})
+            except UserError:
+                found = step
+                break
+    assert found == stops_at
+
+
+# --- mistakes ---
+
+
+def with_teacher(change_teacher: Callable[[Path], None]) -> Change:
+    def change(recipe: Recipe, folder: Path) -> Recipe:
+        broken = shutil.copytree(TEACHER, folder / "broken")
+        change_teacher(broken)
+        return recipe | {"teacher_model_name_or_path": str(broken)}
+
+    return change
+
+
+def change_json(file: Path, change: Callable[[dict], None]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def swap_two_tokens(directory: Path) -> None:
+    def swap(content: dict) -> None:
+        vocabulary = content["model"]["vocab"]
+        tokens = {token_id: token for token, token_id in vocabulary.items()}
+        vocabulary[tokens[900]], vocabulary[tokens[700]] = 700, 900
+
+    change_json(directory / "tokenizer.json", swap)
+
+
+def add_a_token(directory: Path) -> None:
+    added = {"id": 1024, "content": "<extra>", "special": True, "normalized": False}
+    added |= {"lstrip": False, "rstrip": False, "single_word": False}
+    change_json(directory / "tokenizer.json", lambda content: content["added_tokens"].append(added))
+    change_json(directory / "config.json", lambda content: content.update(vocab_size=1025))
+
+
+def with_one_long_prompt(recipe: Recipe, folder: Path) -> Recipe:
+    rows = [{"prompt": [USER], "skill": "sum", "answer": "1"}] * 9
+    rows.append({"prompt": [{"role": "user", "content": "plus " * 50}], "skill": "sum", "answer": "1"})
+    return with_rows(rows)(recipe, folder) | {"max_prompt_length": 40}
+
+
+NO_TURN = "row 0: there is no user turn to answer"
+BAD: dict[str, tuple[Change, str]] = {
+    "no teacher": (with_values(teacher_model_name_or_path=None), "teacher_model_name_or_path is missing"),
+    "a teacher that is nowhere": (with_values(teacher_model_name_or_path="./nowhere"), "cannot get ./nowhere"),
+    "an adapter as teacher": (with_teacher(make_adapter), "broken is an adapter, not a model"),
+    "an unfinished stage as teacher": (
+        with_teacher(lambda directory: (directory / "begun.json").write_text("{}")),
+        "broken is not finished; run the stage that makes it",
+    ),
+    "a teacher with other ids": (with_teacher(swap_two_tokens), "id 700 is 'd' to the student"),
+    "a teacher with a larger vocabulary": (
+        with_teacher(add_a_token),
+        f"id 1024 is None to the student {TEACHER} and '<extra>' to the teacher",
+    ),
+    "a teacher without its tokenizer": (
+        with_teacher(lambda directory: (directory / "tokenizer.json").unlink()),
+        "broken has no tokenizer.json",
+    ),
+    "a teacher quantised in fp32": (with_values(teacher_load_in_4bit=True), "the teacher: dtype is float32 with quan"),
+    "all prompts too long": (
+        with_values(max_prompt_length=3),
+        "all 24 prompts are longer than max_prompt_length 3 tokens; raise max_prompt_length",
+    ),
+    "some prompts too long": (
+        with_one_long_prompt,
+        "1 of 10 prompts are longer than max_prompt_length 40 tokens; raise max_prompt_length",
+    ),
+    "answers longer than the model": (
+        with_values(max_completion_length=512),
+        "max_prompt_length 1 and max_completion_length 512 are more than the 512 positions of the model together",
+    ),
+    "prompts and answers longer than the model": (
+        with_values(max_prompt_length=497),
+        "max_prompt_length 497 and max_completion_length 16 are more than the 512 positions of the model together",
+    ),
+    "no length of answers": (with_values(max_completion_length=None), "max_completion_length"),
+    "no prompts": (with_rows(""), "bad.jsonl: the file is empty"),
+    "a prompt that ends with the model": (
+        with_rows([{"prompt": [USER, MODEL], "skill": "sum", "answer": "1"}]),
+        "row 0: the last turn is the model's; it must be the user's",
+    ),
+    "a conversation of the model alone": (with_rows([{"messages": [MODEL], "skill": "sum", "answer": "1"}]), NO_TURN),
+    "a system message alone": (
+        with_rows([{"prompt": [{"role": "system", "content": "Be kind."}], "skill": "sum", "answer": "1"}]),
+        "row 0: no user turn follows the system message",
+    ),
+    "a column that is not there": (with_values(columns=["skil"]), "columns: no source has skil"),
+    "beta": (with_values(beta=1.5), "beta must be in [0.0, 1.0], got 1.5"),
+    "vLLM": (with_values(use_vllm=True), "use_vllm is true, but vLLM is not installed"),
+    "TRL's own keys for the teacher": (
+        with_values(teacher_model_init_kwargs={"dtype": "bfloat16"}),
+        "teacher_model_init_kwargs must not be set: use teacher_dtype",
+    ),
+    "dropout": (with_values(disable_dropout=False), "disable_dropout must not be set: dropout is always off"),
+    "the chat format": (with_values(chat_template_kwargs={}), "chat_template_kwargs must not be set"),
+    "tools": (with_values(max_tool_calling_iterations=1), "max_tool_calling_iterations must not be set"),
+    "columns": (with_values(remove_unused_columns=True), "remove_unused_columns must not be set"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD.keys())
+def test_a_mistake_is_one_sentence_with_status_2_and_touches_nothing(
+    change: Change,
+    message: str,
+    distill_recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if "vLLM" in message and is_vllm_available():
+        pytest.skip("vLLM is installed")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(change(distill_recipe, tmp_path)))
+    monkeypatch.setattr(sys, "argv", ["distill", "--config", str(file)])
+    with pytest.raises(SystemExit) as stopped:
+        launch("distill", distill.main, DISTILL_CLASSES, distill.REFUSED_KEYS, None)
+    assert stopped.value.code == 2
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in sentence and str(file) in sentence
+    assert not Path(distill_recipe["output_dir"]).exists()
+
+
+@pytest.mark.parametrize("key", ["teacher_load_in_4bit", "teacher_load_in_8bit"])
+def test_a_quantised_teacher_is_refused_under_zero_3_and_only_there(key: str) -> None:
+    def teacher_arguments(zero_stage: int) -> distill.ModelConfig:
+        training_args = SimpleNamespace(
+            teacher_model_name_or_path=TEACHER,
+            teacher_model_revision=None,
+            deepspeed_plugin=SimpleNamespace(zero_stage=zero_stage),
+        )
+        return distill.teacher_arguments(
+            "recipe", training_args, distill.ModelConfig(), distill.DistillArguments(**{key: True})
+        )
+
+    assert getattr(teacher_arguments(zero_stage=2), key.removeprefix("teacher_"))
+    with pytest.raises(UserError, match=r"^recipe: a quantised teacher cannot be sharded by ZeRO-3"):
+        teacher_arguments(zero_stage=3)

@@ -201,14 +201,19 @@ def check_length(where: str, max_length: int | None, config: Gemma2Config) -> in
 
 
 def check_prompt_length(
-    where: str, max_prompt_length: int | None, max_completion_length: int, config: Gemma2Config
+    where: str, max_prompt_length: int | None, answer_key: str, longest_answer: int, config: Gemma2Config
 ) -> int:
-    """The longest prompt in tokens: `max_prompt_length`, or what the answer leaves of the model's positions."""
-    most = config.max_position_embeddings - max_completion_length
-    if most <= 0 or (max_prompt_length or 0) > most:
+    """The longest prompt in tokens: `max_prompt_length`, or what the longest answer leaves of the model's positions.
+
+    Args:
+        answer_key: the recipe's key of `longest_answer`.
+    """
+    positions = config.max_position_embeddings
+    most = positions - longest_answer
+    if most < (max_prompt_length or 1):
         raise UserError(
-            f"{where}: max_prompt_length {max_prompt_length or 1} and max_completion_length {max_completion_length} "
-            f"are more than the {config.max_position_embeddings} positions of the model together; lower one of them"
+            f"{where}: {answer_key} {longest_answer} leaves {max(0, most)} of the model's {positions} positions for a "
+            f"prompt of max_prompt_length {max_prompt_length or 1}; lower one of them"
         )
     return max_prompt_length or most
 

@@ -1,0 +1,420 @@
+"""Teacher-written data: from a local model and from an endpoint, interrupted and resumed, selected and counted."""
+
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from gemma2_post import synthesize
+from gemma2_post.core import contract, data, gemma
+from gemma2_post.core.data import Source
+from gemma2_post.core.duplicates import find_duplicates
+from gemma2_post.core.errors import UserError
+from gemma2_post.core.training import launch
+from gemma2_post.synthesize import Candidate, select
+from gemma2_post.tiny.gold import gold
+from tests.conftest import TEACHER, run_stage, write_prompts
+
+Recipe = dict[str, object]
+Run = Callable[[Recipe], Path]
+CLASSES = [synthesize.SynthesizeArguments, synthesize.ModelConfig, synthesize.DataArguments]
+KEY = "a-secret-of-the-environment"
+
+
+@pytest.fixture
+def synthesize_recipe(tmp_path: Path) -> Recipe:
+    return {
+        "model_name_or_path": TEACHER,
+        "dtype": "float32",
+        "datasets": [{"path": str(write_prompts(tmp_path / "prompts.jsonl", "train", 20))}],
+        "columns": ["skill", "answer"],
+        "output_dir": str(tmp_path / "out"),
+        "max_new_tokens": 24,
+        "batch_size": 8,
+    }
+
+
+@pytest.fixture
+def run_synthesize(tmp_path: Path) -> Run:
+    return partial(run_stage, tmp_path / "recipe.yaml", "synthesize", synthesize, CLASSES)
+
+
+def rows_of(output_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (output_dir / "data.jsonl").read_text().splitlines()]
+
+
+def metrics_of(output_dir: Path) -> dict[str, float]:
+    return json.loads((output_dir / "stage.json").read_text())["metrics"]
+
+
+# --- a local teacher ---
+
+
+def test_a_local_teacher_writes_rows_that_sft_reads(run_synthesize: Run, synthesize_recipe: Recipe) -> None:
+    output = run_synthesize(synthesize_recipe)
+    rows, metrics = rows_of(output), metrics_of(output)
+    prompts = data.load_prompts("test", [Source(synthesize_recipe["datasets"][0]["path"])], 0.0, 0)["prompt"]
+    assert [row["messages"][:-1] for row in rows] == list(prompts)
+    assert sum(gold([row["messages"][-1]["content"] for row in rows], [row["answer"] for row in rows])) > 1.3 * len(
+        rows
+    )
+    assert rows[0]["teacher"] == {
+        "model": TEACHER,
+        "temperature": 1.0,
+        "max_new_tokens": 24,
+        "seed": 0,
+        "sample": 0,
+    }
+    dropped = sum(count for name, count in metrics.items() if name.startswith("dropped"))
+    assert metrics["num_kept"] == len(rows) == metrics["num_answers"] - dropped and metrics["num_answers"] == 20
+    loaded = data.load_conversations("test", [Source(str(output / "data.jsonl"))], 0.0, 0, ["skill", "answer"])
+    assert loaded["messages"] == [row["messages"] for row in rows]
+
+
+@pytest.mark.parametrize("quantization", ["load_in_4bit", "load_in_8bit"])
+def test_a_quantised_teacher_answers(run_synthesize: Run, synthesize_recipe: Recipe, quantization: str) -> None:
+    output = run_synthesize(synthesize_recipe | {"dtype": "bfloat16", quantization: True})
+    assert metrics_of(output)["num_kept"] >= 15
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_file(
+    run_synthesize: Run, synthesize_recipe: Recipe, tmp_path: Path
+) -> None:
+    values = synthesize_recipe | {"num_answers": 2}
+    whole = run_synthesize(values)
+    interrupted = tmp_path / "interrupted"
+    contract.begin(interrupted, json.loads((whole / "stage.json").read_text())["fingerprint"])
+    (interrupted / "progress").mkdir()
+    answers = (whole / "progress" / "answers.jsonl").read_bytes()
+    kept = answers[: len(answers) * 2 // 3 - 5]  # killed in the middle of a batch, and of a line
+    (interrupted / "progress" / "answers.jsonl").write_bytes(kept)
+    resumed = run_synthesize(values | {"output_dir": str(interrupted)})
+    assert (resumed / "data.jsonl").read_bytes() == (whole / "data.jsonl").read_bytes()
+    assert (resumed / "progress" / "answers.jsonl").read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
+    assert metrics_of(resumed)["num_answers"] == 40
+
+
+def test_several_answers_differ_and_the_best_is_kept(run_synthesize: Run, synthesize_recipe: Recipe) -> None:
+    values = synthesize_recipe | {"num_answers": 4, "reward_model": "gemma2_post.tiny.gold:gold"}
+    output = run_synthesize(values)
+    answers = [json.loads(line) for line in (output / "progress" / "answers.jsonl").read_text().splitlines()]
+    assert len({(answer["row"], answer["text"]) for answer in answers}) > 30
+    rows = rows_of(output)
+    by_row: dict[int, list[str]] = {}
+    for answer in answers:
+        by_row.setdefault(answer["row"], []).append(answer["text"])
+    prompts = data.load_prompts("test", [Source(values["datasets"][0]["path"])], 0.0, 0)["prompt"]
+    for row in rows:
+        texts = by_row[prompts.index(row["messages"][:-1])]
+        assert row["teacher"]["reward"] == max(gold(texts, [row["answer"]] * len(texts)))
+    assert metrics_of(output)["dropped_not_best"] >= 3 * len(rows)
+
+
+def test_a_reward_model_picks_the_best(
+    run_synthesize: Run, synthesize_recipe: Recipe, model_dir: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    reward_model = AutoModelForSequenceClassification.from_pretrained(model_dir, num_labels=1, dtype=torch.float32)
+    torch.nn.init.normal_(reward_model.score.weight)
+    reward_model.config.pad_token_id = gemma.PAD
+    reward_model.save_pretrained(tmp_path / "reward")
+    gemma.save_tokenizer(tokenizer, tmp_path / "reward")
+    output = run_synthesize(synthesize_recipe | {"num_answers": 3, "reward_model": str(tmp_path / "reward")})
+    for row in rows_of(output)[:5]:
+        ids = tokenizer.apply_chat_template(row["messages"], return_dict=True, return_tensors="pt")
+        with torch.no_grad():
+            expected = reward_model.eval()(**ids).logits.item()
+        assert row["teacher"]["reward"] == pytest.approx(expected, abs=1e-3)
+    with pytest.raises(UserError, match=r"is no reward model \(it has 2 labels and lacks score.weight\)"):
+        run_synthesize(
+            synthesize_recipe | {"num_answers": 2, "reward_model": TEACHER, "output_dir": str(tmp_path / "other")}
+        )
+
+
+# --- what is kept ---
+
+
+def candidate(row: int, text: str, finish_reason: str = "stop", prompt: str = "") -> Candidate:
+    messages = [{"role": "user", "content": prompt or f"Question {row}?"}, {"role": "assistant", "content": text}]
+    return Candidate(row, messages, {}, 0, finish_reason)
+
+
+def test_every_drop_is_counted_by_its_reason() -> None:
+    candidates = [
+        candidate(0, "It is so."),
+        candidate(0, "It is  SO.", prompt="Question 0?"),
+        candidate(1, "It is and", "length"),
+        candidate(2, "  "),
+        candidate(3, "It is.<end_of_turn>"),
+        candidate(4, "I cannot say that", "content_filter"),
+        candidate(5, "It is so."),
+    ]
+    kept, dropped = select(candidates, None)
+    assert [each.row for each in kept] == [0, 5]
+    assert dropped == {
+        "dropped_unfinished": 2,
+        "dropped_invalid": 2,
+        "dropped_exact_duplicate": 1,
+        "dropped_near_duplicate": 0,
+    }
+
+
+def test_the_best_answer_is_one_that_may_be_kept_and_the_first_of_equals() -> None:
+    candidates = [
+        candidate(0, "a long answer that was cut", "length"),
+        candidate(0, "second"),
+        candidate(0, "third!"),
+        candidate(1, "a"),
+    ]
+    kept, dropped = select(candidates, lambda rows: [float(len(each.messages[-1]["content"])) for each in rows])
+    assert [each.messages[-1]["content"] for each in kept] == ["second", "a"] and kept[0].reward == 6.0
+    assert dropped["dropped_not_best"] == 1
+
+
+LONG = " ".join(f"word{i}" for i in range(60))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (("What is 3 plus 5?", "It is 8."), ("what is  3 plus 5?", "It is 8.\n"), "exact"),
+        (("What is 3 plus 5?", "It is 8."), ("What is 3 plus 4?", "It is 7."), None),
+        (("What is 3 plus 5?", "It is 8."), ("What is 3 plus 5?", "Sure! 8."), None),
+        ((LONG, LONG), (LONG + " more", LONG + " too"), "near"),
+        ((LONG, "Yes."), (LONG, "No."), None),
+        (("Yes?", LONG), ("No?", LONG), None),
+        ((LONG, LONG), (LONG, LONG.replace("word30", "other").replace("word10", "other")), None),
+    ],
+)
+def test_duplicates_say_the_same_to_the_same(
+    first: tuple[str, str], second: tuple[str, str], expected: str | None
+) -> None:
+    assert find_duplicates([first, second]) == [None, expected]
+
+
+def test_a_duplicate_of_what_was_dropped_is_compared_with_what_was_kept() -> None:
+    assert find_duplicates([("a b", "c"), ("a b", "C"), ("x", "y"), ("A b", "c")]) == [None, "exact", None, "exact"]
+
+
+# --- an endpoint ---
+
+
+class Server(ThreadingHTTPServer):
+    """A small OpenAI-compatible server; `reply` makes status and body of a request's JSON."""
+
+    def __init__(self, reply: Callable[[dict], tuple[int, str]]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.reply = reply
+        self.requests: list[dict] = []
+        self.keys: set[str] = set()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append(request)
+        self.server.keys.add(self.headers["Authorization"])
+        status, body = self.server.reply(request)
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def completion(text: str, finish_reason: str = "stop") -> tuple[int, str]:
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
+    return 200, json.dumps({"choices": [choice], "usage": {"completion_tokens": len(text.split())}})
+
+
+def echo(request: dict) -> tuple[int, str]:
+    return completion(f"You said: {request['messages'][-1]['content']}")
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Callable], Server]]:
+    servers = []
+
+    def start(reply: Callable[[dict], tuple[int, str]]) -> Server:
+        server = Server(reply)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def endpoint_recipe(synthesize_recipe: Recipe) -> Recipe:
+    values = {key: value for key, value in synthesize_recipe.items() if key not in ("dtype", "batch_size")}
+    return values | {"endpoint_retries": 1, "endpoint_timeout": 5.0, "concurrency": 3}
+
+
+def test_an_endpoint_answers_and_its_key_is_written_nowhere(
+    run_synthesize: Run, endpoint_recipe: Recipe, serve: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THE_KEY", KEY)
+    server = serve(echo)
+    output = run_synthesize(
+        endpoint_recipe | {"endpoint": server.url, "api_key_variable": "THE_KEY", "temperature": 0.7}
+    )
+    rows = rows_of(output)
+    assert all(row["messages"][-1]["content"] == f"You said: {row['messages'][-2]['content']}" for row in rows)
+    assert server.keys == {f"Bearer {KEY}"}
+    assert {(request["model"], request["temperature"], request["max_tokens"]) for request in server.requests} == {
+        (TEACHER, 0.7, 24)
+    }
+    assert len({request["seed"] for request in server.requests}) == 20
+    files = [path for path in output.rglob("*") if path.is_file()]
+    assert files and not any(KEY.encode() in path.read_bytes() for path in files)
+
+
+def test_what_fails_once_is_asked_again(run_synthesize: Run, endpoint_recipe: Recipe, serve: Callable) -> None:
+    failed: set[str] = set()
+
+    def reply(request: dict) -> tuple[int, str]:
+        text = request["messages"][-1]["content"]
+        if len(failed) < 2 and text not in failed:
+            failed.add(text)
+            return (500, "{}") if len(failed) == 1 else (429, "{}")
+        return echo(request)
+
+    output = run_synthesize(endpoint_recipe | {"endpoint": serve(reply).url})
+    assert len(failed) == 2 and metrics_of(output)["num_answers"] == 20
+
+
+def test_an_endpoint_that_breaks_down_loses_nothing_and_is_asked_for_the_rest_only(
+    run_synthesize: Run, endpoint_recipe: Recipe, serve: Callable, tmp_path: Path
+) -> None:
+    whole = run_synthesize(endpoint_recipe | {"endpoint": serve(echo).url, "output_dir": str(tmp_path / "whole")})
+    count = iter(range(1000))
+    broken = serve(lambda request: echo(request) if next(count) < 9 else (500, "out of memory"))
+    with pytest.raises(UserError, match=r"recipe.yaml: prompt in row \d+: http.* refused with status 500"):
+        run_synthesize(endpoint_recipe | {"endpoint": broken.url})
+    answers = Path(endpoint_recipe["output_dir"]) / "progress" / "answers.jsonl"
+    assert len(answers.read_text().splitlines()) == 9
+    mended = serve(echo)
+    resumed = run_synthesize(endpoint_recipe | {"endpoint": mended.url, "endpoint_timeout": 7.0})
+    assert len(mended.requests) == 11
+    assert (resumed / "data.jsonl").read_bytes() == (whole / "data.jsonl").read_bytes()
+
+
+def sleepy(_: dict) -> tuple[int, str]:
+    threading.Event().wait(2)
+    return completion("late")
+
+
+BAD_ENDPOINTS = {
+    "unauthorised": (lambda _: (401, '{"error": {"message": "no such key"}}'), "refused with status 401"),
+    "unknown model": (lambda _: (404, '{"error": {"message": "no such model"}}'), "refused with status 404"),
+    "a web page": (lambda _: (200, "<html>Welcome</html>"), "answered what is no chat completion ('<html>Welcome"),
+    "no choices": (lambda _: (200, '{"choices": []}'), "answered what is no chat completion"),
+    "not an object": (lambda _: (200, "[1]"), "answered what is no chat completion"),
+    "too slow": (sleepy, "did not answer within 0.2 s, 1 times; raise endpoint_timeout"),
+}
+
+
+def one_sentence(
+    file: Path, values: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """The sentence with which the stage ends as a user starts it; anything else fails."""
+    file.write_text(yaml.safe_dump(values))
+    monkeypatch.setattr(sys, "argv", ["synthesize", "--config", str(file)])
+    with pytest.raises(SystemExit) as stopped:
+        launch("synthesize", synthesize.main, CLASSES, synthesize.REFUSED_KEYS, None)
+    assert stopped.value.code == 2
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return sentence
+
+
+@pytest.mark.parametrize(("reply", "message"), BAD_ENDPOINTS.values(), ids=BAD_ENDPOINTS.keys())
+def test_a_bad_endpoint_is_one_sentence_that_names_the_prompt(
+    reply: Callable[[dict], tuple[int, str]],
+    message: str,
+    endpoint_recipe: Recipe,
+    serve: Callable,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    quick = {"endpoint": serve(reply).url, "endpoint_timeout": 0.2, "endpoint_retries": 0}
+    sentence = one_sentence(tmp_path / "recipe.yaml", endpoint_recipe | quick, capsys, monkeypatch)
+    assert "recipe.yaml: prompt in row " in sentence and message in sentence and KEY not in sentence
+    assert not (Path(endpoint_recipe["output_dir"]) / "stage.json").exists()
+
+
+BAD = {
+    "nobody there": ({"endpoint": "http://127.0.0.1:9/v1", "endpoint_retries": 0}, "cannot be reached"),
+    "no URL": ({"endpoint": "localhost"}, "write a base URL such as"),
+    "a key in the URL": ({"endpoint": "http://me:secret@localhost/v1"}, "endpoint holds a user, a password"),
+    "quantised endpoint": ({"endpoint": "http://localhost/v1", "load_in_4bit": True}, "load_in_4bit has no effect"),
+    "best of one": ({"reward_model": "gemma2_post.tiny.gold:gold"}, "the best of num_answers, which is 1"),
+    "equal answers": ({"num_answers": 2, "temperature": 0.0}, "gives no different answers"),
+    "no answers": ({"num_answers": 0}, "are counts; write 1 or more"),
+    "held out": ({"held_out_share": 0.1}, "held_out_share must not be set: every prompt is answered"),
+    "an adapter": ({"model_name_or_path": "ADAPTER"}, "is an adapter, not a model"),
+    "too long to answer": (
+        {"max_new_tokens": 2000, "dtype": "float32"},
+        "max_new_tokens 2000 leaves 0 of the model's 512 positions for a prompt",
+    ),
+    "long prompts": ({"max_prompt_length": 5, "dtype": "float32"}, "all 20 prompts are longer than max_prompt_length"),
+    "a prompt that ends with the model's turn": (
+        {"datasets": [{"prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}]},
+        "row 0: the last turn is the model's; it must be the user's",
+    ),
+    "a model's turn only": (
+        {"datasets": [{"messages": [{"role": "assistant", "content": "Ho"}]}]},
+        "row 0: there is no user turn to answer",
+    ),
+    "empty": ({"datasets": []}, "the file is empty"),
+}
+
+
+@pytest.mark.parametrize(("values", "message"), BAD.values(), ids=BAD.keys())
+def test_a_mistake_is_one_sentence(
+    values: Recipe,
+    message: str,
+    synthesize_recipe: Recipe,
+    endpoint_recipe: Recipe,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = dict(values)
+    if "datasets" in values:
+        (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values["datasets"]))
+        values |= {"datasets": [{"path": str(tmp_path / "bad.jsonl")}], "columns": None}
+    if values.get("model_name_or_path") == "ADAPTER":
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+        values["model_name_or_path"] = str(tmp_path / "adapter")
+    recipe = endpoint_recipe if "endpoint" in values else synthesize_recipe
+    sentence = one_sentence(tmp_path / "recipe.yaml", recipe | values, capsys, monkeypatch)
+    assert message in sentence and "secret" not in sentence.replace("holds a user, a password", "")
+    assert not (Path(recipe["output_dir"]) / "stage.json").exists()
+
+
+def test_a_teacher_of_which_nothing_can_be_kept_says_so(
+    synthesize_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = synthesize_recipe | {"max_new_tokens": 1}
+    sentence = one_sentence(tmp_path / "recipe.yaml", values, capsys, monkeypatch)
+    assert "none of the 20 answers can be kept" in sentence and "raise max_new_tokens" in sentence
