@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from openai import OpenAI
 from tqdm import tqdm
@@ -73,6 +74,7 @@ def main(
 ) -> None:
     args = synthesize_args
     check_arguments(stage, args, model_args)
+    rewards_of = load_rewards(stage.where, args.reward_model, args.batch_size) if args.reward_model else None
     prompts = data.load_prompts(
         stage.where, data_args.datasets, data_args.max_invalid_share, args.seed, data_args.columns
     )
@@ -99,7 +101,7 @@ def main(
         open(progress, "a", encoding="utf-8") as file,
         tqdm(total=len(prompts) * args.num_answers, initial=len(answers), unit="answer") as bar,
     ):
-        for batch in ask(prompts["prompt"], answers):
+        for batch in ask(list(prompts["prompt"]), answers):
             file.write("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in batch))
             file.flush()
             answers |= {(answer["row"], answer["sample"]): answer for answer in batch}
@@ -107,7 +109,6 @@ def main(
     num_tokens = sum(answer["num_tokens"] for answer in answers.values())
     seconds = time.monotonic() - began
 
-    rewards_of = load_rewards(stage.where, args.reward_model, args.batch_size) if args.reward_model else None
     kept, dropped = select(candidates_of(prompts, answers), rewards_of)
     if not kept:
         raise UserError(
@@ -333,9 +334,13 @@ def load_rewards(where: str, path: str, batch_size: int) -> Callable[[list[Candi
 
         return by_function
     model, tokenizer = gemma.load_reward_model(where, path)
-    return lambda candidates: reward_conversations(
-        model, tokenizer, [candidate.messages for candidate in candidates], batch_size
-    )
+
+    def by_model(candidates: list[Candidate]) -> list[float]:
+        # Only now, when a local teacher has left the GPU.
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return reward_conversations(model, tokenizer, [each.messages for each in candidates], batch_size)
+
+    return by_model
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """`gemma2-post run` as a user runs it: a stage is made once, and again when its recipe changes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from tests.conftest import TEACHER
 
 
 def gemma2_post(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -41,6 +44,29 @@ def test_run_makes_a_stage_once_and_again_when_its_recipe_changes(recipe: dict[s
     assert again.returncode == 0 and "sft: runs again, because learning_rate 0.001 -> 0.002" in again.stdout
     assert (output / "model.safetensors").read_bytes() != weights
     assert not output.with_name("sft.previous").exists()
+
+
+def test_a_stage_gets_the_output_of_the_one_that_it_names(
+    recipe: dict[str, object], distill_recipe: dict[str, object], tmp_path: Path
+) -> None:
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(recipe | {"model_name_or_path": TEACHER, "max_steps": 1}))
+    (tmp_path / "distill.yaml").write_text(yaml.safe_dump(distill_recipe | {"model_name_or_path": "nowhere"}))
+    stages = {"sft": {"recipe": "sft.yaml"}, "distill": {"recipe": "distill.yaml", "model": "sft"}}
+    pipeline = tmp_path / "pipeline.yaml"
+    run_dir = tmp_path / "run"
+    content = {"run_dir": str(run_dir), "launch": "accelerate_configs/cpu.yaml", "stages": stages}
+    pipeline.write_text(yaml.safe_dump(content, sort_keys=False))
+
+    first = gemma2_post("run", str(pipeline))
+    assert first.returncode == 0, first.stderr
+    done = json.loads((run_dir / "distill" / "stage.json").read_text())
+    assert done["base_model"] == str(run_dir / "sft")
+    assert done["base_digest"] == json.loads((run_dir / "sft" / "stage.json").read_text())["output"]
+
+    backwards = {"distill": stages["distill"], "sft": stages["sft"]}
+    pipeline.write_text(yaml.safe_dump(content | {"stages": backwards}, sort_keys=False))
+    wrong = gemma2_post("run", str(pipeline))
+    assert wrong.returncode == 2 and "distill: model is sft, which is no earlier stage (none)" in wrong.stderr
 
 
 @pytest.mark.parametrize("load", [[], ["--load", "8bit"]], ids=["fp32", "8bit"])

@@ -5,18 +5,24 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from gemma2_post import sft
+from gemma2_post import distill, sft, synthesize
 from gemma2_post.core import gemma, recipe, training
 from gemma2_post.core.errors import UserError
 from gemma2_post.pipeline.run import load_pipeline
-from tests.conftest import SFT_CLASSES
+from tests.conftest import DISTILL_CLASSES, SFT_CLASSES
+from tests.test_synthesize import CLASSES as SYNTHESIZE_CLASSES
 
-RECIPES = sorted(Path("recipes").glob("*/sft*.yaml"))
+STAGES = {
+    "sft": (SFT_CLASSES, sft.REFUSED_KEYS),
+    "distill": (DISTILL_CLASSES, distill.REFUSED_KEYS),
+    "synthesize": (SYNTHESIZE_CLASSES, synthesize.REFUSED_KEYS),
+}
 PIPELINES = sorted(Path("recipes").glob("*/pipeline.yaml"))
+RECIPES = sorted(set(Path("recipes").glob("*/*.yaml")) - set(PIPELINES))
 
 
 def test_every_recipe_is_tested_here() -> None:
-    assert len(RECIPES) == 6 and len(PIPELINES) == 4
+    assert len(RECIPES) == 10 and len(PIPELINES) == 4
     assert sorted(Path("recipes").rglob("*.yaml")) == sorted([*RECIPES, *PIPELINES])
 
 
@@ -24,14 +30,28 @@ def test_every_recipe_is_tested_here() -> None:
 def test_a_shipped_recipe_passes_its_own_stage(path: Path) -> None:
     """Full fine-tuning in bf16 needs the ZeRO-3 that its accelerate config brings, and says so without it."""
     values = recipe.load_yaml(path)
+    stage = path.stem.partition("-")[0]
+    classes, refused = STAGES[stage]
     assert values["output_dir"] == f"runs/{path.parent.name}/{path.stem}"
-    recipe.build(str(path), values | {"use_cpu": True}, SFT_CLASSES, gemma.REFUSED_KEYS | sft.REFUSED_KEYS)
-    arguments = ["--config", str(path), "--use_cpu", "true"]
-    if values["dtype"] == "bfloat16" and not values.get("use_peft"):
+    on_cpu = {} if stage == "synthesize" else {"use_cpu": True}
+    built = recipe.build(str(path), values | on_cpu, classes, gemma.REFUSED_KEYS | refused)
+    arguments = ["--config", str(path), *(f"--{key}=true" for key in on_cpu)]
+    if stage != "synthesize" and values["dtype"] == "bfloat16" and not values.get("use_peft"):
         with pytest.raises(UserError, match="full fine-tuning without DeepSpeed"):
-            training.parse("sft", arguments, SFT_CLASSES, sft.REFUSED_KEYS)
+            training.parse(stage, arguments, classes, refused)
     else:
-        training.parse("sft", arguments, SFT_CLASSES, sft.REFUSED_KEYS)
+        training.parse(stage, arguments, classes, refused)
+    if stage == "distill":
+        teacher = distill.teacher_arguments(str(path), built[0], built[1], built[-1])
+        assert teacher.load_in_4bit == (path.parent.name == "gemma-2-2b")
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem == "distill"], ids=str)
+def test_a_student_is_distilled_on_the_prompts_that_it_was_fine_tuned_on(path: Path) -> None:
+    values, sft_values = recipe.load_yaml(path), recipe.load_yaml(path.with_name("sft.yaml"))
+    assert values["datasets"] == sft_values["datasets"]
+    assert values["held_out_datasets"] == sft_values["held_out_datasets"]
+    assert values["model_name_or_path"] == sft_values["output_dir"]
 
 
 def test_the_27b_recipe_is_the_well_known_one() -> None:
@@ -52,6 +72,8 @@ def test_a_shipped_pipeline_names_recipes_stages_and_launchers_that_exist(path: 
     pipeline, entries = load_pipeline(path)
     assert pipeline.run_dir == f"runs/{path.parent.name}"
     for name, entry in entries.items():
+        own_model = recipe.load_yaml(path.parent / entry.recipe)["model_name_or_path"]
+        assert entry.model is None or own_model == f"{pipeline.run_dir}/{entry.model}"
         assert (path.parent / entry.recipe).is_file() and Path(f"gemma2_post/{name}.py").is_file()
         assert Path(entry.launch or pipeline.launch).is_file()
 

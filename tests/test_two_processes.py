@@ -22,6 +22,25 @@ QLORA = LORA | {"load_in_4bit": True}
 CASES = {"ZeRO-3, full": (3, {}), "ZeRO-3, LoRA": (3, LORA), "ZeRO-2, full": (2, {}), "DDP, QLoRA": (0, QLORA)}
 
 
+def run_twice(stage: str, zero_stage: int, values: dict[str, object], folder: Path) -> Path:
+    """Runs a stage in two processes; returns its output directory."""
+    config = yaml.safe_load(Path("accelerate_configs/deepspeed_zero3_cpu.yaml").read_text())
+    if zero_stage == 2:
+        config["deepspeed_config"] = {"zero_stage": 2, "gradient_accumulation_steps": "auto"}
+    (folder / "accelerate.yaml").write_text(yaml.safe_dump(config))
+    output = folder / "sharded"
+    (folder / "sharded.yaml").write_text(yaml.safe_dump(values | {"output_dir": str(output)}))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command += ["--config_file", str(folder / "accelerate.yaml")]
+    if zero_stage == 0:  # accelerate starts several CPU processes only through MPI
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += ["-m", f"gemma2_post.{stage}", "--config", str(folder / "sharded.yaml")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return output
+
+
 @pytest.mark.parametrize(("zero_stage", "method"), CASES.values(), ids=CASES.keys())
 def test_two_processes_equal_one(
     zero_stage: int, method: dict[str, object], run_sft: Run, recipe: dict[str, object], tmp_path: Path
@@ -29,20 +48,7 @@ def test_two_processes_equal_one(
     """Same rows, same global batch: losses agree to 1 %, which is what bf16 resolves, and weights accordingly."""
     values = recipe | {"bf16": True, "max_steps": 4, "num_samples": 3, "save_dtype": "bfloat16"} | method
     alone = run_sft(values)
-    config = yaml.safe_load(Path("accelerate_configs/deepspeed_zero3_cpu.yaml").read_text())
-    if zero_stage == 2:
-        config["deepspeed_config"] = {"zero_stage": 2, "gradient_accumulation_steps": "auto"}
-    (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(config))
-    output = tmp_path / "sharded"
-    values |= {"output_dir": str(output), "per_device_train_batch_size": 2}
-    (tmp_path / "sharded.yaml").write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    command += ["--config_file", str(tmp_path / "accelerate.yaml")]
-    if zero_stage == 0:  # accelerate starts several CPU processes only through MPI
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += ["-m", "gemma2_post.sft", "--config", str(tmp_path / "sharded.yaml")]
-    finished = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    output = run_twice("sft", zero_stage, values | {"per_device_train_batch_size": 2}, tmp_path)
 
     stage = json.loads((output / "stage.json").read_text())
     assert stage["num_processes"] == 2
@@ -62,3 +68,45 @@ def test_two_processes_equal_one(
         return sum((first[name].float() - second[name].float()).square().sum().item() for name in first) ** 0.5
 
     assert distance(one, two) < 0.3 * distance(start, one)
+
+
+def test_distillation_in_two_processes_with_answers_of_very_different_length_equals_one(
+    run_sft: Run, run_distill: Run, recipe: dict[str, object], distill_recipe: dict[str, object], tmp_path: Path
+) -> None:
+    """One process has only prompts with an answer of four tokens, the other only ones whose answer is cut at 40."""
+    short, long = (
+        {"prompt": f"Tell me {length}.", "completion": completion, "answer": "8"}
+        for length, completion in (("a word", "Yes."), ("all", " ".join(map(str, range(60)))))
+    )
+
+    def source(name: str, rows: list[dict[str, str]]) -> list[dict[str, str]]:
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return [{"path": str(tmp_path / name)}]
+
+    rows, held_out = source("rows.jsonl", [short] * 4 + [long] * 4), source("few.jsonl", [long] * 3 + [short] * 2)
+    knows_both = {"datasets": rows, "held_out_datasets": held_out, "max_steps": 60, "learning_rate": 3e-3}
+    student = run_sft(recipe | knows_both | {"output_dir": str(tmp_path / "student")})
+    print(losses(student))
+    values = distill_recipe | {
+        "model_name_or_path": str(student),
+        "datasets": rows,
+        "held_out_datasets": held_out,
+        "columns": ["answer"],
+        "graders": ["gemma2_post.tiny.gold:gold"],
+        "generation_kwargs": {"do_sample": False},
+        "shuffle_dataset": False,
+        "max_completion_length": 40,
+        "max_steps": 4,
+        "beta": 0.0,
+        "learning_rate": 5e-4,
+        "bf16": True,
+        "save_dtype": "bfloat16",
+    }
+    alone = run_distill(values)
+    output = run_twice("distill", 3, values | {"per_device_train_batch_size": 2}, tmp_path)
+    print((alone/"log.jsonl").read_text())
+    print((output/"log.jsonl").read_text())
+    print((output/"stage.json").read_text())
+    print((alone/"metrics.json").read_text())
+    print((output/"metrics.json").read_text())
+    assert 0

@@ -335,16 +335,14 @@ def load_model(where: str, model_args: ModelConfig, device_map: str | dict | Non
 
 
 def load_reward_model(where: str, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A trained Gemma 2 reward model and its tokenizer, in bf16 on a GPU and in fp32 without one."""
+    """A trained Gemma 2 reward model, on the CPU, and its tokenizer; bf16 where there is a GPU for it, else fp32."""
     config = load_config(where, path)
     tokenizer = load_tokenizer(where, path, config)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path,
-            dtype=torch.bfloat16 if device == "cuda" else torch.float32,
+            dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
             attn_implementation="eager",
-            device_map=device,
             output_loading_info=True,
         )
     except OSError as error:

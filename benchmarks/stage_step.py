@@ -1,8 +1,9 @@
-"""The SFT stage against a bare `SFTTrainer` script on the same rows: tokens per second of training, run in turn.
+"""A stage against a bare script with its trainer on the same rows: tokens per second of training, run in turn.
 
-    python benchmarks/sft_step.py            # six pairs on recipes/tiny/sft.yaml; prints both and the ratios
+    python benchmarks/stage_step.py sft       # six pairs on recipes/tiny/sft.yaml; prints both and the ratios
+    python benchmarks/stage_step.py distill   # the same with recipes/tiny/distill.yaml; needs runs/tiny/sft
 
-Both train QLoRA adapters of the same shape with the same batches; neither evaluates or saves while it is timed.
+Both train the same weights with the same batches; neither evaluates or saves while it is timed.
 """
 
 import argparse
@@ -13,26 +14,30 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-RECIPE = "recipes/tiny/sft.yaml"
+if TYPE_CHECKING:
+    from trl import DistillationTrainer, SFTTrainer
+
+STUDENT, TEACHER = "runs/tiny/sft", "gemma2_post/tiny/models/teacher"
 
 
-def stage(max_steps: int, directory: Path) -> float:
-    """Tokens per second of `python -m gemma2_post.sft`, as it reports them itself."""
+def stage(name: str, max_steps: int, directory: Path) -> float:
+    """Tokens per second of `python -m gemma2_post.NAME`, as it reports them itself."""
     values = {"output_dir": directory / "stage", "max_steps": max_steps, "save_strategy": "no", "num_samples": 1}
-    command = [sys.executable, "-m", "gemma2_post.sft", "--config", RECIPE]
+    command = [sys.executable, "-m", f"gemma2_post.{name}", "--config", f"recipes/tiny/{name}.yaml"]
     subprocess.run([*command, *(f"--{key}={value}" for key, value in values.items())], check=True, capture_output=True)
     return json.loads((directory / "stage" / "metrics.json").read_text())["tokens_per_second"]
 
 
-def bare(max_steps: int, directory: Path) -> float:
-    """Tokens per second of the script below, in a process of its own."""
-    command = [sys.executable, __file__, "--bare", str(max_steps), str(directory / "bare")]
+def bare(name: str, max_steps: int, directory: Path) -> float:
+    """Tokens per second of the scripts below, in a process of their own."""
+    command = [sys.executable, __file__, name, "--bare", str(max_steps), str(directory / "bare")]
     finished = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(finished.stdout.splitlines()[-1])
 
 
-def train_bare(max_steps: int, output_dir: str) -> float:
+def bare_sft(max_steps: int, output_dir: str) -> "SFTTrainer":
     """What a user of TRL would write."""
     import torch
     from datasets import Dataset
@@ -49,7 +54,7 @@ def train_bare(max_steps: int, output_dir: str) -> float:
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     )
-    trainer = SFTTrainer(
+    return SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(
             base, dtype=torch.bfloat16, attn_implementation="eager", quantization_config=quantization, device_map="cpu"
         ),
@@ -77,6 +82,45 @@ def train_bare(max_steps: int, output_dir: str) -> float:
             task_type="CAUSAL_LM",
         ),
     )
+
+
+def bare_distill(max_steps: int, output_dir: str) -> "DistillationTrainer":
+    """What a user of TRL would write."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DistillationConfig, DistillationTrainer
+
+    from gemma2_post.tiny.data import demonstrations
+
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+        for path in (STUDENT, TEACHER)
+    )
+    return DistillationTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=DistillationConfig(
+            output_dir,
+            use_cpu=True,
+            bf16=False,
+            max_steps=max_steps,
+            per_device_train_batch_size=32,
+            learning_rate=2e-4,
+            lr_scheduler_type="cosine",
+            warmup_steps=10,
+            gradient_checkpointing=False,
+            max_completion_length=48,
+            save_strategy="no",
+            report_to="none",
+            seed=0,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": row["messages"][:-1]} for row in demonstrations("train")]),
+        processing_class=AutoTokenizer.from_pretrained(STUDENT),
+    )
+
+
+def tokens_per_second(trainer: "SFTTrainer | DistillationTrainer") -> float:
     began = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - began
@@ -85,18 +129,20 @@ def train_bare(max_steps: int, output_dir: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["sft", "distill"])
     parser.add_argument("--pairs", type=int, default=6)
     parser.add_argument("--max_steps", type=int, default=100)
     parser.add_argument("--bare", nargs=2, metavar=("STEPS", "DIR"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.bare:
-        print(train_bare(int(arguments.bare[0]), arguments.bare[1]))
+        make_trainer = {"sft": bare_sft, "distill": bare_distill}[arguments.stage]
+        print(tokens_per_second(make_trainer(int(arguments.bare[0]), arguments.bare[1])))
         return
     pairs = []
     for i in range(arguments.pairs):
         with tempfile.TemporaryDirectory() as directory:
             order = (stage, bare) if i % 2 else (bare, stage)
-            speeds = {run.__name__: run(arguments.max_steps, Path(directory)) for run in order}
+            speeds = {run.__name__: run(arguments.stage, arguments.max_steps, Path(directory)) for run in order}
         pairs.append(speeds)
         print(f"stage {speeds['stage']:.0f} tokens/s, bare {speeds['bare']:.0f} tokens/s", flush=True)
     ratios = [speeds["bare"] / speeds["stage"] for speeds in pairs]
