@@ -83,21 +83,21 @@ def main(
     sample_args: SampleArguments,
     distill_args: DistillArguments,
 ) -> None:
+    check_arguments(stage.where, training_args, model_args)
     teacher_args = teacher_arguments(stage.where, training_args, model_args, distill_args)
-    if training_args.use_vllm and not is_vllm_available():
-        raise UserError(f"{stage.where}: use_vllm is true, but vLLM is not installed; pip install 'trl[vllm]'")
     # Imported here: who has made a mistake in a recipe should not have to wait for it.
     from trl import DistillationTrainer, get_peft_config
 
     config = gemma.load_config(stage.where, model_args.model_name_or_path, model_args.model_revision)
     tokenizer = gemma.load_tokenizer(stage.where, model_args.model_name_or_path, config, model_args.model_revision)
-    gemma.check_same_vocabulary(stage.where, tokenizer, model_args, teacher_args)
+    teacher_config = gemma.load_config(stage.where, teacher_args.model_name_or_path, teacher_args.model_revision)
+    gemma.check_same_vocabulary(stage.where, tokenizer, model_args, teacher_config, teacher_args)
     max_prompt_length = gemma.check_prompt_length(
         stage.where,
         distill_args.max_prompt_length,
         "max_completion_length",
         training_args.max_completion_length,
-        config,
+        min(config.max_position_embeddings, teacher_config.max_position_embeddings),
     )
     check_disk(stage, stage_args, training_args, model_args, config)
     with training_args.main_process_first():
@@ -105,6 +105,11 @@ def main(
         train, held_out = (
             data.drop_long_prompts(stage.where, rows, tokenizer, max_prompt_length, data_args.max_too_long_share)
             for rows in (train, held_out)
+        )
+    if len(train) < stage_args.global_batch_size:
+        raise UserError(
+            f"{stage.where}: {len(train)} prompts are fewer than global_batch_size {stage_args.global_batch_size}, "
+            "and TRL leaves out steps that are not full; lower it, or give more prompts"
         )
     graders = load_graders(stage.where, sample_args, held_out)
     to_answer = held_out.select(range(min(sample_args.num_samples, len(held_out))))
@@ -139,6 +144,19 @@ def main(
         }
 
     run(stage, stage_args, model_args, trainer, tokenizer, measure, summarise)
+
+
+def check_arguments(where: str, training_args: DistillationConfig, model_args: ModelConfig) -> None:
+    """Refuses what cannot work or is not what it seems."""
+    if training_args.use_vllm and not is_vllm_available():
+        raise UserError(f"{where}: use_vllm is true, but vLLM is not installed; pip install 'trl[vllm]'")
+    if training_args.temperature <= 0:
+        raise UserError(f"{where}: temperature is {training_args.temperature:g}; write a number above 0")
+    if training_args.bf16 and model_args.dtype == "float32":
+        raise UserError(
+            f"{where}: bf16 is true with dtype float32, but TRL computes the distillation loss past accelerate's "
+            "autocast, in float32; write bf16: false, or dtype: bfloat16 with adapters or DeepSpeed"
+        )
 
 
 def teacher_arguments(

@@ -87,7 +87,11 @@ def main(
         config = gemma.load_config(stage.where, model_args.model_name_or_path, model_args.model_revision)
         tokenizer = gemma.load_tokenizer(stage.where, model_args.model_name_or_path, config, model_args.model_revision)
         longest = gemma.check_prompt_length(
-            stage.where, args.max_prompt_length, "max_new_tokens", args.max_new_tokens, config
+            stage.where,
+            args.max_prompt_length,
+            "max_new_tokens",
+            args.max_new_tokens,
+            config.max_position_embeddings,
         )
         prompts = data.drop_long_prompts(stage.where, prompts, tokenizer, longest, data_args.max_too_long_share)
         ask = partial(ask_model, stage, args, model_args, tokenizer)

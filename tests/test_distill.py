@@ -13,7 +13,6 @@ import torch
 import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
-from torch.distributions import Categorical, kl_divergence
 from transformers import (
     AutoModelForCausalLM,
     Gemma2ForCausalLM,
@@ -97,10 +96,12 @@ def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def expected_loss(student: Gemma2ForCausalLM, teacher: Gemma2ForCausalLM, beta: float, temp: float) -> torch.Tensor:
+def expected_loss(
+    student: Gemma2ForCausalLM, teacher: Gemma2ForCausalLM, beta: float, temperature: float
+) -> torch.Tensor:
     with torch.no_grad():
-        teacher_log_p = (answer_logits(teacher) / temp).log_softmax(-1)
-    student_log_p = (answer_logits(student) / temp).log_softmax(-1)
+        teacher_log_p = (answer_logits(teacher) / temperature).log_softmax(-1)
+    student_log_p = (answer_logits(student) / temperature).log_softmax(-1)
     if beta == 0:
         return kl(teacher_log_p, student_log_p).mean()
     if beta == 1:
@@ -247,7 +248,7 @@ def test_qlora_on_the_teachers_own_weights_is_at_distance_zero_if_the_teacher_is
     changes = {"teacher_model_name_or_path": TEACHER, "teacher_dtype": "bfloat16"}
     output = run_distill(distill_recipe | QLORA | changes | {"teacher_load_in_4bit": teacher_load_in_4bit})
     distance = metrics_of(output)["kl_student_teacher_per_token_before"]
-    assert distance == pytest.approx(0, abs=1e-6) if teacher_load_in_4bit else distance > 1e-3
+    assert distance == pytest.approx(0, abs=1e-6) if teacher_load_in_4bit else distance > 1e-4
     adapter = load_file(output / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
     _, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
@@ -367,12 +368,12 @@ def test_a_student_that_does_not_stop_is_stopped_and_leaves_no_finished_output(
 
 @pytest.mark.parametrize(
     ("last_share", "max_steps", "stops_at"),
-    [(0.7, 100, 20), (0.6, 100, None), (0.7, 20, 20), (1.0, 14, 14), (0.0, 10, 10)],
+    [(0.7, 100, 20), (0.6, 100, None), (0.7, 20, 20), (1.0, 10, 10)],
 )
 def test_the_share_of_cut_answers_is_that_of_the_first_twenty_steps_however_often_they_are_logged(
     last_share: float, max_steps: int, stops_at: int | None
 ) -> None:
-    """Logged every seven steps: (14 + 6 x 0.7) / 20 = 91 %, (14 + 6 x 0.6) / 20 = 88 %. The steps after 20 are all cut.
+    """Logged every seven steps: (14 + 6 x 0.7) / 20 = 91 %, (14 + 6 x 0.6) / 20 = 88 %; steps after 20 are all cut.
 
     TRL logs the mean over the steps since the last log; the end of the training is logged, too.
     """
@@ -441,7 +442,10 @@ BAD: dict[str, tuple[Change, str]] = {
         with_teacher(lambda directory: (directory / "begun.json").write_text("{}")),
         "broken is not finished; run the stage that makes it",
     ),
-    "a teacher with other ids": (with_teacher(swap_two_tokens), "id 700 is 'd' to the student"),
+    "a teacher with other ids": (
+        with_teacher(swap_two_tokens),
+        f"id 700 is '▁De' to the student {TEACHER} and '▁squ' to the teacher",
+    ),
     "a teacher with a larger vocabulary": (
         with_teacher(add_a_token),
         f"id 1024 is None to the student {TEACHER} and '<extra>' to the teacher",
@@ -461,13 +465,17 @@ BAD: dict[str, tuple[Change, str]] = {
     ),
     "answers longer than the model": (
         with_values(max_completion_length=512),
-        "max_prompt_length 1 and max_completion_length 512 are more than the 512 positions of the model together",
+        "max_completion_length 512 leaves 0 of the model's 512 positions for a prompt",
     ),
     "prompts and answers longer than the model": (
         with_values(max_prompt_length=497),
-        "max_prompt_length 497 and max_completion_length 16 are more than the 512 positions of the model together",
+        "max_completion_length 16 leaves 496 of the model's 512 positions for a prompt of max_prompt_length 497",
     ),
     "no length of answers": (with_values(max_completion_length=None), "max_completion_length"),
+    "fewer prompts than a step takes": (
+        with_values(global_batch_size=32, per_device_train_batch_size=32),
+        "global_batch_size 32",
+    ),
     "no prompts": (with_rows(""), "bad.jsonl: the file is empty"),
     "a prompt that ends with the model": (
         with_rows([{"prompt": [USER, MODEL], "skill": "sum", "answer": "1"}]),

@@ -14,7 +14,7 @@ from gemma2_post.evaluation.samples import Answer
 from tests.conftest import random_model
 
 PROMPT_IDS = [[2, 106, 500, 501], [2, 600], [2, 106, 700, 701, 702, 703, 704, 705, 706, 707], [2, 800]]
-TOKEN_IDS = [[300, 301, 302, 107], [303], [304, 305, 1], list(range(310, 322))]
+TOKEN_IDS = [[300, 301, 302, 107], [303], [304, 305, 1], list(range(310, 450))]
 
 
 @pytest.fixture(scope="module")

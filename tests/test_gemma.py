@@ -177,7 +177,11 @@ REFUSALS = {
     "sdpa": ({"attn_implementation": "sdpa"}, {}, "cannot apply Gemma 2's attention soft-cap"),
     "fp16 weights": ({"dtype": "float16"}, {}, "write bfloat16 or float32"),
     "4-bit full fine-tuning": ({"load_in_4bit": True, "dtype": "bfloat16"}, {}, "load_in_4bit is for adapters"),
-    "fp32 with a 4-bit base": ({"load_in_4bit": True, "use_peft": True}, {}, "dtype is float32 with a quantised base"),
+    "fp32 with a 4-bit base": (
+        {"load_in_4bit": True, "use_peft": True},
+        {},
+        "dtype is float32 with quantised weights",
+    ),
     "pure bf16": ({"dtype": "bfloat16"}, {}, "small updates are rounded away"),
     "adapting the head": (
         {"use_peft": True, "lora_target_modules": ["q_proj", "lm_head"]},

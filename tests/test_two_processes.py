@@ -22,7 +22,7 @@ QLORA = LORA | {"load_in_4bit": True}
 CASES = {"ZeRO-3, full": (3, {}), "ZeRO-3, LoRA": (3, LORA), "ZeRO-2, full": (2, {}), "DDP, QLoRA": (0, QLORA)}
 
 
-def run_twice(stage: str, zero_stage: int, values: dict[str, object], folder: Path) -> Path:
+def in_two_processes(stage: str, zero_stage: int, values: dict[str, object], folder: Path) -> Path:
     """Runs a stage in two processes; returns its output directory."""
     config = yaml.safe_load(Path("accelerate_configs/deepspeed_zero3_cpu.yaml").read_text())
     if zero_stage == 2:
@@ -48,7 +48,7 @@ def test_two_processes_equal_one(
     """Same rows, same global batch: losses agree to 1 %, which is what bf16 resolves, and weights accordingly."""
     values = recipe | {"bf16": True, "max_steps": 4, "num_samples": 3, "save_dtype": "bfloat16"} | method
     alone = run_sft(values)
-    output = run_twice("sft", zero_stage, values | {"per_device_train_batch_size": 2}, tmp_path)
+    output = in_two_processes("sft", zero_stage, values | {"per_device_train_batch_size": 2}, tmp_path)
 
     stage = json.loads((output / "stage.json").read_text())
     assert stage["num_processes"] == 2
@@ -63,17 +63,22 @@ def test_two_processes_equal_one(
         load_file(Path(directory) / "model.safetensors") for directory in (recipe["model_name_or_path"], alone, output)
     )
     assert start.keys() == one.keys() == two.keys()
-
-    def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
-        return sum((first[name].float() - second[name].float()).square().sum().item() for name in first) ** 0.5
-
     assert distance(one, two) < 0.3 * distance(start, one)
+
+
+def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    return sum((first[name].float() - second[name].float()).square().sum().item() for name in first) ** 0.5
 
 
 def test_distillation_in_two_processes_with_answers_of_very_different_length_equals_one(
     run_sft: Run, run_distill: Run, recipe: dict[str, object], distill_recipe: dict[str, object], tmp_path: Path
 ) -> None:
-    """One process has only prompts with an answer of four tokens, the other only ones whose answer is cut at 40."""
+    """One process has only prompts with an answer of four tokens, the other only ones whose answer is cut at 40.
+
+    The student knows both by heart, so its answers are the same in bf16 (ZeRO-3) and in fp32 (TRL's loss goes round
+    autocast, so one process computes in it). The first losses differ by one rounding of the weights, which bf16 does
+    again after each update: 1.4 % at the fourth.
+    """
     short, long = (
         {"prompt": f"Tell me {length}.", "completion": completion, "answer": "8"}
         for length, completion in (("a word", "Yes."), ("all", " ".join(map(str, range(60)))))
@@ -86,7 +91,6 @@ def test_distillation_in_two_processes_with_answers_of_very_different_length_equ
     rows, held_out = source("rows.jsonl", [short] * 4 + [long] * 4), source("few.jsonl", [long] * 3 + [short] * 2)
     knows_both = {"datasets": rows, "held_out_datasets": held_out, "max_steps": 60, "learning_rate": 3e-3}
     student = run_sft(recipe | knows_both | {"output_dir": str(tmp_path / "student")})
-    print(losses(student))
     values = distill_recipe | {
         "model_name_or_path": str(student),
         "datasets": rows,
@@ -103,10 +107,22 @@ def test_distillation_in_two_processes_with_answers_of_very_different_length_equ
         "save_dtype": "bfloat16",
     }
     alone = run_distill(values)
-    output = run_twice("distill", 3, values | {"per_device_train_batch_size": 2}, tmp_path)
-    print((alone/"log.jsonl").read_text())
-    print((output/"log.jsonl").read_text())
-    print((output/"stage.json").read_text())
-    print((alone/"metrics.json").read_text())
-    print((output/"metrics.json").read_text())
-    assert 0
+    output = in_two_processes("distill", 3, values | {"per_device_train_batch_size": 2}, tmp_path)
+
+    stage = json.loads((output / "stage.json").read_text())
+    assert stage["num_processes"] == 2
+    for directory in (alone, output):
+        entries = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()][:4]
+        lengths = [(entry["completions/min_length"], entry["completions/max_length"]) for entry in entries]
+        assert lengths == [(4, 40)] * 4
+    assert losses(output)[0] == pytest.approx(losses(alone)[0], rel=0.002)
+    assert losses(output) == pytest.approx(losses(alone), rel=0.03)
+    assert losses(alone)[-1] < 0.9 * losses(alone)[0]
+    before = json.loads((alone / "metrics.json").read_text())
+    for name in ("kl_student_teacher_before", "kl_teacher_student_before", "mean_tokens_before"):
+        assert stage["metrics"][name] == pytest.approx(before[name], rel=0.03)
+
+    _, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    start, one, two = (load_file(directory / "model.safetensors") for directory in (student, alone, output))
+    assert distance(one, two) < 0.3 * distance(start, one)

@@ -92,7 +92,6 @@ def check_arguments(where: str, model_args: ModelConfig, training_args: Training
     Args:
         where: the recipe's file, named first in an error.
     """
-    check_model_arguments(where, model_args)
     zero_stage = training_args.deepspeed_plugin.zero_stage if training_args.deepspeed_plugin else 0
     quantized = model_args.load_in_4bit or model_args.load_in_8bit
     if quantized and not model_args.use_peft:
@@ -100,6 +99,7 @@ def check_arguments(where: str, model_args: ModelConfig, training_args: Training
             f"{where}: load_in_{'4' if model_args.load_in_4bit else '8'}bit is for adapters, not for full "
             "fine-tuning; add use_peft: true or remove it"
         )
+    check_model_arguments(where, model_args)
     if quantized and zero_stage == 3:
         raise UserError(
             f"{where}: a quantised base cannot be sharded by ZeRO-3; use accelerate_configs/multi_gpu.yaml or "
@@ -201,14 +201,17 @@ def check_length(where: str, max_length: int | None, config: Gemma2Config) -> in
 
 
 def check_prompt_length(
-    where: str, max_prompt_length: int | None, answer_key: str, longest_answer: int, config: Gemma2Config
+    where: str, max_prompt_length: int | None, answer_key: str, longest_answer: int | None, positions: int
 ) -> int:
     """The longest prompt in tokens: `max_prompt_length`, or what the longest answer leaves of the model's positions.
 
     Args:
         answer_key: the recipe's key of `longest_answer`.
     """
-    positions = config.max_position_embeddings
+    if longest_answer is None or longest_answer < 1:
+        raise UserError(f"{where}: {answer_key} is {longest_answer}; write a number of tokens, 1 or more")
+    if max_prompt_length is not None and max_prompt_length < 1:
+        raise UserError(f"{where}: max_prompt_length is {max_prompt_length}; write a number of tokens, or remove it")
     most = positions - longest_answer
     if most < (max_prompt_length or 1):
         raise UserError(
@@ -271,11 +274,15 @@ def load_tokenizer(
 
 
 def check_same_vocabulary(
-    where: str, tokenizer: PreTrainedTokenizerBase, model_args: ModelConfig, teacher_args: ModelConfig
+    where: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model_args: ModelConfig,
+    teacher_config: Gemma2Config,
+    teacher_args: ModelConfig,
 ) -> None:
     """Refuses a teacher that means another token by an id than the student; TRL compares sizes only."""
     path, revision = teacher_args.model_name_or_path, teacher_args.model_revision
-    teacher_tokenizer = load_tokenizer(where, path, load_config(where, path, revision), revision)
+    teacher_tokenizer = load_tokenizer(where, path, teacher_config, revision)
     ours, theirs = (
         {token_id: token for token, token_id in each.get_vocab().items()} for each in (tokenizer, teacher_tokenizer)
     )

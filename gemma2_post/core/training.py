@@ -97,6 +97,8 @@ def _check_training(where: str, built: tuple) -> None:
         training_args.per_device_train_batch_size,
         training_args.world_size,
     )
+    if training_args.per_device_eval_batch_size < 1:
+        raise UserError(f"{where}: per_device_eval_batch_size is {training_args.per_device_eval_batch_size}; write 1")
     training_args.prediction_loss_only = True  # the full logits of a 256k vocabulary are not to be kept
 
 
@@ -206,7 +208,9 @@ def run(
     seconds = time.monotonic() - measure_before.ended
     after = measure()
 
-    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # every process takes part in the gathering
+    # Under DeepSpeed every process takes part in the gathering; elsewhere the wrapped model may be a compiled one.
+    wrapped = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
+    state_dict = trainer.accelerator.get_state_dict(wrapped)
     if trainer.is_world_process_zero():
         save(stage.output_dir, trainer.accelerator.unwrap_model(trainer.model), state_dict, model_args, stage_args)
         gemma.save_tokenizer(tokenizer, stage.output_dir)

@@ -51,7 +51,9 @@ class Answer:
 
 
 def load_graders(where: str, sample_args: SampleArguments, rows: Dataset) -> dict[str, Grader]:
-    """The graders by their functions' names; checks the column to group by, too."""
+    """The graders by their functions' names; checks the other arguments, too."""
+    if sample_args.num_samples < 0:
+        raise UserError(f"{where}: num_samples is {sample_args.num_samples}; write 0 or more")
     if sample_args.group_by and sample_args.group_by not in rows.column_names:
         raise UserError(f"{where}: group_by is {sample_args.group_by}, which held-out rows lack; add it to columns")
     return {path.rpartition(":")[2]: data.load_function(where, path) for path in sample_args.graders or []}
