@@ -78,7 +78,7 @@ def to_messages(row: dict[str, object]) -> list[Message]:
     if "conversations" in row:
         return _renamed(row["conversations"], "from", "value")
     if "prompt" in row and "completion" in row:
-        return [*_as_turns(row["prompt"], "user"), *_as_turns(row["completion"], "assistant")]
+        return [*as_turns(row["prompt"], "user"), *as_turns(row["completion"], "assistant")]
     if "instruction" in row and "output" in row:
         parts = [part for part in (row["instruction"], row.get("input")) if part]
         if not all(isinstance(part, str) for part in parts):
@@ -95,11 +95,14 @@ def to_messages(row: dict[str, object]) -> list[Message]:
 
 
 _FORMATS = [{"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"}, {"text"}]
-_PROMPT_FORMATS = [{"prompt"}, *_FORMATS]
 
 
-def _as_turns(value: object, role: str) -> list[Message]:
-    return [{"role": role, "content": value}] if isinstance(value, str) else _renamed(value, "role", "content")
+def as_turns(value: object, role: str) -> list[Message]:
+    """A text as one turn of `role`, or a list of turns by role and content (or, as in ShareGPT, from and value)."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    is_sharegpt = isinstance(value, list) and value and isinstance(value[0], dict) and "from" in value[0]
+    return _renamed(value, *(("from", "value") if is_sharegpt else ("role", "content")))
 
 
 def _renamed(turns: object, role_key: str, content_key: str) -> list[Message]:
@@ -132,7 +135,7 @@ def fold_system(messages: list[Message]) -> list[Message]:
 def to_prompt(row: dict[str, object]) -> list[Message]:
     """What a model is to answer: the row's prompt, or its conversation without the model's last turn."""
     if "prompt" in row:
-        return _as_turns(row["prompt"], "user")
+        return as_turns(row["prompt"], "user")
     messages = to_messages(row)
     return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
 
@@ -174,18 +177,32 @@ def is_valid(messages: list[Message]) -> bool:
     return True
 
 
-def _checked(row: dict[str, object], parse: Callable, last: str) -> dict[str, object]:
-    """What one row becomes: its checked messages, or what is wrong with it."""
+def _conversation(row: dict[str, object]) -> dict[str, object]:
+    messages = to_messages(row)
+    folded = fold_system(messages)
+    check_messages(folded)
+    return {"messages": folded, "had_system": folded is not messages}
+
+
+def _prompt(row: dict[str, object]) -> dict[str, object]:
+    messages = to_prompt(row)
+    folded = fold_system(messages)
+    check_messages(folded, last="user")
+    return {"prompt": folded, "had_system": folded is not messages}
+
+
+def checked(
+    row: dict[str, object], parse: Callable[[dict[str, object]], dict[str, object]], empty: dict[str, object]
+) -> dict[str, object]:
+    """What one row becomes: what `parse` makes of it and no `problem`, or `empty` and what is wrong with it."""
     try:
-        messages = parse(row)
+        parsed = parse(row)
         for column in _PARTS_OF_A_CONVERSATION:
             if row.get(column):
                 raise InvalidRow(f"column {column} would be lost; make it a part of the conversation")
-        folded = fold_system(messages)
-        check_messages(folded, last)
     except InvalidRow as problem:
-        return {"messages": [], "problem": str(problem), "had_system": False}
-    return {"messages": folded, "problem": "", "had_system": folded is not messages}
+        return empty | {"problem": str(problem)}
+    return parsed | {"problem": ""}
 
 
 # --- whole data sets ---
@@ -199,8 +216,8 @@ def load_conversations(
     Raises:
         UserError: a source that cannot be read, with columns of no known format, empty, or with invalid rows.
     """
-    read = partial(_checked, parse=to_messages, last="assistant")
-    return _load(where, sources, max_invalid_share, seed, columns or [], read, _FORMATS)
+    read = partial(checked, parse=_conversation, empty={"messages": [], "had_system": False})
+    return load_mixture(where, sources, max_invalid_share, seed, columns or [], read, _FORMATS)
 
 
 def load_prompts(
@@ -208,12 +225,11 @@ def load_prompts(
 ) -> Dataset:
     """As `load_conversations`, but `prompt` in place of `messages`: the model's last turn, where there is one, is
     dropped, and the user's turn before it is the last."""
-    read = partial(_checked, parse=to_prompt, last="user")
-    loaded = _load(where, sources, max_invalid_share, seed, columns or [], read, _PROMPT_FORMATS)
-    return loaded.rename_column("messages", "prompt")
+    read = partial(checked, parse=_prompt, empty={"prompt": [], "had_system": False})
+    return load_mixture(where, sources, max_invalid_share, seed, columns or [], read, [{"prompt"}, *_FORMATS])
 
 
-def _load(
+def load_mixture(
     where: str,
     sources: list[Source],
     max_invalid_share: float,
