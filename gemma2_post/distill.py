@@ -136,14 +136,14 @@ def main(
         answers = sampled(trainer.model_wrapped)
         return divergences(trainer, answers) | grade(answers, to_answer, graders, sample_args.group_by)
 
-    def summarise(before: Metrics, after: Metrics) -> Metrics:
+    def complete(before: Metrics, after: Metrics) -> Metrics:
         return {f"teacher_{name}": value for name, value in teacher_grades.items()} | {
             f"{name}_gap_closed": (after[name] - before[name]) / (teacher_grades[name] - before[name])
             for name in graders
             if before and teacher_grades[name] != before[name]
         }
 
-    run(stage, stage_args, model_args, trainer, tokenizer, measure, summarise)
+    run(stage, stage_args, model_args, trainer, tokenizer, measure, complete)
 
 
 def check_arguments(where: str, training_args: DistillationConfig, model_args: ModelConfig) -> None:

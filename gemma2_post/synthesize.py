@@ -28,12 +28,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from gemma2_post.core import contract, data, endpoint, gemma
+from gemma2_post.core import contract, data, endpoint, gemma, reward_model
 from gemma2_post.core.data import DataArguments, Message
 from gemma2_post.core.duplicates import find_duplicates
 from gemma2_post.core.errors import UserError
 from gemma2_post.core.training import Stage, launch
-from gemma2_post.evaluation.samples import reward_conversations, sample_answers
+from gemma2_post.evaluation.samples import sample_answers
 
 REFUSED_KEYS = dict.fromkeys(
     ["held_out_datasets", "held_out_share"], "every prompt is answered; give sft the rows to hold out"
@@ -337,12 +337,12 @@ def load_rewards(where: str, path: str, batch_size: int) -> Callable[[list[Candi
             return function(completions=[each.messages[-1]["content"] for each in candidates], **columns)
 
         return by_function
-    model, tokenizer = gemma.load_reward_model(where, path)
+    loaded = reward_model.load(where, path)
 
     def by_model(candidates: list[Candidate]) -> list[float]:
         # Only now, when a local teacher has left the GPU.
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-        return reward_conversations(model, tokenizer, [each.messages for each in candidates], batch_size)
+        loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return reward_model.score(loaded.model, loaded.tokenizer, [each.messages for each in candidates], batch_size)
 
     return by_model
 

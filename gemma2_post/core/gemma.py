@@ -1,6 +1,8 @@
 """What is special about Gemma 2: the chat format, the tokenizer's ids, and how its models may be loaded and saved."""
 
 import errno
+import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -8,7 +10,6 @@ from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     Gemma2Config,
     GenerationConfig,
@@ -34,6 +35,7 @@ SPECIAL_TOKENS = {
 }
 EOS, BOS, PAD, END_OF_TURN = 1, 2, 0, 107
 STOP_TOKEN_IDS = [EOS, END_OF_TURN]
+SCORE_HEAD = "score.weight"
 LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 TRAINING_TEMPLATE = (
@@ -184,7 +186,7 @@ def load_config(where: str, path: str, revision: str | None = None) -> Gemma2Con
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
     except OSError as error:
-        raise _load_error(where, path, error) from error
+        raise load_error(where, path, error) from error
     if config.model_type != "gemma2":
         raise UserError(f"{where}: {path} is a {config.model_type} model; this pipeline is for gemma2")
     if getattr(config, "quantization_config", None):
@@ -228,7 +230,7 @@ def num_parameters(config: Gemma2Config) -> int:
     return config.vocab_size * config.hidden_size + config.num_hidden_layers * layer + config.hidden_size
 
 
-def _load_error(where: str, path: str, error: OSError) -> UserError | OSError:
+def load_error(where: str, path: str, error: OSError) -> UserError | OSError:
     """What to do when a model cannot be loaded; a full disk is left to speak for itself."""
     if error.errno == errno.ENOSPC:
         return error
@@ -255,7 +257,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except OSError as error:
-        raise _load_error(where, path, error) from error
+        raise load_error(where, path, error) from error
     if len(tokenizer) != config.vocab_size:
         raise UserError(
             f"{where}: the tokenizer in {path} has {len(tokenizer)} tokens and the model {config.vocab_size}; "
@@ -294,6 +296,11 @@ def check_same_vocabulary(
             )
 
 
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of every token and its id."""
+    return contract.digest_of(json.dumps(sorted(tokenizer.get_vocab().items())))
+
+
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, output_dir: Path) -> None:
     """Saves it as it was loaded: padding a batch leaves settings in the tokenizer that would be saved, too."""
     tokenizer.backend_tokenizer.no_padding()
@@ -323,6 +330,12 @@ def load_for_training(where: str, model_args: ModelConfig, training_args: Traini
     return load_model(where, model_args, device_map={"": training_args.device} if quantized else None)
 
 
+def unsharded(training_args: TrainingArguments) -> AbstractContextManager[None]:
+    """Within it a model is loaded whole, also under ZeRO-3, which otherwise shards each model that is loaded."""
+    plugin = training_args.deepspeed_plugin
+    return plugin.zero3_init_context_manager(enable=False) if plugin else nullcontext()
+
+
 def load_model(where: str, model_args: ModelConfig, device_map: str | dict | None) -> PreTrainedModel:
     """The causal language model as the recipe wants it."""
     try:
@@ -335,31 +348,10 @@ def load_model(where: str, model_args: ModelConfig, device_map: str | dict | Non
             device_map=device_map,
         )
     except OSError as error:
-        raise _load_error(where, model_args.model_name_or_path, error) from error
+        raise load_error(where, model_args.model_name_or_path, error) from error
     disable_cpu_repacking(model)
     model.generation_config = generation_config()
     return model
-
-
-def load_reward_model(where: str, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A trained Gemma 2 reward model, on the CPU, and its tokenizer; bf16 where there is a GPU for it, else fp32."""
-    config = load_config(where, path)
-    tokenizer = load_tokenizer(where, path, config)
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
-            attn_implementation="eager",
-            output_loading_info=True,
-        )
-    except OSError as error:
-        raise _load_error(where, path, error) from error
-    if info["missing_keys"] or model.config.num_labels != 1:
-        raise UserError(
-            f"{where}: {path} is no reward model (it has {model.config.num_labels} labels and lacks "
-            f"{', '.join(sorted(info['missing_keys'])) or 'nothing'}); name the output of a reward stage"
-        )
-    return model, tokenizer
 
 
 def disable_cpu_repacking(model: PreTrainedModel) -> None:
@@ -380,9 +372,10 @@ def generation_config() -> GenerationConfig:
 def save_model(
     model: PreTrainedModel, state_dict: dict[str, torch.Tensor], output_dir: Path, dtype: torch.dtype
 ) -> None:
-    """Writes a directory that `AutoModelForCausalLM.from_pretrained` loads: weights, config, generation config.
+    """Writes a directory that its `Auto` class loads: weights, config, and of a language model the generation config.
 
-    One canonical layout: the head is the embedding (ZeRO-1 and 2 hand both over), each tensor rounded once to `dtype`.
+    One canonical layout: a language model's head is the embedding (ZeRO-1 and 2 hand both over), each tensor is
+    rounded once to `dtype`, and a reward model's score head is in fp32.
     """
     head, embedding = state_dict.pop("lm_head.weight", None), state_dict["model.embed_tokens.weight"]
     if head is not None and not torch.equal(head, embedding):
@@ -390,24 +383,32 @@ def save_model(
     empty = [name for name, tensor in state_dict.items() if tensor.numel() == 0]
     if empty:
         raise RuntimeError(f"{empty[0]} is empty: the shards of the model were not gathered")
-    model.generation_config = generation_config()
-    model.save_pretrained(output_dir, state_dict={name: tensor.to(dtype) for name, tensor in state_dict.items()})
+    if model.can_generate():
+        model.generation_config = generation_config()
+    rounded = {name: tensor.to(torch.float32 if name == SCORE_HEAD else dtype) for name, tensor in state_dict.items()}
+    model.save_pretrained(output_dir, state_dict=rounded)
     config = model.config  # rewritten, because save_pretrained notes the type of the model, not of the tensors
     config.__dict__.pop("cache_implementation", None)  # "hybrid" in Google's files, which transformers 5 dropped
     config.update({"use_cache": True, "dtype": dtype, "eos_token_id": EOS, "bos_token_id": BOS, "pad_token_id": PAD})
     config.save_pretrained(output_dir)
 
 
-def merge_adapter(adapter_dir: Path, model_args: ModelConfig) -> PreTrainedModel:
+def merge_adapter(
+    adapter_dir: Path, model_args: ModelConfig, model_class: type[PreTrainedModel], **config: object
+) -> PreTrainedModel:
     """The unquantised base with the adapter added in fp32, on the CPU.
 
     Merging into the 4-bit base would quantise the sum again; in bf16 a part of the update would be rounded away.
+
+    Args:
+        config: what the model's config has in place of the base's.
     """
     unset_hf_deepspeed_config()  # else ZeRO-3 would shard this model, too
-    base = AutoModelForCausalLM.from_pretrained(
+    base = model_class.from_pretrained(
         model_args.model_name_or_path,
         revision=model_args.model_revision,
         dtype=torch.float32,
         attn_implementation=model_args.attn_implementation,
+        **config,
     )
     return PeftModel.from_pretrained(base, adapter_dir, torch_device="cpu").merge_and_unload()

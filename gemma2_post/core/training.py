@@ -184,13 +184,14 @@ def run(
     trainer: Trainer,
     tokenizer: PreTrainedTokenizerBase,
     measure: Callable[[], Metrics],
-    summarise: Callable[[Metrics, Metrics], Metrics] = lambda before, after: {},
+    complete: Callable[[Metrics, Metrics], Metrics] = lambda before, after: {},
 ) -> None:
     """Trains (from the newest checkpoint, if there is one), saves a plain Hugging Face model, then the contract.
 
     Args:
         measure: the stage's numbers; called on every process before the first and after the last step.
-        summarise: further numbers, from those before and those after.
+        complete: called on the main process with the numbers before and after, when the weights are saved; writes what
+            belongs beside them, returns further numbers.
     """
     if not trainer.is_deepspeed_enabled:
         keep_adapter_in_fp32(trainer.model)
@@ -217,14 +218,14 @@ def run(
         write_log(stage.output_dir / "log.jsonl", trainer.state.log_history)
         before = contract.read_json(stage.output_dir / "before.json")
         metrics = {f"{name}_before": value for name, value in before.items()} | after
-        metrics |= summarise(before, after) | throughput(trainer, seconds)
+        metrics |= complete(before, after) | throughput(trainer, seconds)
         facts = {
             "base_model": model_args.model_name_or_path,
             "base_revision": getattr(trainer.model.config, "_commit_hash", None) or model_args.model_revision,
             "base_digest": stage.fingerprint["inputs"].get(model_args.model_name_or_path),
             "adapter": "adapter" if model_args.use_peft else None,
             "dtype": stage_args.save_dtype,
-            "tokenizer_digest": contract.digest_of(json.dumps(sorted(tokenizer.get_vocab().items()))),
+            "tokenizer_digest": gemma.tokenizer_digest(tokenizer),
             "template_digest": contract.digest_of(tokenizer.chat_template),
             "num_processes": trainer.accelerator.num_processes,
         }
@@ -256,7 +257,9 @@ def save(
     if isinstance(model, PeftModel):
         model.save_pretrained(output_dir / "adapter", state_dict=state_dict)
         # Rounded in place, one parameter after the other: a copy of 27b would take another 54 GB.
-        model = gemma.merge_adapter(output_dir / "adapter", model_args).to(dtype)
+        base = model.get_base_model()
+        labels = {} if base.can_generate() else {"num_labels": 1}
+        model = gemma.merge_adapter(output_dir / "adapter", model_args, type(base), **labels).to(dtype)
         state_dict = dict(model.state_dict())
     gemma.save_model(model, state_dict, output_dir, dtype)
 

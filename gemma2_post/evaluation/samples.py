@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -104,27 +104,6 @@ def sample_answers(
     return answers
 
 
-def reward_conversations(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: list[list[dict[str, str]]],
-    batch_size: int,
-) -> list[float]:
-    """A reward model's score of each conversation, which ends with the model's turn."""
-    scores: list[float] = []
-    with _evaluating(model), torch.no_grad():
-        for start in range(0, len(conversations), batch_size):
-            batch = tokenizer.apply_chat_template(
-                conversations[start : start + batch_size],
-                return_dict=True,
-                return_tensors="pt",
-                padding=True,
-                tokenizer_kwargs={"padding_side": "right"},
-            ).to(model.device)
-            scores += model(**batch).logits[:, 0].float().tolist()
-    return scores
-
-
 @contextmanager
 def _evaluating(model: PreTrainedModel):
     training = model.training
@@ -159,10 +138,10 @@ def grade(
     return metrics
 
 
-def share_of(num_rows: int, accelerator: Accelerator) -> list[int]:
+def share_of(num_rows: int, processes: Accelerator | PartialState) -> list[int]:
     """The rows of this process: as many for each, so that sharded models run in step; some come twice for that."""
-    world = accelerator.num_processes
-    return [i % num_rows for i in range(accelerator.process_index, -(-num_rows // world) * world, world)]
+    world = processes.num_processes
+    return [i % num_rows for i in range(processes.process_index, -(-num_rows // world) * world, world)]
 
 
 def gather_rows(mine: list[int], results: list, num_rows: int) -> list:

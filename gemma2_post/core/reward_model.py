@@ -1,0 +1,196 @@
+"""A reward model that cannot be loaded wrong: made from a language model, sealed, and checked when it is loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from trl import ModelConfig, get_quantization_config
+from trl.trainer.reward_trainer import suppress_seqcls_warning
+
+from gemma2_post.core import contract, gemma
+from gemma2_post.core.errors import UserError
+
+FILE = "reward_model.json"
+_ARCHITECTURE = "Gemma2ForSequenceClassification"
+_CANARY_TOLERANCE = 0.1
+"""Of the spread of the rewards: bf16 in place of fp32 moves scores by less, another head by much more."""
+
+Message = dict[str, str]
+
+
+class ScoreHead(torch.nn.Linear):
+    """The score in fp32, whatever the model computes in: from 8 on, bf16 has steps of 0.06, and rewards would tie."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return torch.nn.functional.linear(hidden_states.float(), self.weight.float())
+
+
+@dataclass
+class RewardModel:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    mean: float
+    """Of the rewards of held-out answers, and their standard deviation: to normalise with."""
+    spread: float
+    max_length: int
+    """Of what it was trained on, in tokens; scores of longer conversations mean little."""
+
+
+def start(where: str, model_args: ModelConfig, training_args: TrainingArguments) -> PreTrainedModel:
+    """A language model with a new score head in place of its own, to be trained."""
+    quantization_config = get_quantization_config(model_args)
+    try:
+        with suppress_seqcls_warning():
+            model = AutoModelForSequenceClassification.from_pretrained(
+                model_args.model_name_or_path,
+                revision=model_args.model_revision,
+                num_labels=1,
+                dtype=getattr(torch, model_args.dtype),
+                attn_implementation=model_args.attn_implementation,
+                quantization_config=quantization_config,
+                device_map={"": training_args.device} if quantization_config else None,
+            )
+    except OSError as error:
+        raise gemma.load_error(where, model_args.model_name_or_path, error) from error
+    gemma.disable_cpu_repacking(model)
+    _score_in_fp32(model)
+    if not training_args.deepspeed_plugin:  # which keeps fp32 masters itself
+        model.score.float()
+    return model
+
+
+def _score_in_fp32(model: PreTrainedModel) -> None:
+    # In place: a new module would not be sharded, nor be the one that PEFT finds.
+    model.score.__class__ = ScoreHead
+
+
+def seal(
+    output_dir: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[list[Message]],
+    mean: float,
+    spread: float,
+    max_length: int,
+) -> None:
+    """Writes beside saved weights what `load` checks: above all, what a fresh load of them scores.
+
+    Args:
+        conversations: the canary; a few, each ending with the model's turn.
+    """
+    unset_hf_deepspeed_config()  # else ZeRO-3 would shard this model, too
+    model = AutoModelForSequenceClassification.from_pretrained(output_dir, attn_implementation="eager")
+    _score_in_fp32(model)
+    scores = [score(model, tokenizer, [conversation])[0] for conversation in conversations]
+    contract.write_json(
+        output_dir / FILE,
+        {
+            "canary": [
+                {"messages": messages, "score": value} for messages, value in zip(conversations, scores, strict=True)
+            ],
+            "mean": mean,
+            "spread": spread,
+            "max_length": max_length,
+            **_digests(tokenizer),
+        },
+    )
+
+
+def load(where: str, path: str, policy_tokenizer: PreTrainedTokenizerBase | None = None) -> RewardModel:
+    """The finished output of the reward stage, on the CPU; bf16 where there is a GPU for it, else fp32.
+
+    Args:
+        policy_tokenizer: whose conversations will be scored; it must be the reward model's own.
+
+    Raises:
+        UserError: a causal model, an adapter, a head that was never trained, a canary that does not reproduce, ...
+    """
+    config = gemma.load_config(where, path)
+    sealed = contract.read_json(Path(path) / FILE)
+    if config.architectures != [_ARCHITECTURE]:
+        raise UserError(
+            f"{where}: {path} is {', '.join(config.architectures or ['of no kind'])}, not a reward model; name the "
+            "output of the reward stage"
+        )
+    if sealed is None:
+        raise UserError(
+            f"{where}: {path} has no {FILE}, so nothing says that its score head was trained; name the output of the "
+            "reward stage"
+        )
+    tokenizer = policy_tokenizer or gemma.load_tokenizer(where, path, config)
+    for what, digest in _digests(tokenizer).items():
+        if sealed[what] != digest:
+            raise UserError(
+                f"{where}: {path} was trained with another {what.partition('_')[0]} than the policy's (or than this "
+                "version's); train the reward model again"
+            )
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+            attn_implementation="eager",
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise gemma.load_error(where, path, error) from error
+    if info["missing_keys"] or model.config.num_labels != 1 or model.config.pad_token_id != gemma.PAD:
+        raise UserError(
+            f"{where}: {path} lacks {', '.join(sorted(info['missing_keys'])) or 'nothing'}, has "
+            f"{model.config.num_labels} labels and pad id {model.config.pad_token_id}; train the reward model again"
+        )
+    _score_in_fp32(model)
+    model.score.float()
+    for canary in sealed["canary"]:
+        (found,) = score(model, tokenizer, [canary["messages"]])
+        if not abs(found - canary["score"]) <= _CANARY_TOLERANCE * sealed["spread"]:
+            raise UserError(
+                f"{where}: {path} scores its canary {found:.3f}, but {canary['score']:.3f} when it was made; its "
+                "files have changed, train the reward model again"
+            )
+    return RewardModel(model, tokenizer, sealed["mean"], sealed["spread"], sealed["max_length"])
+
+
+def _digests(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    return {
+        "tokenizer_digest": gemma.tokenizer_digest(tokenizer),
+        "template_digest": contract.digest_of(tokenizer.chat_template),
+    }
+
+
+def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+    """A conversation as a reward model reads it; the score is that of its last token, the break after the turn."""
+    return tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[list[Message]],
+    batch_size: int = 16,
+) -> list[float]:
+    """The reward of each conversation, which ends with the model's turn."""
+    return score_ids(model, [conversation_ids(tokenizer, messages) for messages in conversations], batch_size)
+
+
+def score_ids(model: torch.nn.Module, rows: list[list[int]], batch_size: int) -> list[float]:
+    """The reward of each conversation, given as token ids; right-padded batches, in evaluation mode."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    scores: list[float] = []
+    with torch.no_grad():
+        for start_row in range(0, len(rows), batch_size):
+            batch = rows[start_row : start_row + batch_size]
+            width = max(map(len, batch))
+            ids = torch.tensor([row + [gemma.PAD] * (width - len(row)) for row in batch], device=device)
+            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=device)
+            scores += model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0].float().tolist()
+    model.train(was_training)
+    return scores

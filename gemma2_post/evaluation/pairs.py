@@ -1,0 +1,133 @@
+"""How good a reward model is on held-out preference pairs, and what it may have learned instead of quality."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+from scipy.stats import binomtest, pearsonr, spearmanr
+
+SIMILAR_LENGTH = 0.1
+"""Answers whose lengths differ by at most this share of the longer one count as of similar length."""
+_NUM_BINS = 10
+
+
+@dataclass
+class ScoredPair:
+    chosen: float
+    """The reward of the chosen answer."""
+    rejected: float
+    num_turns: int
+    """User turns of the prompt."""
+    chosen_tokens: int
+    rejected_tokens: int
+
+
+def measure_pairs(pairs: list[ScoredPair]) -> dict[str, float]:
+    """Accuracy (a tie counts half) with a 95 % Wilson interval, by turns and by length; calibration; length bias.
+
+    `calibration_error` is the expected calibration error of P(chosen) = sigmoid(difference) in ten bins of the
+    predicted confidence (Guo et al. 2017, arXiv 1706.04599, equation 3). `length_correlation` is Pearson's, of reward
+    and number of tokens over all answers; `..._within_pairs` that of the two differences.
+    """
+    right = numpy.array([_is_right(pair) for pair in pairs])
+    interval = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
+    metrics = {
+        "accuracy": right.mean(),
+        "accuracy_low": interval.low,
+        "accuracy_high": interval.high,
+    }
+    for name, groups in {"turns": _by_turns(pairs), "length": _by_length(pairs)}.items():
+        metrics |= {f"accuracy/{name}/{group}": right[rows].mean() for group, rows in groups.items()}
+    multi_turn = numpy.array([pair.num_turns > 1 for pair in pairs])
+    for name, rows in {"single_turn": ~multi_turn, "multi_turn": multi_turn}.items():
+        if rows.any():
+            metrics[f"accuracy_{name}"] = right[rows].mean()
+    rewards = numpy.array([[pair.chosen, pair.rejected] for pair in pairs])
+    lengths = numpy.array([[pair.chosen_tokens, pair.rejected_tokens] for pair in pairs])
+    metrics |= {
+        "calibration_error": sum(
+            len(confidence) / len(pairs) * abs(confidence.mean() - accuracy.mean())
+            for confidence, accuracy in calibration_bins(pairs)
+        ),
+        "reward_mean": rewards.mean(),
+        "reward_spread": rewards.std(),
+        "length_correlation": _correlation(rewards.ravel(), lengths.ravel()),
+        "length_correlation_within_pairs": _correlation(rewards[:, 0] - rewards[:, 1], lengths[:, 0] - lengths[:, 1]),
+    }
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def rank_correlation(rewards: list[float], grades: list[float]) -> float:
+    """Spearman's; 0 where all rewards, or all grades, are equal."""
+    if len(set(rewards)) == 1 or len(set(grades)) == 1:
+        return 0.0
+    return float(spearmanr(rewards, grades).statistic)
+
+
+def calibration_bins(pairs: list[ScoredPair]) -> list[tuple[numpy.ndarray, numpy.ndarray]]:
+    """Of each bin that is not empty: how sure the model is, and whether it is right, pair by pair."""
+    difference = numpy.array([abs(pair.chosen - pair.rejected) for pair in pairs])
+    confidence = 1 / (1 + numpy.exp(-difference))
+    right = numpy.array([_is_right(pair) for pair in pairs])
+    bins = numpy.minimum((2 * (confidence - 0.5) * _NUM_BINS).astype(int), _NUM_BINS - 1)
+    return [(confidence[bins == i], right[bins == i]) for i in range(_NUM_BINS) if (bins == i).any()]
+
+
+def plot_pairs(pairs: list[ScoredPair], path: Path, noise_ceiling: float | None) -> None:
+    """Calibration, and accuracy by turns with intervals, side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    calibration, turns = figure.subplots(1, 2)
+    bins = calibration_bins(pairs)
+    calibration.plot([0.5, 1], [0.5, 1], color="0.7", linestyle="--", label="perfect")
+    calibration.scatter(
+        [confidence.mean() for confidence, _ in bins],
+        [right.mean() for _, right in bins],
+        s=[20 + 300 * len(right) / len(pairs) for _, right in bins],
+        label="pairs (area: how many)",
+    )
+    calibration.set(xlabel="sigmoid(|difference of rewards|)", ylabel="share that is right", title="Calibration")
+    calibration.legend()
+    groups = _by_turns(pairs)
+    right = numpy.array([_is_right(pair) for pair in pairs])
+    for position, rows in enumerate(groups.values()):
+        interval = binomtest(int(right[rows].sum()), len(rows)).proportion_ci(method="wilson")
+        mean = right[rows].mean()
+        error = [[max(0.0, mean - interval.low)], [max(0.0, interval.high - mean)]]
+        turns.bar(position, mean, yerr=error, color="C0", capsize=4)
+    if noise_ceiling is not None:
+        turns.axhline(noise_ceiling, color="0.4", linestyle="--", label="noise ceiling")
+        turns.legend(loc="lower right")
+    turns.set_xticks(range(len(groups)), [f"{name}\n({len(rows)})" for name, rows in groups.items()])
+    turns.set(xlabel="user turns (pairs)", ylabel="accuracy", ylim=(0, 1), title="Accuracy by turns")
+    figure.savefig(path, dpi=120)
+
+
+def _is_right(pair: ScoredPair) -> float:
+    return 0.5 if pair.chosen == pair.rejected else float(pair.chosen > pair.rejected)
+
+
+def _by_turns(pairs: list[ScoredPair]) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = defaultdict(list)
+    for row, pair in sorted(enumerate(pairs), key=lambda item: item[1].num_turns):
+        groups[str(pair.num_turns)].append(row)
+    return dict(groups)
+
+
+def _by_length(pairs: list[ScoredPair]) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = defaultdict(list)
+    for row, pair in enumerate(pairs):
+        difference = pair.chosen_tokens - pair.rejected_tokens
+        if abs(difference) <= SIMILAR_LENGTH * max(pair.chosen_tokens, pair.rejected_tokens):
+            groups["similar"].append(row)
+        else:
+            groups["chosen_longer" if difference > 0 else "chosen_shorter"].append(row)
+    return dict(groups)
+
+
+def _correlation(first: numpy.ndarray, second: numpy.ndarray) -> float:
+    if first.std() == 0 or second.std() == 0:
+        return 0.0
+    return pearsonr(first, second).statistic
