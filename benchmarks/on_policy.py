@@ -21,7 +21,9 @@ COLUMNS = ["kl_student_teacher_per_token", "kl_student_teacher", "kl_teacher_stu
 def stage(name: str, recipe: str, output_dir: Path, **values: object) -> Path:
     command = [sys.executable, "-m", f"gemma2_post.{name}", "--config", f"recipes/tiny/{recipe}.yaml"]
     command += [f"--{key}={json.dumps(value)}" for key, value in (values | {"output_dir": str(output_dir)}).items()]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{finished.stderr[-2000:]}")
     return output_dir
 
 

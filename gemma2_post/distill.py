@@ -152,7 +152,7 @@ def check_arguments(where: str, training_args: DistillationConfig, model_args: M
         raise UserError(f"{where}: use_vllm is true, but vLLM is not installed; pip install 'trl[vllm]'")
     if training_args.temperature <= 0:
         raise UserError(f"{where}: temperature is {training_args.temperature:g}; write a number above 0")
-    if training_args.bf16 and model_args.dtype == "float32":
+    if training_args.bf16 and model_args.dtype == "float32" and not training_args.deepspeed_plugin:
         raise UserError(
             f"{where}: bf16 is true with dtype float32, but TRL computes the distillation loss past accelerate's "
             "autocast, in float32; write bf16: false, or dtype: bfloat16 with adapters or DeepSpeed"
@@ -167,6 +167,8 @@ def teacher_arguments(
         raise UserError(f"{where}: teacher_model_name_or_path is missing; name a directory or a Hub model")
     quantized = distill_args.teacher_load_in_4bit or distill_args.teacher_load_in_8bit
     plugin = training_args.deepspeed_plugin
+    if distill_args.teacher_load_in_4bit and distill_args.teacher_load_in_8bit:
+        raise UserError(f"{where}: teacher_load_in_4bit and teacher_load_in_8bit are both true; remove one of them")
     if quantized and plugin and plugin.zero_stage == 3:
         raise UserError(
             f"{where}: a quantised teacher cannot be sharded by ZeRO-3; remove teacher_load_in_4bit and "

@@ -15,11 +15,12 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from threading import Lock
 
 import torch
 from datasets import Dataset
@@ -39,6 +40,9 @@ REFUSED_KEYS = dict.fromkeys(
     ["held_out_datasets", "held_out_share"], "every prompt is answered; give sft the rows to hold out"
 )
 
+FIRST_REFUSALS = 20
+"""So many refusals and no answer yet mean that something is wrong with the endpoint, not with the prompts."""
+
 Job = tuple[int, int]
 """A prompt's row and the number of the answer to it."""
 
@@ -48,7 +52,9 @@ class SynthesizeArguments:
     output_dir: str = field(metadata={"help": "Folder of the output."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling, and of the mixture."})
     num_answers: int = field(default=1, metadata={"help": "Answers sampled to each prompt."})
-    temperature: float = field(default=1.0, metadata={"help": "Of sampling, without top-p and top-k; 0 is greedy."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Of sampling, without top-p (top-k: the endpoint's own); 0 is greedy."}
+    )
     max_new_tokens: int = field(default=512, metadata={"help": "Longest answer; what reaches it is dropped."})
     reward_model: str | None = field(
         default=None,
@@ -61,12 +67,14 @@ class SynthesizeArguments:
     endpoint: str | None = field(
         default=None, metadata={"help": "Base URL of an OpenAI-compatible server of model_name_or_path."}
     )
-    api_key_variable: str = field(
-        default="OPENAI_API_KEY", metadata={"help": "Environment variable with the endpoint's key."}
+    api_key_variable: str | None = field(
+        default=None, metadata={"help": "Environment variable with the endpoint's key; None if it needs none."}
     )
     concurrency: int = field(default=8, metadata={"help": "Requests to the endpoint at a time."})
     endpoint_timeout: float = field(default=120.0, metadata={"help": "Seconds for one attempt."})
-    endpoint_retries: int = field(default=5, metadata={"help": "Further attempts, with exponential back-off."})
+    endpoint_retries: int = field(
+        default=20, metadata={"help": "Further attempts, at most 8 s apart: 20 are about two and a half minutes."}
+    )
 
 
 def main(
@@ -74,17 +82,19 @@ def main(
 ) -> None:
     args = synthesize_args
     check_arguments(stage, args, model_args)
-    rewards_of = load_rewards(stage.where, args.reward_model, args.batch_size) if args.reward_model else None
     prompts = data.load_prompts(
         stage.where, data_args.datasets, data_args.max_invalid_share, args.seed, data_args.columns
     )
+    rewards_of = load_rewards(stage.where, args, prompts) if args.reward_model else None
     if args.endpoint:
+        revision = None
         client = endpoint.connect(
             stage.where, args.endpoint, args.api_key_variable, args.endpoint_timeout, args.endpoint_retries
         )
         ask = partial(ask_endpoint, stage, args, model_args, client)
     else:
         config = gemma.load_config(stage.where, model_args.model_name_or_path, model_args.model_revision)
+        revision = getattr(config, "_commit_hash", None)
         tokenizer = gemma.load_tokenizer(stage.where, model_args.model_name_or_path, config, model_args.model_revision)
         longest = gemma.check_prompt_length(
             stage.where,
@@ -96,20 +106,30 @@ def main(
         prompts = data.drop_long_prompts(stage.where, prompts, tokenizer, longest, data_args.max_too_long_share)
         ask = partial(ask_model, stage, args, model_args, tokenizer)
 
+    teacher = {
+        "model": model_args.model_name_or_path,
+        "revision": revision,
+        "quantization": "4bit" if model_args.load_in_4bit else "8bit" if model_args.load_in_8bit else None,
+        "temperature": args.temperature,
+        "max_new_tokens": args.max_new_tokens,
+        "seed": args.seed,
+    }
     contract.begin(stage.output_dir, stage.fingerprint)
     progress = stage.output_dir / contract.PROGRESS / "answers.jsonl"
-    progress.parent.mkdir(exist_ok=True)
-    answers = read_answers(progress)
+    answers = resume(stage, args, prompts, teacher, progress)
     num_earlier, began = sum(answer["num_tokens"] for answer in answers.values()), time.monotonic()
     with (
-        open(progress, "a", encoding="utf-8") as file,
+        open(progress, "a", encoding="ascii") as file,
         tqdm(total=len(prompts) * args.num_answers, initial=len(answers), unit="answer") as bar,
     ):
-        for batch in ask(list(prompts["prompt"]), answers):
-            file.write("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in batch))
+
+        def write(batch: list[dict]) -> None:
+            file.write("".join(json.dumps(answer) + "\n" for answer in batch))
             file.flush()
-            answers |= {(answer["row"], answer["sample"]): answer for answer in batch}
+            answers.update({(answer["row"], answer["sample"]): answer for answer in batch})
             bar.update(len(answers) - bar.n)
+
+        ask(list(prompts["prompt"]), dict(answers), write)
     num_tokens = sum(answer["num_tokens"] for answer in answers.values())
     seconds = time.monotonic() - began
 
@@ -119,19 +139,13 @@ def main(
             f"{stage.where}: none of the {len(answers)} answers can be kept ({dropped}); if they are cut, raise "
             "max_new_tokens, or choose a teacher that ends its turns"
         )
-    sampling = {
-        "model": model_args.model_name_or_path,
-        "temperature": args.temperature,
-        "max_new_tokens": args.max_new_tokens,
-        "seed": args.seed,
-    }
-    write_rows(stage.output_dir / "data.jsonl", kept, sampling)
+    write_rows(stage.output_dir / "data.jsonl", kept, teacher)
     counts = {"num_prompts": len(prompts), "num_answers": len(answers), **dropped, "num_kept": len(kept)}
     metrics = counts | {
         "mean_tokens": num_tokens / len(answers),
         "tokens_per_second": (num_tokens - num_earlier) / seconds,
     }
-    facts = {"teacher": model_args.model_name_or_path, "teacher_revision": model_args.model_revision}
+    facts = {"teacher": teacher}
     wall_seconds = time.monotonic() - stage.began
     contract.finish(stage.output_dir, stage.name, stage.fingerprint, wall_seconds, facts, metrics)
     found = ", ".join(f"{name} {count}" for name, count in counts.items())
@@ -166,6 +180,40 @@ def check_arguments(stage: Stage, args: SynthesizeArguments, model_args: ModelCo
 # --- asking the teacher ---
 
 
+def resume(
+    stage: Stage, args: SynthesizeArguments, prompts: Dataset, teacher: dict[str, object], path: Path
+) -> dict[Job, dict]:
+    """The answers that an interrupted run has left, if they were sampled from this teacher for these prompts."""
+    path.parent.mkdir(exist_ok=True)
+    sampling = teacher | {
+        "model_digest": stage.fingerprint["inputs"].get(str(teacher["model"])),
+        "endpoint": args.endpoint is not None,
+        "num_answers": args.num_answers,
+        "batch_size": args.batch_size,
+        "prompts": contract.digest_of(json.dumps(list(prompts["prompt"]))),
+    }
+    answers = read_answers(path)
+    earlier = contract.read_json(path.with_name("sampling.json"))
+    if answers and earlier != sampling:
+        changes = contract.differences({"": earlier}, {"": sampling})
+        raise UserError(
+            f"{stage.where}: {path.parent} holds {len(answers)} answers that were sampled in another way "
+            f"({'; '.join(changes)}); go back to that, choose another output_dir, or move the folder away"
+        )
+    contract.write_json(path.with_name("sampling.json"), sampling)
+    return answers
+
+
+def read_answers(path: Path) -> dict[Job, dict]:
+    """The answers in a file; a line that was not finished is taken off it."""
+    if not path.is_file():
+        return {}
+    written = path.read_bytes()
+    os.truncate(path, written.rfind(b"\n") + 1)
+    answers = [json.loads(line) for line in written.split(b"\n")[:-1]]
+    return {(answer["row"], answer["sample"]): answer for answer in answers}
+
+
 def ask_model(
     stage: Stage,
     args: SynthesizeArguments,
@@ -173,7 +221,8 @@ def ask_model(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[Message]],
     answered: dict[Job, dict],
-) -> Iterator[list[dict]]:
+    write: Callable[[list[dict]], None],
+) -> None:
     """Answers of a local model, in batches of prompts of like length, the longest first: what does not fit fails soon.
 
     A batch is always sampled whole, from its own seed: who was interrupted gets the same answers again.
@@ -196,10 +245,12 @@ def ask_model(
             args.batch_size,
             seed=random.Random(f"{args.seed} {number}").getrandbits(32),
         )
-        yield [
-            record(job, answer.text, "stop" if answer.stopped else "length", answer.num_tokens)
-            for job, answer in zip(batch, sampled, strict=True)
-        ]
+        write(
+            [
+                record(job, answer.text, "stop" if answer.stopped else "length", answer.num_tokens)
+                for job, answer in zip(batch, sampled, strict=True)
+            ]
+        )
 
 
 def ask_endpoint(
@@ -209,28 +260,52 @@ def ask_endpoint(
     client: OpenAI,
     prompts: list[list[Message]],
     answered: dict[Job, dict],
-) -> Iterator[list[dict]]:
-    """Answers of an endpoint, one by one as they come; each request has a seed of its own."""
+    write: Callable[[list[dict]], None],
+) -> None:
+    """Answers of an endpoint, one by one as they come, also those in flight when something fails.
 
-    def ask(job: Job) -> dict:
+    Each request has a seed of its own. What the endpoint refuses to answer counts as an answer that is dropped, unless
+    it refuses everything.
+    """
+    lock = Lock()
+    num_refused, has_answered = 0, any(answer["finish_reason"] != "refused" for answer in answered.values())
+
+    def ask(job: Job) -> None:
+        nonlocal num_refused, has_answered
         row, sample = job
-        text, finish_reason, num_tokens = endpoint.answer(
-            client,
-            f"{stage.where}: prompt in row {row}",
-            model_args.model_name_or_path,
-            prompts[row],
-            args.temperature,
-            args.max_new_tokens,
-            seed=random.Random(f"{args.seed} {row} {sample}").getrandbits(31),
-        )
-        return record(job, text.strip(), finish_reason, num_tokens)
+        place = f"{stage.where}: prompt in row {row} ({prompts[row][-1]['content'][:40]!r})"
+        seed = random.Random(f"{args.seed} {row} {sample}").getrandbits(31)
+        try:
+            answer = record(
+                job,
+                *endpoint.answer(
+                    client,
+                    place,
+                    model_args.model_name_or_path,
+                    prompts[row],
+                    args.temperature,
+                    args.max_new_tokens,
+                    seed,
+                ),
+            )
+        except endpoint.RefusedError as refusal:
+            answer = record(job, "", "refused", 0)
+            with lock:
+                num_refused += 1
+                if num_refused >= FIRST_REFUSALS and not has_answered:
+                    raise UserError(
+                        f"{place}: {refusal}, as all {num_refused} before; check endpoint and model_name_or_path"
+                    ) from refusal
+        with lock:
+            has_answered = has_answered or answer["finish_reason"] != "refused"
+            write([answer])
 
     jobs = [(row, sample) for row in range(len(prompts)) for sample in range(args.num_answers)]
     with ThreadPoolExecutor(args.concurrency) as pool:
         asked = [pool.submit(ask, job) for job in jobs if job not in answered]
         try:
-            for answer in as_completed(asked):
-                yield [answer.result()]
+            for each in as_completed(asked):
+                each.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -238,17 +313,6 @@ def ask_endpoint(
 def record(job: Job, text: str, finish_reason: str, num_tokens: int) -> dict:
     row, sample = job
     return {"row": row, "sample": sample, "text": text, "finish_reason": finish_reason, "num_tokens": num_tokens}
-
-
-def read_answers(path: Path) -> dict[Job, dict]:
-    """What an interrupted run has left; a line that it had not finished is taken off the file."""
-    if not path.is_file():
-        return {}
-    written = path.read_bytes()
-    whole = written[: written.rfind(b"\n") + 1]
-    os.truncate(path, len(whole))
-    answers = [json.loads(line) for line in whole.decode().splitlines()]
-    return {(answer["row"], answer["sample"]): answer for answer in answers}
 
 
 # --- from answers to rows ---
@@ -286,8 +350,8 @@ def select(
 ) -> tuple[list[Candidate], dict[str, int]]:
     """What is kept, and how many were dropped for which reason, in this order.
 
-    Unfinished: it did not end by itself. Invalid: empty, or with a control token. Not the best: another answer to the
-    same prompt has a higher reward. Duplicates: see `find_duplicates`.
+    Refused: the endpoint would not answer. Unfinished: it did not end by itself. Invalid: empty, or with a control
+    token. Not the best: another answer to the same prompt has a higher reward. Duplicates: see `find_duplicates`.
 
     Args:
         rewards_of: the reward of each candidate; None to keep all answers to a prompt.
@@ -298,9 +362,10 @@ def select(
         dropped[f"dropped_{reason}"] = wanted.count(False)
         return [candidate for candidate, is_wanted in zip(candidates, wanted, strict=True) if is_wanted]
 
-    kept = keep(candidates, "unfinished", [candidate.finish_reason == "stop" for candidate in candidates])
+    kept = keep(candidates, "refused", [candidate.finish_reason != "refused" for candidate in candidates])
+    kept = keep(kept, "unfinished", [candidate.finish_reason == "stop" for candidate in kept])
     kept = keep(kept, "invalid", [data.is_valid(candidate.messages) for candidate in kept])
-    if rewards_of:
+    if rewards_of and kept:
         best: dict[int, Candidate] = {}
         for candidate, reward in zip(kept, rewards_of(kept), strict=True):
             candidate.reward = reward
@@ -308,41 +373,44 @@ def select(
                 best[candidate.row] = candidate
         kept = keep(kept, "not_best", [best[candidate.row] is candidate for candidate in kept])
     texts = [[message["content"] for message in candidate.messages] for candidate in kept]
-    duplicates = find_duplicates([("\n".join(prompt), answer) for *prompt, answer in texts])
+    duplicates = find_duplicates([("\n".join(history), question, answer) for *history, question, answer in texts])
     dropped["dropped_exact_duplicate"] = duplicates.count("exact")
     dropped["dropped_near_duplicate"] = duplicates.count("near")
     return [candidate for candidate, duplicate in zip(kept, duplicates, strict=True) if not duplicate], dropped
 
 
-def write_rows(path: Path, candidates: list[Candidate], sampling: dict[str, object]) -> None:
+def write_rows(path: Path, candidates: list[Candidate], teacher: dict[str, object]) -> None:
     """A data set for `sft`: `messages`, the columns, and in `teacher` who wrote the answer, and how."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         for candidate in candidates:
-            teacher = sampling | {"sample": candidate.sample}
+            written_by = teacher | {"sample": candidate.sample}
             if candidate.reward is not None:
-                teacher["reward"] = candidate.reward
-            row = {"messages": candidate.messages, **candidate.columns, "teacher": teacher}
+                written_by["reward"] = candidate.reward
+            row = {"messages": candidate.messages, **candidate.columns, "teacher": written_by}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     os.replace(temporary, path)
 
 
-def load_rewards(where: str, path: str, batch_size: int) -> Callable[[list[Candidate]], list[float]]:
+def load_rewards(where: str, args: SynthesizeArguments, prompts: Dataset) -> Callable[[list[Candidate]], list[float]]:
     """The reward of candidates, by a function `module:function` (as TRL's reward functions) or by a reward model."""
-    if ":" in path:
-        function = data.load_function(where, path)
+    if ":" in args.reward_model:
+        columns = [column for column in prompts.column_names if column != "prompt"]
+        function = data.load_grader(where, args.reward_model, columns)
 
         def by_function(candidates: list[Candidate]) -> list[float]:
-            columns = {column: [each.columns[column] for each in candidates] for column in candidates[0].columns}
-            return function(completions=[each.messages[-1]["content"] for each in candidates], **columns)
+            values = {column: [each.columns[column] for each in candidates] for column in columns}
+            return function(completions=[each.messages[-1]["content"] for each in candidates], **values)
 
         return by_function
-    loaded = reward_model.load(where, path)
+    loaded = reward_model.load(where, args.reward_model)
 
     def by_model(candidates: list[Candidate]) -> list[float]:
         # Only now, when a local teacher has left the GPU.
         loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        return reward_model.score(loaded.model, loaded.tokenizer, [each.messages for each in candidates], batch_size)
+        return reward_model.score(
+            loaded.model, loaded.tokenizer, [each.messages for each in candidates], args.batch_size
+        )
 
     return by_model
 

@@ -13,14 +13,15 @@ import torch
 import yaml
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerBase, set_seed
 
-from gemma2_post import distill, sft
+from gemma2_post import distill, reward, sft
 from gemma2_post.core import gemma, training
-from gemma2_post.tiny.data import prompts
+from gemma2_post.tiny.data import preferences, prompts
 
 BASE, TEACHER = "gemma2_post/tiny/models/base", "gemma2_post/tiny/models/teacher"
 SHARED_CLASSES = [sft.ModelConfig, sft.DataArguments, sft.StageArguments, sft.SampleArguments]
 SFT_CLASSES = [sft.SFTConfig, *SHARED_CLASSES, sft.SFTArguments]
 DISTILL_CLASSES = [distill.DistillationConfig, *SHARED_CLASSES, distill.DistillArguments]
+REWARD_CLASSES = [reward.RewardConfig, *SHARED_CLASSES, reward.PreferenceArguments, reward.RewardArguments]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -140,6 +141,23 @@ def write_prompts(path: Path, split: str, num_rows: int) -> Path:
 
 
 @pytest.fixture
+def reward_recipe(recipe: dict[str, object], tmp_path: Path) -> dict[str, object]:
+    """Pairs of one to three user turns, every third with a margin; rewards are centred."""
+    return recipe | {
+        "datasets": [{"path": str(write_pairs(tmp_path / "pairs.jsonl", "train", 16))}],
+        "held_out_datasets": [{"path": str(write_pairs(tmp_path / "held_out_pairs.jsonl", "held_out", 12))}],
+        "columns": ["answer", "chosen_gold", "rejected_gold"],
+        "center_rewards_coefficient": 0.01,
+    }
+
+
+def write_pairs(path: Path, split: str, num_rows: int) -> Path:
+    rows = [row | {"margin": 0.5 * (i % 3 == 0)} for i, row in enumerate(preferences(split)[:num_rows])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
 def run_sft(tmp_path: Path) -> Callable[[dict[str, object]], Path]:
     return partial(run_stage, tmp_path / "recipe.yaml", "sft", sft, SFT_CLASSES)
 
@@ -147,6 +165,11 @@ def run_sft(tmp_path: Path) -> Callable[[dict[str, object]], Path]:
 @pytest.fixture
 def run_distill(tmp_path: Path) -> Callable[[dict[str, object]], Path]:
     return partial(run_stage, tmp_path / "recipe.yaml", "distill", distill, DISTILL_CLASSES)
+
+
+@pytest.fixture
+def run_reward(tmp_path: Path) -> Callable[[dict[str, object]], Path]:
+    return partial(run_stage, tmp_path / "recipe.yaml", "reward", reward, REWARD_CLASSES)
 
 
 def run_stage(file: Path, name: str, module: ModuleType, classes: list[type], values: dict[str, object]) -> Path:

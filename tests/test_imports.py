@@ -12,6 +12,7 @@ ALLOWED = {
     "synthesize": {"core", "evaluation"},
     "sft": {"core", "evaluation"},
     "distill": {"core", "evaluation"},
+    "reward": {"core", "evaluation"},
     "chat": {"core"},
     "cli": {"core", "pipeline", "chat"},
     "__init__": set(),

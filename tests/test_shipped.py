@@ -5,16 +5,19 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from gemma2_post import distill, sft, synthesize
+from gemma2_post import distill, reward, sft, synthesize
 from gemma2_post.core import gemma, recipe, training
+from gemma2_post.core.data import load_function
 from gemma2_post.core.errors import UserError
 from gemma2_post.pipeline.run import load_pipeline
-from tests.conftest import DISTILL_CLASSES, SFT_CLASSES
+from gemma2_post.tiny.data import noise_ceiling, preferences
+from tests.conftest import DISTILL_CLASSES, REWARD_CLASSES, SFT_CLASSES
 from tests.test_synthesize import CLASSES as SYNTHESIZE_CLASSES
 
 STAGES = {
     "sft": (SFT_CLASSES, sft.REFUSED_KEYS),
     "distill": (DISTILL_CLASSES, distill.REFUSED_KEYS),
+    "reward": (REWARD_CLASSES, reward.REFUSED_KEYS),
     "synthesize": (SYNTHESIZE_CLASSES, synthesize.REFUSED_KEYS),
 }
 PIPELINES = sorted(Path("recipes").glob("*/pipeline.yaml"))
@@ -22,7 +25,7 @@ RECIPES = sorted(set(Path("recipes").glob("*/*.yaml")) - set(PIPELINES))
 
 
 def test_every_recipe_is_tested_here() -> None:
-    assert len(RECIPES) == 10 and len(PIPELINES) == 4
+    assert len(RECIPES) == 11 and len(PIPELINES) == 4
     assert sorted(Path("recipes").rglob("*.yaml")) == sorted([*RECIPES, *PIPELINES])
 
 
@@ -52,6 +55,22 @@ def test_a_student_is_distilled_on_the_prompts_that_it_was_fine_tuned_on(path: P
     assert values["datasets"] == sft_values["datasets"]
     assert values["held_out_datasets"] == sft_values["held_out_datasets"]
     assert values["model_name_or_path"] == sft_values["output_dir"]
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem == "reward"], ids=str)
+def test_what_a_reward_recipe_names_is_there_and_its_policies_are_made_before_it(path: Path) -> None:
+    """And of the tiny world all columns are kept that its functions read."""
+    values = recipe.load_yaml(path)
+    for function in [*values.get("graders", []), *filter(None, [values.get("noise_ceiling")])]:
+        assert load_function(str(path), function)
+    for policy in values.get("policies", []):
+        assert Path(policy).parent == Path(values["output_dir"]).parent
+        made_by = recipe.load_yaml(path.with_name(f"{Path(policy).name}.yaml"))
+        assert made_by["output_dir"] == policy
+    if path.parent.name == "tiny":
+        rows = preferences("held_out")[:20]
+        assert rows[0].keys() - {"prompt", "chosen", "rejected"} == {*values["columns"]}
+        assert 0.8 < noise_ceiling([{name: row[name] for name in values["columns"]} for row in rows]) < 1
 
 
 def test_the_27b_recipe_is_the_well_known_one() -> None:

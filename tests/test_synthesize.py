@@ -1,6 +1,7 @@
 """Teacher-written data: from a local model and from an endpoint, interrupted and resumed, selected and counted."""
 
 import json
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import yaml
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from gemma2_post import synthesize
-from gemma2_post.core import contract, data, gemma
+from gemma2_post.core import contract, data
 from gemma2_post.core.data import Source
 from gemma2_post.core.duplicates import find_duplicates
 from gemma2_post.core.errors import UserError
@@ -22,6 +23,7 @@ from gemma2_post.core.training import launch
 from gemma2_post.synthesize import Candidate, select
 from gemma2_post.tiny.gold import gold
 from tests.conftest import TEACHER, run_stage, write_prompts
+from tests.test_reward import make_reward_model
 
 Recipe = dict[str, object]
 Run = Callable[[Recipe], Path]
@@ -48,7 +50,7 @@ def run_synthesize(tmp_path: Path) -> Run:
 
 
 def rows_of(output_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (output_dir / "data.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (output_dir / "data.jsonl").read_text().split("\n")[:-1]]
 
 
 def metrics_of(output_dir: Path) -> dict[str, float]:
@@ -68,6 +70,8 @@ def test_a_local_teacher_writes_rows_that_sft_reads(run_synthesize: Run, synthes
     )
     assert rows[0]["teacher"] == {
         "model": TEACHER,
+        "revision": None,
+        "quantization": None,
         "temperature": 1.0,
         "max_new_tokens": 24,
         "seed": 0,
@@ -96,6 +100,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_file(
     answers = (whole / "progress" / "answers.jsonl").read_bytes()
     kept = answers[: len(answers) * 2 // 3 - 5]  # killed in the middle of a batch, and of a line
     (interrupted / "progress" / "answers.jsonl").write_bytes(kept)
+    shutil.copy(whole / "progress" / "sampling.json", interrupted / "progress")
     resumed = run_synthesize(values | {"output_dir": str(interrupted)})
     assert (resumed / "data.jsonl").read_bytes() == (whole / "data.jsonl").read_bytes()
     assert (resumed / "progress" / "answers.jsonl").read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
@@ -121,19 +126,24 @@ def test_several_answers_differ_and_the_best_is_kept(run_synthesize: Run, synthe
 def test_a_reward_model_picks_the_best(
     run_synthesize: Run, synthesize_recipe: Recipe, model_dir: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    torch.manual_seed(0)
-    reward_model = AutoModelForSequenceClassification.from_pretrained(model_dir, num_labels=1, dtype=torch.float32)
-    torch.nn.init.normal_(reward_model.score.weight)
-    reward_model.config.pad_token_id = gemma.PAD
-    reward_model.save_pretrained(tmp_path / "reward")
-    gemma.save_tokenizer(tokenizer, tmp_path / "reward")
-    output = run_synthesize(synthesize_recipe | {"num_answers": 3, "reward_model": str(tmp_path / "reward")})
-    for row in rows_of(output)[:5]:
-        ids = tokenizer.apply_chat_template(row["messages"], return_dict=True, return_tensors="pt")
+    directory = make_reward_model(model_dir, tokenizer, tmp_path / "reward")
+    output = run_synthesize(synthesize_recipe | {"num_answers": 3, "reward_model": str(directory)})
+    answers = [json.loads(line) for line in (output / "progress" / "answers.jsonl").read_text().splitlines()]
+    prompts = data.load_prompts("test", [Source(synthesize_recipe["datasets"][0]["path"])], 0.0, 0)["prompt"]
+    model = AutoModelForSequenceClassification.from_pretrained(directory)
+
+    def reward(messages: list[dict[str, str]]) -> float:
+        ids = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")
         with torch.no_grad():
-            expected = reward_model.eval()(**ids).logits.item()
-        assert row["teacher"]["reward"] == pytest.approx(expected, abs=1e-3)
-    with pytest.raises(UserError, match=r"is no reward model \(it has 2 labels and lacks score.weight\)"):
+            return model(**ids).logits.item()
+
+    for row in rows_of(output)[:5]:
+        *prompt, _ = row["messages"]
+        texts = {answer["text"] for answer in answers if answer["row"] == prompts.index(prompt)}
+        rewards = [reward([*prompt, {"role": "assistant", "content": text}]) for text in texts]
+        assert row["teacher"]["reward"] == pytest.approx(reward(row["messages"]), abs=1e-4)
+        assert row["teacher"]["reward"] == pytest.approx(max(rewards), abs=1e-4)
+    with pytest.raises(UserError, match="teacher is Gemma2ForCausalLM, not a reward model; name the output of the"):
         run_synthesize(
             synthesize_recipe | {"num_answers": 2, "reward_model": TEACHER, "output_dir": str(tmp_path / "other")}
         )
@@ -160,6 +170,7 @@ def test_every_drop_is_counted_by_its_reason() -> None:
     kept, dropped = select(candidates, None)
     assert [each.row for each in kept] == [0, 5]
     assert dropped == {
+        "dropped_refused": 0,
         "dropped_unfinished": 2,
         "dropped_invalid": 2,
         "dropped_exact_duplicate": 1,
@@ -189,13 +200,16 @@ LONG = " ".join(f"word{i}" for i in range(60))
         (("What is 3 plus 5?", "It is 8."), ("What is 3 plus 4?", "It is 7."), None),
         (("What is 3 plus 5?", "It is 8."), ("What is 3 plus 5?", "Sure! 8."), None),
         ((LONG, LONG), (LONG + " more", LONG + " too"), "near"),
+        (("2 + 2?", "4"), ("2 * 2?", "4"), None),
+        (("Good?", "\U0001f44d"), ("Good?", "\U0001f44e"), None),
+        ((LONG, "Is it so?", "Yes."), (LONG, "Is it old?", "Yes."), None),
         ((LONG, "Yes."), (LONG, "No."), None),
         (("Yes?", LONG), ("No?", LONG), None),
         ((LONG, LONG), (LONG, LONG.replace("word30", "other").replace("word10", "other")), None),
     ],
 )
 def test_duplicates_say_the_same_to_the_same(
-    first: tuple[str, str], second: tuple[str, str], expected: str | None
+    first: tuple[str, ...], second: tuple[str, ...], expected: str | None
 ) -> None:
     assert find_duplicates([first, second]) == [None, expected]
 
@@ -236,9 +250,9 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def completion(text: str, finish_reason: str = "stop") -> tuple[int, str]:
+def completion(text: object, finish_reason: str = "stop") -> tuple[int, str]:
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
-    return 200, json.dumps({"choices": [choice], "usage": {"completion_tokens": len(text.split())}})
+    return 200, json.dumps({"choices": [choice], "usage": {"completion_tokens": len(str(text).split())}})
 
 
 def echo(request: dict) -> tuple[int, str]:
@@ -306,14 +320,57 @@ def test_an_endpoint_that_breaks_down_loses_nothing_and_is_asked_for_the_rest_on
     whole = run_synthesize(endpoint_recipe | {"endpoint": serve(echo).url, "output_dir": str(tmp_path / "whole")})
     count = iter(range(1000))
     broken = serve(lambda request: echo(request) if next(count) < 9 else (500, "out of memory"))
-    with pytest.raises(UserError, match=r"recipe.yaml: prompt in row \d+: http.* refused with status 500"):
+    with pytest.raises(UserError, match=r"recipe.yaml: prompt in row \d+ \('.*'\): http.* refused with status 500"):
         run_synthesize(endpoint_recipe | {"endpoint": broken.url})
     answers = Path(endpoint_recipe["output_dir"]) / "progress" / "answers.jsonl"
-    assert len(answers.read_text().splitlines()) == 9
+    assert len(answers.read_text().splitlines()) == 9  # those in flight when it broke are among them
+    with pytest.raises(UserError, match=r"9 answers that were sampled in another way \(temperature 1.0 -> 0.5\)"):
+        run_synthesize(endpoint_recipe | {"endpoint": broken.url, "temperature": 0.5})
+    rows = Path(endpoint_recipe["datasets"][0]["path"])
+    as_it_was = rows.read_text()
+    rows.write_text(as_it_was.replace("What is", "Say what is"))
+    with pytest.raises(UserError, match=r"sampled in another way \(prompts \w+ -> \w+\)"):
+        run_synthesize(endpoint_recipe | {"endpoint": broken.url})
+    rows.write_text(as_it_was)
     mended = serve(echo)
     resumed = run_synthesize(endpoint_recipe | {"endpoint": mended.url, "endpoint_timeout": 7.0})
     assert len(mended.requests) == 11
     assert (resumed / "data.jsonl").read_bytes() == (whole / "data.jsonl").read_bytes()
+
+
+def test_line_separators_and_other_signs_survive_an_interruption(
+    run_synthesize: Run, endpoint_recipe: Recipe, serve: Callable
+) -> None:
+    count = iter(range(1000))
+    strange = serve(lambda _: completion("a\u2028b\u0085c \U0001f600") if next(count) < 5 else (401, "{}"))
+    with pytest.raises(UserError, match="refused with status 401"):
+        run_synthesize(endpoint_recipe | {"endpoint": strange.url})
+    output = run_synthesize(endpoint_recipe | {"endpoint": serve(echo).url})
+    assert sum(row["messages"][-1]["content"] == "a\u2028b\u0085c \U0001f600" for row in rows_of(output)) == 5
+
+
+def test_what_an_endpoint_refuses_is_counted_unless_it_refuses_everything(
+    run_synthesize: Run, endpoint_recipe: Recipe, serve: Callable, tmp_path: Path
+) -> None:
+    picky = serve(lambda request: (400, "{}") if "plus" in request["messages"][-1]["content"] else echo(request))
+    output = run_synthesize(endpoint_recipe | {"endpoint": picky.url})
+    metrics = metrics_of(output)
+    assert 0 < metrics["dropped_refused"] == 20 - metrics["num_kept"]
+    assert not any("plus" in row["messages"][-1]["content"] for row in rows_of(output))
+    deaf = serve(lambda _: (422, '{"error": {"message": "no such parameter: seed"}}'))
+    with pytest.raises(UserError, match=r"no such parameter: seed.* as all 20 before"):
+        run_synthesize(endpoint_recipe | {"endpoint": deaf.url, "output_dir": str(tmp_path / "deaf")})
+
+
+def test_half_a_character_and_a_list_of_parts_do_no_harm(
+    run_synthesize: Run, endpoint_recipe: Recipe, serve: Callable
+) -> None:
+    choice = '{"message": {"content": "so \\ud83d"}, "finish_reason": "stop"}'
+    broken = f'{{"choices": [{choice}], "usage": {{"completion_tokens": null}}}}'
+    count = iter(range(1000))
+    server = serve(lambda request: (200, broken) if next(count) < 1 else echo(request))
+    metrics = metrics_of(run_synthesize(endpoint_recipe | {"endpoint": server.url}))
+    assert (metrics["dropped_invalid"], metrics["num_kept"]) == (1, 19)
 
 
 def sleepy(_: dict) -> tuple[int, str]:
@@ -322,7 +379,8 @@ def sleepy(_: dict) -> tuple[int, str]:
 
 
 BAD_ENDPOINTS = {
-    "unauthorised": (lambda _: (401, '{"error": {"message": "no such key"}}'), "refused with status 401"),
+    "unauthorised": (lambda _: (401, '{"error": {"message": "no key ' + KEY + '"}}'), "refused with status 401"),
+    "parts": (lambda _: completion([{"type": "text"}]), "answered what is no chat completion"),
     "unknown model": (lambda _: (404, '{"error": {"message": "no such model"}}'), "refused with status 404"),
     "a web page": (lambda _: (200, "<html>Welcome</html>"), "answered what is no chat completion ('<html>Welcome"),
     "no choices": (lambda _: (200, '{"choices": []}'), "answered what is no chat completion"),
@@ -354,8 +412,13 @@ def test_a_bad_endpoint_is_one_sentence_that_names_the_prompt(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    quick = {"endpoint": serve(reply).url, "endpoint_timeout": 0.2, "endpoint_retries": 0}
+    monkeypatch.setenv("THE_KEY", KEY + "\n")
+    quick = {
+        "endpoint": serve(reply).url,
+        "endpoint_timeout": 0.2,
+        "endpoint_retries": 0,
+        "api_key_variable": "THE_KEY",
+    }
     sentence = one_sentence(tmp_path / "recipe.yaml", endpoint_recipe | quick, capsys, monkeypatch)
     assert "recipe.yaml: prompt in row " in sentence and message in sentence and KEY not in sentence
     assert not (Path(endpoint_recipe["output_dir"]) / "stage.json").exists()
@@ -366,6 +429,11 @@ BAD = {
     "no URL": ({"endpoint": "localhost"}, "write a base URL such as"),
     "a key in the URL": ({"endpoint": "http://me:secret@localhost/v1"}, "endpoint holds a user, a password"),
     "quantised endpoint": ({"endpoint": "http://localhost/v1", "load_in_4bit": True}, "load_in_4bit has no effect"),
+    "no key": ({"endpoint": "http://localhost/v1", "api_key_variable": "NOT_SET"}, "variable holds no key; set it"),
+    "a reward that needs a column": (
+        {"reward_model": "gemma2_post.tiny.gold:gold", "num_answers": 2, "columns": ["skill"]},
+        "gold cannot be called with completions and the columns skill (missing a required argument: 'answer')",
+    ),
     "best of one": ({"reward_model": "gemma2_post.tiny.gold:gold"}, "the best of num_answers, which is 1"),
     "equal answers": ({"num_answers": 2, "temperature": 0.0}, "gives no different answers"),
     "no answers": ({"num_answers": 0}, "are counts; write 1 or more"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from tests.conftest import losses
+from gemma2_post.core import reward_model
+from tests.conftest import BASE, losses
 
 Run = Callable[[dict[str, object]], Path]
 
@@ -75,8 +77,7 @@ def test_distillation_in_two_processes_with_answers_of_very_different_length_equ
 ) -> None:
     """One process has only prompts with an answer of four tokens, the other only ones whose answer is cut at 40.
 
-    The student knows both by heart, so its answers are the same in bf16 (ZeRO-3) and in fp32 (TRL's loss goes round
-    autocast, so one process computes in it). The first losses differ by one rounding of the weights, which bf16 does
+    The student knows both by heart, so its answers are the same in bf16 (ZeRO-3) and in fp32. The first losses differ by one rounding of the weights, which bf16 does
     again after each update: 1.4 % at the fourth.
     """
     short, long = (
@@ -103,11 +104,10 @@ def test_distillation_in_two_processes_with_answers_of_very_different_length_equ
         "max_steps": 4,
         "beta": 0.0,
         "learning_rate": 5e-4,
-        "bf16": True,
         "save_dtype": "bfloat16",
     }
     alone = run_distill(values)
-    output = in_two_processes("distill", 3, values | {"per_device_train_batch_size": 2}, tmp_path)
+    output = in_two_processes("distill", 3, values | {"bf16": True, "per_device_train_batch_size": 2}, tmp_path)
 
     stage = json.loads((output / "stage.json").read_text())
     assert stage["num_processes"] == 2
@@ -126,3 +126,53 @@ def test_distillation_in_two_processes_with_answers_of_very_different_length_equ
     assert not info["missing_keys"] and not info["unexpected_keys"]
     start, one, two = (load_file(directory / "model.safetensors") for directory in (student, alone, output))
     assert distance(one, two) < 0.3 * distance(start, one)
+
+
+def without_chance(directory: Path) -> Path:
+    """A language model that always says what is likeliest, however its prompts are batched: with huge logits."""
+    shutil.copytree(BASE, directory)
+    config = json.loads((directory / "config.json").read_text()) | {"final_logit_softcapping": None}
+    (directory / "config.json").write_text(json.dumps(config))
+    weights = load_file(directory / "model.safetensors")
+    weights["model.norm.weight"] = 1e5 * (1 + weights["model.norm.weight"].float())
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def test_a_reward_model_from_two_processes_equals_one(
+    run_reward: Run, reward_recipe: dict[str, object], tmp_path: Path
+) -> None:
+    """Seven answers of a policy and twelve pairs, in batches of two: the shares are uneven, and no row is lost.
+
+    Under ZeRO-3 the policy is whole on each process, the reward model is sharded, and its head is gathered in bf16.
+    """
+    values = reward_recipe | {"bf16": True, "max_steps": 4, "save_dtype": "bfloat16", "score_margin": 0.5}
+    values |= {"policies": [str(without_chance(tmp_path / "policy"))], "num_samples": 7, "max_new_tokens": 12}
+    values |= {"graders": ["gemma2_post.tiny.gold:gold"], "noise_ceiling": "gemma2_post.tiny.data:noise_ceiling"}
+    untrained = run_reward(values | {"learning_rate": 0.0, "max_steps": 1, "output_dir": str(tmp_path / "start")})
+    alone = run_reward(values)
+    small = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
+    output = in_two_processes("reward", 3, values | small, tmp_path)
+
+    stage = json.loads((output / "stage.json").read_text())
+    assert stage["num_processes"] == 2
+    assert losses(output) == pytest.approx(losses(alone), rel=0.02)
+    assert losses(alone)[-1] < 0.8 * losses(alone)[0]
+    one, two = (json.loads((directory / "metrics.json").read_text()) for directory in (alone, output))
+    assert one.keys() == two.keys() and one["reward_mean"] != pytest.approx(one["reward_mean_before"], abs=0.1)
+    measured = ["reward_mean", "reward_spread", "length_correlation", "noise_ceiling"]
+    measured += [*(f"{name}_before" for name in measured), "answer_reward_mean", "answer_reward_spread"]
+    assert {name: two[name] for name in measured} == pytest.approx({name: one[name] for name in measured}, abs=0.03)
+    for name in ("accuracy", "accuracy_before", "gold_rank_correlation", "gold_rank_correlation_before"):
+        assert two[name] == pytest.approx(one[name], abs=0.1), name  # one pair of twelve, two neighbours of seven
+
+    weights = [load_file(directory / "model.safetensors") for directory in (untrained, alone, output)]
+    heads = [{"score.weight": each["score.weight"]} for each in weights]
+    for start, first, second in (weights, heads):
+        assert start.keys() == first.keys() == second.keys()
+        assert distance(first, second) < 0.3 * distance(start, first)
+    assert heads[2]["score.weight"].dtype == torch.float32 and heads[2]["score.weight"].shape == (1, 64)
+    _, info = AutoModelForSequenceClassification.from_pretrained(output, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    loaded = reward_model.load("test", str(output))
+    assert (loaded.mean, loaded.spread) == (two["answer_reward_mean"], two["answer_reward_spread"])

@@ -18,14 +18,14 @@ from gemma2_post.core.errors import UserError
 DONE = "stage.json"
 BEGUN = "begun.json"
 PROGRESS = "progress"
-"""Folder with what a stage without checkpoints has made so far."""
+"""Folder with what a stage without checkpoints has made so far; it checks itself whether it can go on from that."""
 _PACKAGE = Path(__file__).parents[1]
 _MEASURED = {DONE, BEGUN, "before.json", "metrics.json", "log.jsonl"}
 """Files that say how a stage went, beside those that the next stage reads."""
 _VERSIONS_THAT_MATTER = ["torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "deepspeed"]
 _KEYS_WITHOUT_EFFECT = {
     *("output_dir", "report_to", "run_name", "logging_steps", "disable_tqdm", "logging_dir"),
-    *("endpoint", "api_key_variable", "concurrency", "endpoint_timeout", "endpoint_retries"),
+    *("api_key_variable", "concurrency", "endpoint_timeout", "endpoint_retries"),
 }
 """Recipe keys that do not change what comes out."""
 
@@ -122,6 +122,13 @@ def is_done(output_dir: Path, wanted: dict) -> bool:
     return done is not None and done["fingerprint"] == json.loads(json.dumps(wanted))
 
 
+def belongs_to(output_dir: Path, wanted: dict) -> bool:
+    """Whether the directory holds the output of exactly this fingerprint, finished or to be gone on from."""
+    begun = read_json(output_dir / BEGUN)
+    is_begun = begun is not None and begun["fingerprint"] == json.loads(json.dumps(wanted))
+    return is_done(output_dir, wanted) or (is_begun and has_progress(output_dir))
+
+
 def what_changed(output_dir: Path, wanted: dict) -> list[str]:
     """How the run in the directory differs from `wanted`, in words; empty if it may be used.
 
@@ -129,7 +136,7 @@ def what_changed(output_dir: Path, wanted: dict) -> list[str]:
         UserError: the directory holds what no stage has made.
     """
     found = read_json(output_dir / DONE)
-    if found is None and has_progress(output_dir):
+    if found is None and any(output_dir.glob("checkpoint-*")):
         found = read_json(output_dir / BEGUN)
     if found is not None:
         return differences(found["fingerprint"], json.loads(json.dumps(wanted)))

@@ -134,7 +134,7 @@ def fold_system(messages: list[Message]) -> list[Message]:
 
 def to_prompt(row: dict[str, object]) -> list[Message]:
     """What a model is to answer: the row's prompt, or its conversation without the model's last turn."""
-    if "prompt" in row:
+    if "prompt" in row and not row.keys() & {"messages", "conversations"}:  # beside them it is the first turn only
         return as_turns(row["prompt"], "user")
     messages = to_messages(row)
     return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
@@ -159,6 +159,8 @@ def check_messages(messages: list[Message], last: str = "assistant") -> None:
             raise InvalidRow(f"the content of turn {i} is {type(content).__name__}, not text")
         if not content.strip():
             raise InvalidRow(f"the content of turn {i} is empty")
+        if any("\ud800" <= character <= "\udfff" for character in content):
+            raise InvalidRow(f"turn {i} holds half a character (a lone surrogate)")
         if token := _CONTROL_TOKENS.search(content):
             raise InvalidRow(
                 f"turn {i} holds the control token {token.group()}; give the text without the chat format"
@@ -334,6 +336,19 @@ def load_function(where: str, path: str) -> Callable:
         raise UserError(f"{where}: {path}: there is no such function ({error}); write module:function") from error
     if not inspect.isfunction(function):
         raise UserError(f"{where}: {path}: is {type(function).__name__}, not a function; write module:function")
+    return function
+
+
+def load_grader(where: str, path: str, columns: list[str]) -> Callable[..., list[float]]:
+    """A function that grades answers, called as TRL calls a reward function: `completions` and these columns."""
+    function = load_function(where, path)
+    try:
+        inspect.signature(function).bind(completions=[], **{column: [] for column in columns})
+    except TypeError as error:
+        raise UserError(
+            f"{where}: {path} cannot be called with completions and the columns {', '.join(columns) or '(none)'} "
+            f"({error}); name what it needs in columns"
+        ) from error
     return function
 
 

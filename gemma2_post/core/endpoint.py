@@ -10,13 +10,20 @@ from gemma2_post.core.errors import UserError
 
 Message = dict[str, str]
 
+_THIS_REQUEST_ONLY = {400, 413, 422}
+"""Status codes by which servers turn down one request: too long, against their rules."""
 
-def connect(where: str, endpoint: str, api_key_variable: str, timeout: float, retries: int) -> OpenAI:
-    """A client that tries again, with exponential back-off, what was refused, timed out or limited.
+
+class RefusedError(Exception):
+    """The endpoint does not answer this one request, however often it is asked (too long, or against its rules)."""
+
+
+def connect(where: str, endpoint: str, api_key_variable: str | None, timeout: float, retries: int) -> OpenAI:
+    """A client that tries again, with exponential back-off up to 8 s, what failed, timed out or was limited.
 
     Args:
         endpoint: the base URL, for example http://localhost:8000/v1.
-        api_key_variable: the environment variable with the key; a server of one's own needs none.
+        api_key_variable: the environment variable with the key; None for a server that needs none.
         timeout: seconds for one attempt.
         retries: further attempts after the first one.
     """
@@ -26,9 +33,14 @@ def connect(where: str, endpoint: str, api_key_variable: str, timeout: float, re
     if parts.username or parts.password or parts.query:
         raise UserError(
             f"{where}: endpoint holds a user, a password or a query, which would be written beside the data; put the "
-            f"key into the environment variable {api_key_variable}"
+            "key into an environment variable and name that in api_key_variable"
         )
-    key = os.environ.get(api_key_variable, "none")
+    key = os.environ.get(api_key_variable, "").strip() if api_key_variable else "none"
+    if not key or not key.isascii():
+        raise UserError(
+            f"{where}: api_key_variable is {api_key_variable}, but that environment variable holds no key; set it, or "
+            "remove api_key_variable for a server that needs none"
+        )
     return OpenAI(base_url=endpoint, api_key=key, timeout=timeout, max_retries=retries)
 
 
@@ -39,11 +51,15 @@ def answer(
 
     Args:
         place: what an error names first, for example the recipe and the prompt's row.
+
+    Raises:
+        RefusedError: this request cannot be answered; the next one may be.
+        UserError: the endpoint cannot be used as it is.
     """
     url = client.base_url
     try:
         response = client.chat.completions.with_raw_response.create(
-            model=model, messages=messages, temperature=temperature, max_tokens=max_tokens, seed=seed
+            model=model, messages=messages, temperature=temperature, top_p=1.0, max_tokens=max_tokens, seed=seed
         )
     except APITimeoutError as error:
         raise UserError(
@@ -51,22 +67,31 @@ def answer(
             "endpoint_timeout, or lower concurrency"
         ) from error
     except APIConnectionError as error:
+        reason = _without_key(client, error.__cause__ or error)
         raise UserError(
-            f"{place}: {url} cannot be reached ({error.__cause__ or error}); check endpoint, and that a server runs "
-            "there"
+            f"{place}: {url} cannot be reached ({reason}); check endpoint, and that a server runs there"
         ) from error
     except APIStatusError as error:
+        reason = f"{url} refused with status {error.status_code} ({_without_key(client, error.message)})"
+        if error.status_code in _THIS_REQUEST_ONLY:
+            raise RefusedError(reason) from error
         raise UserError(
-            f"{place}: {url} refused with status {error.status_code} ({' '.join(error.message.split())[:200]}); check "
-            "endpoint, model_name_or_path, and the key in the environment variable of api_key_variable"
+            f"{place}: {reason}; check endpoint, model_name_or_path, and the key in the environment variable of "
+            "api_key_variable"
         ) from error
     try:
         body = json.loads(response.text)
         choice = body["choices"][0]
-        num_tokens = (body.get("usage") or {}).get("completion_tokens", 0)
-        return choice["message"]["content"] or "", choice["finish_reason"], num_tokens
+        num_tokens = (body.get("usage") or {}).get("completion_tokens") or 0
+        text = choice["message"]["content"] or ""
+        return text.strip(), choice["finish_reason"], int(num_tokens)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
+        found = _without_key(client, response.text)
         raise UserError(
-            f"{place}: {url} answered what is no chat completion ({' '.join(response.text.split())[:100]!r}); check "
-            "that endpoint is the base URL of an OpenAI-compatible server (it usually ends in /v1)"
+            f"{place}: {url} answered what is no chat completion ({found!r}); check that endpoint is the base URL of "
+            "an OpenAI-compatible server (it usually ends in /v1)"
         ) from error
+
+
+def _without_key(client: OpenAI, text: object) -> str:
+    return " ".join(str(text).replace(client.api_key, "(the key)").split())[:150]

@@ -56,7 +56,9 @@ def load_graders(where: str, sample_args: SampleArguments, rows: Dataset) -> dic
         raise UserError(f"{where}: num_samples is {sample_args.num_samples}; write 0 or more")
     if sample_args.group_by and sample_args.group_by not in rows.column_names:
         raise UserError(f"{where}: group_by is {sample_args.group_by}, which held-out rows lack; add it to columns")
-    return {path.rpartition(":")[2]: data.load_function(where, path) for path in sample_args.graders or []}
+    return {
+        path.rpartition(":")[2]: data.load_grader(where, path, rows.column_names) for path in sample_args.graders or []
+    }
 
 
 def sample_answers(
@@ -99,8 +101,9 @@ def sample_answers(
             for mask, ids in zip(batch["attention_mask"].bool(), generated.cpu(), strict=True):
                 prompt_ids, token_ids = ids[:width][mask.cpu()].tolist(), ids[width:].tolist()
                 end = next((i + 1 for i, token in enumerate(token_ids) if token in STOP_TOKEN_IDS), len(token_ids))
-                text = tokenizer.decode(token_ids[:end], skip_special_tokens=True).strip()
-                answers.append(Answer(text, prompt_ids, token_ids[:end]))
+                answer = Answer("", prompt_ids, token_ids[:end])
+                answer.text = tokenizer.decode(answer.token_ids[: answer.num_tokens]).strip()
+                answers.append(answer)
     return answers
 
 

@@ -76,9 +76,15 @@ def _run_stage(name: str, config: Path, launch: str, run_dir: Path, overrides: d
     overrides = overrides | {"output_dir": str(output_dir)}
     wanted = contract.fingerprint(name, recipe.load_yaml(config) | overrides)
     previous = output_dir.with_name(f"{name}.previous")
-    if contract.is_done(previous, wanted):  # the recipe is again what it was
-        shutil.rmtree(output_dir, ignore_errors=True)
-        previous.rename(output_dir)
+    if contract.belongs_to(previous, wanted) and not contract.is_done(output_dir, wanted):
+        # The recipe is again what it was: both change places, neither is lost.
+        if output_dir.is_dir():
+            aside = output_dir.with_name(f"{name}.aside")
+            output_dir.rename(aside)
+            previous.rename(output_dir)
+            aside.rename(previous)
+        else:
+            previous.rename(output_dir)
     if contract.is_done(output_dir, wanted):
         print(f"{name}: up to date ({output_dir})")
         return
