@@ -67,7 +67,6 @@ def main(
     # Imported here: who has made a mistake in a recipe should not have to wait for it.
     from trl import RewardTrainer, get_peft_config
 
-    ceiling_of = data.load_function(stage.where, reward_args.noise_ceiling) if reward_args.noise_ceiling else None
     config = gemma.load_config(stage.where, model_args.model_name_or_path, model_args.model_revision)
     max_length = gemma.check_length(stage.where, training_args.max_length, config)
     tokenizer = gemma.load_tokenizer(stage.where, model_args.model_name_or_path, config, model_args.model_revision)
@@ -83,6 +82,10 @@ def main(
             train = preferences.balance_turns(stage.where, train, preference_args.multi_turn_share, training_args.seed)
     graders = load_graders(stage.where, sample_args, held_out)
     to_answer = held_out.select(range(min(sample_args.num_samples, len(held_out))))
+    ceiling = {}
+    if reward_args.noise_ceiling:
+        ceiling["noise_ceiling"] = noise_ceiling_of(stage.where, reward_args.noise_ceiling, held_out)
+    check_policies(stage.where, reward_args, sample_args, tokenizer)
     answers = sample_policies(stage.where, training_args, reward_args, tokenizer, to_answer["prompt"])
 
     model_args.lora_task_type, model_args.lora_modules_to_save = "SEQ_CLS", ["score"]
@@ -101,7 +104,7 @@ def main(
         nonlocal pairs, rewards
         pairs, rewards = score_held_out(trainer, tokenizer, held_out, to_answer, answers)
         metrics = measure_pairs(pairs) | rank_correlations(to_answer, answers, rewards, graders)
-        return metrics | ({"noise_ceiling": ceiling_of(held_out.to_list())} if ceiling_of else {})
+        return metrics | ceiling
 
     def complete(before: Metrics, after: Metrics) -> Metrics:
         plot_pairs(pairs, stage.output_dir / "pairs.png", after.get("noise_ceiling"))
@@ -112,6 +115,35 @@ def main(
         return {"answer_reward_mean": mean, "answer_reward_spread": spread}
 
     run(stage, stage_args, model_args, trainer, tokenizer, measure, complete)
+
+
+def noise_ceiling_of(where: str, path: str, pairs: Dataset) -> float:
+    function = data.load_function(where, path)
+    try:
+        return function(pairs.to_list())
+    except KeyError as error:
+        raise UserError(f"{where}: {path} needs the column {error}; add it to columns") from error
+
+
+def check_policies(
+    where: str, reward_args: RewardArguments, sample_args: SampleArguments, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuses policies that cannot answer, or whose answers could not be told apart."""
+    policies = reward_args.policies or []
+    if sample_args.graders and not policies:
+        raise UserError(f"{where}: graders grade what policies answer, and there are none; add policies")
+    if policies and not sample_args.num_samples:
+        raise UserError(f"{where}: num_samples is 0, so the policies answer nothing; raise it, or remove policies")
+    names = [Path(path).name for path in policies]
+    if len(set(names)) < len(names):
+        raise UserError(f"{where}: policies: two folders have the same name ({', '.join(names)}); rename one")
+    for path in policies:
+        policy_tokenizer = gemma.load_tokenizer(where, path, gemma.load_config(where, path))
+        if gemma.tokenizer_digest(policy_tokenizer) != gemma.tokenizer_digest(tokenizer):
+            raise UserError(
+                f"{where}: policies: {path} has another tokenizer than the reward model's base; choose models with "
+                "the same vocabulary"
+            )
 
 
 def sample_policies(
@@ -125,12 +157,6 @@ def sample_policies(
     mine = share_of(len(prompts), training_args.distributed_state)
     answers = {}
     for path in reward_args.policies or []:
-        policy_tokenizer = gemma.load_tokenizer(where, path, gemma.load_config(where, path))
-        if gemma.tokenizer_digest(policy_tokenizer) != gemma.tokenizer_digest(tokenizer):
-            raise UserError(
-                f"{where}: policies: {path} has another tokenizer than the reward model's base; choose models with "
-                "the same vocabulary"
-            )
         policy_args = ModelConfig(
             model_name_or_path=path,
             dtype="bfloat16" if training_args.device.type == "cuda" else "float32",

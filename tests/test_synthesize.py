@@ -139,7 +139,8 @@ def test_a_reward_model_picks_the_best(
 
     for row in rows_of(output)[:5]:
         *prompt, _ = row["messages"]
-        texts = {answer["text"] for answer in answers if answer["row"] == prompts.index(prompt)}
+        of_prompt = [answer for answer in answers if answer["row"] == prompts.index(prompt)]
+        texts = {answer["text"] for answer in of_prompt if answer["finish_reason"] == "stop"}
         rewards = [reward([*prompt, {"role": "assistant", "content": text}]) for text in texts]
         assert row["teacher"]["reward"] == pytest.approx(reward(row["messages"]), abs=1e-4)
         assert row["teacher"]["reward"] == pytest.approx(max(rewards), abs=1e-4)

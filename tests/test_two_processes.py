@@ -77,8 +77,8 @@ def test_distillation_in_two_processes_with_answers_of_very_different_length_equ
 ) -> None:
     """One process has only prompts with an answer of four tokens, the other only ones whose answer is cut at 40.
 
-    The student knows both by heart, so its answers are the same in bf16 (ZeRO-3) and in fp32. The first losses differ by one rounding of the weights, which bf16 does
-    again after each update: 1.4 % at the fourth.
+    The student knows both by heart, so its answers are the same in bf16 (ZeRO-3) and in fp32. The first losses differ
+    by one rounding of the weights, which bf16 does again after each update: 1.4 % at the fourth.
     """
     short, long = (
         {"prompt": f"Tell me {length}.", "completion": completion, "answer": "8"}

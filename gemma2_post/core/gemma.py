@@ -2,7 +2,8 @@
 
 import errno
 import json
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -330,10 +331,15 @@ def load_for_training(where: str, model_args: ModelConfig, training_args: Traini
     return load_model(where, model_args, device_map={"": training_args.device} if quantized else None)
 
 
-def unsharded(training_args: TrainingArguments) -> AbstractContextManager[None]:
+@contextmanager
+def unsharded(training_args: TrainingArguments) -> Iterator[None]:
     """Within it a model is loaded whole, also under ZeRO-3, which otherwise shards each model that is loaded."""
-    plugin = training_args.deepspeed_plugin
-    return plugin.zero3_init_context_manager(enable=False) if plugin else nullcontext()
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if training_args.deepspeed_plugin:
+            training_args.deepspeed_plugin.set_deepspeed_weakref()
 
 
 def load_model(where: str, model_args: ModelConfig, device_map: str | dict | None) -> PreTrainedModel:

@@ -1,6 +1,7 @@
 """Preference pairs of every usual form as one prompt with a chosen and a rejected answer, all checked."""
 
 import logging
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -61,12 +62,16 @@ def to_pair(row: dict[str, object], score_margin: float = 0.0) -> dict[str, obje
     scores = [_number(row, f"score_{side}") for side in ("chosen", "rejected")]
     margin = _number(row, "margin") or 0.0
     is_tie = False
+    if scores.count(None) == 1:
+        raise InvalidRow("one of score_chosen and score_rejected is missing; give both or neither")
     if None not in scores:
         better, worse = scores
         if better < worse:
             raise InvalidRow(f"score_chosen {better:g} is below score_rejected {worse:g}")
         is_tie = better == worse
         margin += score_margin * (better - worse)
+    if not math.isfinite(margin):
+        raise InvalidRow(f"margin is {margin}, not a number")
     if margin < 0:
         raise InvalidRow(f"margin is {margin:g}; it must not be below 0")
     return {
@@ -107,7 +112,9 @@ def _transcript(text: str, side: str) -> list[Message]:
 
 def _number(row: dict[str, object], column: str) -> float | None:
     value = row.get(column)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value != value):
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+    ):
         raise InvalidRow(f"{column} is {value!r}, not a number")
     return value
 

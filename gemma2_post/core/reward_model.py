@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
+    set_seed,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import ModelConfig, get_quantization_config
@@ -47,6 +49,7 @@ class RewardModel:
 def start(where: str, model_args: ModelConfig, training_args: TrainingArguments) -> PreTrainedModel:
     """A language model with a new score head in place of its own, to be trained."""
     quantization_config = get_quantization_config(model_args)
+    set_seed(training_args.seed)  # of the new head
     try:
         with suppress_seqcls_warning():
             model = AutoModelForSequenceClassification.from_pretrained(
@@ -86,7 +89,9 @@ def seal(
         conversations: the canary; a few, each ending with the model's turn.
     """
     unset_hf_deepspeed_config()  # else ZeRO-3 would shard this model, too
-    model = AutoModelForSequenceClassification.from_pretrained(output_dir, attn_implementation="eager")
+    model = AutoModelForSequenceClassification.from_pretrained(
+        output_dir, dtype=torch.float32, attn_implementation="eager"
+    )
     _score_in_fp32(model)
     scores = [score(model, tokenizer, [conversation])[0] for conversation in conversations]
     contract.write_json(
@@ -140,6 +145,9 @@ def load(where: str, path: str, policy_tokenizer: PreTrainedTokenizerBase | None
         )
     except OSError as error:
         raise gemma.load_error(where, path, error) from error
+    except (RuntimeError, SafetensorError) as error:  # shapes of another config, half a file
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{where}: {path} cannot be loaded ({reason}); train the reward model again") from error
     if info["missing_keys"] or model.config.num_labels != 1 or model.config.pad_token_id != gemma.PAD:
         raise UserError(
             f"{where}: {path} lacks {', '.join(sorted(info['missing_keys'])) or 'nothing'}, has "
@@ -149,7 +157,8 @@ def load(where: str, path: str, policy_tokenizer: PreTrainedTokenizerBase | None
     model.score.float()
     for canary in sealed["canary"]:
         (found,) = score(model, tokenizer, [canary["messages"]])
-        if not abs(found - canary["score"]) <= _CANARY_TOLERANCE * sealed["spread"]:
+        tolerance = max(_CANARY_TOLERANCE * sealed["spread"], 0.02 * abs(canary["score"]), 1e-3)
+        if not abs(found - canary["score"]) <= tolerance:
             raise UserError(
                 f"{where}: {path} scores its canary {found:.3f}, but {canary['score']:.3f} when it was made; its "
                 "files have changed, train the reward model again"

@@ -259,7 +259,10 @@ def save(
         # Rounded in place, one parameter after the other: a copy of 27b would take another 54 GB.
         base = model.get_base_model()
         labels = {} if base.can_generate() else {"num_labels": 1}
-        model = gemma.merge_adapter(output_dir / "adapter", model_args, type(base), **labels).to(dtype)
+        model = gemma.merge_adapter(output_dir / "adapter", model_args, type(base), **labels)
+        for name, parameter in model.named_parameters():
+            if name != gemma.SCORE_HEAD:
+                parameter.data = parameter.data.to(dtype)
         state_dict = dict(model.state_dict())
     gemma.save_model(model, state_dict, output_dir, dtype)
 

@@ -1,11 +1,12 @@
 """How good a reward model is on held-out preference pairs, and what it may have learned instead of quality."""
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
-from scipy.stats import binomtest, pearsonr, spearmanr
+from scipy.stats import norm, pearsonr, spearmanr
 
 SIMILAR_LENGTH = 0.1
 """Answers whose lengths differ by at most this share of the longer one count as of similar length."""
@@ -31,11 +32,11 @@ def measure_pairs(pairs: list[ScoredPair]) -> dict[str, float]:
     and number of tokens over all answers; `..._within_pairs` that of the two differences.
     """
     right = numpy.array([_is_right(pair) for pair in pairs])
-    interval = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
+    low, high = wilson_interval(right.mean(), len(right))
     metrics = {
         "accuracy": right.mean(),
-        "accuracy_low": interval.low,
-        "accuracy_high": interval.high,
+        "accuracy_low": low,
+        "accuracy_high": high,
     }
     for name, groups in {"turns": _by_turns(pairs), "length": _by_length(pairs)}.items():
         metrics |= {f"accuracy/{name}/{group}": right[rows].mean() for group, rows in groups.items()}
@@ -56,6 +57,14 @@ def measure_pairs(pairs: list[ScoredPair]) -> dict[str, float]:
         "length_correlation_within_pairs": _correlation(rewards[:, 0] - rewards[:, 1], lengths[:, 0] - lengths[:, 1]),
     }
     return {name: float(value) for name, value in metrics.items()}
+
+
+def wilson_interval(share: float, total: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `total` (Wilson 1927), also of one to which ties have contributed halves."""
+    z = norm.ppf(0.975)
+    centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
+    half_width = z / (1 + z**2 / total) * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    return centre - half_width, centre + half_width
 
 
 def rank_correlation(rewards: list[float], grades: list[float]) -> float:
@@ -93,9 +102,9 @@ def plot_pairs(pairs: list[ScoredPair], path: Path, noise_ceiling: float | None)
     groups = _by_turns(pairs)
     right = numpy.array([_is_right(pair) for pair in pairs])
     for position, rows in enumerate(groups.values()):
-        interval = binomtest(int(right[rows].sum()), len(rows)).proportion_ci(method="wilson")
         mean = right[rows].mean()
-        error = [[max(0.0, mean - interval.low)], [max(0.0, interval.high - mean)]]
+        low, high = wilson_interval(mean, len(rows))
+        error = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
         turns.bar(position, mean, yerr=error, color="C0", capsize=4)
     if noise_ceiling is not None:
         turns.axhline(noise_ceiling, color="0.4", linestyle="--", label="noise ceiling")
@@ -128,6 +137,7 @@ def _by_length(pairs: list[ScoredPair]) -> dict[str, list[int]]:
 
 
 def _correlation(first: numpy.ndarray, second: numpy.ndarray) -> float:
-    if first.std() == 0 or second.std() == 0:
+    # Equal numbers may have a tiny spread: the mean of three times 0.1 is not 0.1.
+    if any(values.std() <= 1e-12 * abs(values).max() for values in (first, second)):
         return 0.0
     return pearsonr(first, second).statistic
