@@ -4,8 +4,9 @@
 
 The claim is that of GKD (arXiv 2306.13649): what is trained on its own answers is nearer to the teacher on its own
 answers. Each seed makes its own student with recipes/tiny/sft.yaml; the teacher's answers come from
-recipes/tiny/synthesize.yaml. SFT gets several learning rates, so that it does not lose for want of tuning. Every model
-is measured by the `distill` stage before its first step: on 240 held-out prompts, over the whole vocabulary.
+recipes/tiny/synthesize.yaml. SFT gets several learning rates, so that it does not lose for want of tuning. The
+`distill` stage measures, on 240 held-out prompts and over the whole vocabulary: its own output at its end, what SFT
+made before a first step.
 """
 
 import argparse

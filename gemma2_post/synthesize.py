@@ -77,15 +77,11 @@ class SynthesizeArguments:
     )
 
 
-def main(
-    stage: Stage, synthesize_args: SynthesizeArguments, model_args: ModelConfig, data_args: DataArguments
-) -> None:
-    args = synthesize_args
+def main(stage: Stage, args: SynthesizeArguments, model_args: ModelConfig, data_args: DataArguments) -> None:
     check_arguments(stage, args, model_args)
     prompts = data.load_prompts(
         stage.where, data_args.datasets, data_args.max_invalid_share, args.seed, data_args.columns
     )
-    rewards_of = load_rewards(stage.where, args, prompts) if args.reward_model else None
     if args.endpoint:
         revision = None
         client = endpoint.connect(
@@ -105,6 +101,7 @@ def main(
         )
         prompts = data.drop_long_prompts(stage.where, prompts, tokenizer, longest, data_args.max_too_long_share)
         ask = partial(ask_model, stage, args, model_args, tokenizer)
+    rewards_of = load_rewards(stage.where, args, prompts) if args.reward_model else None
 
     teacher = {
         "model": model_args.model_name_or_path,
@@ -145,9 +142,8 @@ def main(
         "mean_tokens": num_tokens / len(answers),
         "tokens_per_second": (num_tokens - num_earlier) / seconds,
     }
-    facts = {"teacher": teacher}
     wall_seconds = time.monotonic() - stage.began
-    contract.finish(stage.output_dir, stage.name, stage.fingerprint, wall_seconds, facts, metrics)
+    contract.finish(stage.output_dir, stage.name, stage.fingerprint, wall_seconds, {"teacher": teacher}, metrics)
     found = ", ".join(f"{name} {count}" for name, count in counts.items())
     print(f"{stage.output_dir}: done in {wall_seconds:.0f} s; {found}")
 
