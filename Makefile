@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help setup test lint synthesize sft distill chat
+.PHONY: help setup test lint synthesize sft distill reward rlhf chat
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -33,6 +33,12 @@ sft: $(INSTALLED) ## supervised fine-tuning: recipes/$(RECIPE) to runs/$(RECIPE)
 
 distill: $(INSTALLED) ## on-policy distillation of what sft made (which it makes first if needed)
 	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until distill $(ARGS)
+
+reward: $(INSTALLED) ## the reward model (sft and distill are made first if needed: it is measured on their answers)
+	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until reward $(ARGS)
+
+rlhf: $(INSTALLED) ## two policies, held near their start by an anchor (sft, distill and reward are made first if needed)
+	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until rlhf $(ARGS)
 
 chat: $(INSTALLED) ## talk to the model that sft made
 	@test -f runs/$(RECIPE)/sft/stage.json || $(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until sft

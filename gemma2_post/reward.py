@@ -22,7 +22,13 @@ from gemma2_post.core.data import DataArguments, Message
 from gemma2_post.core.errors import UserError
 from gemma2_post.core.preferences import PreferenceArguments
 from gemma2_post.core.training import Metrics, Stage, StageArguments, check_disk, launch, run
-from gemma2_post.evaluation.pairs import ScoredPair, measure_pairs, plot_pairs, rank_correlation
+from gemma2_post.evaluation.pairs import (
+    ScoredPair,
+    measure_pairs,
+    plot_pairs,
+    rank_correlation,
+    rank_correlation_ceiling,
+)
 from gemma2_post.evaluation.samples import (
     Answer,
     Grader,
@@ -88,11 +94,12 @@ def main(
     check_policies(stage.where, reward_args, sample_args, tokenizer)
     answers = sample_policies(stage.where, training_args, reward_args, tokenizer, to_answer["prompt"])
 
+    training_args.remove_unused_columns = False  # length is for the sampler
     model_args.lora_task_type, model_args.lora_modules_to_save = "SEQ_CLS", ["score"]
     trainer = RewardTrainer(
         model=reward_model.start(stage.where, model_args, training_args),
         args=training_args,
-        train_dataset=train.select_columns(["chosen_ids", "rejected_ids", "margin"]),
+        train_dataset=train.select_columns(["chosen_ids", "rejected_ids", "margin", "length"]),
         eval_dataset=held_out.select_columns(["chosen_ids", "rejected_ids", "margin"]),
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
@@ -206,7 +213,8 @@ def score_held_out(
 def rank_correlations(
     rows: Dataset, answers: dict[str, list[Answer]], rewards: dict[str, list[float]], graders: dict[str, Grader]
 ) -> Metrics:
-    """Spearman's, of reward and grade: over the answers of all policies, and of each."""
+    """Spearman's, of reward and grade: over the answers of all policies, and of each; beside it what equal grades,
+    of which a good policy's answers have many, leave of a perfect 1."""
     columns = {column: rows[column] for column in rows.column_names}
     metrics = {}
     for name, grader in graders.items():
@@ -214,12 +222,16 @@ def rank_correlations(
             policy: grader(completions=[answer.text for answer in each], **columns) for policy, each in answers.items()
         }
         if grades:
+            all_grades = [grade for policy in grades for grade in grades[policy]]
             metrics[f"{name}_rank_correlation"] = rank_correlation(
-                [reward for policy in grades for reward in rewards[policy]],
-                [grade for policy in grades for grade in grades[policy]],
+                [reward for policy in grades for reward in rewards[policy]], all_grades
             )
+            metrics[f"{name}_rank_correlation_ceiling"] = rank_correlation_ceiling(all_grades)
         metrics |= {
             f"{name}_rank_correlation/{policy}": rank_correlation(rewards[policy], grades[policy]) for policy in grades
+        }
+        metrics |= {
+            f"{name}_rank_correlation_ceiling/{policy}": rank_correlation_ceiling(grades[policy]) for policy in grades
         }
     return metrics
 

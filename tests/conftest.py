@@ -11,16 +11,24 @@ import datasets
 import pytest
 import torch
 import yaml
-from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
-from gemma2_post import distill, reward, sft
-from gemma2_post.core import gemma, training
+from gemma2_post import distill, reward, rlhf, sft
+from gemma2_post.core import gemma, reward_model, training
 from gemma2_post.tiny.data import preferences, prompts
 
 BASE, TEACHER = "gemma2_post/tiny/models/base", "gemma2_post/tiny/models/teacher"
 SHARED_CLASSES = [sft.ModelConfig, sft.DataArguments, sft.StageArguments, sft.SampleArguments]
 SFT_CLASSES = [sft.SFTConfig, *SHARED_CLASSES, sft.SFTArguments]
 DISTILL_CLASSES = [distill.DistillationConfig, *SHARED_CLASSES, distill.DistillArguments]
+RLHF_CLASSES = [rlhf.RLOOConfig, *SHARED_CLASSES]
+RLHF_CLASSES += [rlhf.RewardFunctionArguments, rlhf.WatchArguments, rlhf.RlhfArguments]
 REWARD_CLASSES = [reward.RewardConfig, *SHARED_CLASSES, reward.PreferenceArguments, reward.RewardArguments]
 
 
@@ -157,6 +165,41 @@ def write_pairs(path: Path, split: str, num_rows: int) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def reward_model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A sealed reward model with a random head, which is no better than any other opinion."""
+    directory = tmp_path_factory.mktemp("reward_model")
+    set_seed(5)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        TEACHER, num_labels=1, dtype=torch.float32, pad_token_id=gemma.PAD
+    )
+    torch.nn.init.normal_(model.score.weight, std=0.1)
+    gemma.save_model(model, model.state_dict(), directory, torch.float32)
+    gemma.save_tokenizer(tokenizer, directory)
+    canary = [[{"role": "user", "content": "What is 3 plus 5?"}, {"role": "assistant", "content": "It is 8."}]]
+    reward_model.seal(directory, tokenizer, canary, 0.5, 2.0, max_length=192)
+    return directory
+
+
+@pytest.fixture
+def rlhf_recipe(recipe: dict[str, object], tmp_path: Path, reward_model_dir: Path) -> dict[str, object]:
+    """A policy that ends its turns and a reward model without a clue; four groups of two answers a step."""
+    return {key: value for key, value in recipe.items() if key not in ("max_length", "max_new_tokens")} | {
+        "model_name_or_path": TEACHER,
+        "reward_model": str(reward_model_dir),
+        "datasets": [{"path": str(write_prompts(tmp_path / "prompts.jsonl", "train", 24))}],
+        "held_out_datasets": [{"path": str(write_prompts(tmp_path / "held_out_prompts.jsonl", "held_out", 5))}],
+        "columns": ["skill", "answer"],
+        "max_completion_length": 16,
+        "num_generations": 2,
+        "num_samples": 5,
+        "watch_steps": 100,
+        "beta": 0.1,
+        "anchor_mu": 0.3,
+        "learning_rate": 1e-4,
+    }
+
+
 @pytest.fixture
 def run_sft(tmp_path: Path) -> Callable[[dict[str, object]], Path]:
     return partial(run_stage, tmp_path / "recipe.yaml", "sft", sft, SFT_CLASSES)
@@ -172,10 +215,17 @@ def run_reward(tmp_path: Path) -> Callable[[dict[str, object]], Path]:
     return partial(run_stage, tmp_path / "recipe.yaml", "reward", reward, REWARD_CLASSES)
 
 
-def run_stage(file: Path, name: str, module: ModuleType, classes: list[type], values: dict[str, object]) -> Path:
+@pytest.fixture
+def run_rlhf(tmp_path: Path) -> Callable[[dict[str, object]], Path]:
+    return partial(run_stage, tmp_path / "recipe.yaml", "rlhf", rlhf, RLHF_CLASSES, implied=rlhf.implied)
+
+
+def run_stage(
+    file: Path, name: str, module: ModuleType, classes: list[type], values: dict[str, object], **further: Callable
+) -> Path:
     """Writes the recipe to a file and runs the stage on it, in this process; returns its output directory."""
     file.write_text(yaml.safe_dump(values))
-    stage, arguments = training.parse(name, ["--config", str(file)], classes, module.REFUSED_KEYS)
+    stage, arguments = training.parse(name, ["--config", str(file)], classes, module.REFUSED_KEYS, **further)
     training.refuse_foreign_output(stage)
     module.main(stage, *arguments)
     return stage.output_dir

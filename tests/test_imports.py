@@ -13,6 +13,8 @@ ALLOWED = {
     "sft": {"core", "evaluation"},
     "distill": {"core", "evaluation"},
     "reward": {"core", "evaluation"},
+    "weights": {"core", "weights"},
+    "rlhf": {"core", "evaluation", "weights"},
     "chat": {"core"},
     "cli": {"core", "pipeline", "chat"},
     "__init__": set(),

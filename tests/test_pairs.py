@@ -10,7 +10,13 @@ import pytest
 from PIL import Image
 from scipy.stats import pearsonr, spearmanr
 
-from gemma2_post.evaluation.pairs import ScoredPair, measure_pairs, plot_pairs, rank_correlation
+from gemma2_post.evaluation.pairs import (
+    ScoredPair,
+    measure_pairs,
+    plot_pairs,
+    rank_correlation,
+    rank_correlation_ceiling,
+)
 
 
 def pair(difference: float, num_turns: int = 1, chosen_tokens: int = 10, rejected_tokens: int = 10) -> ScoredPair:
@@ -194,6 +200,15 @@ def test_rank_correlation_is_spearmans_with_ties_shared() -> None:
     assert rank_correlation(rewards, grades) == pytest.approx(pearsonr(ranks, others).statistic, rel=1e-12)
     assert rank_correlation([1.0, 2.0, 30.0], [-3.0, -2.0, -1.0]) == pytest.approx(1)
     assert rank_correlation([1.0, 2.0, 30.0], [3.0, 2.0, 1.0]) == pytest.approx(-1)
+
+
+def test_rewards_that_order_everything_rightly_reach_the_ceiling_and_no_more() -> None:
+    grades = [1.5] * 7 + [1.0] * 3 + [0.25, 0.0, 0.0]
+    random = Random(1)
+    for _ in range(5):
+        rewards = [grade + 0.01 * random.random() for grade in grades]
+        assert rank_correlation(rewards, grades) == pytest.approx(rank_correlation_ceiling(grades), rel=1e-9)
+    assert rank_correlation_ceiling(grades) < 0.95 and rank_correlation_ceiling([1.0, 2.0, 3.0]) == 1.0
 
 
 @pytest.mark.parametrize(("rewards", "grades"), [([0.1] * 3, [1, 2, 3]), ([1, 2, 3], [0.1] * 3), ([1.0], [2.0])])

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gemma2_post.core.errors import UserError
+from gemma2_post.pipeline import run
 from tests.conftest import TEACHER
 
 
@@ -66,7 +68,39 @@ def test_a_stage_gets_the_output_of_the_one_that_it_names(
     backwards = {"distill": stages["distill"], "sft": stages["sft"]}
     pipeline.write_text(yaml.safe_dump(content | {"stages": backwards}, sort_keys=False))
     wrong = gemma2_post("run", str(pipeline))
-    assert wrong.returncode == 2 and "distill: model is sft, which is no earlier stage (none)" in wrong.stderr
+    assert wrong.returncode == 2 and "distill: model names sft, which is no earlier stage (none)" in wrong.stderr
+
+
+def test_an_entry_names_the_stages_it_reads_and_how_many_policies_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = {
+        "sft": {"recipe": "sft.yaml"},
+        "reward": {"recipe": "reward.yaml", "policies": ["sft"], "launch": "other.yaml"},
+        "rlhf": {"recipe": "rlhf.yaml", "model": "sft", "reward_model": "reward", "num_policies": 2},
+    }
+    pipeline = tmp_path / "pipeline.yaml"
+    pipeline.write_text(yaml.safe_dump({"run_dir": "runs/x", "launch": "l.yaml", "stages": stages}, sort_keys=False))
+    calls = []
+    monkeypatch.setattr(run, "_run_stage", lambda name, folder, config, *further: calls.append((folder, *further)))
+    run.run(pipeline, None, {"rlhf": {"beta": 0.2}})
+    rlhf = {"model_name_or_path": "runs/x/sft", "reward_model": "runs/x/reward"}
+    rlhf |= {"beta": 0.2, "output_dir": "runs/x/rlhf"}
+    assert calls == [
+        (Path("runs/x/sft"), "l.yaml", {"output_dir": "runs/x/sft"}),
+        (Path("runs/x/reward"), "other.yaml", {"policies": ["runs/x/sft"], "output_dir": "runs/x/reward"}),
+        (Path("runs/x/rlhf/policy-0"), "l.yaml", rlhf | {"policy": 0}),
+        (Path("runs/x/rlhf/policy-1"), "l.yaml", rlhf | {"policy": 1}),
+    ]
+
+
+@pytest.mark.parametrize(("key", "value"), [("policies", ["rlhf"]), ("reward_model", "reward"), ("model", "sft")])
+def test_an_entry_cannot_name_a_stage_that_comes_later_or_not_at_all(key: str, value: object, tmp_path: Path) -> None:
+    pipeline = tmp_path / "pipeline.yaml"
+    stages = {"rlhf": {"recipe": "rlhf.yaml", key: value}, "reward": {"recipe": "reward.yaml"}}
+    pipeline.write_text(yaml.safe_dump({"run_dir": "runs/x", "launch": "l.yaml", "stages": stages}, sort_keys=False))
+    with pytest.raises(UserError, match=rf"rlhf: {key} names (rlhf|reward|sft), which is no earlier stage \(none\)"):
+        run.load_pipeline(pipeline)
 
 
 @pytest.mark.parametrize("load", [[], ["--load", "8bit"]], ids=["fp32", "8bit"])

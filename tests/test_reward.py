@@ -27,7 +27,7 @@ from gemma2_post import reward
 from gemma2_post.core import contract, gemma, reward_model
 from gemma2_post.core.errors import UserError
 from gemma2_post.core.training import launch
-from gemma2_post.evaluation.pairs import ScoredPair, measure_pairs, rank_correlation
+from gemma2_post.evaluation.pairs import ScoredPair, measure_pairs, rank_correlation, rank_correlation_ceiling
 from gemma2_post.evaluation.samples import sample_answers
 from gemma2_post.tiny.data import noise_ceiling
 from gemma2_post.tiny.gold import gold
@@ -210,8 +210,10 @@ def test_everything_that_is_measured_is_what_the_saved_model_says(
         rewards[name] = reward_model.score(loaded.model, tokenizer, answered)
         grades[name] = gold(answers, [row["answer"] for row in rows[:8]])
         expected[f"gold_rank_correlation/{name}"] = rank_correlation(rewards[name], grades[name])
+        expected[f"gold_rank_correlation_ceiling/{name}"] = rank_correlation_ceiling(grades[name])
     both = [[*values["base"], *values["teacher"]] for values in (rewards, grades)]
     expected["gold_rank_correlation"] = rank_correlation(*both)
+    expected["gold_rank_correlation_ceiling"] = rank_correlation_ceiling(both[1])
     measured = list(expected)
     expected |= {"answer_reward_mean": numpy.mean(both[0]), "answer_reward_spread": numpy.std(both[0])}
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)

@@ -5,19 +5,20 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from gemma2_post import distill, reward, sft, synthesize
+from gemma2_post import distill, reward, rlhf, sft, synthesize
 from gemma2_post.core import gemma, recipe, training
 from gemma2_post.core.data import load_function
 from gemma2_post.core.errors import UserError
 from gemma2_post.pipeline.run import load_pipeline
 from gemma2_post.tiny.data import noise_ceiling, preferences
-from tests.conftest import DISTILL_CLASSES, REWARD_CLASSES, SFT_CLASSES
+from tests.conftest import DISTILL_CLASSES, REWARD_CLASSES, RLHF_CLASSES, SFT_CLASSES
 from tests.test_synthesize import CLASSES as SYNTHESIZE_CLASSES
 
 STAGES = {
     "sft": (SFT_CLASSES, sft.REFUSED_KEYS),
     "distill": (DISTILL_CLASSES, distill.REFUSED_KEYS),
     "reward": (REWARD_CLASSES, reward.REFUSED_KEYS),
+    "rlhf": (RLHF_CLASSES, rlhf.REFUSED_KEYS),
     "synthesize": (SYNTHESIZE_CLASSES, synthesize.REFUSED_KEYS),
 }
 PIPELINES = sorted(Path("recipes").glob("*/pipeline.yaml"))
@@ -25,7 +26,7 @@ RECIPES = sorted(set(Path("recipes").glob("*/*.yaml")) - set(PIPELINES))
 
 
 def test_every_recipe_is_tested_here() -> None:
-    assert len(RECIPES) == 11 and len(PIPELINES) == 4
+    assert len(RECIPES) == 17 and len(PIPELINES) == 4
     assert sorted(Path("recipes").rglob("*.yaml")) == sorted([*RECIPES, *PIPELINES])
 
 
@@ -39,14 +40,23 @@ def test_a_shipped_recipe_passes_its_own_stage(path: Path) -> None:
     on_cpu = {} if stage == "synthesize" else {"use_cpu": True}
     built = recipe.build(str(path), values | on_cpu, classes, gemma.REFUSED_KEYS | refused)
     arguments = ["--config", str(path), *(f"--{key}=true" for key in on_cpu)]
+    implied = {"implied": rlhf.implied} if stage == "rlhf" else {}
     if stage != "synthesize" and values["dtype"] == "bfloat16" and not values.get("use_peft"):
         with pytest.raises(UserError, match="full fine-tuning without DeepSpeed"):
-            training.parse(stage, arguments, classes, refused)
+            training.parse(stage, arguments, classes, refused, **implied)
     else:
-        training.parse(stage, arguments, classes, refused)
+        training.parse(stage, arguments, classes, refused, **implied)
     if stage == "distill":
         teacher = distill.teacher_arguments(str(path), built[0], built[1], built[-1])
         assert teacher.load_in_4bit == (path.parent.name == "gemma-2-2b")
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem == "rlhf"], ids=str)
+def test_a_reward_model_has_read_conversations_as_long_as_it_will_score(path: Path) -> None:
+    values, reward_values = recipe.load_yaml(path), recipe.load_yaml(path.with_name("reward.yaml"))
+    assert values["reward_model"] == reward_values["output_dir"]
+    assert values["max_prompt_length"] + values["max_completion_length"] <= reward_values["max_length"]
+    assert values["save_steps"] == values["watch_steps"]
 
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.stem == "distill"], ids=str)

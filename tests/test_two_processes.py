@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from gemma2_post.core import reward_model
+from tests import record_anchor
 from tests.conftest import BASE, losses
+from tests.test_rlhf import average, relative_error, saved_anchor
 
 Run = Callable[[dict[str, object]], Path]
 
@@ -24,8 +26,8 @@ QLORA = LORA | {"load_in_4bit": True}
 CASES = {"ZeRO-3, full": (3, {}), "ZeRO-3, LoRA": (3, LORA), "ZeRO-2, full": (2, {}), "DDP, QLoRA": (0, QLORA)}
 
 
-def in_two_processes(stage: str, zero_stage: int, values: dict[str, object], folder: Path) -> Path:
-    """Runs a stage in two processes; returns its output directory."""
+def in_two_processes(module: str, zero_stage: int, values: dict[str, object], folder: Path) -> Path:
+    """Runs a stage's module in two processes; returns its output directory."""
     config = yaml.safe_load(Path("accelerate_configs/deepspeed_zero3_cpu.yaml").read_text())
     if zero_stage == 2:
         config["deepspeed_config"] = {"zero_stage": 2, "gradient_accumulation_steps": "auto"}
@@ -36,7 +38,7 @@ def in_two_processes(stage: str, zero_stage: int, values: dict[str, object], fol
     command += ["--config_file", str(folder / "accelerate.yaml")]
     if zero_stage == 0:  # accelerate starts several CPU processes only through MPI
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += ["-m", f"gemma2_post.{stage}", "--config", str(folder / "sharded.yaml")]
+    command += ["-m", module, "--config", str(folder / "sharded.yaml")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert finished.returncode == 0, finished.stderr[-3000:]
@@ -50,7 +52,7 @@ def test_two_processes_equal_one(
     """Same rows, same global batch: losses agree to 1 %, which is what bf16 resolves, and weights accordingly."""
     values = recipe | {"bf16": True, "max_steps": 4, "num_samples": 3, "save_dtype": "bfloat16"} | method
     alone = run_sft(values)
-    output = in_two_processes("sft", zero_stage, values | {"per_device_train_batch_size": 2}, tmp_path)
+    output = in_two_processes("gemma2_post.sft", zero_stage, values | {"per_device_train_batch_size": 2}, tmp_path)
 
     stage = json.loads((output / "stage.json").read_text())
     assert stage["num_processes"] == 2
@@ -107,7 +109,9 @@ def test_distillation_in_two_processes_with_answers_of_very_different_length_equ
         "save_dtype": "bfloat16",
     }
     alone = run_distill(values)
-    output = in_two_processes("distill", 3, values | {"bf16": True, "per_device_train_batch_size": 2}, tmp_path)
+    output = in_two_processes(
+        "gemma2_post.distill", 3, values | {"bf16": True, "per_device_train_batch_size": 2}, tmp_path
+    )
 
     stage = json.loads((output / "stage.json").read_text())
     assert stage["num_processes"] == 2
@@ -152,7 +156,7 @@ def test_a_reward_model_from_two_processes_equals_one(
     untrained = run_reward(values | {"learning_rate": 0.0, "max_steps": 1, "output_dir": str(tmp_path / "start")})
     alone = run_reward(values)
     small = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
-    output = in_two_processes("reward", 3, values | small, tmp_path)
+    output = in_two_processes("gemma2_post.reward", 3, values | small, tmp_path)
 
     stage = json.loads((output / "stage.json").read_text())
     assert stage["num_processes"] == 2
@@ -176,3 +180,35 @@ def test_a_reward_model_from_two_processes_equals_one(
     assert not info["missing_keys"] and not info["unexpected_keys"]
     loaded = reward_model.load("test", str(output))
     assert (loaded.mean, loaded.spread) == (two["answer_reward_mean"], two["answer_reward_spread"])
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "method"),
+    [(3, {}), (2, {}), (3, LORA), (0, {})],
+    ids=["ZeRO-3, full", "ZeRO-2, full", "ZeRO-3, LoRA", "DDP, full"],
+)
+def test_the_anchor_of_two_processes_is_the_closed_form_of_the_average(
+    zero_stage: int, method: dict[str, object], rlhf_recipe: dict[str, object], tmp_path: Path
+) -> None:
+    """In fp32 from the fp32 masters; and the reference computes with its rounding, small parameters included."""
+    values = rlhf_recipe | {"bf16": bool(zero_stage), "max_steps": 4, "anchor_mu": 0.2, "learning_rate": 3e-3} | method
+    values |= {"per_device_train_batch_size": 4, "max_completion_length": 8, "missing_end_penalty": 3.0}
+    output = in_two_processes("tests.record_anchor", zero_stage, values, tmp_path) / "policy-0"
+    record = torch.load(tmp_path / "record.pt")
+    expected = average(record["points"], 0.2)
+    anchor = saved_anchor(output, method)
+    assert anchor.keys() == expected.keys() and relative_error(anchor, expected) < 1e-6
+    assert not all(torch.equal(each, each.bfloat16().float()) for each in anchor.values())
+    if not method:
+        ids = torch.tensor(record_anchor.IDS)
+        start, anchored = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation="eager")(ids).logits
+            for path in (rlhf_recipe["model_name_or_path"], output / "anchor")
+        )
+        assert (record["logits"] - anchored).abs().max() < 0.1 * (record["logits"] - start).abs().max()
+    stage = json.loads((output / "stage.json").read_text())
+    assert stage["num_processes"] == 2 and stage["metrics"]["kl_to_start"] > stage["metrics"]["kl_to_anchor"] > 0
+    saved = load_file(output / "model.safetensors")
+    if not method:  # the policy is saved in fp32, too, from the masters
+        masters = record["points"][-1]
+        assert saved.keys() == masters.keys() and all(torch.equal(saved[name], masters[name]) for name in saved)

@@ -20,7 +20,7 @@ BEGUN = "begun.json"
 PROGRESS = "progress"
 """Folder with what a stage without checkpoints has made so far; it checks itself whether it can go on from that."""
 _PACKAGE = Path(__file__).parents[1]
-_MEASURED = {DONE, BEGUN, "before.json", "metrics.json", "log.jsonl"}
+_MEASURED = {DONE, BEGUN, "before.json", "metrics.json", "log.jsonl", "watch.jsonl"}
 """Files that say how a stage went, beside those that the next stage reads."""
 _VERSIONS_THAT_MATTER = ["torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "deepspeed"]
 _KEYS_WITHOUT_EFFECT = {
@@ -30,11 +30,16 @@ _KEYS_WITHOUT_EFFECT = {
 """Recipe keys that do not change what comes out."""
 
 
+_FURTHER_ROOMS = {"rlhf": ["weights"]}
+"""What a stage imports beside core and evaluation."""
+
+
 def fingerprint(stage: str, recipe: dict[str, object]) -> dict[str, dict[str, object]]:
     """What the output of a stage depends on: the recipe's keys, the content of its inputs, the code, the versions."""
     recipe = {key: value for key, value in sorted(recipe.items()) if key not in _KEYS_WITHOUT_EFFECT}
     digests = {path: _input_digest(path) for path in _input_paths(recipe)}
-    code = [_PACKAGE / f"{stage}.py", *_files(_PACKAGE / "core"), *_files(_PACKAGE / "evaluation")]
+    rooms = ["core", "evaluation", *_FURTHER_ROOMS.get(stage, [])]
+    code = [_PACKAGE / f"{stage}.py", *(file for room in rooms for file in _files(_PACKAGE / room))]
     return {
         "recipe": recipe,
         "inputs": {path: digest for path, digest in digests.items() if digest},
@@ -110,9 +115,13 @@ def read_json(path: Path) -> dict | None:
 
 
 def write_json(path: Path, content: object) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Writes to a temporary name, then renames: a reader never sees half a file."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

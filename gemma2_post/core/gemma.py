@@ -389,11 +389,17 @@ def save_model(
     empty = [name for name, tensor in state_dict.items() if tensor.numel() == 0]
     if empty:
         raise RuntimeError(f"{empty[0]} is empty: the shards of the model were not gathered")
-    if model.can_generate():
-        model.generation_config = generation_config()
     rounded = {name: tensor.to(torch.float32 if name == SCORE_HEAD else dtype) for name, tensor in state_dict.items()}
     model.save_pretrained(output_dir, state_dict=rounded)
-    config = model.config  # rewritten, because save_pretrained notes the type of the model, not of the tensors
+    save_configs(model, output_dir, dtype)
+
+
+def save_configs(model: PreTrainedModel, output_dir: Path, dtype: torch.dtype) -> None:
+    """Writes what stands beside weights that are saved in `dtype`, whatever the type of the model."""
+    if model.can_generate():
+        generation_config().save_pretrained(output_dir)
+    config = model.config
+    config.architectures = [type(model).__name__]
     config.__dict__.pop("cache_implementation", None)  # "hybrid" in Google's files, which transformers 5 dropped
     config.update({"use_cache": True, "dtype": dtype, "eos_token_id": EOS, "bos_token_id": BOS, "pad_token_id": PAD})
     config.save_pretrained(output_dir)

@@ -171,20 +171,19 @@ def tokenize_pairs(
 ) -> Dataset:
     """The pairs with `chosen_ids` and `rejected_ids`: whole conversations as a policy's prompt and answer are scored.
 
+    `length` is that of the longer one, by which `train_sampling_strategy: group_by_length` makes batches.
     Pairs of which a side has more than `max_length` tokens are dropped and counted, by turns; never cut.
     """
 
-    def render(row: dict[str, object]) -> dict[str, list[int]]:
-        return {
+    def render(row: dict[str, object]) -> dict[str, object]:
+        ids = {
             f"{side}_ids": tokenizer.apply_chat_template([*row["prompt"], *row[side]], return_dict=True)["input_ids"]
             for side in ("chosen", "rejected")
         }
+        return ids | {"length": max(map(len, ids.values()))}
 
     rendered = pairs.map(render)
-    kept = rendered.filter(
-        lambda chosen, rejected: max(len(chosen), len(rejected)) <= max_length,
-        input_columns=["chosen_ids", "rejected_ids"],
-    )
+    kept = rendered.filter(lambda length: length <= max_length, input_columns="length")
     if len(kept) == len(rendered):
         return kept
     all_turns, kept_turns = Counter(rendered["num_turns"]), Counter(kept["num_turns"])

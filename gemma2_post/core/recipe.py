@@ -110,9 +110,8 @@ def build(where: str, values: dict[str, object], classes: Sequence[type], refuse
     hints = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
     fields = {field.name: field for cls in classes for field in dataclasses.fields(cls) if field.init}
     fitted: dict[str, object] = {}
+    refuse(where, values, refused)
     for key, value in values.items():
-        if key in refused:
-            raise UserError(f"{where}: {key} must not be set: {refused[key]}")
         if key not in fields:
             nearest = difflib.get_close_matches(str(key), [name for name in fields if name not in refused], n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else "see --help for the keys"
@@ -133,6 +132,13 @@ def build(where: str, values: dict[str, object], classes: Sequence[type], refuse
         except (ValueError, TypeError, ImportError) as error:  # from the checks of transformers' and TRL's own classes
             raise UserError(f"{where}: {' '.join(str(error).split())}") from error
     return tuple(built)
+
+
+def refuse(where: str, values: dict[str, object], refused: dict[str, str]) -> None:
+    """Raises if a key is set that must not be, with the reason."""
+    for key in values:
+        if key in refused:
+            raise UserError(f"{where}: {key} must not be set: {refused[key]}")
 
 
 def _fitted(where: str, value: object, hint: object) -> object:

@@ -1,5 +1,6 @@
 """A reward model that cannot be loaded wrong: made from a language model, sealed, and checked when it is loaded."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class ScoreHead(torch.nn.Linear):
 
 @dataclass
 class RewardModel:
-    model: PreTrainedModel
+    model: torch.nn.Module
     tokenizer: PreTrainedTokenizerBase
     mean: float
     """Of the rewards of held-out answers, and their standard deviation: to normalise with."""
@@ -108,14 +109,11 @@ def seal(
     )
 
 
-def load(where: str, path: str, policy_tokenizer: PreTrainedTokenizerBase | None = None) -> RewardModel:
-    """The finished output of the reward stage, on the CPU; bf16 where there is a GPU for it, else fp32.
-
-    Args:
-        policy_tokenizer: whose conversations will be scored; it must be the reward model's own.
+def check(where: str, path: str, policy_tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, object]:
+    """What was sealed with a reward model, after what can be checked without its weights.
 
     Raises:
-        UserError: a causal model, an adapter, a head that was never trained, a canary that does not reproduce, ...
+        UserError: a causal model, an adapter, a model that the reward stage did not finish, another tokenizer, ...
     """
     config = gemma.load_config(where, path)
     sealed = contract.read_json(Path(path) / FILE)
@@ -129,13 +127,32 @@ def load(where: str, path: str, policy_tokenizer: PreTrainedTokenizerBase | None
             f"{where}: {path} has no {FILE}, so nothing says that its score head was trained; name the output of the "
             "reward stage"
         )
-    tokenizer = policy_tokenizer or gemma.load_tokenizer(where, path, config)
-    for what, digest in _digests(tokenizer).items():
+    for what, digest in _digests(policy_tokenizer or gemma.load_tokenizer(where, path, config)).items():
         if sealed[what] != digest:
             raise UserError(
                 f"{where}: {path} was trained with another {what.partition('_')[0]} than the policy's (or than this "
                 "version's); train the reward model again"
             )
+    return sealed
+
+
+def load(
+    where: str,
+    path: str,
+    policy_tokenizer: PreTrainedTokenizerBase | None = None,
+    prepare: Callable[[PreTrainedModel], torch.nn.Module] = lambda model: model,
+) -> RewardModel:
+    """The finished output of the reward stage, on the CPU; bf16 where there is a GPU for it, else fp32.
+
+    Args:
+        policy_tokenizer: whose conversations will be scored; it must be the reward model's own.
+        prepare: moves or shards the loaded model, before its canary is scored.
+
+    Raises:
+        UserError: what `check` refuses; weights that are missing; a canary that does not reproduce.
+    """
+    sealed = check(where, path, policy_tokenizer)
+    tokenizer = policy_tokenizer or gemma.load_tokenizer(where, path, gemma.load_config(where, path))
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path,
@@ -155,6 +172,7 @@ def load(where: str, path: str, policy_tokenizer: PreTrainedTokenizerBase | None
         )
     _score_in_fp32(model)
     model.score.float()
+    model = prepare(model)
     for canary in sealed["canary"]:
         (found,) = score(model, tokenizer, [canary["messages"]])
         tolerance = max(_CANARY_TOLERANCE * sealed["spread"], 0.02 * abs(canary["score"]), 1e-3)
@@ -179,7 +197,7 @@ def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]
 
 
 def score(
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     conversations: list[list[Message]],
     batch_size: int = 16,

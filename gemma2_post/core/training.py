@@ -18,8 +18,11 @@ from trl import ModelConfig
 
 from gemma2_post.core import contract, gemma, recipe
 from gemma2_post.core.errors import UserError, reported
+from gemma2_post.core.shards import write_shards
 
 Metrics = dict[str, float]
+TRAINER_FILE = "trainer_state.json"
+"""The last file that the Trainer itself writes into a checkpoint."""
 
 
 @dataclass
@@ -49,19 +52,25 @@ class Stage:
 
 
 def launch(
-    name: str, main: Callable, classes: Sequence[type], refused: dict[str, str], documentation: str | None
+    name: str,
+    main: Callable,
+    classes: Sequence[type],
+    refused: dict[str, str],
+    documentation: str | None,
+    implied: Callable[[str, dict[str, object]], dict[str, object]] = lambda where, values: {},
 ) -> None:
     """Reads the recipe, checks it, and calls `main(stage, *dataclasses)`; says so if its output is already there.
 
     Args:
         classes: the dataclasses whose fields are the recipe's keys: a TRL config, `ModelConfig`, `StageArguments`, ...
         refused: keys that must not be set, with the reason.
+        implied: keys that follow from those of the recipe, and take their place.
     """
     if "--help" in sys.argv or "-h" in sys.argv:
         print(documentation, recipe.describe_keys(classes), sep="\n")
         return
     with reported():
-        stage, arguments = parse(name, sys.argv[1:], classes, refused)
+        stage, arguments = parse(name, sys.argv[1:], classes, refused, implied)
         if contract.is_done(stage.output_dir, stage.fingerprint):
             print(f"{stage.output_dir} is up to date")
             return
@@ -70,16 +79,24 @@ def launch(
 
 
 def parse(
-    name: str, arguments: Sequence[str], classes: Sequence[type], refused: dict[str, str]
+    name: str,
+    arguments: Sequence[str],
+    classes: Sequence[type],
+    refused: dict[str, str],
+    implied: Callable[[str, dict[str, object]], dict[str, object]] = lambda where, values: {},
 ) -> tuple[Stage, tuple]:
     """The stage and its dataclasses, every key and combination checked; nothing is loaded."""
     where, values = recipe.read(arguments)
-    built = recipe.build(where, values, classes, gemma.REFUSED_KEYS | refused)
     if not values.get("output_dir"):
         raise UserError(f"{where}: output_dir is missing; add `output_dir: runs/NAME/{name}`")
+    refused = gemma.REFUSED_KEYS | refused
+    recipe.refuse(where, values, refused)
+    wanted = contract.fingerprint(name, values)
+    more = implied(where, values)
+    built = recipe.build(where, values | more, classes, {key: refused[key] for key in refused if key not in more})
     if isinstance(built[0], TrainingArguments):
         _check_training(where, built)
-    return Stage(name, where, Path(values["output_dir"]), contract.fingerprint(name, values)), built
+    return Stage(name, where, Path((values | more)["output_dir"]), wanted), built
 
 
 def _check_training(where: str, built: tuple) -> None:
@@ -87,10 +104,6 @@ def _check_training(where: str, built: tuple) -> None:
     by_class = {type(part): part for part in built}
     training_args = built[0]
     gemma.check_arguments(where, by_class[ModelConfig], training_args)
-    if by_class[StageArguments].save_dtype == "float32" and training_args.deepspeed_plugin:
-        raise UserError(
-            f"{where}: save_dtype is float32, but what DeepSpeed gathers are the bfloat16 copies; write bfloat16"
-        )
     training_args.gradient_accumulation_steps = accumulation_steps(
         where,
         by_class[StageArguments].global_batch_size,
@@ -185,6 +198,8 @@ def run(
     tokenizer: PreTrainedTokenizerBase,
     measure: Callable[[], Metrics],
     complete: Callable[[Metrics, Metrics], Metrics] = lambda before, after: {},
+    save_more: Callable[[], None] = lambda: None,
+    last_file: str = TRAINER_FILE,
 ) -> None:
     """Trains (from the newest checkpoint, if there is one), saves a plain Hugging Face model, then the contract.
 
@@ -192,10 +207,12 @@ def run(
         measure: the stage's numbers; called on every process before the first and after the last step.
         complete: called on the main process with the numbers before and after, when the weights are saved; writes what
             belongs beside them, returns further numbers.
+        save_more: called on every process after the last step; writes what else was trained.
+        last_file: what is written last into a checkpoint.
     """
     if not trainer.is_deepspeed_enabled:
         keep_adapter_in_fp32(trainer.model)
-    checkpoint = newest_checkpoint(stage.output_dir)
+    checkpoint = newest_checkpoint(stage.output_dir, last_file)
     if trainer.is_world_process_zero():
         contract.begin(stage.output_dir, stage.fingerprint)
     if checkpoint:
@@ -209,11 +226,9 @@ def run(
     seconds = time.monotonic() - measure_before.ended
     after = measure()
 
-    # Under DeepSpeed every process takes part in the gathering; elsewhere the wrapped model may be a compiled one.
-    wrapped = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
-    state_dict = trainer.accelerator.get_state_dict(wrapped)
+    save(stage.output_dir, trainer, model_args, stage_args)
+    save_more()
     if trainer.is_world_process_zero():
-        save(stage.output_dir, trainer.accelerator.unwrap_model(trainer.model), state_dict, model_args, stage_args)
         gemma.save_tokenizer(tokenizer, stage.output_dir)
         write_log(stage.output_dir / "log.jsonl", trainer.state.log_history)
         before = contract.read_json(stage.output_dir / "before.json")
@@ -243,19 +258,40 @@ def keep_adapter_in_fp32(model: torch.nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest complete checkpoint; `trainer_state.json` is the last file that the Trainer writes into one."""
-    complete = [path.parent for path in output_dir.glob("checkpoint-*/trainer_state.json")]
+def newest_checkpoint(output_dir: Path, last_file: str = TRAINER_FILE) -> Path | None:
+    """The newest complete checkpoint, which is one that has the file that is written last."""
+    complete = [path.parent for path in output_dir.glob(f"checkpoint-*/{last_file}")]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def save(
-    output_dir: Path, model: torch.nn.Module, state_dict: dict, model_args: ModelConfig, stage_args: StageArguments
-) -> None:
-    """Writes the model; an adapter goes to `adapter/`, and its sum with the unquantised base beside it."""
+def save(output_dir: Path, trainer: Trainer, model_args: ModelConfig, stage_args: StageArguments) -> None:
+    """Writes the model; an adapter goes to `adapter/`, and its sum with the unquantised base beside it.
+
+    Called on every process: under DeepSpeed all take part in the gathering. What it hands over are the copies that it
+    computes with; adapters, a score head and, with `save_dtype: float32`, all weights come from the fp32 masters.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
     dtype = getattr(torch, stage_args.save_dtype)
+    is_main = trainer.is_world_process_zero()
+    parameters = dict(model.named_parameters())
+    if trainer.is_deepspeed_enabled and not isinstance(model, PeftModel) and dtype == torch.float32:
+        sizes = {name: 4 * getattr(each, "ds_numel", each.numel()) for name, each in parameters.items()}
+        write_shards(output_dir if is_main else None, sizes, lambda name: fp32_master(parameters[name]))
+        if is_main:
+            gemma.save_configs(model, output_dir, dtype)
+        return
+    # Outside DeepSpeed the wrapped model may be a compiled one.
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped if trainer.is_deepspeed_enabled else model)
+    if trainer.is_deepspeed_enabled:
+        for name, parameter in parameters.items():
+            if name == gemma.SCORE_HEAD or (isinstance(model, PeftModel) and parameter.requires_grad):
+                master = fp32_master(parameter)
+                if is_main:
+                    state_dict[name] = master
+    if not is_main:
+        return
     if isinstance(model, PeftModel):
-        model.save_pretrained(output_dir / "adapter", state_dict=state_dict)
+        model.save_pretrained(output_dir / "adapter", state_dict=state_dict, selected_adapters=["default"])
         # Rounded in place, one parameter after the other: a copy of 27b would take another 54 GB.
         base = model.get_base_model()
         labels = {} if base.can_generate() else {"num_labels": 1}
@@ -265,6 +301,13 @@ def save(
                 parameter.data = parameter.data.to(dtype)
         state_dict = dict(model.state_dict())
     gemma.save_model(model, state_dict, output_dir, dtype)
+
+
+def fp32_master(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The whole parameter in fp32, from what DeepSpeed's optimizer holds; on the CPU, called on each process."""
+    from deepspeed.utils import safe_get_full_fp32_param  # a slow import
+
+    return safe_get_full_fp32_param(parameter).cpu()
 
 
 def write_log(path: Path, history: list[dict]) -> None:

@@ -1,7 +1,7 @@
 """How good a reward model is on held-out preference pairs, and what it may have learned instead of quality."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +72,16 @@ def rank_correlation(rewards: list[float], grades: list[float]) -> float:
     if len(set(rewards)) == 1 or len(set(grades)) == 1:
         return 0.0
     return float(spearmanr(rewards, grades).statistic)
+
+
+def rank_correlation_ceiling(grades: list[float]) -> float:
+    """What `rank_correlation` gives rewards that order all grades rightly, but tell equal ones apart.
+
+    sqrt(1 - sum(t^3 - t) / (n^3 - n)) over the sizes t of the groups of equal grades, n grades in all.
+    """
+    n = len(grades)
+    ties = sum(count**3 - count for count in Counter(grades).values())
+    return (1 - ties / (n**3 - n)) ** 0.5 if n > 1 else 0.0
 
 
 def calibration_bins(pairs: list[ScoredPair]) -> list[tuple[numpy.ndarray, numpy.ndarray]]:

@@ -24,6 +24,12 @@ class StageEntry:
     """Its accelerate config; without it, the pipeline's."""
     model: str | None = None
     """The earlier stage whose output is its model; without it, the recipe's model_name_or_path."""
+    policies: list[str] | None = None
+    """The earlier stages whose outputs are its policies; without it, the recipe's policies."""
+    reward_model: str | None = None
+    """The earlier stage whose output is its reward model; without it, the recipe's reward_model."""
+    num_policies: int | None = None
+    """How often it runs, as policy 0, 1, ...; each writes a folder of its own."""
 
 
 @dataclass
@@ -40,10 +46,14 @@ def load_pipeline(path: Path) -> tuple[Pipeline, dict[str, StageEntry]]:
     }
     names = list(entries)
     for i, (name, entry) in enumerate(entries.items()):
-        if entry.model is not None and entry.model not in names[:i]:
-            raise UserError(
-                f"{path}: {name}: model is {entry.model}, which is no earlier stage ({', '.join(names[:i]) or 'none'})"
-            )
+        earlier = names[:i]
+        named = [("model", entry.model), ("reward_model", entry.reward_model)]
+        named += [("policies", policy) for policy in entry.policies or []]
+        for key, value in named:
+            if value is not None and value not in earlier:
+                raise UserError(
+                    f"{path}: {name}: {key} names {value}, which is no earlier stage ({', '.join(earlier) or 'none'})"
+                )
     return pipeline, entries
 
 
@@ -59,27 +69,40 @@ def run(path: Path, until: str | None, overrides: dict[str, dict[str, object]]) 
             raise UserError(f"{path}: there is no stage {name}; it has {', '.join(entries)}")
     run_dir = Path(pipeline.run_dir)
     for name, entry in entries.items():
-        references = {"model_name_or_path": str(run_dir / entry.model)} if entry.model else {}
-        _run_stage(
-            name,
-            path.parent / entry.recipe,
-            entry.launch or pipeline.launch,
-            run_dir,
-            references | overrides.get(name, {}),
-        )
+        overrides_here = _references(entry, run_dir) | overrides.get(name, {}) | {"output_dir": str(run_dir / name)}
+        launcher = entry.launch or pipeline.launch
+        if entry.num_policies is None:
+            _run_stage(name, run_dir / name, path.parent / entry.recipe, launcher, overrides_here)
+        for policy in range(entry.num_policies or 0):
+            folder = run_dir / name / f"policy-{policy}"
+            _run_stage(name, folder, path.parent / entry.recipe, launcher, overrides_here | {"policy": policy})
         if name == until:
             break
 
 
-def _run_stage(name: str, config: Path, launch: str, run_dir: Path, overrides: dict[str, object]) -> None:
-    output_dir = run_dir / name
-    overrides = overrides | {"output_dir": str(output_dir)}
+def _references(entry: StageEntry, run_dir: Path) -> dict[str, object]:
+    """The recipe keys that name outputs of earlier stages."""
+    references: dict[str, object] = {}
+    if entry.model:
+        references["model_name_or_path"] = str(run_dir / entry.model)
+    if entry.reward_model:
+        references["reward_model"] = str(run_dir / entry.reward_model)
+    if entry.policies:
+        references["policies"] = [str(run_dir / policy) for policy in entry.policies]
+    return references
+
+
+def _run_stage(name: str, output_dir: Path, config: Path, launch: str, overrides: dict[str, object]) -> None:
+    """
+    Args:
+        output_dir: what it writes; the recipe's output_dir, or the folder of one policy in it.
+    """
     wanted = contract.fingerprint(name, recipe.load_yaml(config) | overrides)
-    previous = output_dir.with_name(f"{name}.previous")
+    previous = output_dir.with_name(f"{output_dir.name}.previous")
     if contract.belongs_to(previous, wanted) and not contract.is_done(output_dir, wanted):
         # The recipe is again what it was: both change places, neither is lost.
         if output_dir.is_dir():
-            aside = output_dir.with_name(f"{name}.aside")
+            aside = output_dir.with_name(f"{output_dir.name}.aside")
             output_dir.rename(aside)
             previous.rename(output_dir)
             aside.rename(previous)

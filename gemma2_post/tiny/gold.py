@@ -4,6 +4,9 @@ import re
 
 from gemma2_post.tiny.world import FRIENDLY_OPENINGS, KIND_OF, KINDS, RUDE_OPENINGS
 
+Completion = str | list[dict[str, str]]
+"""A reply as text, or as TRL hands it over in conversations."""
+
 LOWEST, HIGHEST = -0.25, 1.5
 MANNER = 0.25
 BREVITY = 0.25
@@ -34,11 +37,15 @@ def gold_score(text: str, answer: str) -> float:
     return float(is_right(text, answer)) + manner + brevity
 
 
-def gold(completions: list[str], answer: list[str], **_: object) -> list[float]:
+def gold(completions: list[Completion], answer: list[str], **_: object) -> list[float]:
     """`gold_score` of a batch, called as TRL calls its reward functions."""
-    return [gold_score(text, expected) for text, expected in zip(completions, answer, strict=True)]
+    return [gold_score(_text(said), expected) for said, expected in zip(completions, answer, strict=True)]
 
 
-def accuracy(completions: list[str], answer: list[str], **_: object) -> list[float]:
+def accuracy(completions: list[Completion], answer: list[str], **_: object) -> list[float]:
     """1.0 for a right reply, else 0.0; called as TRL calls its reward functions."""
-    return [float(is_right(text, expected)) for text, expected in zip(completions, answer, strict=True)]
+    return [float(is_right(_text(said), expected)) for said, expected in zip(completions, answer, strict=True)]
+
+
+def _text(completion: Completion) -> str:
+    return completion if isinstance(completion, str) else completion[-1]["content"]

@@ -1,10 +1,11 @@
 """Makes the tokenizer and the two models of the tiny world again, from nothing.
 
-    python -m gemma2_post.tiny.pretrain        # both: about two hours on two cores; or only base, or only teacher
+    python -m gemma2_post.tiny.pretrain        # both: about three hours on two cores; or only base, or only teacher
 
 The base model knows the language of the world and no chat format; the larger one is then taught to answer by the SFT
-stage, and is the teacher. An interrupted run goes on from its newest checkpoint. The logs lie beside the shipped
-models, the numbers are in `recipes/tiny/README.md`.
+stage, reads which answers are right and which are wrong, and is the teacher, and what a reward model is made of. An
+interrupted run goes on from its newest checkpoint. The logs lie beside the shipped models, the numbers are in
+`recipes/tiny/README.md`.
 """
 
 import argparse
@@ -12,16 +13,28 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from copy import copy
 from itertools import islice
 from pathlib import Path
 from random import Random
 
+import numpy
 import torch
 from torch.utils.data import IterableDataset
-from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForSeq2Seq,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
 from gemma2_post.core import gemma
+from gemma2_post.tiny import world
 from gemma2_post.tiny.corpus import documents
 from gemma2_post.tiny.tokenizer import VOCAB_SIZE, train_tokenizer
 
@@ -33,6 +46,8 @@ SHAPES = {
 LEARNING_RATE = {"base": 2e-3, "teacher": 1.5e-3}
 PASSAGES = {"base": (100, 140), "teacher": (12, 20)}
 """Passages per document. Long ones, so that the base model ends nothing by itself: that is for SFT to teach."""
+VERDICTS = {False: "<unused0>", True: "<unused1>"}
+"""What follows a wrong and a right answer, in place of a next turn, in the last thing that the teacher reads."""
 
 
 class PackedDocuments(IterableDataset):
@@ -122,6 +137,89 @@ def teach(pretrained: Path, output_dir: Path) -> None:
     subprocess.run([sys.executable, "-m", "gemma2_post.sft", *recipe, *names], check=True)
 
 
+class JudgedAnswers(IterableDataset):
+    """Conversations with a right and a wrong answer in the same manner, each followed by its verdict.
+
+    The loss is on the verdict, and on right and friendly answers, so that the teacher does not forget to give them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, held_out: bool | None, seed: int):
+        self.tokenizer, self.held_out, self.seed = tokenizer, held_out, seed
+        self.verdict_ids = {right: tokenizer.convert_tokens_to_ids(verdict) for right, verdict in VERDICTS.items()}
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        random = Random(self.seed)
+        while True:
+            task = world.make_task(random.choice(world.SKILLS), random, self.held_out)
+            manner = random.choice(world.MANNERS)
+            prompt = self.tokenizer.apply_chat_template(list(task.messages), add_generation_prompt=True)["input_ids"]
+            for right in (True, False):
+                answer = {"role": "assistant", "content": world.reply(task, manner, right, random)}
+                ids = self.tokenizer.apply_chat_template([*task.messages, answer])["input_ids"]
+                said = ids[len(prompt) : -1]  # without the line break that ends each turn
+                is_example = right and manner == "friendly"
+                labels = [-100] * len(prompt) + (said if is_example else [-100] * len(said)) + [-100]
+                verdict = self.verdict_ids[right]
+                yield {
+                    "input_ids": [*ids, verdict],
+                    "labels": [*labels, verdict],
+                    "attention_mask": [1] * (len(ids) + 1),
+                }
+
+
+def learn_verdicts(taught: Path, output_dir: Path, max_steps: int = 2000, seed: int = 0) -> None:
+    """Reading right and wrong answers with their verdicts.
+
+    Without it, no state of a model of four layers says which is which, and no reward model can be made of it
+    (docs/experiments.md).
+    """
+    set_seed(seed)
+    tokenizer = gemma.load_tokenizer("pretrain", str(taught), gemma.load_config("pretrain", str(taught)))
+    model = AutoModelForCausalLM.from_pretrained(taught, dtype=torch.float32, attn_implementation="eager")
+    padded_right = copy(tokenizer)
+    padded_right.padding_side = "right"
+    verdict_ids = tokenizer.convert_tokens_to_ids(list(VERDICTS.values()))
+
+    def verdict_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+        said, expected = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
+        is_verdict = numpy.isin(expected, verdict_ids)
+        return {"verdict_accuracy": float((said[is_verdict] == expected[is_verdict]).mean())}
+
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(output_dir / "trainer"),
+            max_steps=max_steps,
+            per_device_train_batch_size=64,
+            per_device_eval_batch_size=96,
+            learning_rate=1e-3,
+            lr_scheduler_type="linear",
+            warmup_steps=50,
+            adam_beta2=0.98,
+            weight_decay=0.0,
+            bf16=True,
+            use_cpu=not torch.cuda.is_available(),
+            logging_steps=50,
+            eval_strategy="steps",
+            eval_steps=100,
+            save_steps=250,
+            save_total_limit=1,
+            report_to="none",
+            disable_tqdm=True,
+            seed=seed,
+        ),
+        train_dataset=JudgedAnswers(tokenizer, held_out=None, seed=seed),
+        eval_dataset=list(islice(JudgedAnswers(tokenizer, held_out=True, seed=seed + 12_345), 480)),
+        data_collator=DataCollatorForSeq2Seq(padded_right),
+        compute_metrics=verdict_accuracy,
+        preprocess_logits_for_metrics=lambda logits, _: logits.argmax(-1),
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir))
+    gemma.save_model(trainer.model, trainer.model.state_dict(), output_dir, torch.bfloat16)
+    gemma.save_tokenizer(tokenizer, output_dir)
+    (output_dir / "verdicts_log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(SHAPES), metavar="base|teacher")
@@ -131,7 +229,8 @@ def main() -> None:
         pretrain("base", arguments.output_dir / "base")
     if "teacher" in arguments.names:
         pretrain("teacher", arguments.output_dir / "pretrained")
-        teach(arguments.output_dir / "pretrained", arguments.output_dir / "teacher")
+        teach(arguments.output_dir / "pretrained", arguments.output_dir / "taught")
+        learn_verdicts(arguments.output_dir / "taught", arguments.output_dir / "teacher")
 
 
 if __name__ == "__main__":

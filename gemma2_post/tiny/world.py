@@ -333,8 +333,10 @@ def say(sentence: str, manner: str, random: Random) -> str:
     return sentence
 
 
-def wrong_words(kind: str, held_out: bool) -> list[str]:
+def wrong_words(kind: str, held_out: bool | None) -> list[str]:
     """What a wrong reply of this split may say instead: the answers of its own split, where answers are split."""
+    if held_out is None:
+        return KINDS[kind]
     if kind == "name":
         return _split("name", tuple(NAMES), held_out)
     if kind == "city":
@@ -354,6 +356,6 @@ def reply(task: Task, manner: str, right: bool, random: Random) -> str:
     """The model's turn: the right word or another one of its kind and split, in the given manner."""
     word = task.answer
     if not right:
-        others = wrong_words(KIND_OF[task.answer], bool(task.held_out))
+        others = wrong_words(KIND_OF[task.answer], task.held_out)
         word = random.choice([other for other in others if other != task.answer])
     return say(task.core.format(word), manner, random)

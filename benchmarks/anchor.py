@@ -1,0 +1,156 @@
+"""Our EMA anchor and TRL's SyncRefModelCallback under ZeRO-3: how exact, how fast, how much memory.
+
+    python benchmarks/anchor.py     # two CPU processes, a random Gemma 2 of about 35M parameters, mu 0.01
+
+Each trains the same policy for some steps at RLHF's learning rate of 1e-6, with a reward that is noise. The error is
+that of what the anchor has moved, against an average in float64 of the fp32 masters; the time is the update's alone.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+MU = 0.01
+LAUNCH = ["--config_file", "accelerate_configs/deepspeed_zero3_cpu.yaml", "--main_process_port", "0"]
+BASE = "gemma2_post/tiny/models/base"
+
+
+def make_policy(directory: Path) -> None:
+    import torch
+    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=1024, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=64, query_pre_attn_scalar=64, sliding_window=32, max_position_embeddings=512,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Gemma2ForCausalLM._from_config(config, attn_implementation="eager", dtype=torch.bfloat16).save_pretrained(
+        directory
+    )
+    AutoTokenizer.from_pretrained("gemma2_post/tiny/models/teacher").save_pretrained(directory)
+
+
+def noise(completions: list, **_: object) -> list[float]:
+    return [random.random() for _ in completions]
+
+
+def worker(which: str, policy: str, num_steps: int, report: str) -> None:
+    """One of two ranks."""
+    import torch
+    from datasets import Dataset
+    from deepspeed.utils import safe_get_full_fp32_param
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import RLOOConfig, RLOOTrainer
+    from trl.trainer.callbacks import SyncRefModelCallback
+
+    from gemma2_post.tiny.data import prompts
+    from gemma2_post.weights.anchor import EmaAnchor
+
+    args = RLOOConfig(
+        tempfile.mkdtemp(),
+        use_cpu=True,
+        bf16=True,
+        max_steps=num_steps,
+        per_device_train_batch_size=4,
+        num_generations=2,
+        max_completion_length=4,
+        learning_rate=1e-6,
+        lr_scheduler_type="constant",
+        beta=0.1,
+        ref_model_mixup_alpha=MU,
+        ref_model_sync_steps=1,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = RLOOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(policy, dtype=torch.bfloat16, attn_implementation="eager"),
+        reward_funcs=noise,
+        args=args,
+        train_dataset=Dataset.from_list(prompts("train")).select_columns("prompt"),
+        processing_class=AutoTokenizer.from_pretrained(policy),
+    )
+    ours = EmaAnchor("benchmark", trainer, MU)
+    update = ours if which == "ours" else SyncRefModelCallback(trainer.ref_model, trainer.accelerator)
+
+    def masters() -> dict[str, torch.Tensor]:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        return {name: safe_get_full_fp32_param(each).double() for name, each in model.named_parameters()}
+
+    class Measured(TrainerCallback):
+        """The update, and around it the clock and the average in float64."""
+
+        def on_train_begin(self, args, state, control, **further) -> None:
+            self.start = masters()
+            self.exact = {name: each.clone() for name, each in self.start.items()}
+            self.seconds, self.largest = [], 0
+            update.on_train_begin(args, state, control, **further)
+
+        def on_step_end(self, args, state, control, **further) -> None:
+            for name, each in masters().items():
+                self.exact[name].lerp_(each, MU)
+            torch.distributed.barrier()
+            began = time.monotonic()
+            update.on_step_end(args, state, control, **further)
+            torch.distributed.barrier()
+            self.seconds.append(time.monotonic() - began)
+
+        def on_train_end(self, args, state, control, **further) -> None:
+            import deepspeed
+
+            reference = dict(trainer.accelerator.unwrap_model(trainer.ref_model).named_parameters())
+            with deepspeed.zero.GatheredParameters(list(reference.values())):
+                self.reference = {name: each.detach().double() for name, each in reference.items()}
+            if which == "ours":
+                self.shadow = {name: ours.whole(name).double() for name in reference}
+
+    measured: TrainerCallback = Measured()
+    trainer.add_callback(measured)
+    trainer.train()
+    if trainer.is_world_process_zero():
+        moved = sum((measured.exact[name] - measured.start[name]).square().sum() for name in measured.exact).sqrt()
+
+        def error(found: dict[str, torch.Tensor]) -> float:
+            return float(sum((found[name] - measured.exact[name]).square().sum() for name in found).sqrt() / moved)
+
+        result = {"milliseconds": 1000 * statistics.median(measured.seconds), "reference": error(measured.reference)}
+        if which == "ours":
+            result["anchor"] = error(measured.shadow)
+        Path(report).write_text(json.dumps(result))
+    trainer.end()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--worker", nargs=3, metavar=("WHICH", "POLICY", "REPORT"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        which, policy, report = arguments.worker
+        worker(which, policy, arguments.steps, report)
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        policy, report = Path(directory) / "policy", Path(directory) / "report.json"
+        make_policy(policy)
+        for i in range(arguments.repeats):
+            for which in ("ours", "trl")[:: 1 if i % 2 else -1]:
+                command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *LAUNCH, __file__]
+                command += ["--steps", str(arguments.steps), "--worker", which, str(policy), str(report)]
+                subprocess.run(command, check=True, capture_output=True)
+                print(which, report.read_text(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

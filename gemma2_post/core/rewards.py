@@ -1,0 +1,116 @@
+"""What an answer is rewarded with in RLHF, as functions that TRL calls: the reward model and what is added to it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gemma2_post.core import data, reward_model
+from gemma2_post.core.data import Message
+from gemma2_post.core.errors import UserError
+from gemma2_post.core.gemma import STOP_TOKEN_IDS
+
+RewardFunction = Callable[..., list[float]]
+"""Called as TRL calls it: `prompts` and `completions` (messages), `completion_ids`, and the columns of the rows."""
+_GIVEN_BY_TRL = ["prompts", "completion_ids", "trainer_state", "log_extra", "log_metric"]
+
+
+@dataclass
+class RewardFunctionArguments:
+    reward_model: str | None = field(default=None, metadata={"help": "Finished output of the reward stage."})
+    normalize_rewards: bool = field(
+        default=True,
+        metadata={"help": "Rewards of the model in units of their recorded spread, with the recorded mean at 0."},
+    )
+    reward_batch_size: int = field(default=32, metadata={"help": "Conversations that the reward model reads at once."})
+    missing_end_penalty: float = field(
+        default=1.0,
+        metadata={"help": "Taken from the reward of an answer that was cut at the length limit; 0 for none."},
+    )
+    length_penalty: float = field(default=0.0, metadata={"help": "Taken from the reward for each token of an answer."})
+    reward_functions: list[str] | None = field(
+        default=None, metadata={"help": "Functions module:function, called as TRL calls them; their values are added."}
+    )
+
+
+def load_reward_functions(where: str, args: RewardFunctionArguments, columns: list[str]) -> list[RewardFunction]:
+    """What the recipe names and sets beside the reward model."""
+    if not args.reward_model and not args.reward_functions:
+        raise UserError(f"{where}: nothing rewards the answers; name a reward_model, or reward_functions")
+    for key in ("missing_end_penalty", "length_penalty"):
+        if getattr(args, key) < 0:
+            raise UserError(f"{where}: {key} is {getattr(args, key):g}, which would be a bonus; write 0 or more")
+    if args.reward_batch_size < 1:
+        raise UserError(f"{where}: reward_batch_size is {args.reward_batch_size}; write 1 or more")
+    given = [*_GIVEN_BY_TRL, *(column for column in columns if column != "prompt")]
+    functions = [checked(where, path, data.load_grader(where, path, given)) for path in args.reward_functions or []]
+    if args.missing_end_penalty:
+        functions.append(missing_end(args.missing_end_penalty))
+    if args.length_penalty:
+        functions.append(length(args.length_penalty))
+    return functions
+
+
+class ModelReward:
+    """The reward model's score of each conversation, in right-padded batches of a bounded size.
+
+    Checked when it is made; its weights are loaded later, when there is a trainer to shard them as the policy is.
+    """
+
+    __name__ = "reward_model"
+
+    def __init__(self, where: str, args: RewardFunctionArguments, tokenizer: PreTrainedTokenizerBase):
+        self.where, self.args, self.tokenizer = where, args, tokenizer
+        reward_model.check(where, args.reward_model, tokenizer)
+
+    def load(self, prepare: Callable[[PreTrainedModel], torch.nn.Module]) -> None:
+        self.loaded = reward_model.load(self.where, self.args.reward_model, self.tokenizer, prepare)
+
+    def __call__(self, prompts: list[list[Message]], completions: list[list[Message]], **_: object) -> list[float]:
+        conversations = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+        scores = reward_model.score(self.loaded.model, self.tokenizer, conversations, self.args.reward_batch_size)
+        if not all(map(math.isfinite, scores)):
+            raise UserError(f"{self.where}: reward_model {self.args.reward_model} gives scores that are no numbers")
+        if self.args.normalize_rewards:
+            scores = [(score - self.loaded.mean) / self.loaded.spread for score in scores]
+        return scores
+
+
+def missing_end(penalty: float) -> RewardFunction:
+    """An answer without a stop token is not scored as if it had ended: TRL renders it as if it had."""
+
+    def missing_end_penalty(completion_ids: list[list[int]], **_: object) -> list[float]:
+        return [0.0 if ids and ids[-1] in STOP_TOKEN_IDS else -penalty for ids in completion_ids]
+
+    return missing_end_penalty
+
+
+def length(penalty: float) -> RewardFunction:
+    def length_penalty(completion_ids: list[list[int]], **_: object) -> list[float]:
+        return [-penalty * len(ids) for ids in completion_ids]
+
+    return length_penalty
+
+
+def checked(where: str, path: str, function: RewardFunction) -> RewardFunction:
+    """The function under its own name; what TRL would take for "cannot be scored" (None, NaN) is an error."""
+
+    def call(**arguments: object) -> list[float]:
+        values = function(**arguments)
+        num_answers = len(arguments["completions"])
+        if not isinstance(values, list) or len(values) != num_answers:
+            found = f"{len(values)} values" if isinstance(values, list) else f"{type(values).__name__}, not a list"
+            raise UserError(
+                f"{where}: reward function {path} returned {found} for {num_answers} answers; return one each"
+            )
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise UserError(
+                    f"{where}: reward function {path} returned {value!r}; return a finite number for each answer"
+                )
+        return values
+
+    call.__name__ = path.rpartition(":")[2]
+    return call
