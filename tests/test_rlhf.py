@@ -295,11 +295,25 @@ def test_a_policy_that_never_ends_is_stopped_before_the_first_step(
         run_rlhf(rlhf_recipe | {"model_name_or_path": str(model_dir), "max_completion_length": 3})
 
 
-def test_a_nan_stops_the_run_and_names_the_last_good_checkpoint(run_rlhf: Run, rlhf_recipe: Recipe) -> None:
-    with pytest.raises(
-        UserError, match=r"(loss|grad_norm|kl) is nan at step \d; the last good checkpoint is checkpoint-1"
-    ):
-        run_rlhf(rlhf_recipe | {"learning_rate": 1e30, "watch_steps": 1, "max_steps": 4, "max_grad_norm": 1e30})
+def test_weights_that_explode_stop_the_run_and_the_last_good_checkpoint_is_named(
+    run_rlhf: Run, rlhf_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second step on; the first was good."""
+
+    class Explode(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **_) -> None:
+            if state.global_step == 1:
+                optimizer.param_groups[0]["lr"] = 3e38
+
+    run = rlhf.run
+
+    def explode_and_run(*arguments: object, **further: object) -> None:
+        arguments[3].add_callback(Explode())
+        run(*arguments, **further)
+
+    monkeypatch.setattr(rlhf, "run", explode_and_run)
+    with pytest.raises(UserError, match=r"weights are NaN or infinite at step 2; the last good .* is checkpoint-1 in"):
+        run_rlhf(rlhf_recipe | {"watch_steps": 1, "max_steps": 4})
 
 
 def test_distinctness_counts_answers_and_pairs_of_tokens() -> None:

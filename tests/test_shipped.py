@@ -38,7 +38,6 @@ def test_a_shipped_recipe_passes_its_own_stage(path: Path) -> None:
     classes, refused = STAGES[stage]
     assert values["output_dir"] == f"runs/{path.parent.name}/{path.stem}"
     on_cpu = {} if stage == "synthesize" else {"use_cpu": True}
-    built = recipe.build(str(path), values | on_cpu, classes, gemma.REFUSED_KEYS | refused)
     arguments = ["--config", str(path), *(f"--{key}=true" for key in on_cpu)]
     implied = {"implied": rlhf.implied} if stage == "rlhf" else {}
     if stage != "synthesize" and values["dtype"] == "bfloat16" and not values.get("use_peft"):
@@ -47,6 +46,7 @@ def test_a_shipped_recipe_passes_its_own_stage(path: Path) -> None:
     else:
         training.parse(stage, arguments, classes, refused, **implied)
     if stage == "distill":
+        built = recipe.build(str(path), values | on_cpu, classes, gemma.REFUSED_KEYS | refused)
         teacher = distill.teacher_arguments(str(path), built[0], built[1], built[-1])
         assert teacher.load_in_4bit == (path.parent.name == "gemma-2-2b")
 

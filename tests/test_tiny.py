@@ -2,7 +2,7 @@
 
 import json
 import re
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from random import Random
 
@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 
+from gemma2_post.core import gemma
 from gemma2_post.core.data import check_messages
 from gemma2_post.evaluation.samples import grade, sample_answers
 from gemma2_post.tiny import data, gold, world
-from gemma2_post.tiny.pretrain import new_model, pretrain
+from gemma2_post.tiny.pretrain import VERDICTS, JudgedAnswers, learn_verdicts, new_model, pretrain
 from gemma2_post.tiny.tokenizer import train_tokenizer
 
 MODELS = Path("gemma2_post/tiny/models")
@@ -159,6 +160,44 @@ def test_pretraining_leaves_the_rows_of_control_tokens_as_they_were_drawn(tmp_pa
     drawn = new_model("base").get_input_embeddings().weight.bfloat16()
     rows = AutoModelForCausalLM.from_pretrained(tmp_path / "base").get_input_embeddings().weight
     assert torch.equal(rows[3:108], drawn[3:108]) and not torch.equal(rows[108:], drawn[108:])
+
+
+def test_judged_answers_differ_in_one_word_and_the_loss_is_on_verdicts_and_examples(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    rows = list(islice(JudgedAnswers(tokenizer, held_out=False, seed=1), 200))
+    for right, wrong in zip(rows[::2], rows[1::2], strict=True):
+        verdicts = [tokenizer.convert_ids_to_tokens(row["labels"][-1]) for row in (right, wrong)]
+        assert verdicts == [VERDICTS[True], VERDICTS[False]]
+        assert all(row["input_ids"][-1] == row["labels"][-1] for row in (right, wrong))
+        assert [label for label in wrong["labels"] if label != -100] == wrong["labels"][-1:]
+        taught = [label for label in right["labels"][:-1] if label != -100]
+        is_friendly = any(opening in tokenizer.decode(right["input_ids"]) for opening in world.FRIENDLY_OPENINGS)
+        assert not taught or (is_friendly and taught[-1] == gemma.END_OF_TURN)
+    assert 10 < sum(len(set(row["labels"])) > 2 for row in rows) < 50
+
+
+def test_wrong_answers_in_pretraining_may_be_any_word_of_their_kind() -> None:
+    """If they were training words only, a held-out word would always be right."""
+    assert world.wrong_words("city", None) == world.KINDS["city"]
+    assert len(world.wrong_words("city", False)) < len(world.KINDS["city"])
+
+
+def test_the_shipped_teacher_tells_right_from_wrong_on_held_out_content(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = AutoModelForCausalLM.from_pretrained(MODELS / "teacher", dtype=torch.float32)
+    rows = list(islice(JudgedAnswers(tokenizer, held_out=True, seed=7), 240))
+    hits = 0
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.tensor([row["input_ids"][:-1]])
+            hits += int(model(ids).logits[0, -1].argmax()) == row["labels"][-1]
+    assert hits / len(rows) > 0.95
+
+
+def test_reading_verdicts_writes_a_model_and_its_curve(tmp_path: Path) -> None:
+    learn_verdicts(MODELS / "teacher", tmp_path / "teacher", max_steps=2)
+    assert json.loads((tmp_path / "teacher" / "verdicts_log.json").read_text())[-1]["step"] == 2
+    AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
 
 
 def greedy_metrics(name: str, tokenizer: PreTrainedTokenizerBase, num_rows: int) -> dict[str, float]:

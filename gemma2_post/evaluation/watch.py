@@ -105,6 +105,9 @@ class Watch(TrainerCallback):
                 )
 
     def on_step_end(self, args, state, control, **_) -> None:
+        if not _are_finite(self.trainer.model):  # sampling from such a policy fails before anything is logged
+            step = state.global_step
+            raise UserError(f"{self.where}: weights are NaN or infinite at step {step}; {self._what_is_left()}")
         if state.global_step % self.args.watch_steps and state.global_step < state.max_steps:
             return
         metrics = self.measure()
@@ -221,6 +224,12 @@ class Watch(TrainerCallback):
             else "there is no checkpoint yet"
         )
         return f"{left} in {self.output_dir}; lower learning_rate, or raise beta"
+
+
+def _are_finite(model: torch.nn.Module) -> bool:
+    """Whether all trained weights are; of a sharded model, those of this process."""
+    trained = [getattr(each, "ds_tensor", each).detach() for each in model.parameters() if each.requires_grad]
+    return bool(torch.stack([each.sum(dtype=torch.float32) for each in trained]).isfinite().all())
 
 
 def distinctness(answers: list[Answer]) -> Metrics:
