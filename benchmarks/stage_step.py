@@ -1,9 +1,11 @@
-"""A stage against a bare script with its trainer on the same rows: tokens per second of training, run in turn.
+"""A stage against a bare script with its trainer on the same rows: steps per second of training, run in turn.
 
     python benchmarks/stage_step.py sft       # six pairs on recipes/tiny/sft.yaml; prints both and the ratios
     python benchmarks/stage_step.py distill   # the same with recipes/tiny/distill.yaml; needs runs/tiny/sft
+    python benchmarks/stage_step.py rlhf      # recipes/tiny/rlhf.yaml; needs runs/tiny/sft and runs/tiny/reward
 
-Both train the same weights with the same batches; neither evaluates or saves while it is timed.
+Both train the same weights with the same batches; neither evaluates or saves while it is timed, but for one answer to
+one prompt at the end of rlhf. There the stage also updates its anchor, which the bare script leaves where it is.
 """
 
 import argparse
@@ -17,21 +19,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trl import DistillationTrainer, SFTTrainer
+    from trl import DistillationTrainer, RLOOTrainer, SFTTrainer
 
+REWARD_MODEL = "runs/tiny/reward"
 STUDENT, TEACHER = "runs/tiny/sft", "gemma2_post/tiny/models/teacher"
 
 
 def stage(name: str, max_steps: int, directory: Path) -> float:
-    """Tokens per second of `python -m gemma2_post.NAME`, as it reports them itself."""
+    """Steps per second of `python -m gemma2_post.NAME`, from the tokens per second that it reports itself."""
     values = {"output_dir": directory / "stage", "max_steps": max_steps, "save_strategy": "no", "num_samples": 1}
+    if name == "rlhf":
+        values |= {"watch_steps": max_steps, "normalize_rewards": False, "missing_end_penalty": 0}
     command = [sys.executable, "-m", f"gemma2_post.{name}", "--config", f"recipes/tiny/{name}.yaml"]
     subprocess.run([*command, *(f"--{key}={value}" for key, value in values.items())], check=True, capture_output=True)
-    return json.loads((directory / "stage" / "metrics.json").read_text())["tokens_per_second"]
+    output = directory / "stage" / ("policy-0" if name == "rlhf" else "")
+    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    num_tokens = [entry["num_tokens"] for entry in log if "num_tokens" in entry][-1]
+    return max_steps * json.loads((output / "metrics.json").read_text())["tokens_per_second"] / num_tokens
 
 
 def bare(name: str, max_steps: int, directory: Path) -> float:
-    """Tokens per second of the scripts below, in a process of their own."""
+    """Steps per second of the scripts below, in a process of their own."""
     command = [sys.executable, __file__, name, "--bare", str(max_steps), str(directory / "bare")]
     finished = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(finished.stdout.splitlines()[-1])
@@ -120,23 +128,61 @@ def bare_distill(max_steps: int, output_dir: str) -> "DistillationTrainer":
     )
 
 
-def tokens_per_second(trainer: "SFTTrainer | DistillationTrainer") -> float:
+def bare_rlhf(max_steps: int, output_dir: str) -> "RLOOTrainer":
+    """What a user of TRL would write: no average, no penalty for cut answers."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from trl import RLOOConfig, RLOOTrainer
+
+    from gemma2_post.tiny.data import prompts
+
+    tokenizer = AutoTokenizer.from_pretrained(STUDENT)
+    return RLOOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.float32, attn_implementation="eager"),
+        reward_funcs=AutoModelForSequenceClassification.from_pretrained(
+            REWARD_MODEL, dtype=torch.float32, attn_implementation="eager"
+        ),
+        reward_processing_classes=tokenizer,
+        args=RLOOConfig(
+            output_dir,
+            use_cpu=True,
+            bf16=False,
+            max_steps=max_steps,
+            per_device_train_batch_size=64,
+            num_generations=4,
+            temperature=0.9,
+            beta=0.05,
+            learning_rate=2e-4,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=10,
+            gradient_checkpointing=False,
+            max_completion_length=48,
+            save_strategy="no",
+            report_to="none",
+            seed=0,
+        ),
+        train_dataset=Dataset.from_list(prompts("train")),
+        processing_class=tokenizer,
+    )
+
+
+def steps_per_second(trainer: "SFTTrainer | DistillationTrainer | RLOOTrainer") -> float:
     began = time.monotonic()
     trainer.train()
-    seconds = time.monotonic() - began
-    return [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry][-1] / seconds
+    return trainer.args.max_steps / (time.monotonic() - began)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["sft", "distill"])
+    parser.add_argument("stage", choices=["sft", "distill", "rlhf"])
     parser.add_argument("--pairs", type=int, default=6)
     parser.add_argument("--max_steps", type=int, default=100)
     parser.add_argument("--bare", nargs=2, metavar=("STEPS", "DIR"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.bare:
-        make_trainer = {"sft": bare_sft, "distill": bare_distill}[arguments.stage]
-        print(tokens_per_second(make_trainer(int(arguments.bare[0]), arguments.bare[1])))
+        make_trainer = {"sft": bare_sft, "distill": bare_distill, "rlhf": bare_rlhf}[arguments.stage]
+        print(steps_per_second(make_trainer(int(arguments.bare[0]), arguments.bare[1])))
         return
     pairs = []
     for i in range(arguments.pairs):
@@ -144,7 +190,7 @@ def main() -> None:
             order = (stage, bare) if i % 2 else (bare, stage)
             speeds = {run.__name__: run(arguments.stage, arguments.max_steps, Path(directory)) for run in order}
         pairs.append(speeds)
-        print(f"stage {speeds['stage']:.0f} tokens/s, bare {speeds['bare']:.0f} tokens/s", flush=True)
+        print(f"stage {speeds['stage']:.3f} steps/s, bare {speeds['bare']:.3f} steps/s", flush=True)
     ratios = [speeds["bare"] / speeds["stage"] for speeds in pairs]
     # Half of the pairs in either order, because on a shared machine whichever runs first may be the slower one.
     mean, lowest, highest = statistics.geometric_mean(ratios), min(ratios), max(ratios)

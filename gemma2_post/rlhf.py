@@ -81,12 +81,17 @@ def main(
 
     config = gemma.load_config(stage.where, model_args.model_name_or_path, model_args.model_revision)
     tokenizer = gemma.load_tokenizer(stage.where, model_args.model_name_or_path, config, model_args.model_revision)
+    score = rewards.ModelReward(stage.where, reward_args, tokenizer) if reward_args.reward_model else None
+    positions, whose = config.max_position_embeddings, "the model's"
+    if score and score.max_length < positions:  # it must not score what is longer than all that it was trained on
+        positions, whose = score.max_length, "the reward model's"
     max_prompt_length = gemma.check_prompt_length(
         stage.where,
         rlhf_args.max_prompt_length,
         "max_completion_length",
         training_args.max_completion_length,
-        config.max_position_embeddings,
+        positions,
+        whose,
     )
     check_disk(stage, stage_args, training_args, model_args, config)
     with training_args.main_process_first():
@@ -105,7 +110,6 @@ def main(
     if sample_args.num_samples < 1:
         raise UserError(f"{stage.where}: num_samples is 0, so nobody would watch the policy; write 1 or more")
     to_answer = held_out.select(range(min(sample_args.num_samples, len(held_out))))
-    score = rewards.ModelReward(stage.where, reward_args, tokenizer) if reward_args.reward_model else None
     reward_functions = rewards.load_reward_functions(stage.where, reward_args, train.column_names)
 
     training_args.disable_dropout = True

@@ -374,7 +374,14 @@ BAD = {
         "missing_end_penalty is -1, which would be a bonus",
     ),
     "no prompts": (no_prompts, "none.jsonl: the file is empty"),
-    "prompts that do not fit": (with_values(max_completion_length=600), "leaves 0 of the model's 512 positions"),
+    "answers that the reward model has not seen": (
+        with_values(max_completion_length=300),
+        "leaves 0 of the reward model's 192 positions",
+    ),
+    "prompts that do not fit": (
+        with_values(max_completion_length=600, reward_model=None, reward_functions=["gemma2_post.tiny.gold:gold"]),
+        "leaves 0 of the model's 512 positions",
+    ),
     "few prompts": (
         with_values(num_generations=2, global_batch_size=64, per_device_train_batch_size=64),
         "24 prompts are",

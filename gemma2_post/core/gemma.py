@@ -204,12 +204,18 @@ def check_length(where: str, max_length: int | None, config: Gemma2Config) -> in
 
 
 def check_prompt_length(
-    where: str, max_prompt_length: int | None, answer_key: str, longest_answer: int | None, positions: int
+    where: str,
+    max_prompt_length: int | None,
+    answer_key: str,
+    longest_answer: int | None,
+    positions: int,
+    whose: str = "the model's",
 ) -> int:
     """The longest prompt in tokens: `max_prompt_length`, or what the longest answer leaves of the model's positions.
 
     Args:
         answer_key: the recipe's key of `longest_answer`.
+        whose: the positions are, in words.
     """
     if longest_answer is None or longest_answer < 1:
         raise UserError(f"{where}: {answer_key} is {longest_answer}; write a number of tokens, 1 or more")
@@ -218,7 +224,7 @@ def check_prompt_length(
     most = positions - longest_answer
     if most < (max_prompt_length or 1):
         raise UserError(
-            f"{where}: {answer_key} {longest_answer} leaves {max(0, most)} of the model's {positions} positions for a "
+            f"{where}: {answer_key} {longest_answer} leaves {max(0, most)} of {whose} {positions} positions for a "
             f"prompt of max_prompt_length {max_prompt_length or 1}; lower one of them"
         )
     return max_prompt_length or most

@@ -63,7 +63,8 @@ class ModelReward:
 
     def __init__(self, where: str, args: RewardFunctionArguments, tokenizer: PreTrainedTokenizerBase):
         self.where, self.args, self.tokenizer = where, args, tokenizer
-        reward_model.check(where, args.reward_model, tokenizer)
+        self.max_length: int = reward_model.check(where, args.reward_model, tokenizer)["max_length"]
+        """Of the conversations that it was trained on, in tokens."""
 
     def load(self, prepare: Callable[[PreTrainedModel], torch.nn.Module]) -> None:
         self.loaded = reward_model.load(self.where, self.args.reward_model, self.tokenizer, prepare)

@@ -1,0 +1,83 @@
+"""What the anchor buys in the tiny world: an average of the policy, its start, or nothing, at several betas.
+
+    python benchmarks/anchor_front.py --runs runs/seed-0 runs/seed-1 runs/seed-2     # each with sft and reward in it
+
+Runs the RLHF stage of `recipes/tiny/rlhf.yaml` for each anchor, beta and run, and draws reward and gold over KL to the
+start, from what each run has watched. A finished run is not run again.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+COLOURS = {"ema": "tab:blue", "start": "tab:orange", "none": "tab:red"}
+STYLES = ["-", "--", ":", "-."]
+
+
+def train(run: Path, anchor: str, beta: float, seed: int, max_steps: int, output: Path) -> list[dict[str, float]]:
+    """The watched curve of one policy."""
+    folder = output / f"{anchor}-{beta:g}" / run.name
+    if not (folder / "policy-0" / "stage.json").is_file():
+        values = {
+            "model_name_or_path": run / "sft", "reward_model": run / "reward", "output_dir": folder, "anchor": anchor,
+            "beta": beta, "seed": seed, "max_steps": max_steps, "watch_steps": max_steps // 6, "kl_budget": 1000,
+        }  # fmt: skip
+        command = [sys.executable, "-m", "gemma2_post.rlhf", "--config", "recipes/tiny/rlhf.yaml"]
+        command += [f"--{key}={value}" for key, value in values.items()]
+        finished = subprocess.run(command, capture_output=True, text=True)
+        if finished.returncode:
+            raise SystemExit(f"{folder}: {finished.stderr[-2000:]}")
+    lines = (folder / "policy-0" / "watch.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def draw(curves: dict[tuple[str, float], list[list[dict[str, float]]]], path: Path) -> None:
+    """The mean over the runs at each watched step, with every single run behind it."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    betas = sorted({beta for _, beta in curves})
+    for axes, name in zip(figure.subplots(1, 2), ("reward", "gold"), strict=True):
+        for (anchor, beta), runs in curves.items():
+            look = {"color": COLOURS[anchor], "linestyle": STYLES[betas.index(beta) % len(STYLES)]}
+            for run in runs:
+                axes.plot([e["kl_to_start"] for e in run], [e[name] for e in run], alpha=0.2, linewidth=0.8, **look)
+            steps = list(zip(*runs, strict=True))
+            axes.plot(
+                [statistics.mean(e["kl_to_start"] for e in step) for step in steps],
+                [statistics.mean(e[name] for e in step) for step in steps],
+                label="no anchor" if anchor == "none" else f"{anchor}, beta {beta:g}",
+                marker=".",
+                **look,
+            )
+        axes.set(xlabel="KL to the start, nats per answer", ylabel=name)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, nargs="+", required=True)
+    parser.add_argument("--betas", type=float, nargs="+", default=[0.1, 1.0])
+    parser.add_argument("--max_steps", type=int, default=60)
+    parser.add_argument("--output", type=Path, default=Path("runs/anchor-front"))
+    arguments = parser.parse_args()
+    settings = [(anchor, beta) for beta in arguments.betas for anchor in ("ema", "start")]
+    curves = {
+        (anchor, beta): [
+            train(run, anchor, beta, seed, arguments.max_steps, arguments.output)
+            for seed, run in enumerate(arguments.runs)
+        ]
+        for anchor, beta in [*settings, ("none", 0.0)]
+    }
+    for (anchor, beta), runs in curves.items():
+        ends = {name: [run[-1][name] for run in runs] for name in ("kl_to_start", "reward", "gold")}
+        print(f"{anchor} {beta:g}: " + ", ".join(f"{n} {statistics.mean(v):.3f} {v}" for n, v in ends.items()))
+    draw(curves, arguments.output / "front.png")
+
+
+if __name__ == "__main__":
+    main()
