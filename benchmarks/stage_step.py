@@ -27,9 +27,11 @@ STUDENT, TEACHER = "runs/tiny/sft", "gemma2_post/tiny/models/teacher"
 
 def stage(name: str, max_steps: int, directory: Path) -> float:
     """Steps per second of `python -m gemma2_post.NAME`, from the tokens per second that it reports itself."""
-    values = {"output_dir": directory / "stage", "max_steps": max_steps, "save_strategy": "no", "num_samples": 1}
+    values = {"output_dir": directory / "stage", "max_steps": max_steps, "num_samples": 1}
     if name == "rlhf":
         values |= {"watch_steps": max_steps, "normalize_rewards": False, "missing_end_penalty": 0}
+    else:
+        values["save_strategy"] = "no"
     command = [sys.executable, "-m", f"gemma2_post.{name}", "--config", f"recipes/tiny/{name}.yaml"]
     subprocess.run([*command, *(f"--{key}={value}" for key, value in values.items())], check=True, capture_output=True)
     output = directory / "stage" / ("policy-0" if name == "rlhf" else "")

@@ -23,7 +23,7 @@ from trl.models.utils import prepare_deepspeed
 from gemma2_post.core import data, gemma, rewards
 from gemma2_post.core.data import DataArguments
 from gemma2_post.core.errors import UserError
-from gemma2_post.core.rewards import RewardFunctionArguments
+from gemma2_post.core.rewards import RewardFunction, RewardFunctionArguments
 from gemma2_post.core.shards import write_shards
 from gemma2_post.core.training import TRAINER_FILE, Stage, StageArguments, check_disk, launch, run
 from gemma2_post.evaluation.samples import SampleArguments, load_graders
@@ -45,6 +45,9 @@ REFUSED_KEYS = {
     "steps_per_generation": "answers are generated for one step at a time; remove it",
     "disable_dropout": "dropout is always off, so that what is sampled is what is trained; remove it",
     "use_transformers_continuous_batching": "it rounds fp32 weights to bf16 in place; remove it",
+    "num_iterations": "each answer is learned from once, as in REINFORCE; remove it",
+    "save_steps": "a checkpoint is written at each measurement under the budget; set watch_steps",
+    "save_strategy": "a checkpoint is written at each measurement under the budget; set watch_steps",
     "chat_template_kwargs": "the Gemma 2 chat format is set for you; remove it",
     "remove_unused_columns": "the columns go to the reward functions; remove it",
     "model_init_kwargs": "the model's keys are dtype, attn_implementation, ...; remove it",
@@ -75,7 +78,7 @@ def main(
     watch_args: WatchArguments,
     rlhf_args: RlhfArguments,
 ) -> None:
-    check_arguments(stage.where, training_args, model_args, rlhf_args)
+    check_arguments(stage.where, training_args, watch_args, rlhf_args)
     # Imported here: who has made a mistake in a recipe should not have to wait for it.
     from trl import RLOOTrainer
 
@@ -93,7 +96,7 @@ def main(
         positions,
         whose,
     )
-    check_disk(stage, stage_args, training_args, model_args, config)
+    check_disk(stage, stage_args, training_args, model_args, config, further_weights=rlhf_args.anchor == "ema")
     with training_args.main_process_first():
         train, held_out = data.split_held_out(stage.where, data_args, training_args.seed, data.load_prompts)
         train, held_out = (
@@ -110,13 +113,21 @@ def main(
     if sample_args.num_samples < 1:
         raise UserError(f"{stage.where}: num_samples is 0, so nobody would watch the policy; write 1 or more")
     to_answer = held_out.select(range(min(sample_args.num_samples, len(held_out))))
-    reward_functions = rewards.load_reward_functions(stage.where, reward_args, train.column_names)
+    reward_functions: list[RewardFunction] = [score] if score else []
+    reward_functions += rewards.load_reward_functions(stage.where, reward_args, train.column_names)
+    names = [function.__name__ for function in reward_functions]
+    if training_args.reward_weights and len(training_args.reward_weights) != len(names):
+        raise UserError(
+            f"{stage.where}: reward_weights has {len(training_args.reward_weights)} values for {len(names)} rewards "
+            f"({', '.join(names)}); give one for each"
+        )
 
     training_args.disable_dropout = True
+    training_args.save_strategy = "no"  # the watch says when
     training_args.seed += SEEDS_APART * rlhf_args.policy  # the held-out prompts are the same for all
     trainer = RLOOTrainer(
         model=load_policy(stage.where, training_args, model_args),
-        reward_funcs=[score, *reward_functions] if score else reward_functions,
+        reward_funcs=reward_functions,
         args=training_args,
         train_dataset=train,
         processing_class=tokenizer,
@@ -158,7 +169,9 @@ def main(
     )
 
 
-def check_arguments(where: str, training_args: RLOOConfig, model_args: ModelConfig, rlhf_args: RlhfArguments) -> None:
+def check_arguments(
+    where: str, training_args: RLOOConfig, watch_args: WatchArguments, rlhf_args: RlhfArguments
+) -> None:
     """Refuses what cannot work or is not what it seems."""
     if training_args.use_vllm and not is_vllm_available():
         raise UserError(f"{where}: use_vllm is true, but vLLM is not installed; pip install 'trl[vllm]'")
@@ -174,6 +187,15 @@ def check_arguments(where: str, training_args: RLOOConfig, model_args: ModelConf
         raise UserError(f"{where}: beta is {training_args.beta:g}, which would reward going away; write 0 or more")
     if not 0 < rlhf_args.anchor_mu <= 1:
         raise UserError(f"{where}: anchor_mu is {rlhf_args.anchor_mu:g}; write a number above 0, at most 1")
+    if watch_args.watch_steps < 1:
+        raise UserError(f"{where}: watch_steps is {watch_args.watch_steps}; write 1 or more")
+    if watch_args.kl_budget is not None and not watch_args.kl_budget > 0:
+        raise UserError(f"{where}: kl_budget is {watch_args.kl_budget:g} nats; write a number above 0, or remove it")
+    if training_args.save_total_limit is not None and training_args.save_total_limit < 2:
+        raise UserError(
+            f"{where}: save_total_limit is {training_args.save_total_limit}, but the last checkpoint is needed until "
+            "the next one is complete; write 2 or more"
+        )
     if rlhf_args.policy < 0:
         raise UserError(f"{where}: policy is {rlhf_args.policy}; write 0, 1, ...")
     if not training_args.ds3_gather_for_generation:
@@ -212,7 +234,7 @@ def prepare_frozen(trainer: "RLOOTrainer", model: PreTrainedModel) -> torch.nn.M
     model.requires_grad_(False)
     if trainer.is_deepspeed_enabled:
         return prepare_deepspeed(model, trainer.accelerator)
-    return model.to(trainer.accelerator.device).eval()
+    return trainer.accelerator.prepare_model(model, evaluation_mode=True).eval()  # computes in the policy's type
 
 
 def save_anchor(stage: Stage, trainer: "RLOOTrainer", anchor: EmaAnchor, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -184,7 +184,8 @@ def reward_model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTra
 @pytest.fixture
 def rlhf_recipe(recipe: dict[str, object], tmp_path: Path, reward_model_dir: Path) -> dict[str, object]:
     """A policy that ends its turns and a reward model without a clue; four groups of two answers a step."""
-    return {key: value for key, value in recipe.items() if key not in ("max_length", "max_new_tokens")} | {
+    others = ("max_length", "max_new_tokens", "save_strategy")
+    return {key: value for key, value in recipe.items() if key not in others} | {
         "model_name_or_path": TEACHER,
         "reward_model": str(reward_model_dir),
         "datasets": [{"path": str(write_prompts(tmp_path / "prompts.jsonl", "train", 24))}],

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerC
 from trl import RLOOTrainer
 
 from gemma2_post import rlhf
-from gemma2_post.core import gemma, rewards
+from gemma2_post.core import contract, gemma, rewards
 from gemma2_post.core.errors import UserError
 from gemma2_post.core.training import launch
 from gemma2_post.evaluation.samples import Answer
@@ -151,7 +151,7 @@ def test_a_policy_that_is_not_its_reference_is_stopped_at_the_first_step(
 def test_resumed_equals_uninterrupted_anchor_included(
     method: Recipe, run_rlhf: Run, rlhf_recipe: Recipe, tmp_path: Path, trajectories: list[Trajectory]
 ) -> None:
-    values = rlhf_recipe | method | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    values = rlhf_recipe | method | {"max_steps": 4, "watch_steps": 2}
     whole = run_rlhf(values | {"output_dir": str(tmp_path / "whole")})
     resumed = tmp_path / "resumed" / "policy-0"
     shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
@@ -169,6 +169,14 @@ def test_resumed_equals_uninterrupted_anchor_included(
     assert relative_error(second, average(trajectories[0].points, 0.3)) < 1e-6
 
 
+def test_in_bf16_the_start_is_computed_as_the_policy_is(
+    run_rlhf: Run, rlhf_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else rounding alone would be a distance, and count against the budget."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert metrics_of(run_rlhf(rlhf_recipe | {"bf16": True}))["kl_to_start_before"] == pytest.approx(0.0, abs=1e-6)
+
+
 # --- policies ---
 
 
@@ -180,6 +188,8 @@ def test_policies_differ_by_seed_and_order_of_prompts_and_write_their_own_folder
     assert not same_weights(first, second)
     recipes = [json.loads((output / "stage.json").read_text())["fingerprint"]["recipe"] for output in (first, second)]
     assert recipes[0] | {"policy": 1} == recipes[1]
+    for policy in ({}, {"policy": 0}):  # policy 0 is what a recipe without one makes
+        assert contract.fingerprint("rlhf", rlhf_recipe | policy) == contract.fingerprint("rlhf", rlhf_recipe)
 
 
 def test_a_policy_with_adapters_is_its_base_plus_the_exact_adapter_in_fp32(run_rlhf: Run, rlhf_recipe: Recipe) -> None:
@@ -347,6 +357,13 @@ def no_prompts(recipe: Recipe, folder: Path) -> Recipe:
     return recipe | {"datasets": [{"path": str(write_prompts(folder / "none.jsonl", "train", 0))}]}
 
 
+def no_spread(recipe: Recipe, folder: Path) -> Recipe:
+    copied = shutil.copytree(recipe["reward_model"], folder / "constant")
+    sealed = json.loads((copied / "reward_model.json").read_text())
+    (copied / "reward_model.json").write_text(json.dumps(sealed | {"spread": 0.0}))
+    return recipe | {"reward_model": str(copied)}
+
+
 def other_tokenizer(recipe: Recipe, folder: Path) -> Recipe:
     return with_model(swap_two_tokens)(recipe, folder)
 
@@ -390,6 +407,15 @@ BAD = {
         with_values(reward_functions=["gemma2_post.tiny.gold:gold"], columns=["skill"]),
         "gemma2_post.tiny.gold:gold cannot be called with completions and the columns",
     ),
+    "no steps between": (with_values(watch_steps=0), "watch_steps is 0; write 1 or more"),
+    "no budget": (with_values(kl_budget=0.0), "kl_budget is 0 nats; write a number above 0"),
+    "one checkpoint": (with_values(save_total_limit=1), "save_total_limit is 1, but the last checkpoint is needed"),
+    "own checkpoints": (with_values(save_steps=10), "save_steps must not be set: a checkpoint is written at each"),
+    "weights of rewards": (
+        with_values(reward_weights=[1.0]),
+        "1 values for 2 rewards (reward_model, missing_end_penalty)",
+    ),
+    "no spread": (no_spread, "recorded a spread of 0, by which nothing can be normalised"),
     "no watching": (with_values(num_samples=0), "num_samples is 0, so nobody would watch the policy"),
 }
 

@@ -23,6 +23,8 @@ Run = Callable[[dict[str, object]], Path]
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "dtype": "bfloat16", "learning_rate": 1e-2}
 QLORA = LORA | {"load_in_4bit": True}
+BUDGET = 0.5
+"""Nats that a step at this learning rate does not take, and four do."""
 CASES = {"ZeRO-3, full": (3, {}), "ZeRO-3, LoRA": (3, LORA), "ZeRO-2, full": (2, {}), "DDP, QLoRA": (0, QLORA)}
 
 
@@ -212,3 +214,39 @@ def test_the_anchor_of_two_processes_is_the_closed_form_of_the_average(
     if not method:  # the policy is saved in fp32, too, from the masters
         masters = record["points"][-1]
         assert saved.keys() == masters.keys() and all(torch.equal(saved[name], masters[name]) for name in saved)
+
+
+def sharded_rlhf(recipe: dict[str, object], **values: object) -> dict[str, object]:
+    small = {"bf16": True, "per_device_train_batch_size": 4, "max_completion_length": 8, "anchor_mu": 0.2}
+    return recipe | small | values
+
+
+def test_an_interrupted_run_under_zero_3_goes_on_with_its_anchor(
+    rlhf_recipe: dict[str, object], tmp_path: Path
+) -> None:
+    values = sharded_rlhf(rlhf_recipe, max_steps=3, watch_steps=2, learning_rate=1e-3)
+    whole = in_two_processes("gemma2_post.rlhf", 3, values, tmp_path) / "policy-0"
+    resumed = tmp_path / "again" / "sharded" / "policy-0"
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    for file in ("before.json", "watch.jsonl"):
+        shutil.copy(whole / file, resumed / file)
+    begun = json.loads((whole / "stage.json").read_text())["fingerprint"]
+    (resumed / "begun.json").write_text(json.dumps({"fingerprint": begun}))
+    in_two_processes("gemma2_post.rlhf", 3, values, tmp_path / "again")
+    for part in ("", "anchor"):
+        first, second = (load_file(path / part / "model.safetensors") for path in (whole, resumed))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert [json.loads(line)["step"] for line in (resumed / "watch.jsonl").read_text().splitlines()] == [0, 2, 3]
+
+
+def test_an_adapter_under_zero_3_goes_back_when_its_budget_is_passed(
+    rlhf_recipe: dict[str, object], tmp_path: Path
+) -> None:
+    values = sharded_rlhf(rlhf_recipe, **LORA, max_steps=4, watch_steps=1, kl_budget=BUDGET)
+    output = in_two_processes("gemma2_post.rlhf", 3, values, tmp_path) / "policy-0"
+    curve = [json.loads(line) for line in (output / "watch.jsonl").read_text().splitlines()]
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert 1 <= metrics["kept_step"] == curve[-1]["step"] < 4 and metrics["kl_to_start"] == curve[-1]["kl_to_start"]
+    kept = load_file(output / f"checkpoint-{metrics['kept_step']}" / "adapter_model.safetensors")
+    saved = load_file(output / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(saved[name].bfloat16(), kept[name].bfloat16()) for name in saved)

@@ -37,6 +37,8 @@ _FURTHER_ROOMS = {"rlhf": ["weights"]}
 def fingerprint(stage: str, recipe: dict[str, object]) -> dict[str, dict[str, object]]:
     """What the output of a stage depends on: the recipe's keys, the content of its inputs, the code, the versions."""
     recipe = {key: value for key, value in sorted(recipe.items()) if key not in _KEYS_WITHOUT_EFFECT}
+    if recipe.get("policy") == 0:
+        del recipe["policy"]  # which is the one that no recipe names
     digests = {path: _input_digest(path) for path in _input_paths(recipe)}
     rooms = ["core", "evaluation", *_FURTHER_ROOMS.get(stage, [])]
     code = [_PACKAGE / f"{stage}.py", *(file for room in rooms for file in _files(_PACKAGE / room))]

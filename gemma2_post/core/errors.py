@@ -15,11 +15,18 @@ class UserError(Exception):
     """Something that the user can put right; the message says where, what was found, and what to do."""
 
 
+class OneProcessError(UserError):
+    """One that a single process may meet, because it depends on that process's rows or weights; it is the one to say
+    so. The launcher ends the others."""
+
+
 @contextmanager
 def reported() -> Iterator[None]:
     """Turns a `UserError`, and a full disk, into one sentence (from one process a machine) and exit status 2."""
     try:
         yield
+    except OneProcessError as error:
+        _exit(str(error), is_alone=True)
     except UserError as error:
         _exit(str(error))
     except Exception as error:
@@ -39,8 +46,8 @@ def _is_full_disk(error: BaseException | None) -> bool:
     return False
 
 
-def _exit(message: str) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def _exit(message: str, is_alone: bool = False) -> None:
+    if is_alone or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)
         if EXIT_STATUS_FILE in os.environ:
             Path(os.environ[EXIT_STATUS_FILE]).write_text("2")

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gemma2_post.core import data, reward_model
 from gemma2_post.core.data import Message
-from gemma2_post.core.errors import UserError
+from gemma2_post.core.errors import OneProcessError, UserError
 from gemma2_post.core.gemma import STOP_TOKEN_IDS
 
 RewardFunction = Callable[..., list[float]]
@@ -63,7 +63,13 @@ class ModelReward:
 
     def __init__(self, where: str, args: RewardFunctionArguments, tokenizer: PreTrainedTokenizerBase):
         self.where, self.args, self.tokenizer = where, args, tokenizer
-        self.max_length: int = reward_model.check(where, args.reward_model, tokenizer)["max_length"]
+        sealed = reward_model.check(where, args.reward_model, tokenizer)
+        if args.normalize_rewards and not sealed["spread"] > 0:
+            raise UserError(
+                f"{where}: {args.reward_model} recorded a spread of {sealed['spread']:g}, by which nothing can be "
+                "normalised; write normalize_rewards: false, or train it again with more num_samples"
+            )
+        self.max_length: int = sealed["max_length"]
         """Of the conversations that it was trained on, in tokens."""
 
     def load(self, prepare: Callable[[PreTrainedModel], torch.nn.Module]) -> None:
@@ -73,7 +79,9 @@ class ModelReward:
         conversations = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
         scores = reward_model.score(self.loaded.model, self.tokenizer, conversations, self.args.reward_batch_size)
         if not all(map(math.isfinite, scores)):
-            raise UserError(f"{self.where}: reward_model {self.args.reward_model} gives scores that are no numbers")
+            raise OneProcessError(
+                f"{self.where}: reward_model {self.args.reward_model} gives scores that are no numbers"
+            )
         if self.args.normalize_rewards:
             scores = [(score - self.loaded.mean) / self.loaded.spread for score in scores]
         return scores
@@ -103,12 +111,12 @@ def checked(where: str, path: str, function: RewardFunction) -> RewardFunction:
         num_answers = len(arguments["completions"])
         if not isinstance(values, list) or len(values) != num_answers:
             found = f"{len(values)} values" if isinstance(values, list) else f"{type(values).__name__}, not a list"
-            raise UserError(
+            raise OneProcessError(
                 f"{where}: reward function {path} returned {found} for {num_answers} answers; return one each"
             )
         for value in values:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise UserError(
+                raise OneProcessError(
                     f"{where}: reward function {path} returned {value!r}; return a finite number for each answer"
                 )
         return values

@@ -142,14 +142,19 @@ def check_disk(
     training_args: TrainingArguments,
     model_args: ModelConfig,
     config: Gemma2Config,
+    further_weights: int = 0,
 ) -> None:
     """Refuses to begin when the output, and in full fine-tuning two checkpoints, cannot fit.
 
     A checkpoint holds fp32 weights and both moments of Adam, 12 bytes a parameter, and stays until the next one is
     written. Those of adapters are small.
+
+    Args:
+        further_weights: how many more of fp32 there are, in the output and in each checkpoint.
     """
     checkpoints = 0 if model_args.use_peft or training_args.save_strategy == "no" else 2
     bytes_each = getattr(torch, stage_args.save_dtype).itemsize + 12 * checkpoints
+    bytes_each += 0 if model_args.use_peft else 4 * further_weights * (1 + checkpoints)
     num_bytes = gemma.num_parameters(config) * bytes_each
     existing = next(parent for parent in [stage.output_dir, *stage.output_dir.absolute().parents] if parent.exists())
     free = shutil.disk_usage(existing).free

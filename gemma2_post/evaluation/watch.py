@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from trl.trainer.utils import use_adapter
 
 from gemma2_post.core import contract
-from gemma2_post.core.errors import UserError
+from gemma2_post.core.errors import OneProcessError, UserError
 from gemma2_post.evaluation.divergence import measure_divergence
 from gemma2_post.evaluation.samples import Answer, Grader, gather_rows, grade, sample_held_out, share_of
 
@@ -99,7 +100,8 @@ class Watch(TrainerCallback):
 
     def on_log(self, args, state, control, logs, **_) -> None:
         for name in ("loss", "grad_norm", "reward", "kl"):
-            if not math.isfinite(logs.get(name) or 0.0):
+            value = logs.get(name, 0.0)
+            if value is None or not math.isfinite(value):  # TRL logs None for what is always NaN
                 raise UserError(
                     f"{self.where}: {name} is {logs[name]} at step {state.global_step}; {self._what_is_left()}"
                 )
@@ -107,7 +109,7 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, **_) -> None:
         if not _are_finite(self.trainer.model):  # sampling from such a policy fails before anything is logged
             step = state.global_step
-            raise UserError(f"{self.where}: weights are NaN or infinite at step {step}; {self._what_is_left()}")
+            raise OneProcessError(f"{self.where}: weights are NaN or infinite at step {step}; {self._what_is_left()}")
         if state.global_step % self.args.watch_steps and state.global_step < state.max_steps:
             return
         metrics = self.measure()
@@ -135,7 +137,10 @@ class Watch(TrainerCallback):
             self.curve.append({"step": step} | metrics)
             if self.trainer.is_world_process_zero():
                 self._write(step, answers, rewards)
-            if metrics["stop_rate"] == 0 or (len(answers) > 1 and len({answer.text for answer in answers}) == 1):
+            for name, value in metrics.items():
+                if not math.isfinite(value):
+                    raise UserError(f"{self.where}: {name} is {value} at step {step}; {self._what_is_left()}")
+            if len(answers) > 1 and (metrics["stop_rate"] == 0 or len({answer.text for answer in answers}) == 1):
                 what = "none of its answers ends" if metrics["stop_rate"] == 0 else "all its answers are the same"
                 raise UserError(
                     f"{self.where}: the policy has collapsed at step {step}: {what}; {self._what_is_left()}"
@@ -164,11 +169,14 @@ class Watch(TrainerCallback):
         """What training would reward the answers with, by reward function, and `reward`, their weighted sum."""
         mine = share_of(len(answers), self.trainer.accelerator)
         columns = {name: [self.rows[name][i] for i in mine] for name in self.rows.column_names if name != "prompt"}
+        texts = [
+            self.tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers
+        ]  # as TRL does
         by_function = {}
         for name, function in zip(self.trainer.reward_func_names, self.trainer.reward_funcs, strict=True):
             values = function(
                 prompts=[self.rows["prompt"][i] for i in mine],
-                completions=[[{"role": "assistant", "content": answers[i].text}] for i in mine],
+                completions=[[{"role": "assistant", "content": texts[i]}] for i in mine],
                 completion_ids=[answers[i].token_ids for i in mine],
                 trainer_state=self.trainer.state,
                 log_extra=lambda *_: None,
@@ -208,7 +216,9 @@ class Watch(TrainerCallback):
         self.kept_step = under[-1]
         checkpoint = self.output_dir / f"checkpoint-{self.kept_step}"
         if self.trainer.is_deepspeed_enabled:
-            deepspeed_load_checkpoint(self.trainer.model_wrapped, str(checkpoint))
+            is_adapter = isinstance(self.trainer.accelerator.unwrap_model(self.trainer.model), PeftModel)
+            # A checkpoint of an adapter holds no frozen weights.
+            deepspeed_load_checkpoint(self.trainer.model_wrapped, str(checkpoint), load_module_strict=not is_adapter)
         else:
             self.trainer._load_from_checkpoint(str(checkpoint))
         self.restore_anchor(checkpoint)

@@ -225,11 +225,13 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=list(SHAPES), metavar="base|teacher")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/pretrain"))
     arguments = parser.parse_args()
+    pretrained = arguments.output_dir / "pretrained"
     if "base" in arguments.names:
         pretrain("base", arguments.output_dir / "base")
     if "teacher" in arguments.names:
-        pretrain("teacher", arguments.output_dir / "pretrained")
-        teach(arguments.output_dir / "pretrained", arguments.output_dir / "taught")
+        if not (pretrained / "pretrain_log.json").is_file():
+            pretrain("teacher", pretrained)
+        teach(pretrained, arguments.output_dir / "taught")
         learn_verdicts(arguments.output_dir / "taught", arguments.output_dir / "teacher")
 
 
