@@ -43,7 +43,7 @@ def in_two_processes(module: str, zero_stage: int, values: dict[str, object], fo
     command += ["-m", module, "--config", str(folder / "sharded.yaml")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.returncode == 0, finished.stderr[-6000:]
     return output
 
 
@@ -246,7 +246,9 @@ def test_an_adapter_under_zero_3_goes_back_when_its_budget_is_passed(
     output = in_two_processes("gemma2_post.rlhf", 3, values, tmp_path) / "policy-0"
     curve = [json.loads(line) for line in (output / "watch.jsonl").read_text().splitlines()]
     metrics = json.loads((output / "metrics.json").read_text())
-    assert 1 <= metrics["kept_step"] == curve[-1]["step"] < 4 and metrics["kl_to_start"] == curve[-1]["kl_to_start"]
-    kept = load_file(output / f"checkpoint-{metrics['kept_step']}" / "adapter_model.safetensors")
+    *_, kept, passed = curve  # what was too far is told, too
+    assert 1 <= metrics["kept_step"] == kept["step"] and metrics["kl_to_start"] == kept["kl_to_start"]
+    assert kept["kl_to_start"] < BUDGET < passed["kl_to_start"]
+    checkpoint = load_file(output / f"checkpoint-{kept['step']}" / "adapter_model.safetensors")
     saved = load_file(output / "adapter" / "adapter_model.safetensors")
-    assert all(torch.equal(saved[name].bfloat16(), kept[name].bfloat16()) for name in saved)
+    assert all(torch.equal(saved[name].bfloat16(), checkpoint[name].bfloat16()) for name in saved)

@@ -70,7 +70,8 @@ class EmaAnchor(TrainerCallback):
                 f"{self.where}: {checkpoint} holds no anchor of process {self.trainer.accelerator.process_index}; go "
                 "on with as many processes as began"
             )
-        saved = load_file(self._part(checkpoint), device=str(self.trainer.accelerator.device))
+        device = self.trainer.accelerator.device  # which safetensors does not know as "cpu:0"
+        saved = {name: each.to(device) for name, each in load_file(self._part(checkpoint)).items()}
         if {name: each.shape for name, each in saved.items()} != {
             name: _local_fp32(each.policy).shape for name, each in self.tracked.items()
         }:
