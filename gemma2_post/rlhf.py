@@ -213,7 +213,10 @@ def implied(where: str, values: dict[str, object]) -> dict[str, object]:
         )
     if isinstance(batch, int) and batch % group:
         raise UserError(f"{where}: global_batch_size {batch} does not divide by num_generations {group}; change one")
-    return {"generation_batch_size": batch, "output_dir": f"{values['output_dir']}/policy-{values.get('policy', 0)}"}
+    keys = {"generation_batch_size": batch}
+    if values.get("output_dir"):
+        keys["output_dir"] = f"{values['output_dir']}/policy-{values.get('policy', 0)}"
+    return keys
 
 
 def load_policy(where: str, training_args: RLOOConfig, model_args: ModelConfig) -> PreTrainedModel | PeftModel:

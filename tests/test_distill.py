@@ -201,7 +201,8 @@ def test_full_fine_tuning_comes_nearer_to_the_teacher_and_writes_every_measure(
         "peak_memory_gb",
     }
     for name in ("kl_student_teacher", "kl_teacher_student"):
-        assert metrics[name] < metrics[f"{name}_before"]
+        # Of whole answers it grows at first: this teacher never ends, so its student's answers become longer.
+        assert metrics[f"{name}_per_token"] < 0.95 * metrics[f"{name}_per_token_before"]
         for when in ("", "_before"):  # the stop token is one of the tokens here, not so in mean_tokens
             num_tokens = metrics[f"mean_tokens{when}"] + metrics[f"stop_rate{when}"]
             assert metrics[f"{name}{when}"] == pytest.approx(metrics[f"{name}_per_token{when}"] * num_tokens)
@@ -219,7 +220,7 @@ def test_full_fine_tuning_comes_nearer_to_the_teacher_and_writes_every_measure(
 def test_the_teachers_grade_is_measured_and_the_closed_part_of_the_gap(
     run_distill: Run, distill_recipe: Recipe
 ) -> None:
-    changes = {"graders": ["gemma2_post.tiny.gold:gold"], "group_by": "skill", "learning_rate": 3e-3, "max_steps": 6}
+    changes = {"graders": ["gemma2_post.tiny.gold:gold"], "group_by": "skill", "learning_rate": 3e-3, "max_steps": 3}
     metrics = metrics_of(run_distill(distill_recipe | changes))
     before, after, teacher = (metrics[name] for name in ("gold_before", "gold", "teacher_gold"))
     assert len({before, after, teacher}) == 3
@@ -248,7 +249,7 @@ def test_qlora_on_the_teachers_own_weights_is_at_distance_zero_if_the_teacher_is
     changes = {"teacher_model_name_or_path": TEACHER, "teacher_dtype": "bfloat16"}
     output = run_distill(distill_recipe | QLORA | changes | {"teacher_load_in_4bit": teacher_load_in_4bit})
     distance = metrics_of(output)["kl_student_teacher_per_token_before"]
-    assert distance == pytest.approx(0, abs=1e-6) if teacher_load_in_4bit else distance > 1e-4
+    assert distance == pytest.approx(0, abs=1e-6) if teacher_load_in_4bit else distance > 1e-5
     adapter = load_file(output / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
     _, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)

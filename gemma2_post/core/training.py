@@ -87,13 +87,13 @@ def parse(
 ) -> tuple[Stage, tuple]:
     """The stage and its dataclasses, every key and combination checked; nothing is loaded."""
     where, values = recipe.read(arguments)
-    if not values.get("output_dir"):
-        raise UserError(f"{where}: output_dir is missing; add `output_dir: runs/NAME/{name}`")
     refused = gemma.REFUSED_KEYS | refused
     recipe.refuse(where, values, refused)
     wanted = contract.fingerprint(name, values)
     more = implied(where, values)
     built = recipe.build(where, values | more, classes, {key: refused[key] for key in refused if key not in more})
+    if not values.get("output_dir"):
+        raise UserError(f"{where}: output_dir is missing; add `output_dir: runs/NAME/{name}`")
     if isinstance(built[0], TrainingArguments):
         _check_training(where, built)
     return Stage(name, where, Path((values | more)["output_dir"]), wanted), built
