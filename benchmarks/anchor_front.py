@@ -1,4 +1,4 @@
-"""What the anchor buys in the tiny world: an average of the policy, its start, or nothing, at several betas.
+"""What the anchor buys in the tiny world: an average of the policy or its start, at several betas.
 
     python benchmarks/anchor_front.py --runs runs/seed-0 runs/seed-1 runs/seed-2     # each with sft and reward in it
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-COLOURS = {"ema": "tab:blue", "start": "tab:orange", "none": "tab:red"}
+COLOURS = {"ema": "tab:blue", "start": "tab:orange"}
 STYLES = ["-", "--", ":", "-."]
 
 
@@ -49,7 +49,7 @@ def draw(curves: dict[tuple[str, float], list[list[dict[str, float]]]], path: Pa
             axes.plot(
                 [statistics.mean(e["kl_to_start"] for e in step) for step in steps],
                 [statistics.mean(e[name] for e in step) for step in steps],
-                label="no anchor" if anchor == "none" else f"{anchor}, beta {beta:g}",
+                label=f"{anchor}, beta {beta:g}",
                 marker=".",
                 **look,
             )
@@ -65,13 +65,13 @@ def main() -> None:
     parser.add_argument("--max_steps", type=int, default=60)
     parser.add_argument("--output", type=Path, default=Path("runs/anchor-front"))
     arguments = parser.parse_args()
-    settings = [(anchor, beta) for beta in arguments.betas for anchor in ("ema", "start")]
     curves = {
         (anchor, beta): [
             train(run, anchor, beta, seed, arguments.max_steps, arguments.output)
             for seed, run in enumerate(arguments.runs)
         ]
-        for anchor, beta in [*settings, ("none", 0.0)]
+        for beta in arguments.betas
+        for anchor in COLOURS
     }
     for (anchor, beta), runs in curves.items():
         ends = {name: [run[-1][name] for run in runs] for name in ("kl_to_start", "reward", "gold")}

@@ -162,7 +162,7 @@ def test_pretraining_leaves_the_rows_of_control_tokens_as_they_were_drawn(tmp_pa
     assert torch.equal(rows[3:108], drawn[3:108]) and not torch.equal(rows[108:], drawn[108:])
 
 
-def test_judged_answers_differ_in_one_word_and_the_loss_is_on_verdicts_and_examples(
+def test_judged_answers_come_in_pairs_and_the_loss_is_on_verdicts_and_examples(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     rows = list(islice(JudgedAnswers(tokenizer, held_out=False, seed=1), 200))

@@ -17,13 +17,12 @@ from trl.trainer.utils import use_adapter
 
 from gemma2_post.core import contract
 from gemma2_post.core.errors import OneProcessError, UserError
+from gemma2_post.core.training import Metrics
 from gemma2_post.evaluation.divergence import measure_divergence
 from gemma2_post.evaluation.samples import Answer, Grader, gather_rows, grade, sample_held_out, share_of
 
 if TYPE_CHECKING:
     from trl import RLOOTrainer
-
-Metrics = dict[str, float]
 
 
 @dataclass

@@ -86,6 +86,25 @@ def new_model(name: str) -> Gemma2ForCausalLM:
     return Gemma2ForCausalLM._from_config(config, attn_implementation="eager")
 
 
+def _arguments(output_dir: Path, max_steps: int, seed: int, **values: object) -> TrainingArguments:
+    """What both trainings here have in common."""
+    return TrainingArguments(
+        output_dir=str(output_dir / "trainer"),
+        max_steps=max_steps,
+        adam_beta2=0.98,
+        weight_decay=0.0,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=50,
+        eval_strategy="steps",
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+        **values,
+    )
+
+
 def pretrain(name: str, output_dir: Path, max_steps: int = 3000, seed: int = 0) -> None:
     set_seed(seed)
     tokenizer = train_tokenizer()
@@ -99,26 +118,17 @@ def pretrain(name: str, output_dir: Path, max_steps: int = 3000, seed: int = 0) 
     held_out = list(islice(PackedDocuments(tokenizer, PASSAGES[name], seed + 1_000_000), 256))
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(output_dir / "trainer"),
-            max_steps=max_steps,
+        args=_arguments(
+            output_dir,
+            max_steps,
+            seed,
             per_device_train_batch_size=32,
             per_device_eval_batch_size=32,
             learning_rate=LEARNING_RATE[name],
             lr_scheduler_type="cosine",
             warmup_steps=100,
-            adam_beta2=0.98,
-            weight_decay=0.0,
-            bf16=True,
-            use_cpu=not torch.cuda.is_available(),
-            logging_steps=50,
-            eval_strategy="steps",
             eval_steps=500,
             save_steps=500,
-            save_total_limit=1,
-            report_to="none",
-            disable_tqdm=True,
-            seed=seed,
         ),
         train_dataset=PackedDocuments(tokenizer, PASSAGES[name], seed),
         eval_dataset=held_out,
@@ -187,26 +197,17 @@ def learn_verdicts(taught: Path, output_dir: Path, max_steps: int = 2000, seed: 
 
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(output_dir / "trainer"),
-            max_steps=max_steps,
+        args=_arguments(
+            output_dir,
+            max_steps,
+            seed,
             per_device_train_batch_size=64,
             per_device_eval_batch_size=96,
             learning_rate=1e-3,
             lr_scheduler_type="linear",
             warmup_steps=50,
-            adam_beta2=0.98,
-            weight_decay=0.0,
-            bf16=True,
-            use_cpu=not torch.cuda.is_available(),
-            logging_steps=50,
-            eval_strategy="steps",
             eval_steps=100,
             save_steps=250,
-            save_total_limit=1,
-            report_to="none",
-            disable_tqdm=True,
-            seed=seed,
         ),
         train_dataset=JudgedAnswers(tokenizer, held_out=None, seed=seed),
         eval_dataset=list(islice(JudgedAnswers(tokenizer, held_out=True, seed=seed + 12_345), 480)),
