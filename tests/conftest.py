@@ -21,6 +21,7 @@ from transformers import (
 
 from gemma2_post import distill, reward, rlhf, sft
 from gemma2_post.core import gemma, reward_model, training
+from gemma2_post.core.command import refuse_foreign_output
 from gemma2_post.tiny.data import preferences, prompts
 
 BASE, TEACHER = "gemma2_post/tiny/models/base", "gemma2_post/tiny/models/teacher"
@@ -227,7 +228,7 @@ def run_stage(
     """Writes the recipe to a file and runs the stage on it, in this process; returns its output directory."""
     file.write_text(yaml.safe_dump(values))
     stage, arguments = training.parse(name, ["--config", str(file)], classes, module.REFUSED_KEYS, **further)
-    training.refuse_foreign_output(stage)
+    refuse_foreign_output(stage)
     module.main(stage, *arguments)
     return stage.output_dir
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from gemma2_post.core import gemma
 from gemma2_post.core.data import check_messages
+from gemma2_post.core.tokens import END_OF_TURN
 from gemma2_post.evaluation.samples import grade, sample_answers
 from gemma2_post.tiny import data, gold, world
 from gemma2_post.tiny.pretrain import VERDICTS, JudgedAnswers, learn_verdicts, new_model, pretrain
@@ -173,7 +174,7 @@ def test_judged_answers_come_in_pairs_and_the_loss_is_on_verdicts_and_examples(
         assert [label for label in wrong["labels"] if label != -100] == wrong["labels"][-1:]
         taught = [label for label in right["labels"][:-1] if label != -100]
         is_friendly = any(opening in tokenizer.decode(right["input_ids"]) for opening in world.FRIENDLY_OPENINGS)
-        assert not taught or (is_friendly and taught[-1] == gemma.END_OF_TURN)
+        assert not taught or (is_friendly and taught[-1] == END_OF_TURN)
     assert 10 < sum(len(set(row["labels"])) > 2 for row in rows) < 50
 
 

@@ -8,10 +8,14 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+
+import xxhash
 
 from gemma2_post.core.errors import UserError
 
@@ -20,7 +24,7 @@ BEGUN = "begun.json"
 PROGRESS = "progress"
 """Folder with what a stage without checkpoints has made so far; it checks itself whether it can go on from that."""
 _PACKAGE = Path(__file__).parents[1]
-_MEASURED = {DONE, BEGUN, "before.json", "metrics.json", "log.jsonl", "watch.jsonl"}
+_MEASURED = {DONE, BEGUN, "before.json", "metrics.json", "log.jsonl", "watch.jsonl", "merge.json", "front.json"}
 """Files that say how a stage went, beside those that the next stage reads."""
 _VERSIONS_THAT_MATTER = ["torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "deepspeed"]
 _KEYS_WITHOUT_EFFECT = {
@@ -30,7 +34,7 @@ _KEYS_WITHOUT_EFFECT = {
 """Recipe keys that do not change what comes out."""
 
 
-_FURTHER_ROOMS = {"rlhf": ["weights"]}
+_FURTHER_ROOMS = {"rlhf": ["weights"], "warp": ["weights"]}
 """What a stage imports beside core and evaluation."""
 
 
@@ -39,7 +43,9 @@ def fingerprint(stage: str, recipe: dict[str, object]) -> dict[str, dict[str, ob
     recipe = {key: value for key, value in sorted(recipe.items()) if key not in _KEYS_WITHOUT_EFFECT}
     if recipe.get("policy") == 0:
         del recipe["policy"]  # which is the one that no recipe names
-    digests = {path: _input_digest(path) for path in _input_paths(recipe)}
+    paths = list(_input_paths(recipe))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = dict(zip(paths, pool.map(input_digest, paths), strict=True))
     rooms = ["core", "evaluation", *_FURTHER_ROOMS.get(stage, [])]
     code = [_PACKAGE / f"{stage}.py", *(file for room in rooms for file in _files(_PACKAGE / room))]
     return {
@@ -61,7 +67,7 @@ def _input_paths(value: object) -> Iterator[str]:
             yield from _input_paths(item)
 
 
-def _input_digest(path: str) -> str | None:
+def input_digest(path: str) -> str | None:
     """The content hash of a file, a directory or the package of a `module:function`; None for anything else."""
     if (Path(path) / DONE).is_file():
         return json.loads((Path(path) / DONE).read_text())["output"]
@@ -88,13 +94,21 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _digest(files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode())
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()[:16]
+    """Of names and content. Not cryptographic: it tells versions apart, at the speed of memory, on all cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = pool.map(_file_digest, files)
+    return xxhash.xxh3_64_hexdigest(
+        "".join(f"{file.name} {part}\n" for file, part in zip(files, parts, strict=True)).encode()
+    )
+
+
+def _file_digest(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    block = memoryview(bytearray(1 << 20))  # one that stays in the cache
+    with open(file, "rb", buffering=0) as stream:
+        while size := stream.readinto(block):
+            digest.update(block[:size])
+    return digest.hexdigest()
 
 
 def digest_of(text: str) -> str:
@@ -163,10 +177,29 @@ def has_progress(output_dir: Path) -> bool:
     )
 
 
+def check_space(where: str, output_dir: Path, num_bytes: int) -> None:
+    """Refuses to begin when what will be written cannot fit."""
+    existing = next(parent for parent in [output_dir, *output_dir.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise UserError(
+            f"{where}: output_dir {output_dir}: no space left on the device for the output "
+            f"({free / 1e6:,.0f} MB free, about {num_bytes / 1e6:,.0f} MB needed); free some or write elsewhere"
+        )
+
+
 def begin(output_dir: Path, wanted: dict) -> None:
     """Notes in the directory which run its checkpoints will belong to."""
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / BEGUN, {"fingerprint": wanted})
+
+
+def begin_afresh(output_dir: Path, wanted: dict) -> None:
+    """`begin`, after removing what an unfinished run of another fingerprint has left in the directory."""
+    begun = read_json(output_dir / BEGUN)
+    if begun is not None and begun["fingerprint"] != json.loads(json.dumps(wanted)):
+        shutil.rmtree(output_dir)
+    begin(output_dir, wanted)
 
 
 def finish(output_dir: Path, stage: str, wanted: dict, seconds: float, facts: dict, metrics: dict) -> None:

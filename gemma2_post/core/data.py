@@ -17,13 +17,14 @@ from transformers import PreTrainedTokenizerBase
 
 from gemma2_post.core import gemma
 from gemma2_post.core.errors import UserError
+from gemma2_post.core.tokens import SPECIAL_TOKENS
 
 logger = logging.getLogger(__name__)
 
 Message = dict[str, str]
 
 _FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-_CONTROL_TOKENS = re.compile("|".join(map(re.escape, gemma.SPECIAL_TOKENS)))
+_CONTROL_TOKENS = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
 _PARTS_OF_A_CONVERSATION = ("system", "history", "tools")
 _CHATML_TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\s*", re.DOTALL)
 _ROLES = {

@@ -25,17 +25,8 @@ from trl.chat_template_utils import gemma_chat_template
 
 from gemma2_post.core import contract
 from gemma2_post.core.errors import UserError
+from gemma2_post.core.tokens import BOS, EOS, PAD, SPECIAL_TOKENS, STOP_TOKEN_IDS
 
-SPECIAL_TOKENS = {
-    "<pad>": 0,
-    "<eos>": 1,
-    "<bos>": 2,
-    "<unk>": 3,
-    "<start_of_turn>": 106,
-    "<end_of_turn>": 107,
-}
-EOS, BOS, PAD, END_OF_TURN = 1, 2, 0, 107
-STOP_TOKEN_IDS = [EOS, END_OF_TURN]
 SCORE_HEAD = "score.weight"
 LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]
 

@@ -73,8 +73,14 @@ def _parse(text: str | bytes, name: str) -> object:
         raise UserError(f"{name}: this is not valid YAML ({' '.join(str(error).split())})") from error
 
 
-def read(arguments: Sequence[str]) -> tuple[str, dict[str, object]]:
-    """Reads `--config FILE [--key value ...]`: the file's name and the merged keys, not yet checked."""
+def read(arguments: Sequence[str], needs_config: bool = True) -> tuple[str, dict[str, object]]:
+    """Reads `--config FILE [--key value ...]`: the file's name and the merged keys, not yet checked.
+
+    Several values after a key are a list: `--eta 0 0.3 1`.
+
+    Args:
+        needs_config: whether there must be a file; without one, the command line is what errors name.
+    """
     values: dict[str, object] = {}
     config = None
     remaining = list(arguments)
@@ -83,19 +89,23 @@ def read(arguments: Sequence[str]) -> tuple[str, dict[str, object]]:
         if not flag.startswith("--"):
             raise UserError(f"command line: {flag!r} belongs to no key; write --key value")
         key, equals, text = flag[2:].partition("=")
-        if not equals:
-            if not remaining:
-                raise UserError(f"command line: --{key} has no value; write --{key} VALUE")
-            text = remaining.pop(0)
+        texts = [text] if equals else []
+        while not equals and remaining and not remaining[0].startswith("--"):
+            texts.append(remaining.pop(0))
+        if not texts:
+            raise UserError(f"command line: --{key} has no value; write --{key} VALUE")
         if key in values or (key == "config" and config):
             raise UserError(f"command line: --{key} is given twice; keep one of them")
         if key == "config":
-            config = text
+            if len(texts) > 1:
+                raise UserError(f"command line: {texts[1]!r} belongs to no key; write --key value")
+            config = texts[0]
         else:
-            values[key] = parse_value(text)
-    if config is None:
+            read_values = [parse_value(text) for text in texts]
+            values[key] = read_values if len(texts) > 1 else read_values[0]
+    if config is None and needs_config:
         raise UserError("command line: --config is missing; write --config recipes/tiny/sft.yaml, for example")
-    return config, load_yaml(config) | values
+    return (config, load_yaml(config) | values) if config else ("command line", values)
 
 
 def build(where: str, values: dict[str, object], classes: Sequence[type], refused: dict[str, str]) -> tuple:

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from gemma2_post.core import data, reward_model
 from gemma2_post.core.data import Message
 from gemma2_post.core.errors import OneProcessError, UserError
-from gemma2_post.core.gemma import STOP_TOKEN_IDS
+from gemma2_post.core.tokens import STOP_TOKEN_IDS
 
 RewardFunction = Callable[..., list[float]]
 """Called as TRL calls it: `prompts` and `completions` (messages), `completion_ids`, and the columns of the rows."""
@@ -51,6 +51,35 @@ def load_reward_functions(where: str, args: RewardFunctionArguments, columns: li
     if args.length_penalty:
         functions.append(length(args.length_penalty))
     return functions
+
+
+def values_of(
+    functions: list[RewardFunction],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[Message]],
+    answers: list[list[int]],
+    columns: dict[str, list],
+    trainer_state: TrainerState | None = None,
+) -> dict[str, list[float]]:
+    """What training would reward answers with, by function, outside its steps.
+
+    Args:
+        answers: token ids, with the stop token of those that ended.
+        columns: of the rows, by name.
+    """
+    texts = [tokenizer.decode(token_ids, skip_special_tokens=True) for token_ids in answers]  # as TRL does
+    return {
+        function.__name__: function(
+            prompts=prompts,
+            completions=[[{"role": "assistant", "content": text}] for text in texts],
+            completion_ids=answers,
+            trainer_state=trainer_state,
+            log_extra=lambda *_: None,
+            log_metric=lambda *_: None,
+            **columns,
+        )
+        for function in functions
+    }
 
 
 class ModelReward:

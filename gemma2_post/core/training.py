@@ -3,8 +3,6 @@
 import json
 import logging
 import resource
-import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +14,9 @@ from peft import PeftModel
 from transformers import Gemma2Config, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from trl import ModelConfig
 
-from gemma2_post.core import contract, gemma, recipe
-from gemma2_post.core.errors import UserError, reported
+from gemma2_post.core import command, contract, gemma
+from gemma2_post.core.command import Implied, Stage
+from gemma2_post.core.errors import UserError
 from gemma2_post.core.shards import write_shards
 
 Metrics = dict[str, float]
@@ -37,17 +36,6 @@ class StageArguments:
     )
 
 
-@dataclass
-class Stage:
-    """One run of a stage: its name, the recipe it was given, and what its output depends on."""
-
-    name: str
-    where: str
-    output_dir: Path
-    fingerprint: dict
-    began: float = field(default_factory=time.monotonic)
-
-
 # --- before: from the command line to the stage's dataclasses ---
 
 
@@ -57,25 +45,10 @@ def launch(
     classes: Sequence[type],
     refused: dict[str, str],
     documentation: str | None,
-    implied: Callable[[str, dict[str, object]], dict[str, object]] = lambda where, values: {},
+    implied: Implied = lambda where, values: {},
 ) -> None:
-    """Reads the recipe, checks it, and calls `main(stage, *dataclasses)`; says so if its output is already there.
-
-    Args:
-        classes: the dataclasses whose fields are the recipe's keys: a TRL config, `ModelConfig`, `StageArguments`, ...
-        refused: keys that must not be set, with the reason.
-        implied: keys that follow from those of the recipe, and take their place.
-    """
-    if "--help" in sys.argv or "-h" in sys.argv:
-        print(documentation, recipe.describe_keys(classes), sep="\n")
-        return
-    with reported():
-        stage, arguments = parse(name, sys.argv[1:], classes, refused, implied)
-        if contract.is_done(stage.output_dir, stage.fingerprint):
-            print(f"{stage.output_dir} is up to date")
-            return
-        refuse_foreign_output(stage)
-        main(stage, *arguments)
+    """`command.launch`, with what every stage on Gemma 2 refuses and, if it trains, checks."""
+    command.launch(name, main, classes, gemma.REFUSED_KEYS | refused, documentation, implied, check_training)
 
 
 def parse(
@@ -83,24 +56,16 @@ def parse(
     arguments: Sequence[str],
     classes: Sequence[type],
     refused: dict[str, str],
-    implied: Callable[[str, dict[str, object]], dict[str, object]] = lambda where, values: {},
+    implied: Implied = lambda where, values: {},
 ) -> tuple[Stage, tuple]:
-    """The stage and its dataclasses, every key and combination checked; nothing is loaded."""
-    where, values = recipe.read(arguments)
-    refused = gemma.REFUSED_KEYS | refused
-    recipe.refuse(where, values, refused)
-    wanted = contract.fingerprint(name, values)
-    more = implied(where, values)
-    built = recipe.build(where, values | more, classes, {key: refused[key] for key in refused if key not in more})
-    if not values.get("output_dir"):
-        raise UserError(f"{where}: output_dir is missing; add `output_dir: runs/NAME/{name}`")
-    if isinstance(built[0], TrainingArguments):
-        _check_training(where, built)
-    return Stage(name, where, Path((values | more)["output_dir"]), wanted), built
+    """`command.parse`, likewise."""
+    return command.parse(name, arguments, classes, gemma.REFUSED_KEYS | refused, implied, check_training)
 
 
-def _check_training(where: str, built: tuple) -> None:
+def check_training(where: str, built: tuple) -> None:
     """Checks and completes what a training stage was given."""
+    if not isinstance(built[0], TrainingArguments):
+        return
     by_class = {type(part): part for part in built}
     training_args = built[0]
     gemma.check_arguments(where, by_class[ModelConfig], training_args)
@@ -126,16 +91,6 @@ def accumulation_steps(where: str, global_batch_size: int, per_device_batch_size
     return global_batch_size // per_step
 
 
-def refuse_foreign_output(stage: Stage) -> None:
-    """Refuses a folder with the output, or the checkpoints, of another recipe."""
-    changes = contract.what_changed(stage.output_dir, stage.fingerprint)
-    if changes:
-        raise UserError(
-            f"{stage.where}: output_dir {stage.output_dir} was made by a different recipe ({'; '.join(changes[:3])}); "
-            "choose another output_dir, or move that folder away"
-        )
-
-
 def check_disk(
     stage: Stage,
     stage_args: StageArguments,
@@ -155,14 +110,7 @@ def check_disk(
     checkpoints = 0 if model_args.use_peft or training_args.save_strategy == "no" else 2
     bytes_each = getattr(torch, stage_args.save_dtype).itemsize + 12 * checkpoints
     bytes_each += 0 if model_args.use_peft else 4 * further_weights * (1 + checkpoints)
-    num_bytes = gemma.num_parameters(config) * bytes_each
-    existing = next(parent for parent in [stage.output_dir, *stage.output_dir.absolute().parents] if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < num_bytes:
-        raise UserError(
-            f"{stage.where}: output_dir {stage.output_dir}: no space left on the device for the output "
-            f"({free / 1e6:,.0f} MB free, about {num_bytes / 1e6:,.0f} MB needed); free some or write elsewhere"
-        )
+    contract.check_space(stage.where, stage.output_dir, gemma.num_parameters(config) * bytes_each)
 
 
 # --- after: from the trainer to a finished directory ---

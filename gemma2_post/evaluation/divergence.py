@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from gemma2_post.core.gemma import PAD
+from gemma2_post.core.tokens import PAD
 from gemma2_post.evaluation.samples import Answer, gather_rows, share_of
 
 

@@ -14,7 +14,7 @@ from trl.models.utils import unwrap_model_for_generation
 
 from gemma2_post.core import data
 from gemma2_post.core.errors import UserError
-from gemma2_post.core.gemma import PAD, STOP_TOKEN_IDS
+from gemma2_post.core.tokens import PAD, STOP_TOKEN_IDS
 
 Grader = Callable[..., list[float]]
 """Called as TRL calls a reward function: `grader(completions=[text, ...], column=[value, ...], ...)`."""

@@ -17,6 +17,7 @@ from trl.trainer.utils import use_adapter
 
 from gemma2_post.core import contract
 from gemma2_post.core.errors import OneProcessError, UserError
+from gemma2_post.core.rewards import values_of
 from gemma2_post.core.training import Metrics
 from gemma2_post.evaluation.divergence import measure_divergence
 from gemma2_post.evaluation.samples import Answer, Grader, gather_rows, grade, sample_held_out, share_of
@@ -167,22 +168,15 @@ class Watch(TrainerCallback):
     def _rewards(self, answers: list[Answer]) -> dict[str, list[float]]:
         """What training would reward the answers with, by reward function, and `reward`, their weighted sum."""
         mine = share_of(len(answers), self.trainer.accelerator)
-        columns = {name: [self.rows[name][i] for i in mine] for name in self.rows.column_names if name != "prompt"}
-        texts = [
-            self.tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers
-        ]  # as TRL does
-        by_function = {}
-        for name, function in zip(self.trainer.reward_func_names, self.trainer.reward_funcs, strict=True):
-            values = function(
-                prompts=[self.rows["prompt"][i] for i in mine],
-                completions=[[{"role": "assistant", "content": texts[i]}] for i in mine],
-                completion_ids=[answers[i].token_ids for i in mine],
-                trainer_state=self.trainer.state,
-                log_extra=lambda *_: None,
-                log_metric=lambda *_: None,
-                **columns,
-            )
-            by_function[name] = gather_rows(mine, values, len(answers))
+        values = values_of(
+            self.trainer.reward_funcs,
+            self.tokenizer,
+            [self.rows["prompt"][i] for i in mine],
+            [answers[i].token_ids for i in mine],
+            {name: [self.rows[name][i] for i in mine] for name in self.rows.column_names if name != "prompt"},
+            self.trainer.state,
+        )
+        by_function = {name: gather_rows(mine, each, len(answers)) for name, each in values.items()}
         weights = self.trainer.reward_weights.tolist()
         sums = [
             sum(w * r for w, r in zip(weights, each, strict=True)) for each in zip(*by_function.values(), strict=True)

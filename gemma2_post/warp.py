@@ -1,0 +1,355 @@
+"""WARP's merges: policies that began as one model become one again, and the way back to that start is a front.
+
+Reads a start and policies that were trained from it (models, or LoRA adapters, which merge exactly); writes plain
+Hugging Face models. In WARP (arXiv 2406.16768) stage 2 interpolates the policies' task vectors spherically, with one
+angle for each layer (`slerp`), and stage 3 goes back towards a start: (1 - eta) start + eta merged. One `eta` makes
+one model, in `output_dir`; several make `output_dir/eta-ETA` each, from one reading of the inputs.
+
+As a tool, on any models of one architecture:
+
+    python -m gemma2_post.warp --init DIR --policies DIR DIR --eta 0.3 --output_dir DIR
+
+As the last stage of a pipeline, with a recipe, the points are measured beside the runs that they are made of, and the
+best one under a KL budget is released to `output_dir`:
+
+    python -m gemma2_post.warp --config recipes/tiny/warp.yaml
+"""
+
+import json
+import math
+import shutil
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from safetensors.torch import save_file
+from transformers import GenerationConfig
+
+from gemma2_post.core import contract
+from gemma2_post.core.command import Stage, launch
+from gemma2_post.core.errors import UserError
+from gemma2_post.core.tokens import BOS, EOS, PAD, STOP_TOKEN_IDS
+from gemma2_post.weights import inputs, merge
+from gemma2_post.weights.inputs import Adapter, Model
+from gemma2_post.weights.interpolation import Angles, Rule
+from gemma2_post.weights.streaming import ShardWriter
+
+if TYPE_CHECKING:
+    from gemma2_post.evaluation.front import FrontArguments
+
+REPORT = "merge.json"
+TOKENIZER_FILES = [
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    "chat_template.jinja",
+]
+
+
+@dataclass
+class WarpArguments:
+    init: str = field(metadata={"help": "The model that the policies were trained from; a folder or a Hub model."})
+    policies: list[str] | str = field(metadata={"help": "Models, or LoRA adapters on init; folders or Hub models."})
+    output_dir: str = field(metadata={"help": "Folder of the output."})
+    eta: list[float] | float = field(
+        default=0.3, metadata={"help": "How far from the start; 0 is the start, 1 the merge; several for a sweep."}
+    )
+    towards: str | None = field(
+        default=None,
+        metadata={"help": "The start that eta goes back to, if not init: WARP's sweep goes to the very first one."},
+    )
+    interpolation: Rule = field(
+        default="slerp",
+        metadata={"help": "slerp (the paper's), spherical_mean (symmetric in more than two policies) or linear."},
+    )
+    angles: Angles = field(default="layer", metadata={"help": "One angle for each layer, tensor, or the model."})
+    save_dtype: Literal["float32", "bfloat16"] = field(
+        default="bfloat16", metadata={"help": "Type of the output, rounded to once; float32 if it is trained further."}
+    )
+    rank: int | None = field(
+        default=None, metadata={"help": "Compress merged adapters to this rank; None for the sum of their ranks."}
+    )
+    adapter_only: bool = field(
+        default=False, metadata={"help": "Of adapters, write the merged adapter without its sum with init."}
+    )
+    force: bool = field(default=False, metadata={"help": "Merge also what does not record init as its start."})
+    device: str | None = field(default=None, metadata={"help": "That computes; None for a GPU if there is one."})
+
+
+@dataclass
+class Inputs:
+    """Opened and checked."""
+
+    init: Model
+    policies: list[Model] | list[Adapter]
+    towards: Model
+    tokenizer: Path
+    """Folder of the tokenizer to write."""
+
+    @property
+    def are_adapters(self) -> bool:
+        return isinstance(self.policies[0], Adapter)
+
+
+def main(stage: Stage, args: WarpArguments, front_args: "FrontArguments | None" = None, *measuring: object) -> None:
+    etas = check_arguments(stage.where, args)
+    if front_args:
+        from gemma2_post.evaluation.front import Front  # slow to import, and not needed to merge
+
+        front = Front(stage, args.towards or args.init, etas, front_args, *measuring)
+    opened = open_inputs(stage, args)
+    rules = [args.interpolation, *(front_args.compare_with or [] if front_args else [])]
+    num_points = len(rules) * len(etas) + (front_args is not None)
+    num_bytes = sum(tensor.numel() for tensor in opened.init.weights.values())
+    num_bytes *= getattr(torch, args.save_dtype).itemsize * num_points
+    contract.check_space(stage.where, stage.output_dir, 0 if args.adapter_only else num_bytes)
+    contract.begin_afresh(stage.output_dir, stage.fingerprint)
+
+    points = {rule: write_points(stage, args, opened, rule, etas) for rule in rules}
+    report = contract.read_json(stage.output_dir / REPORT)
+    metrics = dict(report["metrics"])
+    if front_args:
+        released, front_metrics = front.measure(points)
+        metrics |= front_metrics
+        shutil.copytree(released, stage.output_dir, dirs_exist_ok=True)
+    elif len(etas) == 1:
+        (point,) = points[args.interpolation].values()
+        for path in point.iterdir():
+            if (stage.output_dir / path.name).is_dir():  # of a run that was interrupted here
+                shutil.rmtree(stage.output_dir / path.name)
+            path.rename(stage.output_dir / path.name)
+        point.rmdir()
+    facts = {
+        "base_model": args.init,
+        "base_digest": stage.fingerprint["inputs"].get(args.init),
+        "lineage": [*lineage(opened.init), stage.fingerprint["inputs"].get(args.init)],
+        "adapter": "adapter" if (stage.output_dir / "adapter").is_dir() else None,
+        "dtype": args.save_dtype,
+        **recorded_digests(opened),
+    }
+    seconds = time.monotonic() - stage.began
+    contract.finish(stage.output_dir, stage.name, stage.fingerprint, seconds, facts, metrics)
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if "/" not in name)
+    print(f"{stage.output_dir}: done in {seconds:.0f} s; {numbers}")
+
+
+def check_arguments(where: str, args: WarpArguments) -> list[float]:
+    """The values of eta, each once."""
+    if isinstance(args.policies, str):
+        args.policies = [args.policies]
+    etas = args.eta if isinstance(args.eta, list) else [args.eta]
+    if not etas or not args.policies:
+        raise UserError(f"{where}: {'policies' if etas else 'eta'} is empty; write one or more")
+    for eta in etas:
+        if not math.isfinite(eta):
+            raise UserError(f"{where}: eta is {eta}, which is no number; write one, usually from 0 to 1")
+    if len(set(etas)) < len(etas):
+        raise UserError(f"{where}: eta has {max(etas, key=etas.count):g} more than once; write it once")
+    if args.rank is not None and args.rank < 1:
+        raise UserError(f"{where}: rank is {args.rank}; write 1 or more, or remove it")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return etas
+
+
+# --- in ---
+
+
+def open_inputs(stage: Stage, args: WarpArguments) -> Inputs:
+    where = stage.where
+    init = inputs.open_model(where, args.init)
+    towards = inputs.open_model(where, args.towards) if args.towards else init
+    located = [(name, inputs.locate(where, name)) for name in args.policies]
+    adapters = [inputs.adapter_in(directory) for _, directory in located]
+    if any(adapters) and not all(adapters):
+        (one, _), (other, _) = located[adapters.index(None)], located[[*map(bool, adapters)].index(True)]
+        raise UserError(f"{where}: {other} is an adapter and {one} is not; merge adapters, or whole models")
+    digests = stage.fingerprint["inputs"]
+    for name, directory in located:
+        inputs.check_start(where, init, directory, name, digests, args.force)
+    if towards is not init:
+        inputs.check_start(where, towards, init.directory, init.name, digests, args.force)
+    if all(adapters):
+        policies = [
+            inputs.open_adapter(where, name, adapter, init)
+            for (name, _), adapter in zip(located, adapters, strict=True)
+        ]
+    else:
+        if args.rank or args.adapter_only:
+            raise UserError(
+                f"{where}: rank and adapter_only are for adapters; {args.policies[0]} is a whole model, remove them"
+            )
+        policies = [inputs.open_model(where, name) for name in args.policies]
+    if args.adapter_only and towards is not init:
+        raise UserError(
+            f"{where}: adapter_only cannot go towards {args.towards}, on which it is no adapter; remove one"
+        )
+    models = [init, *([towards] if towards is not init else []), *(() if all(adapters) else policies)]
+    inputs.drop_copied_heads(where, models)
+    for other in models[1:]:
+        inputs.check_same_architecture(where, init, other)
+    tokenizer = inputs.check_same_tokenizer(where, [(init.name, init.directory), *located])
+    return Inputs(init, policies, towards, tokenizer)
+
+
+def lineage(model: Model) -> list[str]:
+    """Content hashes of the models that it comes from, as far as stages have recorded them."""
+    stage = contract.read_json(model.directory / contract.DONE) or {}
+    return stage.get("lineage", [stage["base_digest"]] if stage.get("base_digest") else [])
+
+
+def recorded_digests(opened: Inputs) -> dict[str, str]:
+    stage = contract.read_json(opened.init.directory / contract.DONE) or {}
+    return {key: stage[key] for key in ("tokenizer_digest", "template_digest") if key in stage}
+
+
+# --- out ---
+
+
+def write_points(
+    stage: Stage, args: WarpArguments, opened: Inputs, rule: Rule, etas: list[float]
+) -> dict[float, Path]:
+    """The models of a sweep, by eta; those of an interrupted run if they are complete."""
+    prefix = "" if rule == args.interpolation else f"{rule}-"
+    points = {eta: stage.output_dir / f"{prefix}eta-{eta:g}" for eta in etas}
+    if all(path.is_dir() for path in points.values()):
+        return points
+    partial = {eta: path.with_name(f".{path.name}") for eta, path in points.items()}
+    for path in partial.values():
+        shutil.rmtree(path, ignore_errors=True)
+    dtype, device = getattr(torch, args.save_dtype), torch.device(args.device)
+    metrics: dict[str, float] = {}
+    with ExitStack() as stack:
+        writers = {}
+        for eta, path in partial.items():
+            path.mkdir(parents=True)
+            if not args.adapter_only:
+                writers[eta] = stack.enter_context(ShardWriter(path, opened.init.shapes, dtype))
+        if opened.are_adapters:
+            merged, groups = merge.merge_adapters(opened.init, opened.policies, rule, args.angles)
+            if args.rank:
+                merged, metrics["compression_error"] = merge.compress_adapter(merged, args.rank)
+            if opened.towards is opened.init:
+                for eta, path in partial.items():
+                    write_adapter(path / "adapter", opened, merged, eta)
+            if writers:
+                merge.write_with_adapter(stage.where, opened.init, merged, opened.towards, writers, device)
+        else:
+            groups = merge.merge_models(
+                stage.where, opened.init, opened.policies, opened.towards, rule, args.angles, writers, device
+            )
+    for eta, path in partial.items():
+        write_beside(path, stage, args, opened, rule, eta)
+    if rule == args.interpolation:
+        metrics |= summary(groups)
+        report = {"interpolation": rule, "angles": args.angles, "metrics": metrics, "groups": [*map(asdict, groups)]}
+        contract.write_json(stage.output_dir / REPORT, report)
+        plot(groups, stage.output_dir / "merge.png")
+    for eta, path in points.items():
+        shutil.rmtree(path, ignore_errors=True)
+        partial[eta].rename(path)
+    return points
+
+
+def write_adapter(directory: Path, opened: Inputs, merged: merge.LowRank, eta: float) -> None:
+    """As PEFT loads it, with a scale of 1 and all that scales in B."""
+    directory.mkdir()
+    tensors, targets = {}, set()
+    for name, (b, a) in merged.items():
+        module = name.removesuffix(".weight")
+        targets.add(module.rpartition(".")[2])
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a.contiguous()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = (eta * b).contiguous()
+    rank = max(len(a) for _, a in merged.values())
+    config = opened.policies[0].config | {
+        "base_model_name_or_path": opened.init.name,
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "target_modules": sorted(targets),
+        "inference_mode": True,
+    }
+    save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
+    contract.write_json(directory / inputs.ADAPTER, config)
+
+
+def write_beside(directory: Path, stage: Stage, args: WarpArguments, opened: Inputs, rule: Rule, eta: float) -> None:
+    """Config, generation config, tokenizer with its template, and a card that says how the model was made."""
+    for file in TOKENIZER_FILES:
+        if (opened.tokenizer / file).is_file():
+            shutil.copyfile(opened.tokenizer / file, directory / file)
+    config = opened.init.config
+    if config.model_type == "gemma2":
+        config.update({"eos_token_id": EOS, "bos_token_id": BOS, "pad_token_id": PAD})
+        GenerationConfig(bos_token_id=BOS, eos_token_id=STOP_TOKEN_IDS, pad_token_id=PAD).save_pretrained(directory)
+    elif (opened.tokenizer / "generation_config.json").is_file():
+        shutil.copyfile(opened.tokenizer / "generation_config.json", directory / "generation_config.json")
+    if not args.adapter_only:
+        config.__dict__.pop("cache_implementation", None)
+        config.update({"use_cache": True, "dtype": getattr(torch, args.save_dtype)})
+        config.save_pretrained(directory)
+    names = [opened.init.name, *(policy.name for policy in opened.policies)]
+    card = f"""---
+library_name: transformers
+base_model: {json.dumps(names)}
+tags: [merge, warp]
+---
+
+# A WARP merge
+
+{len(opened.policies)} policies, trained from `{opened.init.name}`, merged by `{rule}` of their task vectors with one
+angle for each {args.angles}; then (1 - eta) `{opened.towards.name}` + eta merged, with eta {eta:g}
+([WARP](https://arxiv.org/abs/2406.16768)). Computed in fp32, rounded once to {args.save_dtype}.
+
+```json
+{json.dumps(stage.fingerprint["recipe"], indent=2)}
+```
+"""
+    contract.write_text(directory / "README.md", card)
+
+
+def summary(groups: list[merge.GroupReport]) -> dict[str, float]:
+    """Over the groups, weighted by nothing but for the norms, which are of the whole model."""
+    cosines = [cosine for group in groups for cosine in group.cosines if cosine is not None]
+    kept = [group.norm_kept for group in groups if group.norm_kept is not None]
+    norms = [math.hypot(*each) for each in zip(*(group.norms for group in groups), strict=True)]
+    found = {f"norm/policy-{i}": norm for i, norm in enumerate(norms)}
+    found["merged_norm"] = math.hypot(*(group.norm for group in groups))
+    if cosines:
+        found["mean_cosine"] = sum(cosines) / len(cosines)
+    if kept:
+        found["mean_norm_kept"] = sum(kept) / len(kept)
+    return found
+
+
+def plot(groups: list[merge.GroupReport], path: Path) -> None:
+    """Angles and norms over the groups, in the model's order."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    angles, norms = figure.subplots(1, 2)
+    places = range(len(groups))
+    for pair in range(len(groups[0].angles)):
+        angles.plot(places, [group.angles[pair] for group in groups], marker=".", label=f"pair {pair}")
+    angles.axhline(90, color="0.7", linestyle="--")
+    angles.set(xlabel="group", ylabel="degrees", title="Angles between task vectors", ylim=(0, 180))
+    for policy in range(len(groups[0].norms)):
+        norms.plot(places, [group.norms[policy] for group in groups], marker=".", label=f"policy {policy}")
+    norms.plot(places, [group.norm for group in groups], marker=".", color="black", label="merged")
+    norms.set(xlabel="group", ylabel="norm", title="Task vectors", ylim=(0, None))
+    norms.legend()
+    if len(groups) <= 40:
+        labels = [group.group.rpartition("layers.")[2].removeprefix("model.") for group in groups]
+        for axes in (angles, norms):
+            axes.set_xticks(places, labels, rotation=90, fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    classes: list[type] = [WarpArguments]
+    if any(argument.partition("=")[0] == "--config" for argument in sys.argv):
+        from gemma2_post.evaluation import front  # slow to import
+
+        classes += front.ARGUMENTS
+    launch("warp", main, classes, {}, __doc__, needs_config=False)

@@ -1,0 +1,174 @@
+"""The maths of WARP's merges (arXiv 2406.16768): pure functions of tensors, no files.
+
+A merge of M policies is `init + sum over m of c_m * d_m`, where `d_m = policy_m - init` are their task vectors.
+Whatever the rule, the coefficients c follow from the task vectors' inner products alone: a (M, M) Gram matrix for each
+group of tensors that shares an angle.
+"""
+
+import math
+import re
+from typing import Literal
+
+import torch
+
+Rule = Literal["slerp", "spherical_mean", "linear"]
+Angles = Literal["layer", "tensor", "model"]
+
+PARALLEL = 1e-3
+"""Radians. Nearer than this to 0 or 180 degrees two vectors count as (anti)parallel: rounding in fp32 inner products
+begins to decide on their angle, and at 0 degrees the two rules differ by less than 2e-7 anyway."""
+
+_LAYER = re.compile(r"^(.*?\b(?:layers|layer|blocks|h)\.\d+)\.")
+
+
+def group_of(name: str, angles: Angles) -> str:
+    """The group of tensors with which a tensor shares its angle.
+
+    "SLERP is applied layer by layer, each having a different angle" (section 3.2 and appendix B). What belongs to no
+    layer, embeddings and the final norm, is a group of its own, which the paper leaves open.
+    """
+    if angles == "model":
+        return "model"
+    layer = _LAYER.match(name) if angles == "layer" else None
+    return layer.group(1) if layer else name
+
+
+def task_vector(policy: torch.Tensor, init: torch.Tensor) -> torch.Tensor:
+    """policy - init in fp32 or better, of any shape."""
+    dtype = torch.promote_types(torch.promote_types(policy.dtype, init.dtype), torch.float32)
+    return policy.to(dtype) - init.to(dtype)
+
+
+def gram_matrix(task_vectors: torch.Tensor) -> torch.Tensor:
+    """(M, M) inner products of task vectors (M, n), float64 on the CPU, computed in the vectors' own type."""
+    return (task_vectors @ task_vectors.T).double().cpu()
+
+
+def low_rank_gram_matrix(updates: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """(M, M) Frobenius inner products of updates B A in float64, without forming any of them.
+
+    <B1 A1, B2 A2> = trace(A1' B1' B2 A2) = sum of (B1' B2) * (A1 A2'), which are as small as the ranks.
+
+    Args:
+        updates: B (out, r) and A (r, in) of each policy; the ranks may differ.
+    """
+    doubles = [(b.double(), a.double()) for b, a in updates]
+    return torch.stack(
+        [torch.stack([((b1.T @ b2) * (a1 @ a2.T)).sum() for b2, a2 in doubles]) for b1, a1 in doubles]
+    ).cpu()
+
+
+def coefficients(gram: torch.Tensor, rule: Rule) -> torch.Tensor:
+    """c_m of the merge of M policies with equal weights, float64 (M,).
+
+    Args:
+        gram: (M, M) inner products of their task vectors.
+        rule: `slerp`, the paper's: one policy after the other (appendix B.3, equation 26); `spherical_mean`, the same
+            for two policies and symmetric in more; `linear`, c_m = 1 / M.
+    """
+    num_policies = len(gram)
+    equal = torch.full((num_policies,), 1 / num_policies, dtype=torch.float64)
+    if rule == "linear" or num_policies == 1:
+        return equal
+    return successive_slerp(gram) if rule == "slerp" else spherical_mean(gram, equal)
+
+
+def slerp_coefficients(gram: torch.Tensor, weight: float) -> tuple[float, float]:
+    """sin((1 - w) W) / sin(W) and sin(w W) / sin(W), with cos(W) = d1 d2 / (|d1| |d2|) (section 3.2).
+
+    The task vectors are taken as they are, not normalised. Linear, 1 - w and w, if one of them is zero or the two are
+    (anti)parallel.
+
+    Args:
+        gram: (2, 2) inner products of the two task vectors.
+        weight: w, of the second; 0 gives the first, 1 the second.
+    """
+    angle = angle_between(gram, 0, 1)
+    if angle is None or min(angle, math.pi - angle) < PARALLEL:
+        return 1 - weight, weight
+    return math.sin((1 - weight) * angle) / math.sin(angle), math.sin(weight * angle) / math.sin(angle)
+
+
+def angle_between(gram: torch.Tensor, first: int, second: int) -> float | None:
+    """Of two task vectors, in radians; None if one of them is zero."""
+    norms = float((gram[first, first] * gram[second, second]).sqrt())
+    return math.acos(max(-1.0, min(1.0, float(gram[first, second]) / norms))) if norms else None
+
+
+def successive_slerp(gram: torch.Tensor) -> torch.Tensor:
+    """slerpm(1..M) = slerp(slerpm(1..M-1), policy M, weight 1/M) (appendix B.3, equation 26)."""
+    found = torch.zeros(len(gram), dtype=torch.float64)
+    found[0] = 1.0
+    for m in range(1, len(gram)):
+        so_far = found @ gram
+        pair = torch.stack([torch.stack([so_far @ found, so_far[m]]), torch.stack([so_far[m], gram[m, m]])])
+        earlier, latest = slerp_coefficients(pair, 1 / (m + 1))
+        found *= earlier
+        found[m] = latest
+    return found
+
+
+def spherical_mean(gram: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
+    """Weights of the Karcher mean of the directions d_m / |d_m|, applied to the task vectors as they are.
+
+    The point of the unit sphere with the least mean squared angle to all directions: from their normalised sum, steps
+    along the mean of the tangents. For two policies that is `slerp_coefficients` at weight 1/2, whatever their norms.
+
+    Args:
+        otherwise: returned if a task vector is zero, or if the directions have no unique mean.
+    """
+    norms = gram.diagonal().sqrt()
+    if not bool((norms > 0).all()):
+        return otherwise
+    cosines = gram / norms.outer(norms)
+    weights = otherwise.clone()
+    length = (weights @ cosines @ weights).clamp(min=0).sqrt()
+    if 2 * length < PARALLEL:  # of two, it is cos(W / 2)
+        return otherwise
+    weights /= length
+    for _ in range(1000):
+        towards = (cosines @ weights).clamp(-1, 1)
+        angles = torch.arccos(towards)
+        if (angles > math.pi / 2).any():
+            return otherwise
+        stretch = torch.where(angles > 1e-8, angles / torch.sin(angles), 1.0)
+        tangent = (stretch - weights * (stretch @ towards)) / len(gram)
+        length = (tangent @ cosines @ tangent).clamp(min=0).sqrt()
+        if length < 1e-13:
+            break
+        weights = torch.cos(length) * weights + torch.sin(length) / length * tangent
+    return weights
+
+
+def combine(task_vectors: torch.Tensor, weights: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """sum over m of c_m * d_m: (n,) from (M, n), in the vectors' own type."""
+    return torch.matmul(weights.to(task_vectors), task_vectors, out=out)
+
+
+def liti(init: torch.Tensor, direction: torch.Tensor, eta: float, out: torch.Tensor | None = None) -> torch.Tensor:
+    """(1 - eta) init + eta (init + direction): interpolation towards the initialisation (section 3.3).
+
+    Computed as init + eta * direction, so that nothing of a small direction is lost before the end.
+    """
+    return torch.add(init, direction, alpha=eta, out=out)
+
+
+def compress(b: torch.Tensor, a: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The best approximation of B A by a lower rank, and what it loses of the squared Frobenius norm, absolutely.
+
+    By the SVD of the small core of two QR decompositions, in float64; B and A share the singular values evenly.
+
+    Args:
+        b: (out, R).
+        a: (R, in).
+        rank: of the result, at most R.
+    """
+    q_left, r_left = torch.linalg.qr(b.double())
+    q_right, r_right = torch.linalg.qr(a.double().T)
+    u, values, v = torch.linalg.svd(r_left @ r_right.T)
+    root = values[:rank].sqrt()
+    return (
+        (q_left @ u[:, :rank] * root).float(),
+        (root[:, None] * (q_right @ v[:rank].T).T).float(),
+        float(values[rank:].square().sum()),
+    )
