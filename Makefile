@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help setup test lint synthesize sft distill reward rlhf chat
+.PHONY: help setup test lint synthesize sft distill reward rlhf warp chat
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -39,6 +39,9 @@ reward: $(INSTALLED) ## the reward model (sft and distill are made first if need
 
 rlhf: $(INSTALLED) ## two policies, held near their start by an anchor (sft, distill and reward are made first if needed)
 	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until rlhf $(ARGS)
+
+warp: $(INSTALLED) ## merge the policies, train again from there, sweep, release (everything before is made if needed)
+	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until warp $(ARGS)
 
 chat: $(INSTALLED) ## talk to the model that sft made
 	@test -f runs/$(RECIPE)/sft/stage.json || $(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until sft

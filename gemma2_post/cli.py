@@ -21,6 +21,9 @@ def main() -> None:
         "--set", metavar="STAGE.KEY=VALUE", action="append", default=[], help="override a recipe's key"
     )
 
+    run_parser.add_argument("--run_dir", type=Path, metavar="DIR", help="write there, not to the recipe's run_dir")
+    run_parser.add_argument("--seed", type=int, help="of every stage, in place of the recipes'")
+
     chat_parser = commands.add_parser("chat", help="talk to a model", allow_abbrev=False)
     chat_parser.add_argument("directory", help="the output of a stage, or any Gemma 2 chat model")
     chat_parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit")
@@ -33,7 +36,13 @@ def main() -> None:
         if arguments.command == "run":
             from gemma2_post.pipeline.run import run
 
-            run(arguments.pipeline, arguments.until, parse_overrides(arguments.set))
+            run(
+                arguments.pipeline,
+                arguments.until,
+                parse_overrides(arguments.set),
+                arguments.run_dir,
+                arguments.seed,
+            )
         else:
             from gemma2_post.chat import chat
 

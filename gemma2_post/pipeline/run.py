@@ -9,95 +9,72 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 
 from gemma2_post.core import contract, recipe
 from gemma2_post.core.errors import EXIT_STATUS_FILE, UserError
+from gemma2_post.pipeline import devices
+from gemma2_post.pipeline.steps import Step, load_pipeline, rounds
 
 
-@dataclass
-class StageEntry:
-    recipe: str
-    """A file beside the pipeline recipe."""
-    launch: str | None = None
-    """Its accelerate config; without it, the pipeline's."""
-    model: str | None = None
-    """The earlier stage whose output is its model; without it, the recipe's model_name_or_path."""
-    policies: list[str] | None = None
-    """The earlier stages whose outputs are its policies; without it, the recipe's policies."""
-    reward_model: str | None = None
-    """The earlier stage whose output is its reward model; without it, the recipe's reward_model."""
-    num_policies: int | None = None
-    """How often it runs, as policy 0, 1, ...; each writes a folder of its own."""
-
-
-@dataclass
-class Pipeline:
-    run_dir: str
-    launch: str
-    stages: dict[str, dict]
-
-
-def load_pipeline(path: Path) -> tuple[Pipeline, dict[str, StageEntry]]:
-    (pipeline,) = recipe.build(str(path), recipe.load_yaml(path), [Pipeline], {})
-    entries = {
-        name: recipe.build(f"{path}: {name}", entry, [StageEntry], {})[0] for name, entry in pipeline.stages.items()
-    }
-    names = list(entries)
-    for i, (name, entry) in enumerate(entries.items()):
-        earlier = names[:i]
-        named = [("model", entry.model), ("reward_model", entry.reward_model)]
-        named += [("policies", policy) for policy in entry.policies or []]
-        for key, value in named:
-            if value is not None and value not in earlier:
-                raise UserError(
-                    f"{path}: {name}: {key} names {value}, which is no earlier stage ({', '.join(earlier) or 'none'})"
-                )
-    return pipeline, entries
-
-
-def run(path: Path, until: str | None, overrides: dict[str, dict[str, object]]) -> None:
+def run(
+    path: Path,
+    until: str | None,
+    overrides: dict[str, dict[str, object]],
+    run_dir: Path | None = None,
+    seed: int | None = None,
+) -> None:
     """Runs the stages in order, up to and including `until`.
 
     Args:
         overrides: stage name to recipe keys that take the place of the recipe's.
+        run_dir: in place of the pipeline's.
+        seed: of every stage, in place of the recipes'.
     """
-    pipeline, entries = load_pipeline(path)
+    pipeline = load_pipeline(path)
     for name in [*([until] if until else []), *overrides]:
-        if name not in entries:
-            raise UserError(f"{path}: there is no stage {name}; it has {', '.join(entries)}")
-    run_dir = Path(pipeline.run_dir)
-    for name, entry in entries.items():
-        overrides_here = _references(entry, run_dir) | overrides.get(name, {}) | {"output_dir": str(run_dir / name)}
-        launcher = entry.launch or pipeline.launch
-        if entry.num_policies is None:
-            _run_stage(name, run_dir / name, path.parent / entry.recipe, launcher, overrides_here)
-        for policy in range(entry.num_policies or 0):
-            folder = run_dir / name / f"policy-{policy}"
-            _run_stage(name, folder, path.parent / entry.recipe, launcher, overrides_here | {"policy": policy})
+        if name not in pipeline.entries:
+            raise UserError(f"{path}: there is no stage {name}; it has {', '.join(pipeline.entries)}")
+    pipeline.run_dir = run_dir or pipeline.run_dir
+    seeds = {} if seed is None else {"seed": seed}
+    pipeline.overrides = {name: seeds | overrides.get(name, {}) for name in pipeline.entries}
+    for name in pipeline.entries:
+        for launch, steps in rounds(pipeline, name):
+            _run_round(launch, steps)
         if name == until:
             break
 
 
-def _references(entry: StageEntry, run_dir: Path) -> dict[str, object]:
-    """The recipe keys that name outputs of earlier stages."""
-    references: dict[str, object] = {}
-    if entry.model:
-        references["model_name_or_path"] = str(run_dir / entry.model)
-    if entry.reward_model:
-        references["reward_model"] = str(run_dir / entry.reward_model)
-    if entry.policies:
-        references["policies"] = [str(run_dir / policy) for policy in entry.policies]
-    return references
+def _run_round(launch: str, steps: list[Step]) -> None:
+    """Runs what is not up to date; side by side where there are devices for it."""
+    if not Path(launch).is_file():
+        raise UserError(f"there is no accelerate config {launch}; run from the project's folder, or set launch")
+    places = devices.places(Path(launch), len(steps))
+    free: Queue[dict[str, str]] = Queue()
+    for place in places:
+        free.put(place)
+
+    def run_step(step: Step) -> None:
+        place = free.get()
+        try:
+            _run_step(step, launch, place)
+        finally:
+            free.put(place)
+
+    with ThreadPoolExecutor(len(places)) as pool:
+        for finished in [pool.submit(run_step, step) for step in steps]:
+            finished.result()
 
 
-def _run_stage(name: str, output_dir: Path, config: Path, launch: str, overrides: dict[str, object]) -> None:
+def _run_step(step: Step, launch: str, environment: dict[str, str]) -> None:
     """
     Args:
-        output_dir: what it writes; the recipe's output_dir, or the folder of one policy in it.
+        environment: variables that say which devices are the step's.
     """
-    wanted = contract.fingerprint(name, recipe.load_yaml(config) | overrides)
+    output_dir = step.folder
+    wanted = contract.fingerprint(step.stage, (recipe.load_yaml(step.config) if step.config else {}) | step.values)
     previous = output_dir.with_name(f"{output_dir.name}.previous")
     if contract.belongs_to(previous, wanted) and not contract.is_done(output_dir, wanted):
         # The recipe is again what it was: both change places, neither is lost.
@@ -109,23 +86,19 @@ def _run_stage(name: str, output_dir: Path, config: Path, launch: str, overrides
         else:
             previous.rename(output_dir)
     if contract.is_done(output_dir, wanted):
-        print(f"{name}: up to date ({output_dir})")
+        print(f"{step.label}: up to date ({output_dir})")
         return
-    if not Path(launch).is_file():
-        raise UserError(
-            f"{config}: there is no accelerate config {launch}; run from the project's folder, or set launch"
-        )
     # What was made before is set aside until its replacement is done; a replacement that made nothing puts it back.
     changes = contract.what_changed(output_dir, wanted)
     if changes:
-        print(f"{name}: runs again, because {'; '.join(changes)}", flush=True)
+        print(f"{step.label}: runs again, because {'; '.join(changes)}", flush=True)
         if previous.is_dir() and not (output_dir / contract.DONE).is_file():
             shutil.rmtree(output_dir)  # an unfinished replacement
         else:
             shutil.rmtree(previous, ignore_errors=True)
             output_dir.rename(previous)
     try:
-        status = _launch(name, config, launch, overrides)
+        status = _launch(step, launch, environment)
     finally:
         if previous.is_dir() and not (output_dir / contract.DONE).is_file() and not contract.has_progress(output_dir):
             shutil.rmtree(output_dir, ignore_errors=True)
@@ -135,13 +108,13 @@ def _run_stage(name: str, output_dir: Path, config: Path, launch: str, overrides
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _launch(name: str, config: Path, launch: str, overrides: dict[str, object]) -> int:
+def _launch(step: Step, launch: str, environment: dict[str, str]) -> int:
     """The stage's exit status."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", launch]
-    command += ["-m", f"gemma2_post.{name}", "--config", str(config)]
-    command += [f"--{key}={json.dumps(value)}" for key, value in overrides.items()]  # JSON is YAML
+    command += ["-m", f"gemma2_post.{step.stage}", *(["--config", str(step.config)] if step.config else [])]
+    command += [f"--{key}={json.dumps(value)}" for key, value in step.values.items()]  # JSON is YAML
     with tempfile.TemporaryDirectory() as directory:
         # accelerate makes 1 of every exit status of the stage.
         status_file = Path(directory) / "status"
-        finished = subprocess.run(command, env=os.environ | {EXIT_STATUS_FILE: str(status_file)})
+        finished = subprocess.run(command, env=os.environ | environment | {EXIT_STATUS_FILE: str(status_file)})
         return int(status_file.read_text()) if status_file.is_file() else finished.returncode

@@ -1,0 +1,43 @@
+"""Which devices runs that do not wait for each other get, side by side."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from gemma2_post.core.recipe import load_yaml
+
+
+def places(launch: Path, num_runs: int) -> list[dict[str, str]]:
+    """Environment variables of each run that may go on at a time; one, empty, where they must take turns.
+
+    The division follows from the number of runs and not from how many are still to be made, so that a run that is
+    resumed alone computes on what it began with.
+
+    Args:
+        launch: accelerate config of each run.
+    """
+    config = load_yaml(launch)
+    num_processes = config.get("num_processes", 1)
+    if config.get("num_machines", 1) > 1:
+        return [{}]
+    if config.get("use_cpu"):
+        cores = os.cpu_count() or 1
+        num_places = min(num_runs, cores) if num_processes == 1 else 1
+        return [{"OMP_NUM_THREADS": str(cores // num_places)}] * num_places if num_places > 1 else [{}]
+    gpus = _visible_gpus()
+    num_places = min(num_runs, len(gpus) // num_processes)
+    if num_places < 2:
+        return [{}]
+    shares = [gpus[i * num_processes : (i + 1) * num_processes] for i in range(num_places)]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
+
+
+def _visible_gpus() -> list[str]:
+    """Their ids, as CUDA_VISIBLE_DEVICES takes them."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu.strip()]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.split()
