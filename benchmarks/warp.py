@@ -39,6 +39,9 @@ MODELS = ["init", "policy-0", "policy-1"]
 ETA = 0.3
 TOKENIZER = Path("gemma2_post/tiny/models/base")
 BUFFER = 1 << 24
+"""Bytes that are copied at once."""
+CHUNK = 1 << 22
+"""Elements that the loop computes at once."""
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 
@@ -129,7 +132,7 @@ def loop(work: Path, output: Path) -> None:
         models = [safe_open(work / name / file.name, "pt") for name in MODELS]
         for name in models[0].keys():  # noqa: SIM118
             tensors = [model.get_tensor(name) for model in models]
-            chunks = list(zip(*(tensor.view(-1).split(BUFFER) for tensor in tensors), strict=True))
+            chunks = list(zip(*(tensor.view(-1).split(CHUNK) for tensor in tensors), strict=True))
             gram = torch.zeros(2, 2, dtype=torch.float64)
             for init, *policies in chunks:
                 vectors = torch.stack([policy.float() - init.float() for policy in policies])
@@ -137,7 +140,7 @@ def loop(work: Path, output: Path) -> None:
             angle = math.acos(gram[0, 1] / (gram[0, 0] * gram[1, 1]).sqrt())
             weight = math.sin(angle / 2) / math.sin(angle)
             result = torch.empty_like(tensors[0])
-            for out, (init, *policies) in zip(result.view(-1).split(BUFFER), chunks, strict=True):
+            for out, (init, *policies) in zip(result.view(-1).split(CHUNK), chunks, strict=True):
                 base = init.float()
                 direction = sum(policy.float() - base for policy in policies)
                 out.copy_(base + ETA * weight * direction)

@@ -68,6 +68,9 @@ class WarpArguments:
     save_dtype: Literal["float32", "bfloat16"] = field(
         default="bfloat16", metadata={"help": "Type of the output, rounded to once; float32 if it is trained further."}
     )
+    compare_with: list[Rule] | None = field(
+        default=None, metadata={"help": "Further interpolations whose points are written, too, as RULE-eta-ETA."}
+    )
     rank: int | None = field(
         default=None, metadata={"help": "Compress merged adapters to this rank; None for the sum of their ranks."}
     )
@@ -100,21 +103,22 @@ def main(stage: Stage, args: WarpArguments, front_args: "FrontArguments | None" 
 
         front = Front(stage, args.towards or args.init, etas, front_args, *measuring)
     opened = open_inputs(stage, args)
-    rules = [args.interpolation, *(front_args.compare_with or [] if front_args else [])]
-    num_points = len(rules) * len(etas) + (front_args is not None)
+    # At 0 all rules are the start.
+    sweeps = {args.interpolation: etas} | {rule: [eta for eta in etas if eta] for rule in args.compare_with or []}
+    num_points = sum(map(len, sweeps.values())) + (front_args is not None)
     num_bytes = sum(tensor.numel() for tensor in opened.init.weights.values())
     num_bytes *= getattr(torch, args.save_dtype).itemsize * num_points
     contract.check_space(stage.where, stage.output_dir, 0 if args.adapter_only else num_bytes)
     contract.begin_afresh(stage.output_dir, stage.fingerprint)
 
-    points = {rule: write_points(stage, args, opened, rule, etas) for rule in rules}
+    points = {rule: write_points(stage, args, opened, rule, sweep) for rule, sweep in sweeps.items()}
     report = contract.read_json(stage.output_dir / REPORT)
     metrics = dict(report["metrics"])
     if front_args:
         released, front_metrics = front.measure(points)
         metrics |= front_metrics
         shutil.copytree(released, stage.output_dir, dirs_exist_ok=True)
-    elif len(etas) == 1:
+    elif num_points == 1:
         (point,) = points[args.interpolation].values()
         for path in point.iterdir():
             if (stage.output_dir / path.name).is_dir():  # of a run that was interrupted here
@@ -147,6 +151,10 @@ def check_arguments(where: str, args: WarpArguments) -> list[float]:
             raise UserError(f"{where}: eta is {eta}, which is no number; write one, usually from 0 to 1")
     if len(set(etas)) < len(etas):
         raise UserError(f"{where}: eta has {max(etas, key=etas.count):g} more than once; write it once")
+    if args.interpolation in (args.compare_with or []):
+        raise UserError(
+            f"{where}: compare_with names {args.interpolation}, which is the interpolation itself; name another"
+        )
     if args.rank is not None and args.rank < 1:
         raise UserError(f"{where}: rank is {args.rank}; write 1 or more, or remove it")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -15,6 +15,7 @@ ALLOWED = {
     "reward": {"core", "evaluation"},
     "weights": {"core", "weights"},
     "rlhf": {"core", "evaluation", "weights"},
+    "warp": {"core", "evaluation", "weights"},
     "chat": {"core"},
     "cli": {"core", "pipeline", "chat"},
     "__init__": set(),

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import yaml
 
 from gemma2_post.core.errors import UserError
-from gemma2_post.pipeline import run
+from gemma2_post.pipeline import devices, run
+from gemma2_post.pipeline.steps import Step, load_pipeline, rounds
 from tests.conftest import TEACHER
 
 
@@ -71,36 +73,185 @@ def test_a_stage_gets_the_output_of_the_one_that_it_names(
     assert wrong.returncode == 2 and "distill: model names sft, which is no earlier stage (none)" in wrong.stderr
 
 
-def test_an_entry_names_the_stages_it_reads_and_how_many_policies_it_trains(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def write_pipeline(folder: Path, stages: dict[str, dict[str, object]], **recipes: dict[str, object]) -> Path:
+    """A pipeline with its stages' recipes, as far as they matter."""
+    for name, values in recipes.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    path = folder / "pipeline.yaml"
+    path.write_text(yaml.safe_dump({"run_dir": "runs/x", "launch": "l.yaml", "stages": stages}, sort_keys=False))
+    return path
+
+
+def steps_of(path: Path, overrides: dict[str, dict[str, object]]) -> list[tuple[str, list[Step]]]:
+    pipeline = load_pipeline(path)
+    pipeline.overrides = overrides
+    return [round for name in pipeline.entries for round in rounds(pipeline, name)]
+
+
+def test_an_entry_names_the_stages_it_reads_and_how_many_policies_it_trains(tmp_path: Path) -> None:
     stages = {
         "sft": {"recipe": "sft.yaml"},
         "reward": {"recipe": "reward.yaml", "policies": ["sft"], "launch": "other.yaml"},
         "rlhf": {"recipe": "rlhf.yaml", "model": "sft", "reward_model": "reward", "num_policies": 2},
     }
-    pipeline = tmp_path / "pipeline.yaml"
-    pipeline.write_text(yaml.safe_dump({"run_dir": "runs/x", "launch": "l.yaml", "stages": stages}, sort_keys=False))
-    calls = []
-    monkeypatch.setattr(run, "_run_stage", lambda name, folder, config, *further: calls.append((folder, *further)))
-    run.run(pipeline, None, {"rlhf": {"beta": 0.2}})
+    path = write_pipeline(tmp_path, stages)
     rlhf = {"model_name_or_path": "runs/x/sft", "reward_model": "runs/x/reward"}
     rlhf |= {"beta": 0.2, "output_dir": "runs/x/rlhf"}
-    assert calls == [
-        (Path("runs/x/sft"), "l.yaml", {"output_dir": "runs/x/sft"}),
-        (Path("runs/x/reward"), "other.yaml", {"policies": ["runs/x/sft"], "output_dir": "runs/x/reward"}),
-        (Path("runs/x/rlhf/policy-0"), "l.yaml", rlhf | {"policy": 0}),
-        (Path("runs/x/rlhf/policy-1"), "l.yaml", rlhf | {"policy": 1}),
+    reward = {"policies": ["runs/x/sft"], "output_dir": "runs/x/reward"}
+    x = Path("runs/x")
+    assert steps_of(path, {"rlhf": {"beta": 0.2}}) == [
+        ("l.yaml", [Step("sft", "sft", x / "sft", tmp_path / "sft.yaml", {"output_dir": "runs/x/sft"})]),
+        ("other.yaml", [Step("reward", "reward", x / "reward", tmp_path / "reward.yaml", reward)]),
+        (
+            "l.yaml",
+            [
+                Step(
+                    f"rlhf policy {m}",
+                    "rlhf",
+                    x / "rlhf" / f"policy-{m}",
+                    tmp_path / "rlhf.yaml",
+                    rlhf | {"policy": m},
+                )
+                for m in range(2)
+            ],
+        ),
     ]
+
+
+WARP_STAGES = {
+    "sft": {"recipe": "sft.yaml"},
+    "rlhf": {"recipe": "rlhf.yaml", "model": "sft", "num_policies": 2},
+    "warp": {"recipe": "warp.yaml", "merges": "rlhf", "iterations": 3, "next_eta": 0.4},
+}
+
+
+def test_warp_trains_again_from_a_point_on_the_way_to_each_merge_and_sweeps_to_the_first_start(tmp_path: Path) -> None:
+    """Three iterations of two policies, no two of which have the same seed."""
+    warp = {"angles": "tensor", "eta": [0, 1], "kl_budget": 2.0}
+    path = write_pipeline(tmp_path, WARP_STAGES, rlhf={"save_dtype": "float32"}, warp=warp)
+    (_, (first, second)), *loop, (launch, (last,)) = steps_of(path, {"rlhf": {"beta": 1.0}})[1:]
+    runs = [str(first.folder), str(second.folder)]
+    start = "runs/x/sft"
+    assert len(loop) == 4
+    for i in (1, 2):
+        (_, (merge,)), (_, policies) = loop[2 * i - 2 : 2 * i]
+        assert (merge.stage, merge.config, merge.folder) == ("warp", None, Path(f"runs/x/warp-{i}"))
+        assert merge.values == {
+            "init": start, "policies": runs[-2:], "eta": 0.4, "save_dtype": "float32", "angles": "tensor",
+            "output_dir": f"runs/x/warp-{i}",
+        }  # fmt: skip
+        start = str(merge.folder)
+        for number, policy in enumerate(policies, start=2 * i):
+            assert policy.folder == Path(f"runs/x/rlhf-{i + 1}/policy-{number}")
+            assert policy.values == {
+                "model_name_or_path": start, "beta": 1.0, "policy": number, "output_dir": f"runs/x/rlhf-{i + 1}",
+            }  # fmt: skip
+            runs.append(str(policy.folder))
+    assert last.config == tmp_path / "warp.yaml" and launch == "l.yaml"
+    assert last.values == {
+        "init": "runs/x/warp-2", "towards": "runs/x/sft", "policies": runs[-2:], "runs": runs,
+        "output_dir": "runs/x/warp",
+    }  # fmt: skip
+
+
+def test_one_iteration_sweeps_towards_its_own_start(tmp_path: Path) -> None:
+    stages = WARP_STAGES | {"warp": WARP_STAGES["warp"] | {"iterations": 1}}
+    path = write_pipeline(tmp_path, stages, rlhf={"save_dtype": "float32"}, warp={"eta": [0, 1]})
+    ((_, (last,)),) = steps_of(path, {})[2:]
+    policies = ["runs/x/rlhf/policy-0", "runs/x/rlhf/policy-1"]
+    assert last.values == {
+        "init": "runs/x/sft", "policies": policies, "runs": policies, "output_dir": "runs/x/warp"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "rlhf", "message"),
+    [
+        ({"iterations": 0}, {"save_dtype": "float32"}, "iterations is 0; write 1 or more"),
+        ({"merges": "sft"}, {"save_dtype": "float32"}, "merges sft, which trains no policies"),
+        ({}, {}, "saves all weights in bfloat16, which rounds most of what RLHF changes away"),
+    ],
+)
+def test_a_merge_that_cannot_be_right_is_refused(
+    change: dict[str, object], rlhf: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    path = write_pipeline(tmp_path, WARP_STAGES | {"warp": WARP_STAGES["warp"] | change}, rlhf=rlhf, warp={}, sft={})
+    with pytest.raises(UserError, match=message):
+        load_pipeline(path)
 
 
 @pytest.mark.parametrize(("key", "value"), [("policies", ["rlhf"]), ("reward_model", "reward"), ("model", "sft")])
 def test_an_entry_cannot_name_a_stage_that_comes_later_or_not_at_all(key: str, value: object, tmp_path: Path) -> None:
-    pipeline = tmp_path / "pipeline.yaml"
-    stages = {"rlhf": {"recipe": "rlhf.yaml", key: value}, "reward": {"recipe": "reward.yaml"}}
-    pipeline.write_text(yaml.safe_dump({"run_dir": "runs/x", "launch": "l.yaml", "stages": stages}, sort_keys=False))
+    path = write_pipeline(tmp_path, {"rlhf": {"recipe": "rlhf.yaml", key: value}, "reward": {"recipe": "reward.yaml"}})
     with pytest.raises(UserError, match=rf"rlhf: {key} names (rlhf|reward|sft), which is no earlier stage \(none\)"):
-        run.load_pipeline(pipeline)
+        load_pipeline(path)
+
+
+def test_a_seed_and_a_folder_on_the_command_line_are_those_of_every_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_pipeline(tmp_path, {"sft": {"recipe": "sft.yaml"}, "distill": {"recipe": "d.yaml", "model": "sft"}})
+    seen = []
+    monkeypatch.setattr(run, "_run_round", lambda launch, steps: seen.extend(steps))
+    run.run(path, None, {"distill": {"seed": 5}}, Path("elsewhere"), seed=3)
+    assert [step.values for step in seen] == [
+        {"seed": 3, "output_dir": "elsewhere/sft"},
+        {"model_name_or_path": "elsewhere/sft", "seed": 5, "output_dir": "elsewhere/distill"},
+    ]
+
+
+# --- devices ---
+
+
+CPU = {"use_cpu": True, "num_processes": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "gpus", "cores", "num_runs", "expected"),
+    [
+        (CPU, "", 2, 2, [{"OMP_NUM_THREADS": "1"}] * 2),
+        (CPU, "", 8, 3, [{"OMP_NUM_THREADS": "2"}] * 3),
+        (CPU, "", 2, 1, [{}]),
+        (CPU, "", 1, 2, [{}]),
+        (CPU | {"num_processes": 2}, "", 4, 2, [{}]),
+        ({"num_processes": 1}, "0,1", 2, 2, [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]),
+        ({"num_processes": 2}, "4,5,6,7,8", 2, 5, [{"CUDA_VISIBLE_DEVICES": each} for each in ("4,5", "6,7")]),
+        ({"num_processes": 8}, "0,1,2,3,4,5,6,7", 2, 2, [{}]),
+        ({"num_processes": 1, "num_machines": 2}, "0,1", 2, 2, [{}]),
+        ({"num_processes": 1}, "", 2, 2, [{}]),
+    ],
+)
+def test_runs_go_side_by_side_on_devices_of_their_own(
+    config: dict[str, object],
+    gpus: str,
+    cores: int,
+    num_runs: int,
+    expected: list[dict[str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "launch.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert devices.places(tmp_path / "launch.yaml", num_runs) == expected
+
+
+def test_steps_of_a_round_run_at_the_same_time_each_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each waits for the other before it ends, so one after the other would never end."""
+    both = Barrier(2, timeout=20)
+    seen = []
+
+    def run_step(step: Step, launch: str, environment: dict[str, str]) -> None:
+        both.wait()
+        seen.append(environment["OMP_NUM_THREADS"])
+
+    monkeypatch.setattr(run, "_run_step", run_step)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    step = Step("rlhf", "rlhf", tmp_path, None, {})
+    run._run_round("accelerate_configs/cpu.yaml", [step, step])
+    assert seen == ["1", "1"]
 
 
 @pytest.mark.parametrize("load", [[], ["--load", "8bit"]], ids=["fp32", "8bit"])

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from gemma2_post import distill, reward, rlhf, sft, synthesize
-from gemma2_post.core import gemma, recipe, training
+from gemma2_post import distill, reward, rlhf, sft, synthesize, warp
+from gemma2_post.core import command, gemma, recipe, training
 from gemma2_post.core.data import load_function
 from gemma2_post.core.errors import UserError
-from gemma2_post.pipeline.run import load_pipeline
+from gemma2_post.evaluation import front
+from gemma2_post.pipeline.steps import load_pipeline
 from gemma2_post.tiny.data import noise_ceiling, preferences
 from tests.conftest import DISTILL_CLASSES, REWARD_CLASSES, RLHF_CLASSES, SFT_CLASSES
 from tests.test_synthesize import CLASSES as SYNTHESIZE_CLASSES
@@ -26,7 +27,7 @@ RECIPES = sorted(set(Path("recipes").glob("*/*.yaml")) - set(PIPELINES))
 
 
 def test_every_recipe_is_tested_here() -> None:
-    assert len(RECIPES) == 17 and len(PIPELINES) == 4
+    assert len(RECIPES) == 20 and len(PIPELINES) == 4
     assert sorted(Path("recipes").rglob("*.yaml")) == sorted([*RECIPES, *PIPELINES])
 
 
@@ -35,8 +36,13 @@ def test_a_shipped_recipe_passes_its_own_stage(path: Path) -> None:
     """Full fine-tuning in bf16 needs the ZeRO-3 that its accelerate config brings, and says so without it."""
     values = recipe.load_yaml(path)
     stage = path.stem.partition("-")[0]
-    classes, refused = STAGES[stage]
     assert values["output_dir"] == f"runs/{path.parent.name}/{path.stem}"
+    if stage == "warp":
+        classes = [warp.WarpArguments, *front.ARGUMENTS]
+        _, (args, *_) = command.parse(stage, ["--config", str(path)], classes, {}, needs_config=False)
+        assert warp.check_arguments(str(path), args)[0] == 0
+        return
+    classes, refused = STAGES[stage]
     on_cpu = {} if stage == "synthesize" else {"use_cpu": True}
     arguments = ["--config", str(path), *(f"--{key}=true" for key in on_cpu)]
     implied = {"implied": rlhf.implied} if stage == "rlhf" else {}
@@ -97,11 +103,16 @@ def test_the_27b_recipe_is_the_well_known_one() -> None:
 
 @pytest.mark.parametrize("path", PIPELINES, ids=str)
 def test_a_shipped_pipeline_names_recipes_stages_and_launchers_that_exist(path: Path) -> None:
-    pipeline, entries = load_pipeline(path)
-    assert pipeline.run_dir == f"runs/{path.parent.name}"
-    for name, entry in entries.items():
-        own_model = recipe.load_yaml(path.parent / entry.recipe)["model_name_or_path"]
+    pipeline = load_pipeline(path)
+    assert pipeline.run_dir == Path(f"runs/{path.parent.name}")
+    for name, entry in pipeline.entries.items():
+        values = recipe.load_yaml(path.parent / entry.recipe)
+        own_model = values["init"] if entry.merges else values["model_name_or_path"]
         assert entry.model is None or own_model == f"{pipeline.run_dir}/{entry.model}"
+        if entry.merges:
+            trained = pipeline.entries[entry.merges]
+            assert own_model == f"{pipeline.run_dir}/{trained.model}"
+            assert values["reward_model"] == f"{pipeline.run_dir}/{trained.reward_model}"
         assert (path.parent / entry.recipe).is_file() and Path(f"gemma2_post/{name}.py").is_file()
         assert Path(entry.launch or pipeline.launch).is_file()
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 
-from gemma2_post.core import gemma
 from gemma2_post.core.data import check_messages
 from gemma2_post.core.tokens import END_OF_TURN
 from gemma2_post.evaluation.samples import grade, sample_answers

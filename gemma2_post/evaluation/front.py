@@ -32,9 +32,6 @@ class FrontArguments:
         default=None,
         metadata={"help": "Trained policies to draw beside the merge: their checkpoints, themselves, their anchors."},
     )
-    compare_with: list[str] | None = field(
-        default=None, metadata={"help": "Further interpolations to draw: linear, spherical_mean or slerp."}
-    )
     kl_budget: float | None = field(
         default=None,
         metadata={"help": "Nats from the start; the point with the largest reward within them is released."},

@@ -66,11 +66,12 @@ def coefficients(gram: torch.Tensor, rule: Rule) -> torch.Tensor:
         rule: `slerp`, the paper's: one policy after the other (appendix B.3, equation 26); `spherical_mean`, the same
             for two policies and symmetric in more; `linear`, c_m = 1 / M.
     """
-    num_policies = len(gram)
-    equal = torch.full((num_policies,), 1 / num_policies, dtype=torch.float64)
-    if rule == "linear" or num_policies == 1:
-        return equal
-    return successive_slerp(gram) if rule == "slerp" else spherical_mean(gram, equal)
+    rules = {"slerp": successive_slerp, "spherical_mean": spherical_mean, "linear": linear_mean}
+    return rules[rule](gram)
+
+
+def linear_mean(gram: torch.Tensor) -> torch.Tensor:
+    return torch.full((len(gram),), 1 / len(gram), dtype=torch.float64)
 
 
 def slerp_coefficients(gram: torch.Tensor, weight: float) -> tuple[float, float]:
@@ -108,29 +109,27 @@ def successive_slerp(gram: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def spherical_mean(gram: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
+def spherical_mean(gram: torch.Tensor) -> torch.Tensor:
     """Weights of the Karcher mean of the directions d_m / |d_m|, applied to the task vectors as they are.
 
     The point of the unit sphere with the least mean squared angle to all directions: from their normalised sum, steps
     along the mean of the tangents. For two policies that is `slerp_coefficients` at weight 1/2, whatever their norms.
-
-    Args:
-        otherwise: returned if a task vector is zero, or if the directions have no unique mean.
+    Linear if one of them is zero, or if the directions have no unique mean.
     """
     norms = gram.diagonal().sqrt()
     if not bool((norms > 0).all()):
-        return otherwise
+        return linear_mean(gram)
     cosines = gram / norms.outer(norms)
-    weights = otherwise.clone()
+    weights = linear_mean(gram)
     length = (weights @ cosines @ weights).clamp(min=0).sqrt()
     if 2 * length < PARALLEL:  # of two, it is cos(W / 2)
-        return otherwise
+        return linear_mean(gram)
     weights /= length
     for _ in range(1000):
         towards = (cosines @ weights).clamp(-1, 1)
         angles = torch.arccos(towards)
         if (angles > math.pi / 2).any():
-            return otherwise
+            return linear_mean(gram)
         stretch = torch.where(angles > 1e-8, angles / torch.sin(angles), 1.0)
         tangent = (stretch - weights * (stretch @ towards)) / len(gram)
         length = (tangent @ cosines @ tangent).clamp(min=0).sqrt()
@@ -142,7 +141,7 @@ def spherical_mean(gram: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
 
 def combine(task_vectors: torch.Tensor, weights: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """sum over m of c_m * d_m: (n,) from (M, n), in the vectors' own type."""
-    return torch.matmul(weights.to(task_vectors), task_vectors, out=out)
+    return torch.mv(task_vectors.T, weights.to(task_vectors), out=out)
 
 
 def liti(init: torch.Tensor, direction: torch.Tensor, eta: float, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,0 +1,640 @@
+"""Merges of real directories against float64, what is written beside the weights, and what is refused."""
+
+import json
+import os
+import shutil
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+
+from gemma2_post import warp
+from gemma2_post.core import command, contract, gemma
+from gemma2_post.core.errors import UserError
+from gemma2_post.evaluation import front
+from gemma2_post.weights import interpolation, merge, streaming
+from gemma2_post.weights.streaming import ShardWriter, open_weights
+from tests.conftest import TEACHER, random_model
+
+Recipe = dict[str, object]
+Warp = Callable[..., Path]
+
+
+@pytest.fixture
+def run_warp(tmp_path: Path) -> Warp:
+    """The stage's own `main`, with keys as on the command line; returns its output directory."""
+
+    def run(name: str = "merged", **keys: object) -> Path:
+        values = {"output_dir": str(tmp_path / name), "force": True} | keys
+        arguments = [f"--{key}={json.dumps(value)}" for key, value in values.items()]
+        stage, built = command.parse("warp", arguments, [warp.WarpArguments], {}, needs_config=False)
+        command.refuse_foreign_output(stage)
+        warp.main(stage, *built)
+        return stage.output_dir
+
+    return run
+
+
+def save(model: torch.nn.Module, directory: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    gemma.save_model(model, model.state_dict(), directory, model.dtype)
+    gemma.save_tokenizer(tokenizer, directory)
+    return str(directory)
+
+
+def write_models(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    num_policies: int,
+    dtype: torch.dtype = torch.float32,
+    **shape: object,
+) -> tuple[str, list[str]]:
+    """A random start and policies that have moved a little way from it, some of it in common."""
+    init = random_model(len(tokenizer), dtype=dtype, **shape)
+    paths = [save(init, folder / "init", tokenizer)]
+    for m in range(num_policies):
+        policy = random_model(len(tokenizer), dtype=dtype, **shape)
+        for i, parameter in enumerate(policy.parameters()):
+            common, own = (torch.Generator().manual_seed(1000 * seed + i) for seed in (7, m))
+            step = torch.randn(parameter.shape, generator=common) + torch.randn(parameter.shape, generator=own)
+            parameter.data += (0.01 * (m + 1) * step).to(dtype)
+        paths.append(save(policy, folder / f"policy-{m}", tokenizer))
+    return paths[0], paths[1:]
+
+
+def weights_of(directory: str | Path) -> dict[str, torch.Tensor]:
+    return open_weights("test", Path(directory))
+
+
+def reference(init: str, policies: list[str], rule: str, angles: str, eta: float) -> dict[str, torch.Tensor]:
+    """The merge in float64, each group's task vectors whole."""
+    start, others = weights_of(init), [weights_of(path) for path in policies]
+    groups = defaultdict(list)
+    for name in start:
+        groups[interpolation.group_of(name, angles)].append(name)
+    found = {}
+    for names in groups.values():
+        vectors = torch.stack(
+            [torch.cat([(each[name].double() - start[name].double()).flatten() for name in names]) for each in others]
+        )
+        weights = interpolation.coefficients(interpolation.gram_matrix(vectors), rule)
+        for name in names:
+            direction = sum(
+                w * (each[name].double() - start[name].double()) for w, each in zip(weights, others, strict=True)
+            )
+            found[name] = start[name].double() + eta * direction
+    return found
+
+
+def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The largest over the tensors, in the Frobenius norm."""
+    assert found.keys() == expected.keys()
+    return max(
+        float((found[name].double() - each.double()).norm() / each.double().norm()) for name, each in expected.items()
+    )
+
+
+GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 1}
+DEEP = {"num_hidden_layers": 3, "hidden_size": 48, "intermediate_size": 80, "num_key_value_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("num_policies", "rule", "angles", "dtype", "shape"),
+    [
+        (2, "slerp", "layer", torch.float32, {}),
+        (2, "slerp", "tensor", torch.bfloat16, GROUPED),
+        (2, "linear", "layer", torch.float32, GROUPED),
+        (3, "slerp", "layer", torch.bfloat16, DEEP),
+        (3, "spherical_mean", "model", torch.float32, DEEP),
+        (5, "slerp", "layer", torch.float32, GROUPED),
+        (5, "spherical_mean", "layer", torch.bfloat16, {}),
+    ],
+    ids=str,
+)
+def test_a_merge_equals_float64(
+    num_policies: int,
+    rule: str,
+    angles: str,
+    dtype: torch.dtype,
+    shape: dict[str, int],
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    run_warp: Warp,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also far outside of [0, 1], and with slices of which a tensor has many."""
+    monkeypatch.setattr(streaming, "CHUNK", 3000)
+    init, policies = write_models(tmp_path, tokenizer, num_policies, dtype, **shape)
+    etas = [-0.5, 0.0, 0.3, 1.0, 1.5]
+    output = run_warp(init=init, policies=policies, eta=etas, interpolation=rule, angles=angles, save_dtype="float32")
+    for eta in etas:
+        found = weights_of(output / f"eta-{eta:g}")
+        assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+        assert relative_error(found, reference(init, policies, rule, angles, eta)) < 1e-6
+
+
+def test_the_end_points_are_their_models_bit_for_bit(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, run_warp: Warp
+) -> None:
+    """Also the sign of zeros."""
+    init, (policy,) = write_models(tmp_path, tokenizer, 1)
+    tensors = load_file(Path(init) / "model.safetensors")
+    tensors["model.norm.weight"][:2] = torch.tensor([-0.0, 0.0])
+    save_file(tensors, Path(init) / "model.safetensors", {"format": "pt"})
+    output = run_warp(init=init, policies=policy, eta=[0, 1], save_dtype="float32")
+    for eta, model in ((0, init), (1, policy)):
+        found, expected = weights_of(output / f"eta-{eta}"), weights_of(model)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[n].view(torch.int32), expected[n].view(torch.int32)) for n in expected)
+
+
+def test_the_result_is_rounded_once_to_bf16(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, run_warp: Warp
+) -> None:
+    """Steps of 0.3 of a small task vector are far below what bf16 arithmetic keeps."""
+    init, policies = write_models(tmp_path, tokenizer, 2)
+    exact = weights_of(run_warp("fp32", init=init, policies=policies, save_dtype="float32"))
+    rounded = weights_of(run_warp("bf16", init=init, policies=policies))
+    assert {tensor.dtype for tensor in rounded.values()} == {torch.bfloat16}
+    assert all(torch.equal(rounded[name], each.bfloat16()) for name, each in exact.items())
+
+
+def test_the_sweep_can_go_back_to_an_earlier_start(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, run_warp: Warp
+) -> None:
+    """(1 - eta) towards + eta (init + merged): the output of WARP's last iteration."""
+    init, (first, *policies) = write_models(tmp_path, tokenizer, 3)
+    output = run_warp(init=init, policies=policies, towards=first, eta=[0, 0.3, 1], save_dtype="float32")
+    merged, towards = reference(init, policies, "slerp", "layer", 1.0), weights_of(first)
+    for eta in (0.0, 0.3, 1.0):
+        expected = {name: (1 - eta) * towards[name].double() + eta * each for name, each in merged.items()}
+        assert relative_error(weights_of(output / f"eta-{eta:g}"), expected) < 1e-6
+
+
+def test_what_is_written_loads_and_stops_and_chats(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, run_warp: Warp
+) -> None:
+    init, policies = write_models(tmp_path, tokenizer, 2)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    output = run_warp(init=init, policies=policies, eta=0.5, save_dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(output, dtype="auto", attn_implementation="eager")
+    assert model.dtype == torch.float32 and model.config.tie_word_embeddings and model.config.use_cache
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.generation_config.eos_token_id == [1, 107]
+    loaded = AutoTokenizer.from_pretrained(output)
+    assert loaded.chat_template == tokenizer.chat_template and loaded.get_vocab() == tokenizer.get_vocab()
+    ids = torch.arange(20).view(1, -1)
+    expected = random_model(len(tokenizer))
+    expected.load_state_dict(
+        {n: t.float() for n, t in reference(init, policies, "slerp", "layer", 0.5).items()}, strict=False
+    )
+    expected.tie_weights()
+    torch.testing.assert_close(model(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-4)
+    with safe_open(output / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert "slerp" in (output / "README.md").read_text()
+    done = json.loads((output / "stage.json").read_text())
+    assert (done["stage"], done["base_model"], done["dtype"]) == ("warp", init, "float32")
+    assert done["base_digest"] == contract.input_digest(init) == done["lineage"][-1]
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # inputs are never touched
+    assert not [path for path in output.iterdir() if path.name.startswith(".")]
+
+
+def test_the_report_says_what_happened_to_each_group(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, run_warp: Warp
+) -> None:
+    init, policies = write_models(tmp_path, tokenizer, 2)
+    output = run_warp(init=init, policies=policies)
+    groups = json.loads((output / "merge.json").read_text())["groups"]
+    assert {group["group"] for group in groups} == {
+        *("model.layers.0", "model.layers.1", "model.embed_tokens.weight", "model.norm.weight")
+    }
+    assert sum(group["num_parameters"] for group in groups) == sum(t.numel() for t in weights_of(init).values())
+    (layer,) = (group for group in groups if group["group"] == "model.layers.1")
+    start, first, second = (
+        torch.cat([each[n].double().flatten() for n in sorted(each) if n.startswith("model.layers.1.")])
+        for each in (weights_of(path) for path in (init, *policies))
+    )
+    first, second = first - start, second - start
+    cosine = float(first @ second / first.norm() / second.norm())
+    assert layer["norms"] == pytest.approx([float(first.norm()), float(second.norm())], rel=1e-6)
+    assert layer["cosines"] == pytest.approx([cosine], rel=1e-6) and 0.3 < cosine < 0.7
+    assert layer["coefficients"] == pytest.approx([1 / (2 * ((1 + cosine) / 2) ** 0.5)] * 2, rel=1e-6)
+    half = [c * d for c, d in zip(layer["coefficients"], (first, second), strict=True)]
+    assert layer["norm"] == pytest.approx(float(sum(half).norm()), rel=1e-6)
+    assert layer["norm_kept"] == pytest.approx(layer["norm"] / (sum(layer["norms"]) / 2))
+    assert (output / "merge.png").stat().st_size > 1000
+
+
+# --- on disk ---
+
+
+def test_shards_and_a_copied_head_are_read_and_shards_are_written(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, run_warp: Warp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ZeRO-1 and 2 save the tied head twice, big models come in shards: the result is the same."""
+    init, policies = write_models(tmp_path, tokenizer, 2)
+    plain = weights_of(run_warp("plain", init=init, policies=policies, save_dtype="float32"))
+    model = AutoModelForCausalLM.from_pretrained(policies[0], dtype="auto")
+    shutil.rmtree(policies[0])
+    model.save_pretrained(policies[0], max_shard_size="100KB")
+    gemma.save_tokenizer(tokenizer, Path(policies[0]))
+    (Path(policies[0]) / "model-99999-of-99999.safetensors").write_bytes(b"of an earlier save")
+    tensors = load_file(Path(policies[1]) / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, Path(policies[1]) / "model.safetensors", {"format": "pt"})
+
+    class SmallShards(ShardWriter):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments, shard_bytes=100_000)
+
+    monkeypatch.setattr(warp, "ShardWriter", SmallShards)
+    output = run_warp("other", init=init, policies=policies, save_dtype="float32")
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in plain.values())
+    found = weights_of(output)
+    assert found.keys() == plain.keys() and all(torch.equal(found[name], each) for name, each in plain.items())
+    assert AutoModelForCausalLM.from_pretrained(output).config.tie_word_embeddings
+
+
+def test_slices_written_in_any_order_are_one_tensor(tmp_path: Path) -> None:
+    """The file is one that safetensors reads, whatever the parts are."""
+    tensors = {"a": torch.randn(7, 5), "b": torch.randn(3)}
+    with ShardWriter(tmp_path, {name: each.shape for name, each in tensors.items()}, torch.float32) as writer:
+        writer.write("b", 0, tensors["b"])
+        for row in (6, 0, 3, 1, 5, 2, 4):
+            writer.write("a", 5 * row, tensors["a"][row])
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(loaded[name], each) for name, each in tensors.items())
+
+
+def test_what_a_kill_leaves_is_made_again_and_the_result_is_the_same(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, run_warp: Warp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init, policies = write_models(tmp_path, tokenizer, 2)
+    keys = {"init": init, "policies": policies, "eta": [0.3, 1]}
+    expected = weights_of(run_warp("undisturbed", **keys) / "eta-0.3")
+    write_beside = warp.write_beside
+    monkeypatch.setattr(warp, "write_beside", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_warp(**keys)
+    output = tmp_path / "merged"
+    assert not (output / "eta-0.3").exists() and not (output / "stage.json").exists()
+    monkeypatch.setattr(warp, "write_beside", write_beside)
+    run_warp(**keys)
+    found = weights_of(output / "eta-0.3")
+    assert all(torch.equal(found[name], each) for name, each in expected.items())
+    assert sorted(path.name for path in output.iterdir() if path.is_dir()) == ["eta-0.3", "eta-1"]
+
+
+# --- adapters ---
+
+
+@pytest.fixture
+def adapters(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str]]:
+    """A start, and adapters on it of different ranks and scales whose B is not zero."""
+    init = save(random_model(len(tokenizer)), tmp_path / "init", tokenizer)
+    paths = []
+    for m, (rank, alpha) in enumerate([(4, 8), (2, 3)]):
+        set_seed(m)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM")
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(init), config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        model.save_pretrained(tmp_path / f"adapter-{m}")
+        paths.append(str(tmp_path / f"adapter-{m}"))
+    return init, paths
+
+
+def merged_into(init: str, adapter: str | Path) -> dict[str, torch.Tensor]:
+    base = AutoModelForCausalLM.from_pretrained(init, dtype=torch.float32)
+    state = PeftModel.from_pretrained(base, adapter).merge_and_unload().state_dict()
+    return {name: each for name, each in state.items() if name != "lm_head.weight"}
+
+
+def test_adapters_merge_as_the_models_that_they_make(
+    adapters: tuple[str, list[str]], tmp_path: Path, tokenizer: PreTrainedTokenizerBase, run_warp: Warp
+) -> None:
+    """Both as an adapter of summed rank, loaded by PEFT, and as a model."""
+    init, paths = adapters
+    wholes = []
+    for m, path in enumerate(paths):
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(init), path).merge_and_unload()
+        wholes.append(save(model, tmp_path / f"whole-{m}", tokenizer))
+    expected = weights_of(run_warp("whole", init=init, policies=wholes, eta=0.7, save_dtype="float32"))
+    output = run_warp(init=init, policies=paths, eta=0.7, save_dtype="float32")
+    assert relative_error(weights_of(output), expected) < 1e-6
+    assert relative_error(merged_into(init, output / "adapter"), expected) < 1e-6
+    config = json.loads((output / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (6, 6, init)
+    by_group = {each["group"]: each for each in json.loads((output / "merge.json").read_text())["groups"]}
+    whole = {each["group"]: each for each in json.loads((tmp_path / "whole" / "merge.json").read_text())["groups"]}
+    for group, each in by_group.items():
+        assert each["cosines"] == pytest.approx(whole[group]["cosines"], abs=1e-5)
+    assert json.loads((output / "stage.json").read_text())["adapter"] == "adapter"
+
+
+def test_a_compressed_adapter_says_what_it_loses(
+    adapters: tuple[str, list[str]], tmp_path: Path, run_warp: Warp
+) -> None:
+    init, paths = adapters
+    full = merged_into(init, run_warp("full", init=init, policies=paths, eta=1, adapter_only=True) / "adapter")
+    output = run_warp("small", init=init, policies=paths, eta=1, adapter_only=True, rank=3)
+    assert not (output / "model.safetensors").exists()
+    small, start = merged_into(init, output / "adapter"), weights_of(init)
+    lost = sum((small[name] - full[name]).square().sum() for name in full)
+    moved = sum((full[name] - start[name]).square().sum() for name in full)
+    stated = json.loads((output / "stage.json").read_text())["metrics"]["compression_error"]
+    assert 0.05 < stated == pytest.approx(float((lost / moved).sqrt()), rel=1e-3)
+    same = run_warp("same", init=init, policies=paths, eta=1, adapter_only=True, rank=6)
+    assert json.loads((same / "stage.json").read_text())["metrics"]["compression_error"] < 1e-6
+
+
+# --- outputs of our own stages ---
+
+
+def test_policies_of_rlhf_merge_without_a_word(
+    run_rlhf: Callable[[Recipe], Path],
+    rlhf_recipe: Recipe,
+    tmp_path: Path,
+    run_warp: Warp,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    """Two policies, of which the second is not merged with what it did not start from; adapters are found by it."""
+    lora = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "learning_rate": 1e-3}
+    recipe = rlhf_recipe | lora | {"max_steps": 1, "num_samples": 2}
+    policies = [str(run_rlhf(recipe | {"policy": policy})) for policy in range(2)]
+    output = run_warp(init=TEACHER, policies=policies, force=False, save_dtype="float32")
+    assert "warning" not in capfd.readouterr().out
+    assert (output / "adapter" / "adapter_model.safetensors").is_file()
+    found, start = weights_of(output), weights_of(TEACHER)
+    moved = {name for name in found if not torch.equal(found[name], start[name].float())}
+    assert moved and all("self_attn" in name for name in moved)
+    again = run_warp("again", init=str(output), policies=policies, force=True)
+    assert "was trained from" in capfd.readouterr().out and again
+    with pytest.raises(UserError, match=r"was trained from .*; name the model that it began as, or add --force true"):
+        run_warp("refused", init=str(output), policies=policies, force=False)
+    back = run_warp("back", init=str(output), policies=[str(output)], towards=TEACHER, eta=0.5, force=True)
+    assert json.loads((back / "stage.json").read_text())["lineage"][0] == contract.input_digest(TEACHER)
+
+
+# --- the front ---
+
+
+@pytest.fixture
+def measured(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Recipe:
+    """A sweep from the small teacher to what noise makes of it, rewarded by gold; 6 prompts."""
+    start = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
+    paths = []
+    for m in range(2):
+        policy = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
+        set_seed(m)
+        for parameter in policy.parameters():
+            parameter.data += 0.03 * torch.randn_like(parameter)
+        paths.append(save(policy, tmp_path / f"policy-{m}", tokenizer))
+    return {
+        "init": save(start, tmp_path / "init", tokenizer),
+        "policies": paths,
+        "output_dir": str(tmp_path / "front"),
+        "eta": [0, 0.5, 1],
+        "save_dtype": "float32",
+        "force": True,
+        "datasets": [{"path": "gemma2_post.tiny.data:prompts", "split": "held_out"}],
+        "columns": ["skill", "answer"],
+        "reward_functions": ["gemma2_post.tiny.gold:gold"],
+        "graders": ["gemma2_post.tiny.gold:gold"],
+        "max_completion_length": 16,
+        "num_samples": 6,
+        "compare_with": ["linear"],
+    }
+
+
+def run_front(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, file: Path) -> Path:
+    file.write_text(json.dumps(recipe))  # JSON is YAML
+    classes = [warp.WarpArguments, *front.ARGUMENTS]
+    stage, built = command.parse("warp", ["--config", str(file)], classes, {}, needs_config=False)
+    command.refuse_foreign_output(stage)
+    warp.main(stage, *built)
+    return stage.output_dir
+
+
+def test_the_front_is_measured_and_the_best_point_under_the_budget_is_released(
+    measured: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise makes the teacher worse, so that without a KL budget the start is released, too."""
+    output = run_front(measured, monkeypatch, tmp_path / "warp.yaml")
+    result = json.loads((output / "front.json").read_text())
+    points = {(point["series"], point["position"]): point for point in result["points"]}
+    assert points.keys() == {(rule, eta) for rule in ("slerp", "linear") for eta in (0.0, 0.5, 1.0)} - {
+        ("linear", 0.0)
+    }
+    assert points["slerp", 0.0]["kl_to_init"] == pytest.approx(0, abs=1e-5)
+    assert points["slerp", 1.0]["kl_to_init"] > points["slerp", 0.5]["kl_to_init"] > 1e-3
+    assert points["linear", 1.0]["kl_to_init"] < points["slerp", 1.0]["kl_to_init"]  # lemma 2: a smaller norm
+    assert all(point["reward"] <= point["gold"] for point in points.values())  # cut answers are penalised
+    best = max((p for (rule, _), p in points.items() if rule == "slerp"), key=lambda point: point["reward"])
+    assert result["released"] == best
+    released = weights_of(output)
+    assert all(torch.equal(released[n], each) for n, each in weights_of(best["path"]).items())
+    done = json.loads((output / "stage.json").read_text())
+    assert done["metrics"]["eta"] == best["position"] and done["metrics"]["reward"] == best["reward"]
+    assert (output / "front.png").stat().st_size > 1000
+
+
+def test_an_interrupted_front_samples_no_answer_twice(
+    measured: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled, sample_answers = [], front.sample_answers
+
+    def sample(*arguments: object, **further: object) -> object:
+        sampled.append(1)
+        if len(sampled) == 3:
+            raise KeyboardInterrupt
+        return sample_answers(*arguments, **further)
+
+    monkeypatch.setattr(front, "sample_answers", sample)
+    with pytest.raises(KeyboardInterrupt):
+        run_front(measured, monkeypatch, tmp_path / "warp.yaml")
+    answers = Path(measured["output_dir"]) / "progress" / "answers.jsonl"
+    with open(answers, "a") as file:
+        file.write('{"point": "half a li')
+    merged = merge.merge_models
+    monkeypatch.setattr(merge, "merge_models", lambda *_: pytest.fail("merged again"))
+    output = run_front(measured, monkeypatch, tmp_path / "warp.yaml")
+    assert len(sampled) == 3 + 3 and len(json.loads((output / "front.json").read_text())["points"]) == 5
+    monkeypatch.setattr(merge, "merge_models", merged)
+    undisturbed = run_front(measured | {"output_dir": str(tmp_path / "once")}, monkeypatch, tmp_path / "warp.yaml")
+    one, other = (json.loads((each / "front.json").read_text())["points"] for each in (output, undisturbed))
+    for each, expected in zip(one, other, strict=True):
+        assert each | {"path": ""} == expected | {"path": ""}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kl_budget": -1.0}, "kl_budget is -1 nats; write 0 or more"),
+        ({"kl_budget": 1.0, "eta": [0.5, 1]}, "with a kl_budget, eta needs 0"),
+        ({"num_samples": 1}, "num_samples must be 2 or more"),
+        ({"runs": ["nowhere"]}, "runs names nowhere, which is no finished policy"),
+        ({"reward_functions": None}, "nothing rewards the answers"),
+        ({"compare_with": ["cubic"]}, "compare_with[0] is 'cubic' (str); write one of slerp, spherical_mean, linear"),
+        ({"compare_with": ["slerp"]}, "compare_with names slerp, which is the interpolation itself"),
+        ({"max_completion_length": 600}, "leaves 0 of the model's 512 positions"),
+    ],
+)
+def test_a_front_that_cannot_be_measured_is_refused_before_the_merge(
+    change: Recipe, message: str, measured: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge, "merge_models", lambda *_: pytest.fail("merged"))
+    recipe = {key: value for key, value in (measured | change).items() if value is not None}
+    with pytest.raises(UserError) as error:
+        run_front(recipe, monkeypatch, tmp_path / "warp.yaml")
+    assert message in str(error.value) and not Path(measured["output_dir"]).exists()
+
+
+# --- mistakes ---
+
+
+def other_config(folder: Path) -> None:
+    config = json.loads((folder / "policy-1" / "config.json").read_text())
+    (folder / "policy-1" / "config.json").write_text(json.dumps(config | {"sliding_window": 16}))
+
+
+def change_tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        file = folder / "policy-1" / "model.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, {"format": "pt"})
+
+    return apply
+
+
+def set_nan(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+
+
+def narrow(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+
+
+def other_head(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+
+def quantise(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.norm.weight"] = torch.zeros(64, dtype=torch.int8)
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "policy-1" / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 100)
+
+
+def lose_a_shard(folder: Path) -> None:
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+    (folder / "policy-1" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def swap_two_words(folder: Path) -> None:
+    file = folder / "policy-1" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    one, other = list(vocabulary)[-2:]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    file.write_text(json.dumps(content))
+
+
+def other_template(folder: Path) -> None:
+    (folder / "policy-1" / "chat_template.jinja").write_text("{{ messages }}")
+
+
+def unfinished(folder: Path) -> None:
+    (folder / "policy-1" / "begun.json").write_text("{}")
+
+
+def make_adapter(folder: Path) -> None:
+    (folder / "policy-1" / "adapter_config.json").write_text("{}")
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+def occupied(folder: Path) -> None:
+    (folder / "merged").mkdir()
+    (folder / "merged" / "notes.txt").write_text("mine")
+
+
+BAD: dict[str, tuple[Callable[[Path], None], Recipe, str]] = {
+    "architecture": (other_config, {}, "are different architectures: sliding_window is 8 and 16"),
+    "keys": (
+        change_tensors(lambda tensors: tensors.pop("model.norm.weight", None) is None),
+        {},
+        "init has model.norm.weight, which",
+    ),
+    "shape": (change_tensors(narrow), {}, "model.norm.weight has the shape [64] in"),
+    "NaN": (change_tensors(set_nan), {}, "policy-1 has NaN or infinite values in model.layers.1.mlp.up_proj.weight"),
+    "untied head": (change_tensors(other_head), {}, "policy-1 has a head that differs from its embeddings"),
+    "quantised": (change_tensors(quantise), {}, "model.norm.weight is torch.int8, not a floating-point tensor"),
+    "truncated": (truncate, {}, "model.safetensors cannot be read"),
+    "missing shard": (lose_a_shard, {}, "policy-1 has no model-00002-of-00002.safetensors"),
+    "tokenizer": (swap_two_words, {}, "merge models with one tokenizer"),
+    "template": (other_template, {}, "have different chat templates"),
+    "unfinished": (unfinished, {}, "policy-1 is not finished"),
+    "adapter beside a model": (make_adapter, {}, "policy-1 is an adapter and"),
+    "unknown start": (nothing, {"force": False}, "policy-0 records no start"),
+    "no folder": (nothing, {"init": "./nowhere"}, "there is no folder ./nowhere"),
+    "eta is text": (nothing, {"eta": "half"}, "eta is 'half' (str); write a list, each item a number or a number"),
+    "eta is NaN": (nothing, {"eta": float("nan")}, "eta is nan, which is no number"),
+    "eta twice": (nothing, {"eta": [0.3, 0.3]}, "eta has 0.3 more than once"),
+    "unknown rule": (nothing, {"interpolation": "cubic"}, "write one of slerp, spherical_mean, linear"),
+    "unknown key": (nothing, {"etta": 0.3}, "unknown key etta (value 0.3); did you mean eta?"),
+    "rank of models": (nothing, {"rank": 4}, "rank and adapter_only are for adapters"),
+    "no policies": (nothing, {"policies": []}, "policies is empty"),
+    "occupied": (occupied, {}, "holds files that no stage has made; choose another output_dir"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "keys", "message"), BAD.values(), ids=BAD.keys())
+def test_a_mistake_is_one_sentence_and_nothing_is_left_or_touched(
+    spoil: Callable[[Path], None],
+    keys: Recipe,
+    message: str,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    init, policies = write_models(tmp_path, tokenizer, 2)
+    spoil(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    values = {"init": init, "policies": policies, "output_dir": str(tmp_path / "merged"), "force": True} | keys
+    arguments = [f"--{key}={json.dumps(value).replace('NaN', '.nan')}" for key, value in values.items()]
+    monkeypatch.setattr(sys, "argv", ["warp", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        command.launch("warp", warp.main, [warp.WarpArguments], {}, None, needs_config=False)
+    assert exit.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert not (tmp_path / "merged" / "stage.json").exists()
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, run_warp: Warp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init, policies = write_models(tmp_path, tokenizer, 2)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(UserError, match="no space left on the device for the output"):
+        run_warp(init=init, policies=policies)
+    assert not (tmp_path / "merged").exists()
