@@ -17,6 +17,7 @@ best one under a KL budget is released to `output_dir`:
 
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -155,6 +156,8 @@ def check_arguments(where: str, args: WarpArguments) -> list[float]:
         raise UserError(
             f"{where}: compare_with names {args.interpolation}, which is the interpolation itself; name another"
         )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{where}: warp is one process; start it with accelerate_configs/single_gpu.yaml or cpu.yaml")
     if args.rank is not None and args.rank < 1:
         raise UserError(f"{where}: rank is {args.rank}; write 1 or more, or remove it")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

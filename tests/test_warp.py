@@ -15,13 +15,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
-from gemma2_post import warp
-from gemma2_post.core import command, contract, gemma
+from gemma2_post import rlhf, warp
+from gemma2_post.core import command, contract, gemma, training
 from gemma2_post.core.errors import UserError
 from gemma2_post.evaluation import front
+from gemma2_post.pipeline import run
+from gemma2_post.pipeline.steps import Step
 from gemma2_post.weights import interpolation, merge, streaming
 from gemma2_post.weights.streaming import ShardWriter, open_weights
-from tests.conftest import TEACHER, random_model
+from tests.conftest import RLHF_CLASSES, TEACHER, random_model
 
 Recipe = dict[str, object]
 Warp = Callable[..., Path]
@@ -498,6 +500,67 @@ def test_a_front_that_cannot_be_measured_is_refused_before_the_merge(
     with pytest.raises(UserError) as error:
         run_front(recipe, monkeypatch, tmp_path / "warp.yaml")
     assert message in str(error.value) and not Path(measured["output_dir"]).exists()
+
+
+# --- the loop ---
+
+
+def test_the_loop_is_one_entry_of_a_pipeline_and_each_run_a_folder(
+    rlhf_recipe: Recipe,
+    measured: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """Two iterations of two policies; the stages' own `main`, in this process rather than in one each."""
+    own = {"reward_model": None, "reward_functions": ["gemma2_post.tiny.gold:gold"], "max_steps": 1, "num_samples": 2}
+    rlhf_values = {key: value for key, value in (rlhf_recipe | own).items() if value is not None}
+    warp_values = measured | {"init": "none", "policies": ["none"], "num_samples": 2, "force": False}
+    (tmp_path / "rlhf.yaml").write_text(json.dumps(rlhf_values))
+    (tmp_path / "warp.yaml").write_text(json.dumps({k: v for k, v in warp_values.items() if k != "compare_with"}))
+    stages = {
+        "rlhf": {"recipe": "rlhf.yaml", "num_policies": 2},
+        "warp": {"recipe": "warp.yaml", "merges": "rlhf", "iterations": 2},
+    }
+    path = tmp_path / "pipeline.yaml"
+    launcher = tmp_path / "launch.yaml"
+    launcher.write_text(json.dumps({"use_cpu": True, "num_processes": 2}))  # one after the other, in one process
+    path.write_text(json.dumps({"run_dir": str(tmp_path / "run"), "launch": str(launcher), "stages": stages}))
+
+    def launch(step: Step, *_: object) -> int:
+        arguments = [*(["--config", str(step.config)] if step.config else [])]
+        arguments += [f"--{key}={json.dumps(value)}" for key, value in step.values.items()]
+        if step.stage == "rlhf":
+            stage, built = training.parse("rlhf", arguments, RLHF_CLASSES, rlhf.REFUSED_KEYS, rlhf.implied)
+            rlhf.main(stage, *built)
+        else:
+            classes = [warp.WarpArguments, *(front.ARGUMENTS if step.config else [])]
+            stage, built = command.parse("warp", arguments, classes, {}, needs_config=False)
+            warp.main(stage, *built)
+        return 0
+
+    monkeypatch.setattr(run, "_launch", launch)
+    run.run(path, None, {})
+    folder = tmp_path / "run"
+    done = {str(each.parent.relative_to(folder)) for each in folder.rglob("stage.json")}
+    assert done == {*("rlhf/policy-0", "rlhf/policy-1", "warp-1", "rlhf-2/policy-2", "rlhf-2/policy-3", "warp")}
+    second = json.loads((folder / "rlhf-2" / "policy-2" / "stage.json").read_text())
+    assert second["base_digest"] == json.loads((folder / "warp-1" / "stage.json").read_text())["output"]
+    policies = [str(folder / "rlhf" / f"policy-{m}") for m in range(2)]
+    assert relative_error(weights_of(folder / "warp-1"), reference(TEACHER, policies, "slerp", "layer", 0.3)) < 1e-6
+    later = [str(folder / "rlhf-2" / f"policy-{m}") for m in (2, 3)]
+    merged = reference(str(folder / "warp-1"), later, "slerp", "layer", 1.0)
+    start = weights_of(TEACHER)
+    half = {name: 0.5 * start[name].double() + 0.5 * each for name, each in merged.items()}
+    assert relative_error(weights_of(folder / "warp" / "eta-0.5"), half) < 1e-6
+    series = {point["series"] for point in json.loads((folder / "warp" / "front.json").read_text())["points"]}
+    names = ["rlhf/policy-0", "rlhf/policy-1", "rlhf-2/policy-2", "rlhf-2/policy-3"]
+    assert series == {"slerp", *names, *(f"{name} anchor" for name in names)}
+
+    capsys.readouterr()
+    monkeypatch.setattr(run, "_launch", lambda *_: pytest.fail("ran again"))
+    run.run(path, None, {})
+    assert capsys.readouterr().out.count("up to date") == 6
 
 
 # --- mistakes ---

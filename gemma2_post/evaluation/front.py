@@ -15,7 +15,9 @@ from statistics import mean, stdev
 import torch
 from accelerate import Accelerator
 from matplotlib.figure import Figure
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from gemma2_post.core import contract, data, gemma, rewards
 from gemma2_post.core.command import Stage
@@ -98,6 +100,7 @@ class Front:
         self.functions += rewards.load_reward_functions(where, reward_args, self.rows.column_names)
         self.runs = [(Path(run), run_points(where, Path(run))) for run in args.runs or []]
         self.accelerator = Accelerator()
+        disable_progress_bar()  # of loading each of many models
 
     def measure(self, merged: dict[str, dict[float, Path]]) -> tuple[Path, dict[str, float]]:
         """Measures every point, writes `front.json` and `front.png`; the released point and its numbers.
@@ -140,8 +143,7 @@ class Front:
                 )
         missing = [point for point in points if str(point.path) not in found]
         start = self._load(Path(self.start)) if missing else None
-        for number, point in enumerate(missing):
-            print(f"front: {point.path} ({number + 1} of {len(missing)})", flush=True)
+        for point in tqdm(missing, desc="front", unit="model"):
             model = self._load(point.path)
             answers = sample_answers(
                 model,
