@@ -3,7 +3,8 @@
     python benchmarks/anchor_front.py --runs runs/seed-0 runs/seed-1 runs/seed-2     # each with sft and reward in it
 
 Runs the RLHF stage of `recipes/tiny/rlhf.yaml` for each anchor, beta and run, and draws reward and gold over KL to the
-start, from what each run has watched. A finished run is not run again.
+start, from what each run has watched. A finished run is not run again. `--anchors ema copy --anchor_mu 0.1` compares
+the average with what other trainers do: a copy of the policy as it was at the last multiple of 1 / mu steps.
 """
 
 import argparse
@@ -15,25 +16,45 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-COLOURS = {"ema": "tab:blue", "start": "tab:orange"}
+COLOURS = {"ema": "tab:blue", "start": "tab:orange", "copy": "tab:green"}
 STYLES = ["-", "--", ":", "-."]
 
 
-def train(run: Path, anchor: str, beta: float, seed: int, max_steps: int, output: Path) -> list[dict[str, float]]:
+def train(
+    run: Path, anchor: str, beta: float, mu: float, seed: int, max_steps: int, output: Path
+) -> list[dict[str, float]]:
     """The watched curve of one policy."""
     folder = output / f"{anchor}-{beta:g}" / run.name
     if not (folder / "policy-0" / "stage.json").is_file():
         values = {
-            "model_name_or_path": run / "sft", "reward_model": run / "reward", "output_dir": folder, "anchor": anchor,
-            "beta": beta, "seed": seed, "max_steps": max_steps, "watch_steps": max_steps // 6, "kl_budget": 1000,
+            "model_name_or_path": run / "sft", "reward_model": run / "reward", "output_dir": folder, "beta": beta,
+            "anchor": "start" if anchor == "start" else "ema", "anchor_mu": mu, "seed": seed, "max_steps": max_steps,
+            "watch_steps": max_steps // 6, "kl_budget": 1000,
         }  # fmt: skip
-        command = [sys.executable, "-m", "gemma2_post.rlhf", "--config", "recipes/tiny/rlhf.yaml"]
+        program = [__file__, "copy"] if anchor == "copy" else ["-m", "gemma2_post.rlhf"]
+        command = [sys.executable, *program, "--config", "recipes/tiny/rlhf.yaml"]
         command += [f"--{key}={value}" for key, value in values.items()]
         finished = subprocess.run(command, capture_output=True, text=True)
         if finished.returncode:
             raise SystemExit(f"{folder}: {finished.stderr[-2000:]}")
     lines = (folder / "policy-0" / "watch.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+def train_with_copies() -> None:
+    """The RLHF stage, its average replaced by a copy every 1 / mu steps."""
+    from gemma2_post import rlhf
+    from gemma2_post.core.training import launch
+
+    class PeriodicCopy(rlhf.EmaAnchor):
+        def on_step_end(self, args, state, control, **further) -> None:
+            if state.global_step % round(1 / self.mu) == 0:
+                mu, self.mu = self.mu, 1.0
+                super().on_step_end(args, state, control, **further)
+                self.mu = mu
+
+    rlhf.EmaAnchor = PeriodicCopy
+    launch("rlhf", rlhf.main, rlhf.ARGUMENTS, rlhf.REFUSED_KEYS, None, rlhf.implied)
 
 
 def draw(curves: dict[tuple[str, float], list[list[dict[str, float]]]], path: Path) -> None:
@@ -62,16 +83,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, nargs="+", required=True)
     parser.add_argument("--betas", type=float, nargs="+", default=[0.1, 1.0])
+    parser.add_argument("--anchors", choices=list(COLOURS), nargs="+", default=["ema", "start"])
+    parser.add_argument("--anchor_mu", type=float, default=0.01)
     parser.add_argument("--max_steps", type=int, default=60)
     parser.add_argument("--output", type=Path, default=Path("runs/anchor-front"))
     arguments = parser.parse_args()
     curves = {
         (anchor, beta): [
-            train(run, anchor, beta, seed, arguments.max_steps, arguments.output)
+            train(run, anchor, beta, arguments.anchor_mu, seed, arguments.max_steps, arguments.output)
             for seed, run in enumerate(arguments.runs)
         ]
         for beta in arguments.betas
-        for anchor in COLOURS
+        for anchor in arguments.anchors
     }
     for (anchor, beta), runs in curves.items():
         ends = {name: [run[-1][name] for run in runs] for name in ("kl_to_start", "reward", "gold")}
@@ -80,4 +103,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["copy"]:
+        del sys.argv[1]
+        train_with_copies()
+    else:
+        main()

@@ -255,9 +255,11 @@ def save_anchor(stage: Stage, trainer: "RLOOTrainer", anchor: EmaAnchor, tokeniz
         gemma.save_tokenizer(tokenizer, directory)
 
 
+ARGUMENTS = [
+    *(RLOOConfig, ModelConfig, DataArguments, StageArguments, SampleArguments),
+    *(RewardFunctionArguments, WatchArguments, RlhfArguments),
+]
+
+
 if __name__ == "__main__":
-    classes = [
-        *(RLOOConfig, ModelConfig, DataArguments, StageArguments, SampleArguments),
-        *(RewardFunctionArguments, WatchArguments, RlhfArguments),
-    ]
-    launch("rlhf", main, classes, REFUSED_KEYS, __doc__, implied)
+    launch("rlhf", main, ARGUMENTS, REFUSED_KEYS, __doc__, implied)
