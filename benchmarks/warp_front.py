@@ -1,13 +1,14 @@
-"""What WARP buys in the tiny world: its front beside single runs, their averages and linear merges, over several seeds.
+"""What WARP buys in the tiny world: its front beside single runs, their averages and linear merges, by seeds.
 
     for seed in 0 1 2; do
         gemma2-post run recipes/tiny/pipeline.yaml --until warp --run_dir runs/seed-$seed --seed $seed
     done
     python benchmarks/warp_front.py --runs runs/seed-0 runs/seed-1 runs/seed-2
 
-Beside each run's own front (the last iteration's) it measures that of the first iteration alone, and a linear one whose
-eta is stretched until its task vectors are as long as the spherical ones; what is measured already is not measured
-again. Then it prints what became of the claims in the WARP paper (arXiv 2406.16768), and draws all seeds on one plane.
+Beside each run's own front (the last iteration's) it measures that of the first iteration alone, and a linear one
+whose eta is stretched until its task vectors are as long as the spherical ones; what is measured already is not
+measured again. Then it prints what became of the claims in the WARP paper (arXiv 2406.16768), and draws all seeds on
+one plane.
 """
 
 import argparse
@@ -206,11 +207,9 @@ def compare(fronts: dict[str, list[list[Points]]]) -> None:
         for label, seeds in fronts.items():
             if label in ("single runs", "their averages (EMA)"):
                 continue
-            found = [on_grid(lines, name) for lines in seeds]
-            show(
-                f"{name}, {label}",
-                [float(numpy.nanmean(numpy.subtract(f, s))) for f, s in zip(found, single, strict=True)],
-            )
+            pairs = zip(seeds, single, strict=True)
+            gains = [float(numpy.nanmean(numpy.subtract(on_grid(lines, name), other))) for lines, other in pairs]
+            show(f"{name}, {label}", gains)
         averages = []
         for lines, averaged in zip(fronts["single runs"], fronts["their averages (EMA)"], strict=True):
             pairs = zip(lines, averaged, strict=True)

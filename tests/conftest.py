@@ -28,8 +28,7 @@ BASE, TEACHER = "gemma2_post/tiny/models/base", "gemma2_post/tiny/models/teacher
 SHARED_CLASSES = [sft.ModelConfig, sft.DataArguments, sft.StageArguments, sft.SampleArguments]
 SFT_CLASSES = [sft.SFTConfig, *SHARED_CLASSES, sft.SFTArguments]
 DISTILL_CLASSES = [distill.DistillationConfig, *SHARED_CLASSES, distill.DistillArguments]
-RLHF_CLASSES = [rlhf.RLOOConfig, *SHARED_CLASSES]
-RLHF_CLASSES += [rlhf.RewardFunctionArguments, rlhf.WatchArguments, rlhf.RlhfArguments]
+RLHF_CLASSES = rlhf.ARGUMENTS
 REWARD_CLASSES = [reward.RewardConfig, *SHARED_CLASSES, reward.PreferenceArguments, reward.RewardArguments]
 
 
