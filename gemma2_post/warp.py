@@ -351,7 +351,9 @@ def plot(groups: list[merge.GroupReport], path: Path) -> None:
     norms.set(xlabel="group", ylabel="norm", title="Task vectors", ylim=(0, None))
     norms.legend()
     if len(groups) <= 40:
-        labels = [group.group.rpartition("layers.")[2].removeprefix("model.") for group in groups]
+        labels = [
+            group.group.rpartition("layers.")[2].removeprefix("model.").removesuffix(".weight") for group in groups
+        ]
         for axes in (angles, norms):
             axes.set_xticks(places, labels, rotation=90, fontsize=7)
     figure.savefig(path, dpi=120)

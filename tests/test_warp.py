@@ -266,6 +266,12 @@ def test_shards_and_a_copied_head_are_read_and_shards_are_written(
     assert AutoModelForCausalLM.from_pretrained(output).config.tie_word_embeddings
 
 
+def test_layer_2_comes_before_layer_10(tmp_path: Path) -> None:
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(12)]
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "model.safetensors")
+    assert list(weights_of(tmp_path)) == names
+
+
 def test_slices_written_in_any_order_are_one_tensor(tmp_path: Path) -> None:
     """The file is one that safetensors reads, whatever the parts are."""
     tensors = {"a": torch.randn(7, 5), "b": torch.randn(3)}
@@ -656,6 +662,11 @@ BAD: dict[str, tuple[Callable[[Path], None], Recipe, str]] = {
     "adapter beside a model": (make_adapter, {}, "policy-1 is an adapter and"),
     "unknown start": (nothing, {"force": False}, "policy-0 records no start"),
     "no folder": (nothing, {"init": "./nowhere"}, "there is no folder ./nowhere"),
+    "Hub model": (
+        nothing,
+        {"init": "google/gemma-2-2b"},
+        "google/gemma-2-2b is no local folder, and the Hub does not",
+    ),
     "eta is text": (nothing, {"eta": "half"}, "eta is 'half' (str); write a list, each item a number or a number"),
     "eta is NaN": (nothing, {"eta": float("nan")}, "eta is nan, which is no number"),
     "eta twice": (nothing, {"eta": [0.3, 0.3]}, "eta has 0.3 more than once"),

@@ -219,10 +219,14 @@ def plot(entries: list[dict[str, object]], released: dict[str, object], kl_budge
     for entry in entries:
         series[entry["series"]].append(entry)
     sweeps = [name for name, points in series.items() if "eta-" in points[0]["path"]]
+    runs = [name for name in series if name not in sweeps and not name.endswith(" anchor")]
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for number, (label, points) in enumerate(series.items()):
+        for label, points in series.items():
             is_sweep, is_anchor = label in sweeps, label.endswith(" anchor")
-            style = dict(zip(("color", "linestyle"), _look(label, number, sweeps), strict=True))
+            if is_sweep:
+                colour, line = ("black", "-") if label == sweeps[0] else ("tab:red", "--")
+            else:
+                colour, line = f"C{runs.index(label.removesuffix(' anchor')) % 10}", "-"
             axes.errorbar(
                 [point["kl_to_init"] for point in points],
                 [point[name] for point in points],
@@ -232,7 +236,8 @@ def plot(entries: list[dict[str, object]], released: dict[str, object], kl_budge
                 alpha=1 if is_sweep else 0.6,
                 capsize=2,
                 label=label,
-                **style,
+                color=colour,
+                linestyle=line,
             )
         axes.plot(
             released["kl_to_init"], released[name], marker="*", markersize=18, color="gold", markeredgecolor="black",
@@ -243,10 +248,3 @@ def plot(entries: list[dict[str, object]], released: dict[str, object], kl_budge
         axes.set(xlabel="KL to the start, nats per answer", ylabel=name)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
-
-
-def _look(label: str, number: int, sweeps: list[str]) -> tuple[str, str]:
-    """Colour and line of a series: the released sweep in black, others dashed, runs in colours."""
-    if label in sweeps:
-        return ("black", "-") if label == sweeps[0] else ("tab:red", "--")
-    return f"C{number % 10}", "-"

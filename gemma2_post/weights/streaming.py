@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator
 from math import prod
@@ -38,6 +39,7 @@ def open_weights(where: str, directory: Path, file: str = "model.safetensors") -
             raise UserError(
                 f"{where}: {directory / file} cannot be read ({error}): it is cut off or damaged; get it again"
             ) from error
+    weights = dict(sorted(weights.items(), key=lambda item: _by_number(item[0])))
     quantised = next((name for name, tensor in weights.items() if not tensor.is_floating_point()), None)
     if quantised:
         raise UserError(
@@ -45,6 +47,11 @@ def open_weights(where: str, directory: Path, file: str = "model.safetensors") -
             "unquantised model"
         )
     return weights
+
+
+def _by_number(name: str) -> list[str | int]:
+    """Layer 2 before layer 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 _scratch = threading.local()
