@@ -128,8 +128,8 @@ def main(stage: Stage, args: WarpArguments, front_args: "FrontArguments | None" 
         point.rmdir()
     facts = {
         "base_model": args.init,
-        "base_digest": stage.fingerprint["inputs"].get(args.init),
-        "lineage": [*lineage(opened.init), stage.fingerprint["inputs"].get(args.init)],
+        "base_digest": opened.init.digest,
+        "lineage": [*lineage(opened.init), opened.init.digest],
         "adapter": "adapter" if (stage.output_dir / "adapter").is_dir() else None,
         "dtype": args.save_dtype,
         **recorded_digests(opened),
@@ -168,19 +168,18 @@ def check_arguments(where: str, args: WarpArguments) -> list[float]:
 
 
 def open_inputs(stage: Stage, args: WarpArguments) -> Inputs:
-    where = stage.where
-    init = inputs.open_model(where, args.init)
-    towards = inputs.open_model(where, args.towards) if args.towards else init
+    where, digests = stage.where, stage.fingerprint["inputs"]
+    init = inputs.open_model(where, args.init, digests)
+    towards = inputs.open_model(where, args.towards, digests) if args.towards else init
     located = [(name, inputs.locate(where, name)) for name in args.policies]
     adapters = [inputs.adapter_in(directory) for _, directory in located]
     if any(adapters) and not all(adapters):
         (one, _), (other, _) = located[adapters.index(None)], located[[*map(bool, adapters)].index(True)]
         raise UserError(f"{where}: {other} is an adapter and {one} is not; merge adapters, or whole models")
-    digests = stage.fingerprint["inputs"]
     for name, directory in located:
-        inputs.check_start(where, init, directory, name, digests, args.force)
+        inputs.check_start(where, init, name, directory, args.force)
     if towards is not init:
-        inputs.check_start(where, towards, init.directory, init.name, digests, args.force)
+        inputs.check_start(where, towards, init.name, init.directory, args.force)
     if all(adapters):
         policies = [
             inputs.open_adapter(where, name, adapter, init)
@@ -191,7 +190,7 @@ def open_inputs(stage: Stage, args: WarpArguments) -> Inputs:
             raise UserError(
                 f"{where}: rank and adapter_only are for adapters; {args.policies[0]} is a whole model, remove them"
             )
-        policies = [inputs.open_model(where, name) for name in args.policies]
+        policies = [inputs.open_model(where, name, digests) for name in args.policies]
     if args.adapter_only and towards is not init:
         raise UserError(
             f"{where}: adapter_only cannot go towards {args.towards}, on which it is no adapter; remove one"
@@ -227,40 +226,53 @@ def write_points(
     if all(path.is_dir() for path in points.values()):
         return points
     partial = {eta: path.with_name(f".{path.name}") for eta, path in points.items()}
-    for path in partial.values():
+    for path in [*partial.values(), *points.values()]:
         shutil.rmtree(path, ignore_errors=True)
-    dtype, device = getattr(torch, args.save_dtype), torch.device(args.device)
-    metrics: dict[str, float] = {}
-    with ExitStack() as stack:
-        writers = {}
-        for eta, path in partial.items():
+    try:
+        for path in partial.values():
             path.mkdir(parents=True)
-            if not args.adapter_only:
-                writers[eta] = stack.enter_context(ShardWriter(path, opened.init.shapes, dtype))
-        if opened.are_adapters:
-            merged, groups = merge.merge_adapters(opened.init, opened.policies, rule, args.angles)
-            if args.rank:
-                merged, metrics["compression_error"] = merge.compress_adapter(merged, args.rank)
-            if opened.towards is opened.init:
-                for eta, path in partial.items():
-                    write_adapter(path / "adapter", opened, merged, eta)
-            if writers:
-                merge.write_with_adapter(stage.where, opened.init, merged, opened.towards, writers, device)
-        else:
-            groups = merge.merge_models(
-                stage.where, opened.init, opened.policies, opened.towards, rule, args.angles, writers, device
-            )
-    for eta, path in partial.items():
-        write_beside(path, stage, args, opened, rule, eta)
-    if rule == args.interpolation:
-        metrics |= summary(groups)
-        report = {"interpolation": rule, "angles": args.angles, "metrics": metrics, "groups": [*map(asdict, groups)]}
-        contract.write_json(stage.output_dir / REPORT, report)
-        plot(groups, stage.output_dir / "merge.png")
-    for eta, path in points.items():
-        shutil.rmtree(path, ignore_errors=True)
-        partial[eta].rename(path)
+        groups, metrics = merge_to(partial, stage.where, args, opened, rule)
+        for eta, path in partial.items():
+            write_beside(path, stage, args, opened, rule, eta)
+        if rule == args.interpolation:
+            metrics |= summary(groups)
+            report = {"interpolation": rule, "angles": args.angles, "metrics": metrics}
+            contract.write_json(stage.output_dir / REPORT, report | {"groups": [*map(asdict, groups)]})
+            plot(groups, stage.output_dir / "merge.png")
+        for eta, path in points.items():
+            partial[eta].rename(path)
+    finally:
+        for path in partial.values():
+            shutil.rmtree(path, ignore_errors=True)
     return points
+
+
+def merge_to(
+    directories: dict[float, Path], where: str, args: WarpArguments, opened: Inputs, rule: Rule
+) -> tuple[list[merge.GroupReport], dict[str, float]]:
+    """Writes weights and adapters of the points; what happened to each group, and further numbers."""
+    dtype, device = getattr(torch, args.save_dtype), torch.device(args.device)
+    with ExitStack() as stack:
+        writers = {
+            eta: stack.enter_context(ShardWriter(directory, opened.init.shapes, dtype))
+            for eta, directory in directories.items()
+            if not args.adapter_only
+        }
+        if not opened.are_adapters:
+            groups = merge.merge_models(
+                where, opened.init, opened.policies, opened.towards, rule, args.angles, writers, device
+            )
+            return groups, {}
+        metrics = {}
+        merged, groups = merge.merge_adapters(opened.init, opened.policies, rule, args.angles)
+        if args.rank:
+            merged, metrics["compression_error"] = merge.compress_adapter(merged, args.rank)
+        if opened.towards is opened.init:
+            for eta, directory in directories.items():
+                write_adapter(directory / "adapter", opened, merged, eta)
+        if writers:
+            merge.write_with_adapter(where, opened.init, merged, opened.towards, writers, device)
+        return groups, metrics
 
 
 def write_adapter(directory: Path, opened: Inputs, merged: merge.LowRank, eta: float) -> None:

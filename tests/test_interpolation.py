@@ -157,6 +157,14 @@ def test_liti_goes_from_the_start_to_the_merge_and_beyond() -> None:
         torch.testing.assert_close(liti(init, direction, eta), (1 - eta) * init + eta * (init + direction))
 
 
+def test_inner_products_of_long_vectors_are_as_good_as_those_of_short_ones() -> None:
+    """Of a million and some elements, in fp32, relative to the norms."""
+    vectors = 0.01 * torch.randn(3, (1 << 20) + 123, generator=torch.Generator().manual_seed(0))
+    expected = vectors.double() @ vectors.double().T
+    norms = expected.diagonal().sqrt()
+    assert ((gram_matrix(vectors) - expected) / norms.outer(norms)).abs().max() < 1e-7
+
+
 def test_inner_products_of_adapters_are_those_of_their_products() -> None:
     generator = torch.Generator().manual_seed(0)
     updates = [

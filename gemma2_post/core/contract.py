@@ -34,6 +34,9 @@ _KEYS_WITHOUT_EFFECT = {
 """Recipe keys that do not change what comes out."""
 
 
+_KEYS_OF_PATHS = {"init", "policies", "towards", "runs", "reward_model", "model_name_or_path"}
+"""Recipe keys whose values are paths also where they do not look like one."""
+
 _FURTHER_ROOMS = {"rlhf": ["weights"], "warp": ["weights"]}
 """What a stage imports beside core and evaluation."""
 
@@ -56,15 +59,15 @@ def fingerprint(stage: str, recipe: dict[str, object]) -> dict[str, dict[str, ob
     }
 
 
-def _input_paths(value: object) -> Iterator[str]:
-    if isinstance(value, str) and any(mark in value for mark in "/.:"):  # not `split: train` beside a folder train
-        yield value
+def _input_paths(value: object, is_path: bool = False) -> Iterator[str]:
+    if isinstance(value, str) and (is_path or any(mark in value for mark in "/.:")):
+        yield value  # not `split: train` beside a folder train
     elif isinstance(value, dict):
-        for item in value.values():
-            yield from _input_paths(item)
+        for key, item in value.items():
+            yield from _input_paths(item, key in _KEYS_OF_PATHS)
     elif isinstance(value, list):
         for item in value:
-            yield from _input_paths(item)
+            yield from _input_paths(item, is_path)
 
 
 def input_digest(path: str) -> str | None:

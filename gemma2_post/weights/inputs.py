@@ -30,6 +30,8 @@ class Model:
     directory: Path
     config: PretrainedConfig
     weights: Weights
+    digest: str
+    """Of its content."""
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -69,13 +71,19 @@ def adapter_in(directory: Path) -> Path | None:
     return folder if (folder / ADAPTER).is_file() else None
 
 
-def open_model(where: str, name: str) -> Model:
+def open_model(where: str, name: str, digests: dict[str, str]) -> Model:
+    """
+    Args:
+        digests: content hashes that are known already, by name.
+    """
     directory = locate(where, name)
     if (directory / ADAPTER).is_file() and not (directory / "config.json").is_file():
         raise UserError(f"{where}: {name} is an adapter; name the model that it was trained on, or a merged one")
     if not (directory / "config.json").is_file():
         raise UserError(f"{where}: {name} has no config.json; name a model's folder")
-    return Model(name, directory, AutoConfig.from_pretrained(directory), open_weights(where, directory))
+    weights = open_weights(where, directory)
+    digest = digests.get(name) or contract.input_digest(str(directory))
+    return Model(name, directory, AutoConfig.from_pretrained(directory), weights, digest)
 
 
 def open_adapter(where: str, name: str, directory: Path, init: Model) -> Adapter:
@@ -110,17 +118,16 @@ def open_adapter(where: str, name: str, directory: Path, init: Model) -> Adapter
 # --- do they belong together ---
 
 
-def check_start(where: str, start: Model, directory: Path, name: str, digests: dict[str, str], force: bool) -> None:
+def check_start(where: str, start: Model, name: str, directory: Path, force: bool) -> None:
     """Refuses a model that was not trained from `start`, as far as its stage has recorded that.
 
     Args:
-        digests: content hashes by the names of the inputs.
         force: whether a model that records another start, or none, is taken all the same.
     """
     stage = contract.read_json(directory / contract.DONE) or contract.read_json(directory.parent / contract.DONE)
     if stage:
         known = {stage.get("base_digest"), *stage.get("lineage", [])}
-        if digests.get(start.name, contract.input_digest(str(start.directory))) in known:
+        if start.digest in known:
             return
         found = f"was trained from {stage.get('base_model')}, or from an earlier version of it"
     elif (directory / ADAPTER).is_file():
