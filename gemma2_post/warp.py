@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors.torch import save_file
-from transformers import GenerationConfig
 
 from gemma2_post.core import contract
 from gemma2_post.core.command import Stage, launch
@@ -303,15 +302,16 @@ def write_beside(directory: Path, stage: Stage, args: WarpArguments, opened: Inp
         if (opened.tokenizer / file).is_file():
             shutil.copyfile(opened.tokenizer / file, directory / file)
     config = opened.init.config
-    if config.model_type == "gemma2":
-        config.update({"eos_token_id": EOS, "bos_token_id": BOS, "pad_token_id": PAD})
-        GenerationConfig(bos_token_id=BOS, eos_token_id=STOP_TOKEN_IDS, pad_token_id=PAD).save_pretrained(directory)
+    if config["model_type"] == "gemma2":
+        config |= {"eos_token_id": EOS, "bos_token_id": BOS, "pad_token_id": PAD}
+        stops = {"bos_token_id": BOS, "eos_token_id": STOP_TOKEN_IDS, "pad_token_id": PAD}
+        contract.write_json(directory / "generation_config.json", stops)
     elif (opened.tokenizer / "generation_config.json").is_file():
         shutil.copyfile(opened.tokenizer / "generation_config.json", directory / "generation_config.json")
     if not args.adapter_only:
-        config.__dict__.pop("cache_implementation", None)
-        config.update({"use_cache": True, "dtype": getattr(torch, args.save_dtype)})
-        config.save_pretrained(directory)
+        forgotten = ("cache_implementation", "torch_dtype")  # what transformers 5 dropped, and dtype's earlier name
+        config = {key: value for key, value in config.items() if key not in forgotten}
+        contract.write_json(directory / "config.json", config | {"use_cache": True, "dtype": args.save_dtype})
     names = [opened.init.name, *(policy.name for policy in opened.policies)]
     card = f"""---
 library_name: transformers

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
-from transformers import AutoConfig, PretrainedConfig
 
 from gemma2_post.core import contract
 from gemma2_post.core.errors import UserError
@@ -28,7 +27,8 @@ class Model:
     name: str
     """As the user wrote it."""
     directory: Path
-    config: PretrainedConfig
+    config: dict[str, object]
+    """As it stands in its file."""
     weights: Weights
     digest: str
     """Of its content."""
@@ -83,7 +83,7 @@ def open_model(where: str, name: str, digests: dict[str, str]) -> Model:
         raise UserError(f"{where}: {name} has no config.json; name a model's folder")
     weights = open_weights(where, directory)
     digest = digests.get(name) or contract.input_digest(str(directory))
-    return Model(name, directory, AutoConfig.from_pretrained(directory), weights, digest)
+    return Model(name, directory, json.loads((directory / "config.json").read_text()), weights, digest)
 
 
 def open_adapter(where: str, name: str, directory: Path, init: Model) -> Adapter:
@@ -145,10 +145,13 @@ def check_start(where: str, start: Model, name: str, directory: Path, force: boo
 
 def check_same_architecture(where: str, model: Model, other: Model) -> None:
     """Refuses the first difference of configs, names of tensors or shapes."""
-    ours, theirs = (
-        {key: value for key, value in each.config.to_dict().items() if key not in _BOOKKEEPING}
-        for each in (model, other)
-    )
+    ours, theirs = _without_bookkeeping(model.config), _without_bookkeeping(other.config)
+    if ours != theirs:  # perhaps only in words: another version, or defaults that are written out
+        from transformers import AutoConfig  # a slow import
+
+        ours, theirs = (
+            _without_bookkeeping(AutoConfig.from_pretrained(each.directory).to_dict()) for each in (model, other)
+        )
     for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key):
             raise UserError(
@@ -167,18 +170,27 @@ def check_same_architecture(where: str, model: Model, other: Model) -> None:
             )
 
 
+def _without_bookkeeping(config: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in config.items() if key not in _BOOKKEEPING}
+
+
 def drop_copied_heads(where: str, models: list[Model]) -> None:
     """One layout for tied models: a head that is a copy of the embeddings is dropped, as transformers saves it."""
-    if all(HEAD in model.weights and not model.config.tie_word_embeddings for model in models):
+    if all(HEAD in model.weights for model in models) and not _has_copied_head(models[0]):
         return
     for model in models:
-        head = model.weights.pop(HEAD, None)
-        if head is not None and not torch.equal(head, model.weights[EMBEDDING]):
+        if HEAD in model.weights and not _has_copied_head(model):
             raise UserError(
-                f"{where}: {model.name} has a head that differs from its embeddings, which are tied in the others or "
-                "by its config; training has untied them, and they cannot be merged"
+                f"{where}: {model.name} has a head that differs from its embeddings, and {models[0].name} one that is "
+                "tied to them; training has untied it, and they cannot be merged"
             )
-        model.config.tie_word_embeddings = True
+        model.weights.pop(HEAD, None)
+        model.config["tie_word_embeddings"] = True
+
+
+def _has_copied_head(model: Model) -> bool:
+    embeddings = model.weights.get(EMBEDDING)
+    return HEAD in model.weights and embeddings is not None and torch.equal(model.weights[HEAD], embeddings)
 
 
 def check_same_tokenizer(where: str, directories: list[tuple[str, Path]]) -> Path:

@@ -150,7 +150,11 @@ def spherical_mean(gram: torch.Tensor) -> torch.Tensor:
 
 def combine(task_vectors: torch.Tensor, weights: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """sum over m of c_m * d_m: (n,) from (M, n), in the vectors' own type."""
-    return torch.mv(task_vectors.T, weights.to(task_vectors), out=out)
+    first, *others = weights.tolist()
+    found = torch.mul(task_vectors[0], first, out=out)
+    for vector, weight in zip(task_vectors[1:], others, strict=True):
+        found.add_(vector, alpha=weight)
+    return found
 
 
 def liti(init: torch.Tensor, direction: torch.Tensor, eta: float, out: torch.Tensor | None = None) -> torch.Tensor:

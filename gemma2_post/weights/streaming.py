@@ -91,6 +91,8 @@ class ShardWriter:
         self.places: dict[str, tuple[int, int]] = {}
         """Of each tensor: its file, and where in it its data begins."""
         self.files: list[int] = []
+        self.lock = threading.Lock()
+        """One writes at a time: the system lets two into one file in turns anyway, and the other one spins."""
         for file, names in self.plan.filename_to_tensors.items():
             self._create(directory / file, {name: shapes[name] for name in names})
 
@@ -114,7 +116,8 @@ class ShardWriter:
         """A run of a tensor's elements, rounded to the writer's type here and nowhere else."""
         file, start = self.places[name]
         rounded = scratch("rounded", values.numel(), self.dtype, torch.device("cpu")).copy_(values)
-        os.pwrite(file, rounded.view(torch.uint8).numpy().data, start + first_element * self.dtype.itemsize)
+        with self.lock:
+            os.pwrite(file, rounded.view(torch.uint8).numpy().data, start + first_element * self.dtype.itemsize)
 
     def __enter__(self) -> "ShardWriter":
         return self
