@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from threading import Barrier
 
@@ -11,7 +13,7 @@ import pytest
 import yaml
 
 from gemma2_post.core.errors import UserError
-from gemma2_post.pipeline import devices, run
+from gemma2_post.pipeline import devices, lock, run
 from gemma2_post.pipeline.steps import Step, load_pipeline, rounds
 from tests.conftest import TEACHER
 
@@ -192,12 +194,43 @@ def test_a_seed_and_a_folder_on_the_command_line_are_those_of_every_stage(
 ) -> None:
     path = write_pipeline(tmp_path, {"sft": {"recipe": "sft.yaml"}, "distill": {"recipe": "d.yaml", "model": "sft"}})
     seen = []
-    monkeypatch.setattr(run, "_run_round", lambda launch, steps: seen.extend(steps))
-    run.run(path, None, {"distill": {"seed": 5}}, Path("elsewhere"), seed=3)
+    monkeypatch.setattr(run, "_run_round", lambda launch, steps, held: seen.extend(steps))
+    elsewhere = tmp_path / "elsewhere"
+    run.run(path, None, {"distill": {"seed": 5}}, elsewhere, seed=3)
     assert [step.values for step in seen] == [
-        {"seed": 3, "output_dir": "elsewhere/sft"},
-        {"model_name_or_path": "elsewhere/sft", "seed": 5, "output_dir": "elsewhere/distill"},
+        {"seed": 3, "output_dir": f"{elsewhere}/sft"},
+        {"model_name_or_path": f"{elsewhere}/sft", "seed": 5, "output_dir": f"{elsewhere}/distill"},
     ]
+
+
+# --- one at a time ---
+
+
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    """Also when it was killed; but not as long as a stage that it has started lives."""
+    program = (
+        "import subprocess, sys, time; from pathlib import Path; from gemma2_post.pipeline import lock\n"
+        f"with lock.held(Path({str(tmp_path)!r})) as held:\n"
+        "    stage = subprocess.Popen(['sleep', '60'], pass_fds=[held])\n"
+        "    print(stage.pid, flush=True)\n"
+        "    time.sleep(60)"
+    )
+    first = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    stage = int(first.stdout.readline())
+    with pytest.raises(UserError, match=f"is in use by process {first.pid} on .*; wait for it"), lock.held(tmp_path):
+        pytest.fail("the folder was taken")
+    first.kill()
+    first.wait()
+    with pytest.raises(UserError, match="is in use by"), lock.held(tmp_path):
+        pytest.fail("the folder was taken from the stage")
+    os.kill(stage, signal.SIGKILL)
+    for _ in range(100):
+        try:
+            with lock.held(tmp_path):
+                return
+        except UserError:
+            time.sleep(0.05)
+    pytest.fail("the lock of a dead process is still there")
 
 
 # --- devices ---
@@ -243,14 +276,14 @@ def test_steps_of_a_round_run_at_the_same_time_each_in_its_place(
     both = Barrier(2, timeout=20)
     seen = []
 
-    def run_step(step: Step, launch: str, environment: dict[str, str]) -> None:
+    def run_step(step: Step, launch: str, environment: dict[str, str], held: int) -> None:
         both.wait()
         seen.append(environment["OMP_NUM_THREADS"])
 
     monkeypatch.setattr(run, "_run_step", run_step)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     step = Step("rlhf", "rlhf", tmp_path, None, {})
-    run._run_round("accelerate_configs/cpu.yaml", [step, step])
+    run._run_round("accelerate_configs/cpu.yaml", [step, step], held=0)
     assert seen == ["1", "1"]
 
 

@@ -15,7 +15,7 @@ from queue import Queue
 
 from gemma2_post.core import contract, recipe
 from gemma2_post.core.errors import EXIT_STATUS_FILE, UserError
-from gemma2_post.pipeline import devices
+from gemma2_post.pipeline import devices, lock
 from gemma2_post.pipeline.steps import Step, load_pipeline, rounds
 
 
@@ -40,15 +40,20 @@ def run(
     pipeline.run_dir = run_dir or pipeline.run_dir
     seeds = {} if seed is None else {"seed": seed}
     pipeline.overrides = {name: seeds | overrides.get(name, {}) for name in pipeline.entries}
-    for name in pipeline.entries:
-        for launch, steps in rounds(pipeline, name):
-            _run_round(launch, steps)
-        if name == until:
-            break
+    with lock.held(pipeline.run_dir) as held:
+        for name in pipeline.entries:
+            for launch, steps in rounds(pipeline, name):
+                _run_round(launch, steps, held)
+            if name == until:
+                break
 
 
-def _run_round(launch: str, steps: list[Step]) -> None:
-    """Runs what is not up to date; side by side where there are devices for it."""
+def _run_round(launch: str, steps: list[Step], held: int) -> None:
+    """Runs what is not up to date; side by side where there are devices for it.
+
+    Args:
+        held: the lock of the run folder.
+    """
     if not Path(launch).is_file():
         raise UserError(f"there is no accelerate config {launch}; run from the project's folder, or set launch")
     places = devices.places(Path(launch), len(steps))
@@ -59,7 +64,7 @@ def _run_round(launch: str, steps: list[Step]) -> None:
     def run_step(step: Step) -> None:
         place = free.get()
         try:
-            _run_step(step, launch, place)
+            _run_step(step, launch, place, held)
         finally:
             free.put(place)
 
@@ -68,7 +73,7 @@ def _run_round(launch: str, steps: list[Step]) -> None:
             finished.result()
 
 
-def _run_step(step: Step, launch: str, environment: dict[str, str]) -> None:
+def _run_step(step: Step, launch: str, environment: dict[str, str], held: int) -> None:
     """
     Args:
         environment: variables that say which devices are the step's.
@@ -98,7 +103,7 @@ def _run_step(step: Step, launch: str, environment: dict[str, str]) -> None:
             shutil.rmtree(previous, ignore_errors=True)
             output_dir.rename(previous)
     try:
-        status = _launch(step, launch, environment)
+        status = _launch(step, launch, environment, held)
     finally:
         if previous.is_dir() and not (output_dir / contract.DONE).is_file() and not contract.has_progress(output_dir):
             shutil.rmtree(output_dir, ignore_errors=True)
@@ -108,7 +113,7 @@ def _run_step(step: Step, launch: str, environment: dict[str, str]) -> None:
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _launch(step: Step, launch: str, environment: dict[str, str]) -> int:
+def _launch(step: Step, launch: str, environment: dict[str, str], held: int) -> int:
     """The stage's exit status."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", launch]
     command += ["-m", f"gemma2_post.{step.stage}", *(["--config", str(step.config)] if step.config else [])]
@@ -116,5 +121,6 @@ def _launch(step: Step, launch: str, environment: dict[str, str]) -> int:
     with tempfile.TemporaryDirectory() as directory:
         # accelerate makes 1 of every exit status of the stage.
         status_file = Path(directory) / "status"
-        finished = subprocess.run(command, env=os.environ | environment | {EXIT_STATUS_FILE: str(status_file)})
+        variables = os.environ | environment | {EXIT_STATUS_FILE: str(status_file)}
+        finished = subprocess.run(command, env=variables, pass_fds=[held])
         return int(status_file.read_text()) if status_file.is_file() else finished.returncode
