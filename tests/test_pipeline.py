@@ -12,8 +12,8 @@ from threading import Barrier
 import pytest
 import yaml
 
-from gemma2_post.core.errors import UserError
-from gemma2_post.pipeline import devices, lock, run
+from gemma2_post.core.errors import UserError, reported
+from gemma2_post.pipeline import devices, gates, lock, run
 from gemma2_post.pipeline.steps import Step, load_pipeline, rounds
 from tests.conftest import TEACHER
 
@@ -201,6 +201,58 @@ def test_a_seed_and_a_folder_on_the_command_line_are_those_of_every_stage(
         {"seed": 3, "output_dir": f"{elsewhere}/sft"},
         {"model_name_or_path": f"{elsewhere}/sft", "seed": 5, "output_dir": f"{elsewhere}/distill"},
     ]
+
+
+# --- gates ---
+
+
+def finished(folder: Path, **metrics: float) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "stage.json").write_text(json.dumps({"metrics": metrics}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("bound", "passes"),
+    [(">= 0.8", True), (">0.8", False), ("<= 8e-1", True), ("< 0.8", False), (">= -1", True), ("< +.9e1", None)],
+)
+def test_a_gate_compares(bound: str, passes: bool | None, tmp_path: Path) -> None:
+    folder = finished(tmp_path / "sft", accuracy=0.8)
+    if passes is None:
+        with pytest.raises(UserError, match="write a comparison in quotes"):
+            gates.check_bounds("here", {"accuracy": bound})
+        return
+    gates.check_bounds("here", {"accuracy": bound})
+    if passes:
+        gates.check(Step("sft", "sft", folder, None, {}, {"accuracy": bound}))
+    else:
+        with pytest.raises(gates.GateError, match=f"sft: accuracy is 0.8, and its gate wants {bound}"):
+            gates.check(Step("sft", "sft", folder, None, {}, {"accuracy": bound}))
+
+
+def test_a_gate_on_what_is_not_measured_says_what_is(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "sft", accuracy=0.8, stop_rate=1.0)
+    with pytest.raises(UserError, match="on acuracy, which it does not measure; it measures accuracy, stop_rate"):
+        gates.check(Step("sft", "sft", folder, None, {}, {"acuracy": "> 0"}))
+
+
+def test_a_failed_gate_stops_before_the_next_stage_with_a_status_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    stages = {"sft": {"recipe": "sft.yaml", "gates": {"accuracy": ">= 0.9"}}, "distill": {"recipe": "distill.yaml"}}
+    path = write_pipeline(tmp_path, stages)
+    ran = []
+
+    def run_round(launch: str, steps: list[Step], held: int) -> None:
+        ran.extend(step.label for step in steps)
+        finished(steps[0].folder, accuracy=0.8)
+
+    monkeypatch.setattr(run, "_run_round", run_round)
+    with pytest.raises(SystemExit) as exit, reported():
+        run.run(path, None, {}, tmp_path / "run")
+    assert exit.value.code == 3 and ran == ["sft"]
+    error = capsys.readouterr().err
+    assert "error: sft: accuracy is 0.8, and its gate wants >= 0.9" in error and "learning_rate" in error
 
 
 # --- one at a time ---

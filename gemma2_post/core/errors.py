@@ -1,4 +1,4 @@
-"""The mistakes of users: one sentence on stderr and exit status 2."""
+"""The mistakes of users: one sentence on stderr and an exit status that is not 1, which a crash has."""
 
 import errno
 import os
@@ -14,6 +14,9 @@ EXIT_STATUS_FILE = "GEMMA2_POST_EXIT_STATUS_FILE"
 class UserError(Exception):
     """Something that the user can put right; the message says where, what was found, and what to do."""
 
+    status = 2
+    """Exit status of the command."""
+
 
 class OneProcessError(UserError):
     """One that a single process may meet, because it depends on that process's rows or weights; it is the one to say
@@ -22,13 +25,13 @@ class OneProcessError(UserError):
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turns a `UserError`, and a full disk, into one sentence (from one process a machine) and exit status 2."""
+    """Turns a `UserError`, and a full disk, into one sentence (from one process a machine) and its exit status."""
     try:
         yield
     except OneProcessError as error:
         _exit(str(error), is_alone=True)
     except UserError as error:
-        _exit(str(error))
+        _exit(str(error), error.status)
     except Exception as error:
         if not _is_full_disk(error):
             raise
@@ -46,9 +49,9 @@ def _is_full_disk(error: BaseException | None) -> bool:
     return False
 
 
-def _exit(message: str, is_alone: bool = False) -> None:
+def _exit(message: str, status: int = UserError.status, is_alone: bool = False) -> None:
     if is_alone or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)
         if EXIT_STATUS_FILE in os.environ:
-            Path(os.environ[EXIT_STATUS_FILE]).write_text("2")
-    raise SystemExit(2)
+            Path(os.environ[EXIT_STATUS_FILE]).write_text(str(status))
+    raise SystemExit(status)

@@ -15,7 +15,7 @@ from queue import Queue
 
 from gemma2_post.core import contract, recipe
 from gemma2_post.core.errors import EXIT_STATUS_FILE, UserError
-from gemma2_post.pipeline import devices, lock
+from gemma2_post.pipeline import devices, gates, lock
 from gemma2_post.pipeline.steps import Step, load_pipeline, rounds
 
 
@@ -44,6 +44,8 @@ def run(
         for name in pipeline.entries:
             for launch, steps in rounds(pipeline, name):
                 _run_round(launch, steps, held)
+                for step in steps:
+                    gates.check(step)
             if name == until:
                 break
 

@@ -1,11 +1,12 @@
 """What a pipeline recipe says: its stages, what each reads from which, and the runs that follow from that."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemma2_post.core import recipe
 from gemma2_post.core.errors import UserError
+from gemma2_post.pipeline import gates
 
 
 @dataclass
@@ -22,6 +23,8 @@ class StageEntry:
     """The earlier stage whose output is its reward model; without it, the recipe's reward_model."""
     num_policies: int | None = None
     """How often it runs, as policy 0, 1, ...; each writes a folder of its own."""
+    gates: dict[str, str] = field(default_factory=dict)
+    """Metric to bound, such as ">= 0.65": what its output, or each policy's, must reach before the next starts."""
     merges: str | None = None
     """Of a merge: the earlier stage whose policies it merges; their start and their reward model are its own, too."""
     iterations: int = 1
@@ -72,6 +75,7 @@ class Step:
     """Its recipe; None if all its keys are `values`."""
     values: dict[str, object]
     """Keys that take the place of the recipe's."""
+    gates: dict[str, str] = field(default_factory=dict)
 
 
 def load_pipeline(path: Path) -> Pipeline:
@@ -90,6 +94,7 @@ def load_pipeline(path: Path) -> Pipeline:
                 raise UserError(
                     f"{path}: {name}: {key} names {value}, which is no earlier stage ({', '.join(earlier) or 'none'})"
                 )
+        gates.check_bounds(f"{path}: {name}", entry.gates)
         if entry.merges:
             _check_merge(path, pipeline, name)
     return pipeline
@@ -119,8 +124,8 @@ def rounds(pipeline: Pipeline, name: str) -> Iterator[tuple[str, list[Step]]]:
         yield pipeline.launch_of(name), _policies(pipeline, name, name, 0, entry.model)
     else:
         values = _references(pipeline, name, entry.model) | pipeline.overrides.get(name, {})
-        step = Step(name, name, output, pipeline.config_of(name), values | {"output_dir": str(output)})
-        yield pipeline.launch_of(name), [step]
+        values |= {"output_dir": str(output)}
+        yield pipeline.launch_of(name), [Step(name, name, output, pipeline.config_of(name), values, entry.gates)]
 
 
 def _policies(pipeline: Pipeline, name: str, output: str, first: int, model: str | None) -> list[Step]:
@@ -139,6 +144,7 @@ def _policies(pipeline: Pipeline, name: str, output: str, first: int, model: str
             folder / f"policy-{number}",
             pipeline.config_of(name),
             values | {"policy": number},
+            pipeline.entries[name].gates,
         )
         for number in range(first, first + pipeline.entries[name].num_policies)
     ]
@@ -173,7 +179,7 @@ def _warp_rounds(pipeline: Pipeline, name: str) -> Iterator[tuple[str, list[Step
         values["reward_model"] = str(pipeline.run_dir / trained.reward_model)
     output = pipeline.run_dir / name
     values |= pipeline.overrides.get(name, {}) | {"output_dir": str(output)}
-    yield launch, [Step(name, name, output, pipeline.config_of(name), values)]
+    yield launch, [Step(name, name, output, pipeline.config_of(name), values, entry.gates)]
 
 
 def _folders(steps: list[Step]) -> list[str]:

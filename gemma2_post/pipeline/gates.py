@@ -1,0 +1,55 @@
+"""What a stage must reach before the next may start."""
+
+import operator
+import re
+from typing import TYPE_CHECKING
+
+from gemma2_post.core import contract
+from gemma2_post.core.errors import UserError
+
+if TYPE_CHECKING:
+    from gemma2_post.pipeline.steps import Step
+
+_COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+_BOUND = re.compile(r"(>=|<=|>|<)\s*([-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)")
+_NEXT_STEPS = {
+    "sft": "is the data what it should be, is there enough of it, is learning_rate right for the method?",
+    "distill": "does the student end its turns, is the teacher better than it, is learning_rate high enough?",
+    "reward": "are the preferences consistent, is the base model large enough, is learning_rate right for the method?",
+    "rlhf": "read samples/ and watch.jsonl: does the reward model reward what you want, is beta or learning_rate off?",
+    "warp": "look at front.png: were the runs good enough, is kl_budget what you want?",
+}
+
+
+class GateError(UserError):
+    """A stage is done, but not good enough for the next."""
+
+    status = 3
+
+
+def check_bounds(where: str, gates: dict[str, object]) -> None:
+    for metric, bound in gates.items():
+        if not isinstance(bound, str) or not _BOUND.fullmatch(bound):
+            raise UserError(
+                f'{where}: the gate {metric} is {bound!r}; write a comparison in quotes, such as ">= 0.65"'
+            )
+
+
+def check(step: "Step") -> None:
+    """Refuses to go on from a finished step whose numbers do not pass.
+
+    Raises:
+        UserError: the stage has no such metric.
+        GateError: a metric is out of its bound.
+    """
+    for metric, bound in step.gates.items():
+        metrics = contract.read_json(step.folder / contract.DONE)["metrics"]
+        if metric not in metrics:
+            names = ", ".join(name for name in sorted(metrics) if "/" not in name)
+            raise UserError(f"{step.label}: the gate is on {metric}, which it does not measure; it measures {names}")
+        comparison, limit = _BOUND.fullmatch(bound).groups()
+        if not _COMPARISONS[comparison](metrics[metric], float(limit)):
+            raise GateError(
+                f"{step.label}: {metric} is {metrics[metric]:.4g}, and its gate wants {bound} ({step.folder}); the "
+                f"next stage does not start. {_NEXT_STEPS.get(step.stage, 'See its metrics.json.')}"
+            )
