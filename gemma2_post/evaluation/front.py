@@ -199,13 +199,13 @@ def _parse(line: str) -> dict[str, object] | None:
 
 def run_points(where: str, run: Path) -> list[Point]:
     """A policy's checkpoints that hold weights, the policy itself, and its anchor."""
-    stage = contract.read_json(run / contract.DONE)
-    if stage is None:
+    if not (run / contract.DONE).is_file():
         raise UserError(f"{where}: runs names {run}, which is no finished policy; run rlhf to its end")
     name = f"{run.parent.name}/{run.name}"
     steps = {int(path.name.rpartition("-")[2]): path for path in run.glob("checkpoint-*")}
     points = [Point(name, path, step) for step, path in sorted(steps.items()) if any(path.glob("*.safetensors"))]
-    points.append(Point(name, run, stage["metrics"].get("kept_step", stage["fingerprint"]["recipe"]["max_steps"])))
+    *_, last = (run / "watch.jsonl").read_text(encoding="utf-8").splitlines()
+    points.append(Point(name, run, json.loads(last)["step"]))
     if (run / "anchor").is_dir():
         points.append(Point(f"{name} anchor", run / "anchor", points[-1].position))
     return points
