@@ -98,7 +98,7 @@ class Front:
         self.graders = load_graders(where, sample_args, self.rows)
         self.functions = [self.score] if self.score else []
         self.functions += rewards.load_reward_functions(where, reward_args, self.rows.column_names)
-        self.runs = [(Path(run), run_points(where, Path(run))) for run in args.runs or []]
+        self.runs = [point for run in args.runs or [] for point in run_points(where, Path(run))]
         self.accelerator = Accelerator()
         disable_progress_bar()  # of loading each of many models
 
@@ -109,23 +109,23 @@ class Front:
             merged: folders of the sweeps by interpolation and eta; the first one's are what may be released.
         """
         points = [Point(rule, path, eta) for rule, sweep in merged.items() for eta, path in sweep.items()]
-        points += [point for _, run in self.runs for point in run]
+        points += self.runs
         answered = self._answer(points)
         if self.score:
             self.score.load(lambda model: model.to(self.accelerator.device).eval())
         entries = [self._entry(point, *answered[str(point.path)]) for point in points]
         entry_of = dict(zip((str(point.path) for point in points), entries, strict=True))
-        sweep = next(iter(merged.values()))
+        sweep, budget = next(iter(merged.values())), self.args.kl_budget
         within = [
             path
-            for path in sweep.values()
-            if self.args.kl_budget is None or entry_of[str(path)]["kl_to_init"] <= self.args.kl_budget
+            for eta, path in sweep.items()
+            if budget is None or eta == 0 or entry_of[str(path)]["kl_to_init"] <= budget
         ]
         released = max(within, key=lambda path: entry_of[str(path)]["reward"])
         chosen = entry_of[str(released)]
-        front = {"kl_budget": self.args.kl_budget, "released": chosen, "points": entries}
+        front = {"kl_budget": budget, "released": chosen, "points": entries}
         contract.write_json(self.stage.output_dir / "front.json", front)
-        plot(entries, chosen, self.args.kl_budget, self.stage.output_dir / "front.png")
+        plot(entries, chosen, budget, self.stage.output_dir / "front.png")
         numbers = {name: value for name, value in chosen.items() if isinstance(value, float)}
         return released, {"eta": numbers.pop("position"), **numbers}
 
