@@ -201,6 +201,16 @@ def on_grid(lines: list[Points], name: str) -> list[float]:
 
 
 def compare(fronts: dict[str, list[list[Points]]]) -> None:
+    print("fronts at the KL where a single run ends: difference to its end, mean of both runs")
+    for name in ("reward", "gold"):
+        for label in ("WARP, 1 iteration", "WARP, 2 iterations", "linear, 1 iteration"):
+            gains = []
+            for lines, singles in zip(fronts[label], fronts["single runs"], strict=True):
+                ends = [line[-1] for line in singles]
+                reached = [min(end["kl_to_init"], max(p["kl_to_init"] for p in lines[0])) for end in ends]
+                found = [at_kl(lines[0], name)(kl) - end[name] for kl, end in zip(reached, ends, strict=True)]
+                gains.append(statistics.mean(found))
+            show(f"{name}, {label}", gains)
     print("fronts: difference to the single runs at the same KL, mean over the grid of KL")
     for name in ("reward", "gold"):
         single = [on_grid(lines, name) for lines in fronts["single runs"]]
