@@ -184,6 +184,7 @@ def open_inputs(stage: Stage, args: WarpArguments) -> Inputs:
             inputs.open_adapter(where, name, adapter, init)
             for (name, _), adapter in zip(located, adapters, strict=True)
         ]
+        inputs.check_same_targets(where, policies)
     else:
         if args.rank or args.adapter_only:
             raise UserError(

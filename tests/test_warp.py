@@ -366,6 +366,18 @@ def test_a_compressed_adapter_says_what_it_loses(
     assert json.loads((same / "stage.json").read_text())["metrics"]["compression_error"] < 1e-6
 
 
+def test_adapters_of_different_modules_are_refused(
+    adapters: tuple[str, list[str]], tmp_path: Path, run_warp: Warp
+) -> None:
+    """Nothing of the second one may be lost because the first has no place for it."""
+    init, paths = adapters
+    file = Path(paths[0]) / "adapter_model.safetensors"
+    save_file({name: each for name, each in load_file(file).items() if "o_proj" not in name}, file)
+    with pytest.raises(UserError, match=r"adapter-1 adapts .*o_proj\.weight, which .*adapter-0 does not"):
+        run_warp(init=init, policies=paths)
+    assert not (tmp_path / "merged").exists()
+
+
 # --- outputs of our own stages ---
 
 

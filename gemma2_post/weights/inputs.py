@@ -118,6 +118,17 @@ def open_adapter(where: str, name: str, directory: Path, init: Model) -> Adapter
 # --- do they belong together ---
 
 
+def check_same_targets(where: str, adapters: list[Adapter]) -> None:
+    """Refuses adapters of different modules, whose updates would be dropped or missing."""
+    first = adapters[0]
+    for other in adapters[1:]:
+        for name in sorted(first.updates.keys() ^ other.updates.keys()):
+            has, lacks = (first, other) if name in first.updates else (other, first)
+            raise UserError(
+                f"{where}: {has.name} adapts {name}, which {lacks.name} does not; merge adapters of the same modules"
+            )
+
+
 def check_start(where: str, start: Model, name: str, directory: Path, force: bool) -> None:
     """Refuses a model that was not trained from `start`, as far as its stage has recorded that.
 

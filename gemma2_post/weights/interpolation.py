@@ -36,12 +36,6 @@ def group_of(name: str, angles: Angles) -> str:
     return layer.group(1) if layer else name
 
 
-def task_vector(policy: torch.Tensor, init: torch.Tensor) -> torch.Tensor:
-    """policy - init in fp32 or better, of any shape."""
-    dtype = torch.promote_types(torch.promote_types(policy.dtype, init.dtype), torch.float32)
-    return policy.to(dtype) - init.to(dtype)
-
-
 def gram_matrix(task_vectors: torch.Tensor) -> torch.Tensor:
     """(M, M) inner products of task vectors (M, n), float64 on the CPU, of products in the vectors' own type.
 
