@@ -44,7 +44,6 @@ def train(
 def train_with_copies() -> None:
     """The RLHF stage, its average replaced by a copy every 1 / mu steps."""
     from gemma2_post import rlhf
-    from gemma2_post.core.training import launch
 
     class PeriodicCopy(rlhf.EmaAnchor):
         def on_step_end(self, args, state, control, **further) -> None:
@@ -54,7 +53,7 @@ def train_with_copies() -> None:
                 self.mu = mu
 
     rlhf.EmaAnchor = PeriodicCopy
-    launch("rlhf", rlhf.main, rlhf.ARGUMENTS, rlhf.REFUSED_KEYS, None, rlhf.implied)
+    rlhf.COMMAND.launch()
 
 
 def draw(curves: dict[tuple[str, float], list[list[dict[str, float]]]], path: Path) -> None:

@@ -24,6 +24,11 @@ def main() -> None:
     run_parser.add_argument("--run_dir", type=Path, metavar="DIR", help="write there, not to the recipe's run_dir")
     run_parser.add_argument("--seed", type=int, help="of every stage, in place of the recipes'")
 
+    run_parser.add_argument("--explain", action="store_true", help="say what would run, and why, without running it")
+
+    check_parser = commands.add_parser("check", help="check a pipeline recipe without running it", allow_abbrev=False)
+    check_parser.add_argument("pipelines", type=Path, nargs="+", help="for example recipes/tiny/pipeline.yaml")
+
     chat_parser = commands.add_parser("chat", help="talk to a model", allow_abbrev=False)
     chat_parser.add_argument("directory", help="the output of a stage, or any Gemma 2 chat model")
     chat_parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit")
@@ -34,15 +39,23 @@ def main() -> None:
     arguments = parser.parse_args()
     with reported():
         if arguments.command == "run":
-            from gemma2_post.pipeline.run import run
+            from gemma2_post.pipeline.run import explain, run
 
-            run(
+            (explain if arguments.explain else run)(
                 arguments.pipeline,
                 arguments.until,
                 parse_overrides(arguments.set),
                 arguments.run_dir,
                 arguments.seed,
             )
+        elif arguments.command == "check":
+            import logging
+
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported, it misses a kernel for the CPU
+            from gemma2_post.pipeline import check, steps
+
+            for path in arguments.pipelines:
+                print(f"{path}: {check.report(check.check(steps.load_pipeline(path)))}")
         else:
             from gemma2_post.chat import chat
 

@@ -18,11 +18,13 @@ from trl import DistillationConfig, ModelConfig
 from trl.import_utils import is_vllm_available
 
 from gemma2_post.core import data, gemma
+from gemma2_post.core.command import Command, Stage
 from gemma2_post.core.data import DataArguments
 from gemma2_post.core.errors import UserError
-from gemma2_post.core.training import Metrics, Stage, StageArguments, check_disk, launch, run
+from gemma2_post.core.launcher import Launcher
+from gemma2_post.core.training import Metrics, StageArguments, check_disk, check_training, metrics_of, run
 from gemma2_post.evaluation.divergence import measure_divergence
-from gemma2_post.evaluation.samples import Answer, SampleArguments, grade, load_graders, sample_held_out
+from gemma2_post.evaluation.samples import Answer, SampleArguments, grade, graded, load_graders, sample_held_out
 
 REFUSED_KEYS = {
     "teacher_model_init_kwargs": "use teacher_dtype, teacher_load_in_4bit or teacher_load_in_8bit",
@@ -32,6 +34,11 @@ REFUSED_KEYS = {
     "remove_unused_columns": "the trainer is given the prompts only; remove it",
 }
 FIRST_STEPS, MOST_CUT = 20, 0.9
+DIVERGENCES = {
+    *("kl_student_teacher", "kl_student_teacher_per_token", "kl_teacher_student", "kl_teacher_student_per_token"),
+    "student_nll",
+}
+"""What is measured between the two."""
 
 
 @dataclass
@@ -83,8 +90,7 @@ def main(
     sample_args: SampleArguments,
     distill_args: DistillArguments,
 ) -> None:
-    check_arguments(stage.where, training_args, model_args)
-    teacher_args = teacher_arguments(stage.where, training_args, model_args, distill_args)
+    teacher_args = teacher_arguments(training_args, model_args, distill_args)
     # Imported here: who has made a mistake in a recipe should not have to wait for it.
     from trl import DistillationTrainer, get_peft_config
 
@@ -146,35 +152,44 @@ def main(
     run(stage, stage_args, model_args, trainer, tokenizer, measure, complete)
 
 
-def check_arguments(where: str, training_args: DistillationConfig, model_args: ModelConfig) -> None:
-    """Refuses what cannot work or is not what it seems."""
+def check(
+    where: str,
+    launcher: Launcher | None,
+    training_args: DistillationConfig,
+    model_args: ModelConfig,
+    data_args: DataArguments,
+    stage_args: StageArguments,
+    sample_args: SampleArguments,
+    distill_args: DistillArguments,
+) -> None:
+    launcher = check_training(where, launcher, training_args, model_args, stage_args)
     if training_args.use_vllm and not is_vllm_available():
         raise UserError(f"{where}: use_vllm is true, but vLLM is not installed; pip install 'trl[vllm]'")
     if training_args.temperature <= 0:
         raise UserError(f"{where}: temperature is {training_args.temperature:g}; write a number above 0")
-    if training_args.bf16 and model_args.dtype == "float32" and not training_args.deepspeed_plugin:
+    if training_args.bf16 and model_args.dtype == "float32" and not launcher.zero_stage:
         raise UserError(
             f"{where}: bf16 is true with dtype float32, but TRL computes the distillation loss past accelerate's "
             "autocast, in float32; write bf16: false, or dtype: bfloat16 with adapters or DeepSpeed"
         )
-
-
-def teacher_arguments(
-    where: str, training_args: DistillationConfig, model_args: ModelConfig, distill_args: DistillArguments
-) -> ModelConfig:
-    """How the teacher is loaded; what cannot work is refused."""
     if training_args.teacher_model_name_or_path is None:
         raise UserError(f"{where}: teacher_model_name_or_path is missing; name a directory or a Hub model")
     quantized = distill_args.teacher_load_in_4bit or distill_args.teacher_load_in_8bit
-    plugin = training_args.deepspeed_plugin
     if distill_args.teacher_load_in_4bit and distill_args.teacher_load_in_8bit:
         raise UserError(f"{where}: teacher_load_in_4bit and teacher_load_in_8bit are both true; remove one of them")
-    if quantized and plugin and plugin.zero_stage == 3:
+    if quantized and launcher.zero_stage == 3:
         raise UserError(
             f"{where}: a quantised teacher cannot be sharded by ZeRO-3; remove teacher_load_in_4bit and "
             "teacher_load_in_8bit, ZeRO-3 spreads the teacher's weights over the processes"
         )
-    teacher_args = ModelConfig(
+    gemma.check_model_arguments(f"{where}: the teacher", teacher_arguments(training_args, model_args, distill_args))
+
+
+def teacher_arguments(
+    training_args: DistillationConfig, model_args: ModelConfig, distill_args: DistillArguments
+) -> ModelConfig:
+    """How the teacher is loaded."""
+    return ModelConfig(
         model_name_or_path=training_args.teacher_model_name_or_path,
         model_revision=training_args.teacher_model_revision or "main",
         dtype=distill_args.teacher_dtype,
@@ -182,8 +197,6 @@ def teacher_arguments(
         load_in_4bit=distill_args.teacher_load_in_4bit,
         load_in_8bit=distill_args.teacher_load_in_8bit,
     )
-    gemma.check_model_arguments(f"{where}: the teacher", teacher_args)
-    return teacher_args
 
 
 def divergences(trainer: Trainer, answers: list[Answer]) -> Metrics:
@@ -208,6 +221,29 @@ def divergences(trainer: Trainer, answers: list[Answer]) -> Metrics:
     }
 
 
+def metrics(
+    training_args: DistillationConfig,
+    model_args: ModelConfig,
+    data_args: DataArguments,
+    stage_args: StageArguments,
+    sample_args: SampleArguments,
+    *_: object,
+) -> set[str]:
+    grades = graded(sample_args)
+    graders = grades - {"stop_rate", "mean_tokens"}
+    further = {f"{name}_gap_closed" for name in graders} | {f"teacher_{name}" for name in grades if graders}
+    return metrics_of(grades | DIVERGENCES if grades else set(), further)
+
+
+COMMAND = Command(
+    "distill",
+    main,
+    [DistillationConfig, ModelConfig, DataArguments, StageArguments, SampleArguments, DistillArguments],
+    __doc__,
+    metrics,
+    check,
+    gemma.REFUSED_KEYS | REFUSED_KEYS,
+)
+
 if __name__ == "__main__":
-    classes = [DistillationConfig, ModelConfig, DataArguments, StageArguments, SampleArguments, DistillArguments]
-    launch("distill", main, classes, REFUSED_KEYS, __doc__)
+    COMMAND.launch()

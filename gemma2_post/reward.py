@@ -18,11 +18,14 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from trl import ModelConfig, RewardConfig
 
 from gemma2_post.core import data, gemma, preferences, reward_model
+from gemma2_post.core.command import Command, Stage
 from gemma2_post.core.data import DataArguments, Message
 from gemma2_post.core.errors import UserError
+from gemma2_post.core.launcher import Launcher
 from gemma2_post.core.preferences import PreferenceArguments
-from gemma2_post.core.training import Metrics, Stage, StageArguments, check_disk, launch, run
+from gemma2_post.core.training import Metrics, StageArguments, check_disk, check_training, metrics_of, run
 from gemma2_post.evaluation.pairs import (
+    PAIR_METRICS,
     ScoredPair,
     measure_pairs,
     plot_pairs,
@@ -91,7 +94,7 @@ def main(
     ceiling = {}
     if reward_args.noise_ceiling:
         ceiling["noise_ceiling"] = noise_ceiling_of(stage.where, reward_args.noise_ceiling, held_out)
-    check_policies(stage.where, reward_args, sample_args, tokenizer)
+    check_tokenizers(stage.where, reward_args, tokenizer)
     answers = sample_policies(stage.where, training_args, reward_args, tokenizer, to_answer["prompt"])
 
     training_args.remove_unused_columns = False  # length is for the sampler
@@ -132,10 +135,18 @@ def noise_ceiling_of(where: str, path: str, pairs: Dataset) -> float:
         raise UserError(f"{where}: {path} needs the column {error}; add it to columns") from error
 
 
-def check_policies(
-    where: str, reward_args: RewardArguments, sample_args: SampleArguments, tokenizer: PreTrainedTokenizerBase
+def check(
+    where: str,
+    launcher: Launcher | None,
+    training_args: RewardConfig,
+    model_args: ModelConfig,
+    data_args: DataArguments,
+    stage_args: StageArguments,
+    sample_args: SampleArguments,
+    preference_args: PreferenceArguments,
+    reward_args: RewardArguments,
 ) -> None:
-    """Refuses policies that cannot answer, or whose answers could not be told apart."""
+    check_training(where, launcher, training_args, model_args, stage_args)
     policies = reward_args.policies or []
     if sample_args.graders and not policies:
         raise UserError(f"{where}: graders grade what policies answer, and there are none; add policies")
@@ -144,7 +155,11 @@ def check_policies(
     names = [Path(path).name for path in policies]
     if len(set(names)) < len(names):
         raise UserError(f"{where}: policies: two folders have the same name ({', '.join(names)}); rename one")
-    for path in policies:
+
+
+def check_tokenizers(where: str, reward_args: RewardArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses policies with another tokenizer."""
+    for path in reward_args.policies or []:
         policy_tokenizer = gemma.load_tokenizer(where, path, gemma.load_config(where, path))
         if gemma.tokenizer_digest(policy_tokenizer) != gemma.tokenizer_digest(tokenizer):
             raise UserError(
@@ -236,9 +251,34 @@ def rank_correlations(
     return metrics
 
 
-if __name__ == "__main__":
-    classes = [
+def metrics(
+    training_args: RewardConfig,
+    model_args: ModelConfig,
+    data_args: DataArguments,
+    stage_args: StageArguments,
+    sample_args: SampleArguments,
+    preference_args: PreferenceArguments,
+    reward_args: RewardArguments,
+) -> set[str]:
+    graders = {path.rpartition(":")[2] for path in sample_args.graders or []}
+    measured = PAIR_METRICS | {f"{name}_rank_correlation" for name in graders}
+    measured |= {f"{name}_rank_correlation_ceiling" for name in graders}
+    measured |= {"noise_ceiling"} if reward_args.noise_ceiling else set()
+    return metrics_of(measured, {"answer_reward_mean", "answer_reward_spread"})
+
+
+COMMAND = Command(
+    "reward",
+    main,
+    [
         *(RewardConfig, ModelConfig, DataArguments, StageArguments),
         *(SampleArguments, PreferenceArguments, RewardArguments),
-    ]
-    launch("reward", main, classes, REFUSED_KEYS, __doc__)
+    ],
+    __doc__,
+    metrics,
+    check,
+    gemma.REFUSED_KEYS | REFUSED_KEYS,
+)
+
+if __name__ == "__main__":
+    COMMAND.launch()

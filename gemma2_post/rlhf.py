@@ -21,12 +21,14 @@ from trl.import_utils import is_vllm_available
 from trl.models.utils import prepare_deepspeed
 
 from gemma2_post.core import data, gemma, rewards
+from gemma2_post.core.command import Command, Stage
 from gemma2_post.core.data import DataArguments
 from gemma2_post.core.errors import UserError
+from gemma2_post.core.launcher import Launcher
 from gemma2_post.core.rewards import RewardFunction, RewardFunctionArguments
 from gemma2_post.core.shards import write_shards
-from gemma2_post.core.training import TRAINER_FILE, Stage, StageArguments, check_disk, launch, run
-from gemma2_post.evaluation.samples import SampleArguments, load_graders
+from gemma2_post.core.training import TRAINER_FILE, StageArguments, check_disk, check_training, metrics_of, run
+from gemma2_post.evaluation.samples import SampleArguments, graded, load_graders
 from gemma2_post.evaluation.watch import FirstDivergenceIsZero, Watch, WatchArguments, WithAdapter
 from gemma2_post.weights.anchor import FILE as ANCHOR_FILE
 from gemma2_post.weights.anchor import REFERENCE_ADAPTER, EmaAnchor
@@ -78,7 +80,6 @@ def main(
     watch_args: WatchArguments,
     rlhf_args: RlhfArguments,
 ) -> None:
-    check_arguments(stage.where, training_args, watch_args, rlhf_args)
     # Imported here: who has made a mistake in a recipe should not have to wait for it.
     from trl import RLOOTrainer
 
@@ -110,8 +111,6 @@ def main(
             "num_generations), and TRL leaves out steps that are not full; lower it, or give more prompts"
         )
     graders = load_graders(stage.where, sample_args, held_out)
-    if sample_args.num_samples < 1:
-        raise UserError(f"{stage.where}: num_samples is 0, so nobody would watch the policy; write 1 or more")
     to_answer = held_out.select(range(min(sample_args.num_samples, len(held_out))))
     reward_functions: list[RewardFunction] = [score] if score else []
     reward_functions += rewards.load_reward_functions(stage.where, reward_args, train.column_names)
@@ -169,10 +168,22 @@ def main(
     )
 
 
-def check_arguments(
-    where: str, training_args: RLOOConfig, watch_args: WatchArguments, rlhf_args: RlhfArguments
+def check(
+    where: str,
+    launcher: Launcher | None,
+    training_args: RLOOConfig,
+    model_args: ModelConfig,
+    data_args: DataArguments,
+    stage_args: StageArguments,
+    sample_args: SampleArguments,
+    reward_args: RewardFunctionArguments,
+    watch_args: WatchArguments,
+    rlhf_args: RlhfArguments,
 ) -> None:
-    """Refuses what cannot work or is not what it seems."""
+    check_training(where, launcher, training_args, model_args, stage_args)
+    rewards.check_arguments(where, reward_args)
+    if sample_args.num_samples < 1:
+        raise UserError(f"{where}: num_samples is 0, so nobody would watch the policy; write 1 or more")
     if training_args.use_vllm and not is_vllm_available():
         raise UserError(f"{where}: use_vllm is true, but vLLM is not installed; pip install 'trl[vllm]'")
     if training_args.temperature <= 0:
@@ -255,11 +266,34 @@ def save_anchor(stage: Stage, trainer: "RLOOTrainer", anchor: EmaAnchor, tokeniz
         gemma.save_tokenizer(tokenizer, directory)
 
 
-ARGUMENTS = [
-    *(RLOOConfig, ModelConfig, DataArguments, StageArguments, SampleArguments),
-    *(RewardFunctionArguments, WatchArguments, RlhfArguments),
-]
+def metrics(
+    training_args: RLOOConfig,
+    model_args: ModelConfig,
+    data_args: DataArguments,
+    stage_args: StageArguments,
+    sample_args: SampleArguments,
+    reward_args: RewardFunctionArguments,
+    watch_args: WatchArguments,
+    rlhf_args: RlhfArguments,
+) -> set[str]:
+    measured = {"reward", "kl_to_start", "distinct_answers", "distinct_bigrams"} | graded(sample_args)
+    measured |= rewards.names(reward_args) | ({"kl_to_anchor"} if rlhf_args.anchor == "ema" else set())
+    return metrics_of(measured, {"kept_step"} if watch_args.kl_budget else set())
 
+
+COMMAND = Command(
+    "rlhf",
+    main,
+    [
+        *(RLOOConfig, ModelConfig, DataArguments, StageArguments, SampleArguments),
+        *(RewardFunctionArguments, WatchArguments, RlhfArguments),
+    ],
+    __doc__,
+    metrics,
+    check,
+    gemma.REFUSED_KEYS | REFUSED_KEYS,
+    implied,
+)
 
 if __name__ == "__main__":
-    launch("rlhf", main, ARGUMENTS, REFUSED_KEYS, __doc__, implied)
+    COMMAND.launch()

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from trl import ModelConfig, SFTConfig
 
 from gemma2_post.core import data, gemma
+from gemma2_post.core.command import Command, Stage
 from gemma2_post.core.data import DataArguments
 from gemma2_post.core.errors import UserError
-from gemma2_post.core.training import Stage, StageArguments, check_disk, launch, run
-from gemma2_post.evaluation.samples import SampleArguments, grade, load_graders, sample_held_out
+from gemma2_post.core.launcher import Launcher
+from gemma2_post.core.training import StageArguments, check_disk, check_training, metrics_of, run
+from gemma2_post.evaluation.samples import SampleArguments, grade, graded, load_graders, sample_held_out
 
 REFUSED_KEYS = {
     **dict.fromkeys(
@@ -45,11 +47,6 @@ def main(
     sample_args: SampleArguments,
     sft_args: SFTArguments,
 ) -> None:
-    if training_args.packing and model_args.attn_implementation == "eager" and training_args.train_batch_size > 1:
-        raise UserError(
-            f"{stage.where}: packing with eager attention needs memory for (batch x length) squared; write "
-            "per_device_train_batch_size: 1, or attn_implementation: flash_attention_2 or flex_attention"
-        )
     # Imported here: who has made a mistake in a recipe should not have to wait for it.
     from trl import SFTTrainer, get_peft_config
 
@@ -85,6 +82,44 @@ def main(
     run(stage, stage_args, model_args, trainer, tokenizer, measure)
 
 
+def check(
+    where: str,
+    launcher: Launcher | None,
+    training_args: SFTConfig,
+    model_args: ModelConfig,
+    data_args: DataArguments,
+    stage_args: StageArguments,
+    *_: object,
+) -> None:
+    check_training(where, launcher, training_args, model_args, stage_args)
+    batch_size = training_args.per_device_train_batch_size
+    if training_args.packing and model_args.attn_implementation == "eager" and batch_size > 1:
+        raise UserError(
+            f"{where}: packing with eager attention needs memory for (batch x length) squared; write "
+            "per_device_train_batch_size: 1, or attn_implementation: flash_attention_2 or flex_attention"
+        )
+
+
+def metrics(
+    training_args: SFTConfig,
+    model_args: ModelConfig,
+    data_args: DataArguments,
+    stage_args: StageArguments,
+    sample_args: SampleArguments,
+    *_: object,
+) -> set[str]:
+    return metrics_of({"held_out_nll"} | graded(sample_args), further=set())
+
+
+COMMAND = Command(
+    "sft",
+    main,
+    [SFTConfig, ModelConfig, DataArguments, StageArguments, SampleArguments, SFTArguments],
+    __doc__,
+    metrics,
+    check,
+    gemma.REFUSED_KEYS | REFUSED_KEYS,
+)
+
 if __name__ == "__main__":
-    classes = [SFTConfig, ModelConfig, DataArguments, StageArguments, SampleArguments, SFTArguments]
-    launch("sft", main, classes, REFUSED_KEYS, __doc__)
+    COMMAND.launch()

@@ -29,11 +29,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from gemma2_post.core import contract, data, endpoint, gemma, reward_model
+from gemma2_post.core import contract, data, digests, endpoint, gemma, reward_model
+from gemma2_post.core.command import Command, Stage
 from gemma2_post.core.data import DataArguments, Message
 from gemma2_post.core.duplicates import find_duplicates
 from gemma2_post.core.errors import UserError
-from gemma2_post.core.training import Stage, launch
+from gemma2_post.core.launcher import Launcher
 from gemma2_post.evaluation.samples import sample_answers
 
 REFUSED_KEYS = dict.fromkeys(
@@ -78,7 +79,10 @@ class SynthesizeArguments:
 
 
 def main(stage: Stage, args: SynthesizeArguments, model_args: ModelConfig, data_args: DataArguments) -> None:
-    check_arguments(stage, args, model_args)
+    local = {each.name for each in dataclasses.fields(ModelConfig)} | {"batch_size", "max_prompt_length"}
+    without_effect = sorted(stage.fingerprint["recipe"].keys() & local - {"model_name_or_path"})
+    if args.endpoint and without_effect:
+        raise UserError(f"{stage.where}: {without_effect[0]} has no effect with an endpoint; remove one of them")
     prompts = data.load_prompts(
         stage.where, data_args.datasets, data_args.max_invalid_share, args.seed, data_args.columns
     )
@@ -148,27 +152,24 @@ def main(stage: Stage, args: SynthesizeArguments, model_args: ModelConfig, data_
     print(f"{stage.output_dir}: done in {wall_seconds:.0f} s; {found}")
 
 
-def check_arguments(stage: Stage, args: SynthesizeArguments, model_args: ModelConfig) -> None:
-    """Refuses what cannot work, or would have no effect."""
+def check(
+    where: str, launcher: Launcher | None, args: SynthesizeArguments, model_args: ModelConfig, data_args: DataArguments
+) -> None:
     if min(args.num_answers, args.batch_size, args.concurrency, args.max_new_tokens) < 1:
         raise UserError(
-            f"{stage.where}: num_answers, batch_size, concurrency and max_new_tokens are counts; write 1 or more"
+            f"{where}: num_answers, batch_size, concurrency and max_new_tokens are counts; write 1 or more"
         )
     if args.temperature < 0 or (args.temperature == 0 and args.num_answers > 1):
         raise UserError(
-            f"{stage.where}: temperature {args.temperature:g} with num_answers {args.num_answers} gives no different "
+            f"{where}: temperature {args.temperature:g} with num_answers {args.num_answers} gives no different "
             "answers; write a temperature above 0"
         )
     if args.reward_model and args.num_answers == 1:
-        raise UserError(f"{stage.where}: reward_model picks the best of num_answers, which is 1; raise num_answers")
-    local = {each.name for each in dataclasses.fields(ModelConfig)} | {"batch_size", "max_prompt_length"}
-    without_effect = sorted(stage.fingerprint["recipe"].keys() & local - {"model_name_or_path"})
-    if args.endpoint and without_effect:
-        raise UserError(f"{stage.where}: {without_effect[0]} has no effect with an endpoint; remove one of them")
-    gemma.check_model_arguments(stage.where, model_args)
+        raise UserError(f"{where}: reward_model picks the best of num_answers, which is 1; raise num_answers")
+    gemma.check_model_arguments(where, model_args)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
-            f"{stage.where}: synthesize is one process; start it with accelerate_configs/single_gpu.yaml (one model "
+            f"{where}: synthesize is one process; start it with accelerate_configs/single_gpu.yaml (one model "
             "may spread over several GPUs), or serve the teacher with vLLM and name it as endpoint"
         )
 
@@ -186,7 +187,7 @@ def resume(
         "endpoint": args.endpoint is not None,
         "num_answers": args.num_answers,
         "batch_size": args.batch_size,
-        "prompts": contract.digest_of(json.dumps(list(prompts["prompt"]))),
+        "prompts": digests.of_text(json.dumps(list(prompts["prompt"]))),
     }
     answers = read_answers(path)
     earlier = contract.read_json(path.with_name("sampling.json"))
@@ -411,5 +412,21 @@ def load_rewards(where: str, args: SynthesizeArguments, prompts: Dataset) -> Cal
     return by_model
 
 
+def metrics(args: SynthesizeArguments, *_: object) -> set[str]:
+    dropped = ("refused", "unfinished", "invalid", "not_best", "exact_duplicate", "near_duplicate")
+    counts = {"num_prompts", "num_answers", "num_kept", *(f"dropped_{reason}" for reason in dropped)}
+    return counts | {"mean_tokens", "tokens_per_second"}
+
+
+COMMAND = Command(
+    "synthesize",
+    main,
+    [SynthesizeArguments, ModelConfig, DataArguments],
+    __doc__,
+    metrics,
+    check,
+    gemma.REFUSED_KEYS | REFUSED_KEYS,
+)
+
 if __name__ == "__main__":
-    launch("synthesize", main, [SynthesizeArguments, ModelConfig, DataArguments], REFUSED_KEYS, __doc__)
+    COMMAND.launch()

@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import save_file
 
 from gemma2_post.core import contract
-from gemma2_post.core.command import Stage, launch
+from gemma2_post.core.command import Command, Stage
 from gemma2_post.core.errors import UserError
 from gemma2_post.core.tokens import BOS, EOS, PAD, STOP_TOKEN_IDS
 from gemma2_post.weights import inputs, merge
@@ -39,6 +39,7 @@ from gemma2_post.weights.interpolation import Angles, Rule
 from gemma2_post.weights.streaming import ShardWriter
 
 if TYPE_CHECKING:
+    from gemma2_post.core.launcher import Launcher
     from gemma2_post.evaluation.front import FrontArguments
 
 REPORT = "merge.json"
@@ -97,11 +98,12 @@ class Inputs:
 
 
 def main(stage: Stage, args: WarpArguments, front_args: "FrontArguments | None" = None, *measuring: object) -> None:
-    etas = check_arguments(stage.where, args)
+    etas = etas_of(args)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if front_args:
         from gemma2_post.evaluation.front import Front  # slow to import, and not needed to merge
 
-        front = Front(stage, args.towards or args.init, etas, front_args, *measuring)
+        front = Front(stage, args.towards or args.init, front_args, *measuring)
     opened = open_inputs(stage, args)
     # At 0 all rules are the start.
     sweeps = {args.interpolation: etas} | {rule: [eta for eta in etas if eta] for rule in args.compare_with or []}
@@ -139,11 +141,10 @@ def main(stage: Stage, args: WarpArguments, front_args: "FrontArguments | None" 
     print(f"{stage.output_dir}: done in {seconds:.0f} s; {numbers}")
 
 
-def check_arguments(where: str, args: WarpArguments) -> list[float]:
-    """The values of eta, each once."""
+def check(where: str, launcher: "Launcher | None", args: WarpArguments, *measuring: object) -> None:
     if isinstance(args.policies, str):
         args.policies = [args.policies]
-    etas = args.eta if isinstance(args.eta, list) else [args.eta]
+    etas = etas_of(args)
     if not etas or not args.policies:
         raise UserError(f"{where}: {'policies' if etas else 'eta'} is empty; write one or more")
     for eta in etas:
@@ -155,12 +156,23 @@ def check_arguments(where: str, args: WarpArguments) -> list[float]:
         raise UserError(
             f"{where}: compare_with names {args.interpolation}, which is the interpolation itself; name another"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if (launcher.num_processes if launcher else int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise UserError(f"{where}: warp is one process; start it with accelerate_configs/single_gpu.yaml or cpu.yaml")
     if args.rank is not None and args.rank < 1:
         raise UserError(f"{where}: rank is {args.rank}; write 1 or more, or remove it")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return etas
+    if measuring:
+        front_args, answer_args, _, sample_args, reward_args = measuring
+        if front_args.kl_budget is not None and not front_args.kl_budget >= 0:
+            raise UserError(f"{where}: kl_budget is {front_args.kl_budget:g} nats; write 0 or more, or remove it")
+        if front_args.kl_budget is not None and 0 not in etas:
+            raise UserError(f"{where}: with a kl_budget, eta needs 0, which is always within it; add it")
+        from gemma2_post.evaluation import measure  # slow to import
+
+        measure.check_arguments(where, answer_args, sample_args, reward_args)
+
+
+def etas_of(args: WarpArguments) -> list[float]:
+    return args.eta if isinstance(args.eta, list) else [args.eta]
 
 
 # --- in ---
@@ -372,10 +384,25 @@ def plot(groups: list[merge.GroupReport], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-if __name__ == "__main__":
+def metrics(args: WarpArguments, *measuring: object) -> set[str]:
+    found = {"merged_norm", "mean_cosine", "mean_norm_kept"} | ({"compression_error"} if args.rank else set())
+    if measuring:
+        from gemma2_post.evaluation import measure
+
+        *_, sample_args, _ = measuring
+        found |= {"eta"} | measure.MEASURES | {path.rpartition(":")[2] for path in sample_args.graders or []}
+    return found
+
+
+def command(is_measured: bool) -> Command:
+    """The stage, which measures what it merges, or the tool, which does not and starts faster."""
     classes: list[type] = [WarpArguments]
-    if any(argument.partition("=")[0] == "--config" for argument in sys.argv):
+    if is_measured:
         from gemma2_post.evaluation import front  # slow to import
 
         classes += front.ARGUMENTS
-    launch("warp", main, classes, {}, __doc__, needs_config=False)
+    return Command("warp", main, classes, __doc__, metrics, check, needs_config=False)
+
+
+if __name__ == "__main__":
+    command(is_measured=any(argument.partition("=")[0] == "--config" for argument in sys.argv)).launch()

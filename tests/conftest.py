@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import datasets
 import pytest
@@ -20,16 +19,11 @@ from transformers import (
 )
 
 from gemma2_post import distill, reward, rlhf, sft
-from gemma2_post.core import gemma, reward_model, training
-from gemma2_post.core.command import refuse_foreign_output
+from gemma2_post.core import gemma, reward_model
+from gemma2_post.core.command import Command, refuse_foreign_output
 from gemma2_post.tiny.data import preferences, prompts
 
 BASE, TEACHER = "gemma2_post/tiny/models/base", "gemma2_post/tiny/models/teacher"
-SHARED_CLASSES = [sft.ModelConfig, sft.DataArguments, sft.StageArguments, sft.SampleArguments]
-SFT_CLASSES = [sft.SFTConfig, *SHARED_CLASSES, sft.SFTArguments]
-DISTILL_CLASSES = [distill.DistillationConfig, *SHARED_CLASSES, distill.DistillArguments]
-RLHF_CLASSES = rlhf.ARGUMENTS
-REWARD_CLASSES = [reward.RewardConfig, *SHARED_CLASSES, reward.PreferenceArguments, reward.RewardArguments]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -203,32 +197,35 @@ def rlhf_recipe(recipe: dict[str, object], tmp_path: Path, reward_model_dir: Pat
 
 @pytest.fixture
 def run_sft(tmp_path: Path) -> Callable[[dict[str, object]], Path]:
-    return partial(run_stage, tmp_path / "recipe.yaml", "sft", sft, SFT_CLASSES)
+    return partial(run_stage, tmp_path / "recipe.yaml", sft.COMMAND)
 
 
 @pytest.fixture
 def run_distill(tmp_path: Path) -> Callable[[dict[str, object]], Path]:
-    return partial(run_stage, tmp_path / "recipe.yaml", "distill", distill, DISTILL_CLASSES)
+    return partial(run_stage, tmp_path / "recipe.yaml", distill.COMMAND)
 
 
 @pytest.fixture
 def run_reward(tmp_path: Path) -> Callable[[dict[str, object]], Path]:
-    return partial(run_stage, tmp_path / "recipe.yaml", "reward", reward, REWARD_CLASSES)
+    return partial(run_stage, tmp_path / "recipe.yaml", reward.COMMAND)
 
 
 @pytest.fixture
 def run_rlhf(tmp_path: Path) -> Callable[[dict[str, object]], Path]:
-    return partial(run_stage, tmp_path / "recipe.yaml", "rlhf", rlhf, RLHF_CLASSES, implied=rlhf.implied)
+    return partial(run_stage, tmp_path / "recipe.yaml", rlhf.COMMAND)
 
 
-def run_stage(
-    file: Path, name: str, module: ModuleType, classes: list[type], values: dict[str, object], **further: Callable
-) -> Path:
-    """Writes the recipe to a file and runs the stage on it, in this process; returns its output directory."""
+def run_stage(file: Path, command: Command, values: dict[str, object]) -> Path:
+    """Writes the recipe to a file and runs the stage on it, in this process; returns its output directory.
+
+    What it has measured is what it says that it measures.
+    """
     file.write_text(yaml.safe_dump(values))
-    stage, arguments = training.parse(name, ["--config", str(file)], classes, module.REFUSED_KEYS, **further)
+    stage, built = command.parse(["--config", str(file)])
     refuse_foreign_output(stage)
-    module.main(stage, *arguments)
+    command.main(stage, *built)
+    metrics = json.loads((stage.output_dir / "stage.json").read_text())["metrics"]
+    assert {name for name in metrics if "/" not in name} <= command.metrics(*built)
     return stage.output_dir
 
 

@@ -15,9 +15,8 @@ from trl import RLOOTrainer
 
 from gemma2_post import rlhf
 from gemma2_post.core.recipe import load_yaml
-from gemma2_post.core.training import fp32_master, launch
+from gemma2_post.core.training import fp32_master
 from gemma2_post.evaluation.watch import WithAdapter
-from tests.conftest import RLHF_CLASSES
 
 IDS = [[2, 106, 200, 300, 400, 107, 108, 106, 500, 600]]
 
@@ -54,4 +53,4 @@ if __name__ == "__main__":
         run(*arguments, **further)
 
     rlhf.run = record_and_run
-    launch("rlhf", rlhf.main, RLHF_CLASSES, rlhf.REFUSED_KEYS, None, rlhf.implied)
+    rlhf.COMMAND.launch()

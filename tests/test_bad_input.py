@@ -10,8 +10,6 @@ import pytest
 import yaml
 
 from gemma2_post import sft
-from gemma2_post.core.training import launch
-from tests.conftest import SFT_CLASSES
 
 Recipe = dict[str, object]
 USER, MODEL = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -118,7 +116,7 @@ def test_a_mistake_is_one_sentence_with_status_2_and_touches_nothing(
     file.write_text(yaml.safe_dump(change(recipe, tmp_path)))
     monkeypatch.setattr(sys, "argv", ["sft", "--config", str(file)])
     with pytest.raises(SystemExit) as stopped:
-        launch("sft", sft.main, SFT_CLASSES, sft.REFUSED_KEYS, None)
+        sft.COMMAND.launch()
     assert stopped.value.code == 2
     (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in sentence and str(file) in sentence

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from transformers import Gemma2Config
 from trl import ModelConfig, SFTConfig
 
-from gemma2_post.core import contract
+from gemma2_post.core import contract, digests
+from gemma2_post.core.command import Stage
 from gemma2_post.core.errors import UserError, reported
-from gemma2_post.core.training import Stage, StageArguments, check_disk
+from gemma2_post.core.training import StageArguments, check_disk
 
 RECIPE = {"learning_rate": 1e-3, "output_dir": "a", "logging_steps": 1}
 
@@ -37,7 +39,7 @@ def test_the_content_of_inputs_counts(tmp_path: Path) -> None:
 
 def test_a_function_counts_with_its_whole_package() -> None:
     inputs = contract.fingerprint("sft", {"datasets": [{"path": "gemma2_post.tiny.data:demonstrations"}]})["inputs"]
-    expected = contract._digest(sorted(Path("gemma2_post/tiny").glob("*.py")))
+    expected = digests.of_files(sorted(Path("gemma2_post/tiny").glob("*.py")))
     assert inputs == {"gemma2_post.tiny.data:demonstrations": expected}
 
 
@@ -118,4 +120,32 @@ def test_up_to_date_and_help_need_no_torch(tmp_path: Path) -> None:
             [sys.executable, "-m", "gemma2_post.cli", *arguments], capture_output=True, text=True, env=environment
         )
         assert finished.returncode == 0, finished.stderr
-    assert finished.stdout == f"sft: up to date ({output})\n"
+    assert finished.stdout.startswith("sft: up to date\nnothing to do; ")
+
+
+def test_what_is_on_the_hub_counts_with_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it was downloaded, when the Hub cannot be asked; a name whose folder is here is no name on the Hub."""
+    for kind, name, file in (
+        ("models", "someone/model", "config.json"),
+        ("datasets", "someone/data", ".gitattributes"),
+    ):
+        folder = tmp_path / f"{kind}--{name.replace('/', '--')}"
+        for revision, commit in (("main", "1" * 40), ("v2", "2" * 40)):
+            (folder / "snapshots" / commit).mkdir(parents=True)
+            (folder / "snapshots" / commit / file).write_text("{}")
+            (folder / "refs").mkdir(exist_ok=True)
+            (folder / "refs" / revision).write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    recipe = {
+        "model_name_or_path": "someone/model",
+        "model_revision": "v2",
+        "teacher_model_name_or_path": "recipes/model",
+        "datasets": [{"path": "someone/data"}],
+        "held_out_datasets": [{"path": "someone/data", "revision": "v2"}, {"path": "someone/unknown"}],
+    }
+    assert contract.fingerprint("distill", recipe)["inputs"] == {
+        "someone/model@v2": "2" * 40,
+        "someone/data@main": "1" * 40,
+        "someone/data@v2": "2" * 40,
+    }

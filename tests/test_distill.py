@@ -26,9 +26,8 @@ from trl.import_utils import is_vllm_available
 from gemma2_post import distill
 from gemma2_post.core import contract, data
 from gemma2_post.core.errors import UserError
-from gemma2_post.core.training import launch
 from gemma2_post.tiny.data import prompts
-from tests.conftest import BASE, DISTILL_CLASSES, TEACHER, losses, random_model
+from tests.conftest import BASE, TEACHER, losses, random_model
 from tests.test_bad_input import MODEL, USER, make_adapter, with_rows, with_values
 
 Run = Callable[[dict[str, object]], Path]
@@ -516,7 +515,7 @@ def test_a_mistake_is_one_sentence_with_status_2_and_touches_nothing(
     file.write_text(yaml.safe_dump(change(distill_recipe, tmp_path)))
     monkeypatch.setattr(sys, "argv", ["distill", "--config", str(file)])
     with pytest.raises(SystemExit) as stopped:
-        launch("distill", distill.main, DISTILL_CLASSES, distill.REFUSED_KEYS, None)
+        distill.COMMAND.launch()
     assert stopped.value.code == 2
     (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in sentence and str(file) in sentence

@@ -15,7 +15,7 @@ from transformers import (
 )
 from trl import ModelConfig, SFTConfig, get_peft_config
 
-from gemma2_post.core import gemma
+from gemma2_post.core import gemma, launcher
 from gemma2_post.core.errors import UserError
 
 SINGLE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Sure! "}]
@@ -199,14 +199,15 @@ def test_combinations_that_cannot_work_are_refused_with_the_remedy(
     model_args = ModelConfig(model_name_or_path="google/gemma-2-2b", **model)
     training_args = SFTConfig(str(tmp_path), use_cpu=True, **training)
     with pytest.raises(UserError, match=message):
-        gemma.check_arguments("sft.yaml", model_args, training_args)
+        gemma.check_arguments("sft.yaml", launcher.of(training_args), model_args, training_args)
 
 
 def test_lora_is_on_q_k_v_o_unless_the_recipe_names_others(tmp_path: Path) -> None:
     model_args = ModelConfig(
         model_name_or_path="google/gemma-2-2b", use_peft=True, dtype="bfloat16", load_in_4bit=True
     )
-    gemma.check_arguments("sft.yaml", model_args, SFTConfig(str(tmp_path), use_cpu=True))
+    training_args = SFTConfig(str(tmp_path), use_cpu=True)
+    gemma.check_arguments("sft.yaml", launcher.of(training_args), model_args, training_args)
     assert get_peft_config(model_args).target_modules == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert model_args.attn_implementation == "eager"
 
@@ -214,8 +215,9 @@ def test_lora_is_on_q_k_v_o_unless_the_recipe_names_others(tmp_path: Path) -> No
 def test_fp16_does_not_come_in_through_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     model_args = ModelConfig(model_name_or_path="google/gemma-2-2b")
+    training_args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False)
     with pytest.raises(UserError, match="bf16 is false, but accelerate was started with mixed precision fp16"):
-        gemma.check_arguments("sft.yaml", model_args, SFTConfig(str(tmp_path), use_cpu=True, bf16=False))
+        gemma.check_arguments("sft.yaml", launcher.of(training_args), model_args, training_args)
 
 
 def test_a_directory_that_cannot_be_loaded_is_not_mistaken_for_a_gated_model(model_dir: Path, tmp_path: Path) -> None:

@@ -12,10 +12,14 @@ from threading import Barrier
 import pytest
 import yaml
 
+from gemma2_post.core import contract
 from gemma2_post.core.errors import UserError, reported
-from gemma2_post.pipeline import devices, gates, lock, run
-from gemma2_post.pipeline.steps import Step, load_pipeline, rounds
+from gemma2_post.core.launcher import Launcher
+from gemma2_post.pipeline import devices, gates, lock, processes, run
+from gemma2_post.pipeline.steps import Step, load_pipeline
 from tests.conftest import TEACHER
+
+CPU_CONFIG = "accelerate_configs/cpu.yaml"
 
 
 def gemma2_post(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -39,7 +43,10 @@ def test_run_makes_a_stage_once_and_again_when_its_recipe_changes(recipe: dict[s
     assert "error: " not in (first := gemma2_post("run", str(pipeline))).stderr and first.returncode == 0, first.stderr
     weights = (output / "model.safetensors").read_bytes()
 
-    assert gemma2_post("run", str(pipeline)).stdout == f"sft: up to date ({output})\n"
+    summary = (output.parent / "summary.json").read_bytes()
+    again = gemma2_post("run", str(pipeline))
+    assert again.stdout.startswith("sft: up to date; held_out_nll ") and "nothing to do" in again.stdout
+    assert (output.parent / "summary.json").read_bytes() == summary
 
     bad = gemma2_post("run", str(pipeline), "--set", "sft.learning_rate=fast")
     assert bad.returncode == 2
@@ -60,7 +67,7 @@ def test_a_stage_gets_the_output_of_the_one_that_it_names(
     stages = {"sft": {"recipe": "sft.yaml"}, "distill": {"recipe": "distill.yaml", "model": "sft"}}
     pipeline = tmp_path / "pipeline.yaml"
     run_dir = tmp_path / "run"
-    content = {"run_dir": str(run_dir), "launch": "accelerate_configs/cpu.yaml", "stages": stages}
+    content = {"run_dir": str(run_dir), "launch": CPU_CONFIG, "stages": stages}
     pipeline.write_text(yaml.safe_dump(content, sort_keys=False))
 
     first = gemma2_post("run", str(pipeline))
@@ -72,22 +79,22 @@ def test_a_stage_gets_the_output_of_the_one_that_it_names(
     backwards = {"distill": stages["distill"], "sft": stages["sft"]}
     pipeline.write_text(yaml.safe_dump(content | {"stages": backwards}, sort_keys=False))
     wrong = gemma2_post("run", str(pipeline))
-    assert wrong.returncode == 2 and "distill: model names sft, which is no earlier stage (none)" in wrong.stderr
+    assert wrong.returncode == 2 and "distill: model names sft, which comes later; put it before" in wrong.stderr
 
 
 def write_pipeline(folder: Path, stages: dict[str, dict[str, object]], **recipes: dict[str, object]) -> Path:
-    """A pipeline with its stages' recipes, as far as they matter."""
+    """A pipeline with its stages' recipes, as far as they matter; those not given are as good as empty."""
+    for entry in stages.values():
+        (folder / entry["recipe"]).write_text("{}")
     for name, values in recipes.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
     path = folder / "pipeline.yaml"
-    path.write_text(yaml.safe_dump({"run_dir": "runs/x", "launch": "l.yaml", "stages": stages}, sort_keys=False))
+    path.write_text(yaml.safe_dump({"run_dir": "runs/x", "launch": CPU_CONFIG, "stages": stages}, sort_keys=False))
     return path
 
 
 def steps_of(path: Path, overrides: dict[str, dict[str, object]]) -> list[tuple[str, list[Step]]]:
-    pipeline = load_pipeline(path)
-    pipeline.overrides = overrides
-    return [round for name in pipeline.entries for round in rounds(pipeline, name)]
+    return load_pipeline(path, overrides=overrides).steps()
 
 
 def test_an_entry_names_the_stages_it_reads_and_how_many_policies_it_trains(tmp_path: Path) -> None:
@@ -102,10 +109,10 @@ def test_an_entry_names_the_stages_it_reads_and_how_many_policies_it_trains(tmp_
     reward = {"policies": ["runs/x/sft"], "output_dir": "runs/x/reward"}
     x = Path("runs/x")
     assert steps_of(path, {"rlhf": {"beta": 0.2}}) == [
-        ("l.yaml", [Step("sft", "sft", x / "sft", tmp_path / "sft.yaml", {"output_dir": "runs/x/sft"})]),
+        (CPU_CONFIG, [Step("sft", "sft", x / "sft", tmp_path / "sft.yaml", {"output_dir": "runs/x/sft"})]),
         ("other.yaml", [Step("reward", "reward", x / "reward", tmp_path / "reward.yaml", reward)]),
         (
-            "l.yaml",
+            CPU_CONFIG,
             [
                 Step(
                     f"rlhf policy {m}",
@@ -149,7 +156,7 @@ def test_warp_trains_again_from_a_point_on_the_way_to_each_merge_and_sweeps_to_t
                 "model_name_or_path": start, "beta": 1.0, "policy": number, "output_dir": f"runs/x/rlhf-{i + 1}",
             }  # fmt: skip
             runs.append(str(policy.folder))
-    assert last.config == tmp_path / "warp.yaml" and launch == "l.yaml"
+    assert last.config == tmp_path / "warp.yaml" and launch == CPU_CONFIG
     assert last.values == {
         "init": "runs/x/warp-2", "towards": "runs/x/sft", "policies": runs[-2:], "runs": runs,
         "output_dir": "runs/x/warp",
@@ -182,22 +189,73 @@ def test_a_merge_that_cannot_be_right_is_refused(
         load_pipeline(path)
 
 
-@pytest.mark.parametrize(("key", "value"), [("policies", ["rlhf"]), ("reward_model", "reward"), ("model", "sft")])
-def test_an_entry_cannot_name_a_stage_that_comes_later_or_not_at_all(key: str, value: object, tmp_path: Path) -> None:
-    path = write_pipeline(tmp_path, {"rlhf": {"recipe": "rlhf.yaml", key: value}, "reward": {"recipe": "reward.yaml"}})
-    with pytest.raises(UserError, match=rf"rlhf: {key} names (rlhf|reward|sft), which is no earlier stage \(none\)"):
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("policies", ["rlhf"], "rlhf, which waits for rlhf itself"),
+        ("reward_model", "reward", "reward, which comes later; put it before rlhf"),
+        ("model", "sft", "sft, which is no stage of it; it has rlhf, reward"),
+    ],
+)
+def test_an_entry_cannot_name_a_stage_that_comes_later_or_not_at_all(
+    key: str, value: object, message: str, tmp_path: Path
+) -> None:
+    stages = {"rlhf": {"recipe": "rlhf.yaml", key: value}, "reward": {"recipe": "reward.yaml"}}
+    with pytest.raises(UserError, match=f"rlhf: {key} names {message}"):
+        load_pipeline(write_pipeline(tmp_path, stages))
+
+
+def test_stages_that_wait_for_each_other_are_a_circle(tmp_path: Path) -> None:
+    stages = {
+        "sft": {"recipe": "sft.yaml", "model": "rlhf"},
+        "reward": {"recipe": "reward.yaml", "policies": ["sft"]},
+        "rlhf": {"recipe": "rlhf.yaml", "reward_model": "reward"},
+    }
+    with pytest.raises(UserError, match="sft: model names rlhf, which waits for sft itself; break the circle"):
+        load_pipeline(write_pipeline(tmp_path, stages))
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ({"sftt": {"recipe": "sft.yaml"}}, "sftt: there is no stage sftt; write stage: and one of synthesize, sft"),
+        (
+            WARP_STAGES | {"rlhf-2": {"recipe": "rlhf.yaml", "stage": "rlhf", "num_policies": 3}},
+            "runs/x/rlhf-2/policy-2 would be the output of 2 stages",
+        ),
+        ({}, "stages is empty"),
+    ],
+)
+def test_a_pipeline_that_makes_no_sense_is_refused(stages: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        load_pipeline(write_pipeline(tmp_path, stages, rlhf={"save_dtype": "float32"}))
+
+
+def test_a_recipe_that_is_missing_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    path = write_pipeline(tmp_path, {"sft": {"recipe": "sft.yaml"}, "reward": {"recipe": "reward.yaml"}})
+    (tmp_path / "reward.yaml").unlink()
+    with pytest.raises(UserError, match=r"reward: there is no recipe .*/reward\.yaml"):
         load_pipeline(path)
 
 
-def test_a_seed_and_a_folder_on_the_command_line_are_those_of_every_stage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_entry_may_be_a_stage_of_another_name(tmp_path: Path) -> None:
+    stages = {"sft": {"recipe": "sft.yaml"}, "longer": {"recipe": "sft.yaml", "stage": "sft", "model": "sft"}}
+    (_, (step,)) = load_pipeline(write_pipeline(tmp_path, stages)).steps()[1]
+    assert (step.label, step.stage, step.folder) == ("longer", "sft", Path("runs/x/longer"))
+    assert step.values == {"model_name_or_path": "runs/x/sft", "output_dir": "runs/x/longer"}
+
+
+def test_the_folder_of_an_output_cannot_be_overridden(tmp_path: Path) -> None:
+    path = write_pipeline(tmp_path, {"sft": {"recipe": "sft.yaml"}})
+    with pytest.raises(UserError, match=r"--set sft\.output_dir: a stage writes to its own folder in the run's"):
+        load_pipeline(path, overrides={"sft": {"output_dir": "elsewhere"}})
+
+
+def test_a_seed_and_a_folder_on_the_command_line_are_those_of_every_stage(tmp_path: Path) -> None:
     path = write_pipeline(tmp_path, {"sft": {"recipe": "sft.yaml"}, "distill": {"recipe": "d.yaml", "model": "sft"}})
-    seen = []
-    monkeypatch.setattr(run, "_run_round", lambda launch, steps, held: seen.extend(steps))
     elsewhere = tmp_path / "elsewhere"
-    run.run(path, None, {"distill": {"seed": 5}}, elsewhere, seed=3)
-    assert [step.values for step in seen] == [
+    steps = load_pipeline(path, elsewhere, 3, {"distill": {"seed": 5}}).steps()
+    assert [step.values for _, (step,) in steps] == [
         {"seed": 3, "output_dir": f"{elsewhere}/sft"},
         {"model_name_or_path": f"{elsewhere}/sft", "seed": 5, "output_dir": f"{elsewhere}/distill"},
     ]
@@ -241,48 +299,101 @@ def test_a_failed_gate_stops_before_the_next_stage_with_a_status_of_its_own(
 ) -> None:
     stages = {"sft": {"recipe": "sft.yaml", "gates": {"accuracy": ">= 0.9"}}, "distill": {"recipe": "distill.yaml"}}
     path = write_pipeline(tmp_path, stages)
+    ran = stand_in_stages(monkeypatch, accuracy=0.8)
+    for is_again in (False, True):
+        with pytest.raises(SystemExit) as exit, reported():
+            run.run(path, None, {}, tmp_path / "run")
+        assert exit.value.code == 3 and ran == ["sft"]
+        captured = capsys.readouterr()
+        assert "error: sft: accuracy is 0.8, and its gate wants >= 0.9" in captured.err
+        assert "learning_rate" in captured.err and "sft: below its gate" in captured.out
+        summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+        assert summary["status"] == "below its gate" and summary["stages"]["distill"]["status"] == "not done"
+        assert ("up to date" in captured.out) == is_again
+
+
+def stand_in_stages(monkeypatch: pytest.MonkeyPatch, **metrics: float) -> list[str]:
+    """Stages that are done at once with these metrics, and no check of recipes, for what is about the chain alone.
+
+    Returns:
+        The labels of those that ran.
+    """
     ran = []
 
-    def run_round(launch: str, steps: list[Step], held: int) -> None:
-        ran.extend(step.label for step in steps)
-        finished(steps[0].folder, accuracy=0.8)
+    def launch(step: Step, *_: object) -> int:
+        ran.append(step.label)
+        wanted = run.wanted_of(step)
+        contract.begin(step.folder, wanted)
+        contract.finish(step.folder, step.stage, wanted, 1.0, {}, metrics)
+        return 0
 
-    monkeypatch.setattr(run, "_run_round", run_round)
-    with pytest.raises(SystemExit) as exit, reported():
-        run.run(path, None, {}, tmp_path / "run")
-    assert exit.value.code == 3 and ran == ["sft"]
-    error = capsys.readouterr().err
-    assert "error: sft: accuracy is 0.8, and its gate wants >= 0.9" in error and "learning_rate" in error
+    monkeypatch.setattr(processes, "launch", launch)
+    monkeypatch.setattr(run, "_check", lambda *_: None)
+    return ran
 
 
 # --- one at a time ---
 
 
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
-    """Also when it was killed; but not as long as a stage that it has started lives."""
+    """Also when it was killed."""
     program = (
-        "import subprocess, sys, time; from pathlib import Path; from gemma2_post.pipeline import lock\n"
-        f"with lock.held(Path({str(tmp_path)!r})) as held:\n"
-        "    stage = subprocess.Popen(['sleep', '60'], pass_fds=[held])\n"
-        "    print(stage.pid, flush=True)\n"
+        "import time; from pathlib import Path; from gemma2_post.pipeline import lock\n"
+        f"with lock.held(Path({str(tmp_path)!r})):\n"
+        "    print(flush=True)\n"
         "    time.sleep(60)"
     )
     first = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    stage = int(first.stdout.readline())
+    first.stdout.readline()
     with pytest.raises(UserError, match=f"is in use by process {first.pid} on .*; wait for it"), lock.held(tmp_path):
         pytest.fail("the folder was taken")
     first.kill()
     first.wait()
-    with pytest.raises(UserError, match="is in use by"), lock.held(tmp_path):
-        pytest.fail("the folder was taken from the stage")
-    os.kill(stage, signal.SIGKILL)
-    for _ in range(100):
-        try:
-            with lock.held(tmp_path):
-                return
-        except UserError:
-            time.sleep(0.05)
-    pytest.fail("the lock of a dead process is still there")
+    with lock.held(tmp_path):
+        pass
+
+
+def test_what_a_killed_run_has_left_running_is_ended(tmp_path: Path) -> None:
+    """Also a process that the stage itself has started, in a session of its own; and no one else's."""
+    program = "import subprocess, time; subprocess.Popen(['sleep', '60'], start_new_session=True); time.sleep(60)"
+    ours = os.environ | {processes.RUN_DIR: str(tmp_path)}
+    stage = subprocess.Popen([sys.executable, "-c", program], env=ours)
+    other = subprocess.Popen(["sleep", "60"], env=os.environ | {processes.RUN_DIR: f"{tmp_path}-2"})
+    while len(processes._processes(tmp_path)) < 2:
+        time.sleep(0.01)
+    assert processes.end_all(tmp_path) and stage.wait() == -signal.SIGTERM
+    assert not processes._processes(tmp_path) and not processes.end_all(tmp_path)
+    assert other.poll() is None
+    other.kill()
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    match = r"file/run cannot be written to \(not a directory\)"
+    with pytest.raises(UserError, match=match), lock.held(tmp_path / "file" / "run"):
+        pytest.fail("the folder was taken")
+
+
+def test_the_folder_of_another_pipeline_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_stages(monkeypatch)
+    path = write_pipeline(tmp_path, {"sft": {"recipe": "sft.yaml"}})
+    run.run(path, None, {}, tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    other = write_pipeline(tmp_path / "other", {"sft": {"recipe": "sft.yaml"}})
+    with pytest.raises(UserError, match=f"{tmp_path}/run is the folder of {path}; give another --run_dir"):
+        run.run(other, None, {}, tmp_path / "run")
+
+
+def test_files_that_no_stage_has_made_are_found_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = stand_in_stages(monkeypatch)
+    path = write_pipeline(tmp_path, {"sft": {"recipe": "sft.yaml"}, "distill": {"recipe": "distill.yaml"}})
+    (tmp_path / "run" / "distill").mkdir(parents=True)
+    (tmp_path / "run" / "distill" / "thesis.txt").write_text("")
+    with pytest.raises(UserError, match="distill: holds files that no stage has made"):
+        run.run(path, None, {}, tmp_path / "run")
+    assert ran == []
 
 
 # --- devices ---
@@ -312,13 +423,11 @@ def test_runs_go_side_by_side_on_devices_of_their_own(
     cores: int,
     num_runs: int,
     expected: list[dict[str, str]],
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "launch.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    assert devices.places(tmp_path / "launch.yaml", num_runs) == expected
+    assert devices.places(Launcher(**config), num_runs) == expected
 
 
 def test_steps_of_a_round_run_at_the_same_time_each_in_its_place(
@@ -327,15 +436,18 @@ def test_steps_of_a_round_run_at_the_same_time_each_in_its_place(
     """Each waits for the other before it ends, so one after the other would never end."""
     both = Barrier(2, timeout=20)
     seen = []
+    stand_in_stages(monkeypatch)
+    finish = processes.launch
 
-    def run_step(step: Step, launch: str, environment: dict[str, str], held: int) -> None:
+    def launch(step: Step, config: str, launcher: Launcher, environment: dict[str, str], *further: object) -> int:
         both.wait()
         seen.append(environment["OMP_NUM_THREADS"])
+        return finish(step)
 
-    monkeypatch.setattr(run, "_run_step", run_step)
+    monkeypatch.setattr(processes, "launch", launch)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    step = Step("rlhf", "rlhf", tmp_path, None, {})
-    run._run_round("accelerate_configs/cpu.yaml", [step, step], held=0)
+    path = write_pipeline(tmp_path, {"rlhf": {"recipe": "rlhf.yaml", "num_policies": 2}})
+    run.run(path, None, {}, tmp_path / "run")
     assert seen == ["1", "1"]
 
 

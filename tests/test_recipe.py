@@ -8,13 +8,12 @@ import pytest
 
 from gemma2_post import sft
 from gemma2_post.core import gemma, recipe
+from gemma2_post.core.command import Stage
 from gemma2_post.core.data import DataArguments, Source
 from gemma2_post.core.errors import UserError
-from gemma2_post.core.training import Stage, accumulation_steps, parse
-from tests.conftest import SFT_CLASSES
+from gemma2_post.core.training import accumulation_steps
 
 TINY = "recipes/tiny/sft.yaml"
-REFUSED = gemma.REFUSED_KEYS | sft.REFUSED_KEYS
 
 
 def written(folder: Path, text: str) -> str:
@@ -24,7 +23,7 @@ def written(folder: Path, text: str) -> str:
 
 
 def parsed(config: str, *overrides: str) -> tuple[Stage, tuple]:
-    return parse("sft", ["--config", config, *overrides], SFT_CLASSES, sft.REFUSED_KEYS)
+    return sft.COMMAND.parse(["--config", config, *overrides])
 
 
 def refusal(config: str, *overrides: str) -> str:
@@ -205,11 +204,11 @@ def test_a_missing_key_is_named(key: str, tmp_path: Path) -> None:
     assert refusal(file) == f"{file}: {key} is missing; add `{key}: VALUE`"
 
 
-@pytest.mark.parametrize("key", REFUSED)
+@pytest.mark.parametrize("key", sft.COMMAND.refused)
 def test_a_key_that_must_not_be_set_is_refused_with_the_reason(key: str) -> None:
-    fields = {field.name for cls in SFT_CLASSES for field in dataclasses.fields(cls)}
+    fields = {field.name for cls in sft.COMMAND.classes for field in dataclasses.fields(cls)}
     assert key in fields, "nobody can set this key, so it need not be refused"
-    assert refusal(TINY, f"--{key}", "1") == f"{TINY}: {key} must not be set: {REFUSED[key]}"
+    assert refusal(TINY, f"--{key}", "1") == f"{TINY}: {key} must not be set: {sft.COMMAND.refused[key]}"
 
 
 @pytest.mark.parametrize(

@@ -26,12 +26,11 @@ from trl import RewardTrainer
 from gemma2_post import reward
 from gemma2_post.core import contract, gemma, reward_model
 from gemma2_post.core.errors import UserError
-from gemma2_post.core.training import launch
 from gemma2_post.evaluation.pairs import ScoredPair, measure_pairs, rank_correlation, rank_correlation_ceiling
 from gemma2_post.evaluation.samples import sample_answers
 from gemma2_post.tiny.data import noise_ceiling
 from gemma2_post.tiny.gold import gold
-from tests.conftest import BASE, REWARD_CLASSES, TEACHER, losses
+from tests.conftest import BASE, TEACHER, losses
 from tests.test_bad_input import MODEL, USER, make_adapter, with_model, with_rows, with_values
 from tests.test_distill import add_a_token, metrics_of, same_weights, swap_two_tokens
 
@@ -644,7 +643,7 @@ def test_a_mistake_is_one_sentence_with_status_2_and_touches_nothing(
     file.write_text(yaml.safe_dump(change(reward_recipe, tmp_path)))
     monkeypatch.setattr(sys, "argv", ["reward", "--config", str(file)])
     with pytest.raises(SystemExit) as stopped:
-        launch("reward", reward.main, REWARD_CLASSES, reward.REFUSED_KEYS, None)
+        reward.COMMAND.launch()
     assert stopped.value.code == 2
     (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message.format(folder=tmp_path) in sentence and str(file) in sentence

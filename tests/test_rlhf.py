@@ -16,10 +16,9 @@ from trl import RLOOTrainer
 from gemma2_post import rlhf
 from gemma2_post.core import contract, gemma, rewards
 from gemma2_post.core.errors import UserError
-from gemma2_post.core.training import launch
 from gemma2_post.evaluation.samples import Answer
 from gemma2_post.evaluation.watch import distinctness
-from tests.conftest import RLHF_CLASSES, TEACHER, write_prompts
+from tests.conftest import TEACHER, write_prompts
 from tests.test_bad_input import with_model, with_values
 from tests.test_distill import metrics_of, same_weights, swap_two_tokens
 
@@ -435,7 +434,7 @@ def test_a_mistake_is_one_sentence_with_status_2_before_the_policy_is_loaded(
     file.write_text(yaml.safe_dump(values))
     monkeypatch.setattr(sys, "argv", ["rlhf", "--config", str(file)])
     with pytest.raises(SystemExit) as exit:
-        launch("rlhf", rlhf.main, RLHF_CLASSES, rlhf.REFUSED_KEYS, None, rlhf.implied)
+        rlhf.COMMAND.launch()
     assert exit.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in line

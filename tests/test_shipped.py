@@ -5,23 +5,14 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from gemma2_post import distill, reward, rlhf, sft, synthesize, warp
-from gemma2_post.core import command, gemma, recipe, training
+from gemma2_post import sft
+from gemma2_post.core import launcher, recipe
 from gemma2_post.core.data import load_function
 from gemma2_post.core.errors import UserError
-from gemma2_post.evaluation import front
+from gemma2_post.pipeline.check import command_of
 from gemma2_post.pipeline.steps import load_pipeline
 from gemma2_post.tiny.data import noise_ceiling, preferences
-from tests.conftest import DISTILL_CLASSES, REWARD_CLASSES, RLHF_CLASSES, SFT_CLASSES
-from tests.test_synthesize import CLASSES as SYNTHESIZE_CLASSES
 
-STAGES = {
-    "sft": (SFT_CLASSES, sft.REFUSED_KEYS),
-    "distill": (DISTILL_CLASSES, distill.REFUSED_KEYS),
-    "reward": (REWARD_CLASSES, reward.REFUSED_KEYS),
-    "rlhf": (RLHF_CLASSES, rlhf.REFUSED_KEYS),
-    "synthesize": (SYNTHESIZE_CLASSES, synthesize.REFUSED_KEYS),
-}
 PIPELINES = sorted(Path("recipes").glob("*/pipeline.yaml"))
 RECIPES = sorted(set(Path("recipes").glob("*/*.yaml")) - set(PIPELINES))
 
@@ -33,28 +24,19 @@ def test_every_recipe_is_tested_here() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=str)
 def test_a_shipped_recipe_passes_its_own_stage(path: Path) -> None:
-    """Full fine-tuning in bf16 needs the ZeRO-3 that its accelerate config brings, and says so without it."""
+    """Also as a launcher would start it that no pipeline names: 27b with all weights is for two machines."""
     values = recipe.load_yaml(path)
     stage = path.stem.partition("-")[0]
     assert values["output_dir"] == f"runs/{path.parent.name}/{path.stem}"
-    if stage == "warp":
-        classes = [warp.WarpArguments, *front.ARGUMENTS]
-        _, (args, *_) = command.parse(stage, ["--config", str(path)], classes, {}, needs_config=False)
-        assert warp.check_arguments(str(path), args)[0] == 0
-        return
-    classes, refused = STAGES[stage]
-    on_cpu = {} if stage == "synthesize" else {"use_cpu": True}
-    arguments = ["--config", str(path), *(f"--{key}=true" for key in on_cpu)]
-    implied = {"implied": rlhf.implied} if stage == "rlhf" else {}
-    if stage != "synthesize" and values["dtype"] == "bfloat16" and not values.get("use_peft"):
+    command = command_of(stage, is_measured=True)
+    on_cpu = {} if stage in ("synthesize", "warp") else {"use_cpu": True}
+    is_full = stage not in ("synthesize", "warp") and not values.get("use_peft")
+    if is_full and values["dtype"] == "bfloat16":
         with pytest.raises(UserError, match="full fine-tuning without DeepSpeed"):
-            training.parse(stage, arguments, classes, refused, **implied)
+            command.build(str(path), values | on_cpu)
+        command.build(str(path), values | on_cpu, launcher.read("accelerate_configs/deepspeed_zero3.yaml"))
     else:
-        training.parse(stage, arguments, classes, refused, **implied)
-    if stage == "distill":
-        built = recipe.build(str(path), values | on_cpu, classes, gemma.REFUSED_KEYS | refused)
-        teacher = distill.teacher_arguments(str(path), built[0], built[1], built[-1])
-        assert teacher.load_in_4bit == (path.parent.name == "gemma-2-2b")
+        command.build(str(path), values | on_cpu)
 
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.stem == "rlhf"], ids=str)
@@ -89,9 +71,8 @@ def test_what_a_reward_recipe_names_is_there_and_its_policies_are_made_before_it
 
 
 def test_the_27b_recipe_is_the_well_known_one() -> None:
-    _, (training_args, model_args, data_args, *_) = training.parse(
-        "sft", ["--config", "recipes/gemma-2-27b/sft.yaml", "--use_cpu", "true"], SFT_CLASSES, sft.REFUSED_KEYS
-    )
+    arguments = ["--config", "recipes/gemma-2-27b/sft.yaml", "--use_cpu", "true"]
+    _, (training_args, model_args, data_args, *_) = sft.COMMAND.parse(arguments)
     assert (model_args.lora_r, model_args.lora_alpha, model_args.load_in_4bit) == (16, 32, True)
     assert model_args.lora_target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
     assert (model_args.attn_implementation, model_args.dtype) == ("eager", "bfloat16")

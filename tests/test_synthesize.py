@@ -19,7 +19,6 @@ from gemma2_post.core import contract, data
 from gemma2_post.core.data import Source
 from gemma2_post.core.duplicates import find_duplicates
 from gemma2_post.core.errors import UserError
-from gemma2_post.core.training import launch
 from gemma2_post.synthesize import Candidate, select
 from gemma2_post.tiny.gold import gold
 from tests.conftest import TEACHER, run_stage, write_prompts
@@ -27,7 +26,6 @@ from tests.test_reward import make_reward_model
 
 Recipe = dict[str, object]
 Run = Callable[[Recipe], Path]
-CLASSES = [synthesize.SynthesizeArguments, synthesize.ModelConfig, synthesize.DataArguments]
 KEY = "a-secret-of-the-environment"
 
 
@@ -46,7 +44,7 @@ def synthesize_recipe(tmp_path: Path) -> Recipe:
 
 @pytest.fixture
 def run_synthesize(tmp_path: Path) -> Run:
-    return partial(run_stage, tmp_path / "recipe.yaml", "synthesize", synthesize, CLASSES)
+    return partial(run_stage, tmp_path / "recipe.yaml", synthesize.COMMAND)
 
 
 def rows_of(output_dir: Path) -> list[dict]:
@@ -397,7 +395,7 @@ def one_sentence(
     file.write_text(yaml.safe_dump(values))
     monkeypatch.setattr(sys, "argv", ["synthesize", "--config", str(file)])
     with pytest.raises(SystemExit) as stopped:
-        launch("synthesize", synthesize.main, CLASSES, synthesize.REFUSED_KEYS, None)
+        synthesize.COMMAND.launch()
     assert stopped.value.code == 2
     (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     return sentence

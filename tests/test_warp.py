@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from gemma2_post import rlhf, warp
-from gemma2_post.core import command, contract, gemma, training
+from gemma2_post.core import command, contract, gemma
 from gemma2_post.core.errors import UserError
 from gemma2_post.evaluation import front
 from gemma2_post.pipeline import run
 from gemma2_post.pipeline.steps import Step
 from gemma2_post.weights import interpolation, merge, streaming
 from gemma2_post.weights.streaming import ShardWriter, open_weights
-from tests.conftest import RLHF_CLASSES, TEACHER, random_model
+from tests.conftest import TEACHER, random_model, run_stage
 
 Recipe = dict[str, object]
 Warp = Callable[..., Path]
@@ -36,7 +36,7 @@ def run_warp(tmp_path: Path) -> Warp:
     def run(name: str = "merged", **keys: object) -> Path:
         values = {"output_dir": str(tmp_path / name), "force": True} | keys
         arguments = [f"--{key}={json.dumps(value)}" for key, value in values.items()]
-        stage, built = command.parse("warp", arguments, [warp.WarpArguments], {}, needs_config=False)
+        stage, built = warp.command(is_measured=False).parse(arguments)
         command.refuse_foreign_output(stage)
         warp.main(stage, *built)
         return stage.output_dir
@@ -437,20 +437,15 @@ def measured(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Recipe:
     }
 
 
-def run_front(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, file: Path) -> Path:
-    file.write_text(json.dumps(recipe))  # JSON is YAML
-    classes = [warp.WarpArguments, *front.ARGUMENTS]
-    stage, built = command.parse("warp", ["--config", str(file)], classes, {}, needs_config=False)
-    command.refuse_foreign_output(stage)
-    warp.main(stage, *built)
-    return stage.output_dir
+def run_front(recipe: Recipe, file: Path) -> Path:
+    return run_stage(file, warp.command(is_measured=True), recipe)
 
 
 def test_the_front_is_measured_and_the_best_point_under_the_budget_is_released(
     measured: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Noise makes the teacher worse, so that without a KL budget the start is released, too."""
-    output = run_front(measured, monkeypatch, tmp_path / "warp.yaml")
+    output = run_front(measured, tmp_path / "warp.yaml")
     result = json.loads((output / "front.json").read_text())
     points = {(point["series"], point["position"]): point for point in result["points"]}
     assert points.keys() == {(rule, eta) for rule in ("slerp", "linear") for eta in (0.0, 0.5, 1.0)} - {
@@ -482,16 +477,16 @@ def test_an_interrupted_front_samples_no_answer_twice(
 
     monkeypatch.setattr(front, "sample_answers", sample)
     with pytest.raises(KeyboardInterrupt):
-        run_front(measured, monkeypatch, tmp_path / "warp.yaml")
+        run_front(measured, tmp_path / "warp.yaml")
     answers = Path(measured["output_dir"]) / "progress" / "answers.jsonl"
     with open(answers, "a") as file:
         file.write('{"point": "half a li')
     merged = merge.merge_models
     monkeypatch.setattr(merge, "merge_models", lambda *_: pytest.fail("merged again"))
-    output = run_front(measured, monkeypatch, tmp_path / "warp.yaml")
+    output = run_front(measured, tmp_path / "warp.yaml")
     assert len(sampled) == 3 + 3 and len(json.loads((output / "front.json").read_text())["points"]) == 5
     monkeypatch.setattr(merge, "merge_models", merged)
-    undisturbed = run_front(measured | {"output_dir": str(tmp_path / "once")}, monkeypatch, tmp_path / "warp.yaml")
+    undisturbed = run_front(measured | {"output_dir": str(tmp_path / "once")}, tmp_path / "warp.yaml")
     one, other = (json.loads((each / "front.json").read_text())["points"] for each in (output, undisturbed))
     for each, expected in zip(one, other, strict=True):
         assert each | {"path": ""} == expected | {"path": ""}
@@ -516,7 +511,7 @@ def test_a_front_that_cannot_be_measured_is_refused_before_the_merge(
     monkeypatch.setattr(merge, "merge_models", lambda *_: pytest.fail("merged"))
     recipe = {key: value for key, value in (measured | change).items() if value is not None}
     with pytest.raises(UserError) as error:
-        run_front(recipe, monkeypatch, tmp_path / "warp.yaml")
+        run_front(recipe, tmp_path / "warp.yaml")
     assert message in str(error.value) and not Path(measured["output_dir"]).exists()
 
 
@@ -549,11 +544,10 @@ def test_the_loop_is_one_entry_of_a_pipeline_and_each_run_a_folder(
         arguments = [*(["--config", str(step.config)] if step.config else [])]
         arguments += [f"--{key}={json.dumps(value)}" for key, value in step.values.items()]
         if step.stage == "rlhf":
-            stage, built = training.parse("rlhf", arguments, RLHF_CLASSES, rlhf.REFUSED_KEYS, rlhf.implied)
+            stage, built = rlhf.COMMAND.parse(arguments)
             rlhf.main(stage, *built)
         else:
-            classes = [warp.WarpArguments, *(front.ARGUMENTS if step.config else [])]
-            stage, built = command.parse("warp", arguments, classes, {}, needs_config=False)
+            stage, built = warp.command(is_measured=step.config is not None).parse(arguments)
             warp.main(stage, *built)
         return 0
 

@@ -3,9 +3,6 @@
 Nothing here needs torch, so that whoever asks whether a stage is up to date has the answer at once.
 """
 
-import contextlib
-import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -15,8 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
-import xxhash
-
+from gemma2_post.core import digests
 from gemma2_post.core.errors import UserError
 
 DONE = "stage.json"
@@ -24,7 +20,10 @@ BEGUN = "begun.json"
 PROGRESS = "progress"
 """Folder with what a stage without checkpoints has made so far; it checks itself whether it can go on from that."""
 _PACKAGE = Path(__file__).parents[1]
-_MEASURED = {DONE, BEGUN, "before.json", "metrics.json", "log.jsonl", "watch.jsonl", "merge.json", "front.json"}
+_MEASURED = {
+    *(DONE, BEGUN, "before.json", "metrics.json", "log.jsonl", "watch.jsonl", "merge.json", "front.json"),
+    *("models.json", "answers.jsonl"),
+}
 """Files that say how a stage went, beside those that the next stage reads."""
 _VERSIONS_THAT_MATTER = ["torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "deepspeed"]
 _KEYS_WITHOUT_EFFECT = {
@@ -34,7 +33,10 @@ _KEYS_WITHOUT_EFFECT = {
 """Recipe keys that do not change what comes out."""
 
 
-_KEYS_OF_PATHS = {"init", "policies", "towards", "runs", "reward_model", "model_name_or_path"}
+_KEYS_OF_PATHS = {
+    *("model_name_or_path", "teacher_model_name_or_path", "reward_model"),
+    *("init", "policies", "towards", "runs", "models", "baseline", "base"),
+}
 """Recipe keys whose values are paths also where they do not look like one."""
 
 _FURTHER_ROOMS = {"rlhf": ["weights"], "warp": ["weights"]}
@@ -48,13 +50,15 @@ def fingerprint(stage: str, recipe: dict[str, object]) -> dict[str, dict[str, ob
         del recipe["policy"]  # which is the one that no recipe names
     paths = list(_input_paths(recipe))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = dict(zip(paths, pool.map(input_digest, paths), strict=True))
+        found = dict(zip(paths, pool.map(input_digest, paths), strict=True))
+    for name, revision, is_dataset in _hub_inputs(recipe):
+        found[f"{name}@{revision or 'main'}"] = digests.of_hub(name, revision, is_dataset)
     rooms = ["core", "evaluation", *_FURTHER_ROOMS.get(stage, [])]
-    code = [_PACKAGE / f"{stage}.py", *(file for room in rooms for file in _files(_PACKAGE / room))]
+    code = [_PACKAGE / f"{stage}.py", *(file for room in rooms for file in digests.files_in(_PACKAGE / room))]
     return {
         "recipe": recipe,
-        "inputs": {path: digest for path, digest in digests.items() if digest},
-        "code": {"gemma2_post": _digest(code)},
+        "inputs": {path: digest for path, digest in found.items() if digest},
+        "code": {"gemma2_post": digests.of_files(code)},
         "versions": {name: version(name) for name in _VERSIONS_THAT_MATTER},
     }
 
@@ -70,52 +74,20 @@ def _input_paths(value: object, is_path: bool = False) -> Iterator[str]:
             yield from _input_paths(item, is_path)
 
 
+def _hub_inputs(recipe: dict[str, object]) -> Iterator[tuple[str, str | None, bool]]:
+    """What a recipe may name on the Hub: name, revision, whether it is a data set."""
+    for key in ("model_name_or_path", "teacher_model_name_or_path"):
+        if isinstance(recipe.get(key), str):
+            yield recipe[key], recipe.get(key.replace("name_or_path", "revision")), False
+    for key in ("datasets", "held_out_datasets"):
+        for source in recipe.get(key) or []:
+            if isinstance(source, dict) and isinstance(source.get("path"), str):
+                yield source["path"], source.get("revision"), True
+
+
 def input_digest(path: str) -> str | None:
-    """The content hash of a file, a directory or the package of a `module:function`; None for anything else."""
-    if (Path(path) / DONE).is_file():
-        return json.loads((Path(path) / DONE).read_text())["output"]
-    if Path(path).is_dir():
-        return _digest(_files(Path(path)))
-    if Path(path).is_file():
-        return _digest([Path(path)])
-    module, colon, _ = path.partition(":")
-    if colon and all(part.isidentifier() for part in module.split(".")):
-        with contextlib.suppress(ModuleNotFoundError):
-            spec = importlib.util.find_spec(module)
-            if spec and spec.origin:
-                return _digest(sorted(Path(spec.origin).parent.glob("*.py")))
-    return None
-
-
-def _files(directory: Path) -> list[Path]:
-    """What a directory holds, but for checkpoints, logs, and what Python leaves behind."""
-    return sorted(
-        path
-        for path in directory.iterdir()
-        if path.is_file() and path.suffix in {".py", ".safetensors", ".json", ".jsonl", ".jinja", ".model", ".parquet"}
-    )
-
-
-def _digest(files: list[Path]) -> str:
-    """Of names and content. Not cryptographic: it tells versions apart, at the speed of memory, on all cores."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = pool.map(_file_digest, files)
-    return xxhash.xxh3_64_hexdigest(
-        "".join(f"{file.name} {part}\n" for file, part in zip(files, parts, strict=True)).encode()
-    )
-
-
-def _file_digest(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    block = memoryview(bytearray(1 << 20))  # one that stays in the cache
-    with open(file, "rb", buffering=0) as stream:
-        while size := stream.readinto(block):
-            digest.update(block[:size])
-    return digest.hexdigest()
-
-
-def digest_of(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """The content hash of what a recipe names; see `digests.of_input`."""
+    return digests.of_input(path, DONE)
 
 
 def differences(old: dict[str, dict[str, object]], new: dict[str, dict[str, object]]) -> list[str]:
@@ -161,16 +133,22 @@ def what_changed(output_dir: Path, wanted: dict) -> list[str]:
     """How the run in the directory differs from `wanted`, in words; empty if it may be used.
 
     Raises:
-        UserError: the directory holds what no stage has made.
+        UserError: see `refuse_strange_files`.
     """
     found = read_json(output_dir / DONE)
     if found is None and any(output_dir.glob("checkpoint-*")):
         found = read_json(output_dir / BEGUN)
     if found is not None:
         return differences(found["fingerprint"], json.loads(json.dumps(wanted)))
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not (output_dir / BEGUN).is_file():
-        raise UserError(f"output_dir {output_dir}: holds files that no stage has made; choose another output_dir")
+    refuse_strange_files(output_dir)
     return []
+
+
+def refuse_strange_files(output_dir: Path) -> None:
+    """Refuses a directory that holds what no stage has made."""
+    is_ours = (output_dir / DONE).is_file() or (output_dir / BEGUN).is_file()
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not is_ours:
+        raise UserError(f"output_dir {output_dir}: holds files that no stage has made; choose another output_dir")
 
 
 def has_progress(output_dir: Path) -> bool:
@@ -212,11 +190,11 @@ def finish(output_dir: Path, stage: str, wanted: dict, seconds: float, facts: di
         facts: what the next stage checks (base model, adapter lineage, dtype, hashes of tokenizer and template).
     """
     write_json(output_dir / "metrics.json", metrics)
-    weights = [path for path in _files(output_dir) if path.name not in _MEASURED]
+    weights = [path for path in digests.files_in(output_dir) if path.name not in _MEASURED]
     stage_file = {
         "stage": stage,
         "fingerprint": wanted,
-        "output": _digest(weights),
+        "output": digests.of_files(weights),
         **facts,
         "git_commit": _git_commit(),
         "wall_seconds": round(seconds, 1),

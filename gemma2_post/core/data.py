@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from datasets import Dataset, concatenate_datasets, disable_caching, load_dataset
+from datasets import Dataset, IterableDataset, concatenate_datasets, disable_caching, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from gemma2_post.core import gemma
@@ -95,7 +95,9 @@ def to_messages(row: dict[str, object]) -> list[Message]:
     return [{"role": _role(role), "content": content} for role, content in _CHATML_TURN.findall(text)]
 
 
-_FORMATS = [{"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"}, {"text"}]
+FORMATS = [{"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"}, {"text"}]
+"""The columns that make a row a conversation."""
+PROMPT_FORMATS = [{"prompt"}, *FORMATS]
 
 
 def as_turns(value: object, role: str) -> list[Message]:
@@ -220,7 +222,7 @@ def load_conversations(
         UserError: a source that cannot be read, with columns of no known format, empty, or with invalid rows.
     """
     read = partial(checked, parse=_conversation, empty={"messages": [], "had_system": False})
-    return load_mixture(where, sources, max_invalid_share, seed, columns or [], read, _FORMATS)
+    return load_mixture(where, sources, max_invalid_share, seed, columns or [], read, FORMATS)
 
 
 def load_prompts(
@@ -229,7 +231,7 @@ def load_prompts(
     """As `load_conversations`, but `prompt` in place of `messages`: the model's last turn, where there is one, is
     dropped, and the user's turn before it is the last."""
     read = partial(checked, parse=_prompt, empty={"prompt": [], "had_system": False})
-    return load_mixture(where, sources, max_invalid_share, seed, columns or [], read, [{"prompt"}, *_FORMATS])
+    return load_mixture(where, sources, max_invalid_share, seed, columns or [], read, PROMPT_FORMATS)
 
 
 def load_mixture(
@@ -276,11 +278,7 @@ def _load_source(
     dataset = _read(where, source)
     if len(dataset) == 0:
         raise UserError(f"{place} ({source.split}): there are no rows; check the split, or the file")
-    if not any(needed <= set(dataset.column_names) for needed in formats):
-        known = " | ".join(" + ".join(sorted(needed)) for needed in formats)
-        raise UserError(
-            f"{place}: the columns {', '.join(dataset.column_names)} are of no known format; expected {known}"
-        )
+    _check_format(place, dataset.column_names, formats)
     dataset = dataset.map(read, remove_columns=[c for c in dataset.column_names if c not in columns])
     problems = [(row, problem) for row, problem in enumerate(dataset["problem"]) if problem]
     if problems:
@@ -298,7 +296,29 @@ def _load_source(
     return dataset.remove_columns(["problem", "had_system"])
 
 
-def _read(where: str, source: Source) -> Dataset:
+def _check_format(place: str, columns: list[str], formats: list[set[str]]) -> None:
+    if not any(needed <= set(columns) for needed in formats):
+        known = " | ".join(" + ".join(sorted(needed)) for needed in formats)
+        raise UserError(f"{place}: the columns {', '.join(columns)} are of no known format; expected {known}")
+
+
+def check_sources(where: str, sources: list[Source], columns: list[str], formats: list[set[str]]) -> None:
+    """Refuses functions and files that are not there, and files whose first row is not what is expected.
+
+    What is on the Hub is left alone, and so are the other rows.
+    """
+    for source in sources:
+        if ":" in source.path:
+            load_function(where, source.path)
+        elif Path(source.path).exists() or Path(source.path).suffix in _FILE_FORMATS:
+            found = list(next(iter(_read(where, source, streaming=True))))
+            _check_format(f"{where}: {source.path}", found, formats)
+            missing = [column for column in columns if column not in found]
+            if missing and len(sources) == 1:
+                raise UserError(f"{where}: columns: no source has {missing[0]}; correct it or remove it")
+
+
+def _read(where: str, source: Source, streaming: bool = False) -> Dataset | IterableDataset:
     module, colon, _ = source.path.partition(":")
     if colon and all(part.isidentifier() for part in module.split(".")):
         return Dataset.from_list(load_function(where, source.path)(source.split))
@@ -309,7 +329,7 @@ def _read(where: str, source: Source) -> Dataset:
         if Path(source.path).stat().st_size == 0:
             raise UserError(f"{where}: {source.path}: the file is empty")
         try:
-            return load_dataset(_FILE_FORMATS[suffix], data_files=source.path, split=source.split)
+            return load_dataset(_FILE_FORMATS[suffix], data_files=source.path, split=source.split, streaming=streaming)
         except Exception as error:  # datasets wraps whatever its readers raise, down to Arrow's own errors
             raise UserError(
                 f"{where}: {source.path}: not readable as {suffix[1:]} with the same columns in each row and split "

@@ -23,11 +23,29 @@ from transformers.utils import is_flash_attn_greater_or_equal
 from trl import ModelConfig, get_quantization_config
 from trl.chat_template_utils import gemma_chat_template
 
-from gemma2_post.core import contract
+from gemma2_post.core import contract, digests
 from gemma2_post.core.errors import UserError
+from gemma2_post.core.launcher import Launcher
 from gemma2_post.core.tokens import BOS, EOS, PAD, SPECIAL_TOKENS, STOP_TOKEN_IDS
 
 SCORE_HEAD = "score.weight"
+SHAPES = {
+    f"google/gemma-2-{size}": Gemma2Config(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        query_pre_attn_scalar=scalar,
+    )
+    for size, hidden, intermediate, layers, heads, kv_heads, head_dim, scalar in [
+        ("2b", 2304, 9216, 26, 8, 4, 256, 256),
+        ("9b", 3584, 14336, 42, 16, 8, 256, 256),
+        ("27b", 4608, 36864, 46, 32, 16, 128, 144),
+    ]
+}
+"""By Hub name without `-it`, for what is planned before anything is downloaded (arXiv 2408.00118, table 1)."""
 LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 TRAINING_TEMPLATE = (
@@ -64,6 +82,7 @@ REFUSED_KEYS = {
     "fsdp": "sharding is by DeepSpeed here, see accelerate_configs/",
     "fsdp_config": "sharding is by DeepSpeed here, see accelerate_configs/",
     "auto_find_batch_size": "it would change the global batch; lower per_device_train_batch_size instead",
+    "enable_jit_checkpoint": "a stage that is asked to end would pass for a finished one; remove it",
     "use_liger_kernel": "its fused losses replace TRL's, which apply Gemma 2's soft-cap; remove it",
     "label_smoothing_factor": "it builds the full logits of a 256k vocabulary; remove it",
     "model_init_kwargs": "use model_name_or_path, model_revision, dtype and attn_implementation",
@@ -80,13 +99,13 @@ REFUSED_KEYS = {
 # --- checks before anything is loaded ---
 
 
-def check_arguments(where: str, model_args: ModelConfig, training_args: TrainingArguments) -> None:
+def check_arguments(where: str, launcher: Launcher, model_args: ModelConfig, training_args: TrainingArguments) -> None:
     """Refuses combinations that cannot work or train wrongly, and fills in Gemma 2's own defaults.
 
     Args:
         where: the recipe's file, named first in an error.
     """
-    zero_stage = training_args.deepspeed_plugin.zero_stage if training_args.deepspeed_plugin else 0
+    zero_stage = launcher.zero_stage
     quantized = model_args.load_in_4bit or model_args.load_in_8bit
     if quantized and not model_args.use_peft:
         raise UserError(
@@ -104,17 +123,17 @@ def check_arguments(where: str, model_args: ModelConfig, training_args: Training
             f"{where}: {training_args.n_gpu} GPUs are visible to one process; start it with "
             "accelerate_configs/multi_gpu.yaml, or show it one GPU with CUDA_VISIBLE_DEVICES=0"
         )
-    if training_args.mixed_precision != ("bf16" if training_args.bf16 else "no"):
+    if launcher.mixed_precision != "no" and not training_args.bf16:  # with bf16: true, "no" is bf16, too
         raise UserError(
-            f"{where}: bf16 is {str(training_args.bf16).lower()}, but accelerate was started with mixed precision "
-            f"{training_args.mixed_precision}; make them agree (Gemma 2 overflows in fp16)"
+            f"{where}: bf16 is false, but accelerate was started with mixed precision {launcher.mixed_precision}; "
+            "make them agree (Gemma 2 overflows in fp16)"
         )
     if not model_args.use_peft and model_args.dtype == "bfloat16" and not zero_stage:
         raise UserError(
             f"{where}: dtype is bfloat16 in full fine-tuning without DeepSpeed, where small updates are rounded away; "
             "write dtype: float32 (bf16: true still computes in bfloat16)"
         )
-    if not model_args.use_peft and zero_stage == 3 and not training_args.deepspeed_plugin.zero3_save_16bit_model:
+    if not model_args.use_peft and zero_stage == 3 and not launcher.saves_16bit_model:
         raise UserError(
             f"{where}: full fine-tuning under ZeRO-3 needs zero3_save_16bit_model: true in the accelerate config, "
             "else no weights are saved"
@@ -296,7 +315,7 @@ def check_same_vocabulary(
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of every token and its id."""
-    return contract.digest_of(json.dumps(sorted(tokenizer.get_vocab().items())))
+    return digests.of_text(json.dumps(sorted(tokenizer.get_vocab().items())))
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, output_dir: Path) -> None:

@@ -20,6 +20,10 @@ logger = logging.getLogger(__name__)
 _TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
+FORMATS = [{"chosen", "rejected"}]
+"""The columns that make a row a pair."""
+
+
 @dataclass
 class PreferenceArguments:
     score_margin: float = field(
@@ -139,7 +143,7 @@ def load_preferences(
         parse=partial(to_pair, score_margin=score_margin),
         empty={"prompt": [], "chosen": [], "rejected": [], "margin": 0.0, "is_tie": False, "had_system": False},
     )
-    pairs = data.load_mixture(where, sources, max_invalid_share, seed, columns or [], read, [{"chosen", "rejected"}])
+    pairs = data.load_mixture(where, sources, max_invalid_share, seed, columns or [], read, FORMATS)
     kept = pairs.filter(lambda is_tie: not is_tie, input_columns="is_tie")
     if len(kept) == 0:
         raise UserError(f"{where}: datasets: all {len(pairs)} pairs are ties (equal scores); give pairs that differ")

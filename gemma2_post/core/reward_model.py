@@ -17,7 +17,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import ModelConfig, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
-from gemma2_post.core import contract, gemma
+from gemma2_post.core import contract, digests, gemma
 from gemma2_post.core.errors import UserError
 
 FILE = "reward_model.json"
@@ -187,7 +187,7 @@ def load(
 def _digests(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     return {
         "tokenizer_digest": gemma.tokenizer_digest(tokenizer),
-        "template_digest": contract.digest_of(tokenizer.chat_template),
+        "template_digest": digests.of_text(tokenizer.chat_template),
     }
 
 

@@ -35,8 +35,8 @@ class RewardFunctionArguments:
     )
 
 
-def load_reward_functions(where: str, args: RewardFunctionArguments, columns: list[str]) -> list[RewardFunction]:
-    """What the recipe names and sets beside the reward model."""
+def check_arguments(where: str, args: RewardFunctionArguments) -> None:
+    """Refuses what would reward nothing, or the wrong thing."""
     if not args.reward_model and not args.reward_functions:
         raise UserError(f"{where}: nothing rewards the answers; name a reward_model, or reward_functions")
     for key in ("missing_end_penalty", "length_penalty"):
@@ -44,6 +44,17 @@ def load_reward_functions(where: str, args: RewardFunctionArguments, columns: li
             raise UserError(f"{where}: {key} is {getattr(args, key):g}, which would be a bonus; write 0 or more")
     if args.reward_batch_size < 1:
         raise UserError(f"{where}: reward_batch_size is {args.reward_batch_size}; write 1 or more")
+
+
+def names(args: RewardFunctionArguments) -> set[str]:
+    """Of the functions, as TRL and metrics call them."""
+    found = {path.rpartition(":")[2] for path in args.reward_functions or []}
+    found |= {"reward_model"} if args.reward_model else set()
+    return found | {key for key in ("missing_end_penalty", "length_penalty") if getattr(args, key)}
+
+
+def load_reward_functions(where: str, args: RewardFunctionArguments, columns: list[str]) -> list[RewardFunction]:
+    """What the recipe names and sets beside the reward model."""
     given = [*_GIVEN_BY_TRL, *(column for column in columns if column != "prompt")]
     functions = [checked(where, path, data.load_grader(where, path, given)) for path in args.reward_functions or []]
     if args.missing_end_penalty:

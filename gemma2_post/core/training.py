@@ -1,10 +1,10 @@
-"""What every training stage does before and after its trainer: `launch` reads the recipe, `run` trains and saves."""
+"""What every training stage does before and after its trainer: `check_training`, and `run`, which trains and saves."""
 
 import json
 import logging
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,9 +14,11 @@ from peft import PeftModel
 from transformers import Gemma2Config, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from trl import ModelConfig
 
-from gemma2_post.core import command, contract, gemma
-from gemma2_post.core.command import Implied, Stage
+from gemma2_post.core import contract, digests, gemma
+from gemma2_post.core import launcher as launchers
+from gemma2_post.core.command import Stage
 from gemma2_post.core.errors import UserError
+from gemma2_post.core.launcher import Launcher
 from gemma2_post.core.shards import write_shards
 
 Metrics = dict[str, float]
@@ -36,48 +38,43 @@ class StageArguments:
     )
 
 
-# --- before: from the command line to the stage's dataclasses ---
+# --- before: what a recipe must be ---
 
 
-def launch(
-    name: str,
-    main: Callable,
-    classes: Sequence[type],
-    refused: dict[str, str],
-    documentation: str | None,
-    implied: Implied = lambda where, values: {},
-) -> None:
-    """`command.launch`, with what every stage on Gemma 2 refuses and, if it trains, checks."""
-    command.launch(name, main, classes, gemma.REFUSED_KEYS | refused, documentation, implied, check_training)
+def check_training(
+    where: str,
+    launcher: Launcher | None,
+    training_args: TrainingArguments,
+    model_args: ModelConfig,
+    stage_args: StageArguments,
+) -> Launcher:
+    """Checks and completes what a training stage was given.
 
+    Args:
+        launcher: that will start it; None for how this process was started.
 
-def parse(
-    name: str,
-    arguments: Sequence[str],
-    classes: Sequence[type],
-    refused: dict[str, str],
-    implied: Implied = lambda where, values: {},
-) -> tuple[Stage, tuple]:
-    """`command.parse`, likewise."""
-    return command.parse(name, arguments, classes, gemma.REFUSED_KEYS | refused, implied, check_training)
-
-
-def check_training(where: str, built: tuple) -> None:
-    """Checks and completes what a training stage was given."""
-    if not isinstance(built[0], TrainingArguments):
-        return
-    by_class = {type(part): part for part in built}
-    training_args = built[0]
-    gemma.check_arguments(where, by_class[ModelConfig], training_args)
+    Returns:
+        The launcher.
+    """
+    launcher = launcher or launchers.of(training_args)
+    gemma.check_arguments(where, launcher, model_args, training_args)
     training_args.gradient_accumulation_steps = accumulation_steps(
-        where,
-        by_class[StageArguments].global_batch_size,
-        training_args.per_device_train_batch_size,
-        training_args.world_size,
+        where, stage_args.global_batch_size, training_args.per_device_train_batch_size, launcher.num_processes
     )
     if training_args.per_device_eval_batch_size < 1:
         raise UserError(f"{where}: per_device_eval_batch_size is {training_args.per_device_eval_batch_size}; write 1")
     training_args.prediction_loss_only = True  # the full logits of a 256k vocabulary are not to be kept
+    return launcher
+
+
+def metrics_of(measured: set[str], further: set[str]) -> set[str]:
+    """The names of a training stage's metrics.
+
+    Args:
+        measured: before and after.
+        further: afterwards only.
+    """
+    return measured | {f"{name}_before" for name in measured} | further | {"tokens_per_second", "peak_memory_gb"}
 
 
 def accumulation_steps(where: str, global_batch_size: int, per_device_batch_size: int, num_processes: int) -> int:
@@ -194,7 +191,7 @@ def run(
             "adapter": "adapter" if model_args.use_peft else None,
             "dtype": stage_args.save_dtype,
             "tokenizer_digest": gemma.tokenizer_digest(tokenizer),
-            "template_digest": contract.digest_of(tokenizer.chat_template),
+            "template_digest": digests.of_text(tokenizer.chat_template),
             "num_processes": trainer.accelerator.num_processes,
         }
         wall_seconds = time.monotonic() - stage.began

@@ -24,6 +24,14 @@ class ScoredPair:
     rejected_tokens: int
 
 
+PAIR_METRICS = {
+    *("accuracy", "accuracy_low", "accuracy_high", "accuracy_single_turn", "accuracy_multi_turn"),
+    *("calibration_error", "reward_mean", "reward_spread"),
+    *("length_correlation", "length_correlation_within_pairs"),
+}
+"""What `measure_pairs` gives where there are pairs of both kinds."""
+
+
 def measure_pairs(pairs: list[ScoredPair]) -> dict[str, float]:
     """Accuracy (a tie counts half) with a 95 % Wilson interval, by turns and by length; calibration; length bias.
 

@@ -61,6 +61,12 @@ def load_graders(where: str, sample_args: SampleArguments, rows: Dataset) -> dic
     }
 
 
+def graded(sample_args: SampleArguments) -> set[str]:
+    """The names of what `grade` gives."""
+    graders = {path.rpartition(":")[2] for path in sample_args.graders or []}
+    return {"stop_rate", "mean_tokens"} | graders if sample_args.num_samples else set()
+
+
 def sample_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -3,25 +3,23 @@
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
-from gemma2_post.core.recipe import load_yaml
+from gemma2_post.core.launcher import Launcher
 
 
-def places(launch: Path, num_runs: int) -> list[dict[str, str]]:
+def places(launcher: Launcher, num_runs: int) -> list[dict[str, str]]:
     """Environment variables of each run that may go on at a time; one, empty, where they must take turns.
 
     The division follows from the number of runs and not from how many are still to be made, so that a run that is
     resumed alone computes on what it began with.
 
     Args:
-        launch: accelerate config of each run.
+        launcher: of each run.
     """
-    config = load_yaml(launch)
-    num_processes = config.get("num_processes", 1)
-    if config.get("num_machines", 1) > 1:
+    num_processes = launcher.num_processes
+    if launcher.num_machines > 1:
         return [{}]
-    if config.get("use_cpu"):
+    if launcher.use_cpu:
         cores = os.cpu_count() or 1
         num_places = min(num_runs, cores) if num_processes == 1 else 1
         return [{"OMP_NUM_THREADS": str(cores // num_places)}] * num_places if num_places > 1 else [{}]

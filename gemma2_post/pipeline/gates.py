@@ -35,6 +35,19 @@ def check_bounds(where: str, gates: dict[str, object]) -> None:
             )
 
 
+def check_metrics(where: str, gates: dict[str, str], known: set[str]) -> None:
+    """Refuses a gate on what the stage will not measure.
+
+    Args:
+        known: names of its metrics; one broken down by a group, as `accuracy/names`, may follow each.
+    """
+    for metric in gates:
+        if metric.partition("/")[0] not in known:
+            raise UserError(
+                f"{where}: the gate is on {metric}, which it does not measure; it measures {', '.join(sorted(known))}"
+            )
+
+
 def check(step: "Step") -> None:
     """Refuses to go on from a finished step whose numbers do not pass.
 

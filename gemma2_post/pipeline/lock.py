@@ -1,5 +1,6 @@
 """One run at a time in a run folder."""
 
+import errno
 import fcntl
 import os
 import socket
@@ -14,24 +15,35 @@ FILE = ".lock"
 
 
 @contextmanager
-def held(run_dir: Path) -> Iterator[int]:
-    """The run folder is this process's; its file descriptor, to be passed on to the stages.
+def held(run_dir: Path) -> Iterator[None]:
+    """The run folder is this process's.
 
-    The system lets go of it when the last process that has it is gone, however that ended: what a killed run leaves
-    is no lock, and a stage that outlives its parent still holds it.
+    The system lets go of the lock when the process is gone, however it ended: what a killed run leaves is no lock.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file = os.open(run_dir / FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    file = _open(run_dir)
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.read(file, 200).decode(errors="replace").strip() or "another process"
             raise UserError(
-                f"{run_dir} is in use by {holder}; wait for it, or stop it and its stages, or give another --run_dir"
+                f"{run_dir} is in use by {holder}; wait for it, or stop it, or give another --run_dir"
             ) from error
         os.truncate(file, 0)
         os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%H:%M}\n".encode(), 0)
-        yield file
+        yield
     finally:
         os.close(file)
+
+
+def _open(run_dir: Path) -> int:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return os.open(run_dir / FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(
+                f"{run_dir} cannot be written to ({os.strerror(error.errno).lower()}); mend that, or give another "
+                "--run_dir"
+            ) from error
+        raise

@@ -3,20 +3,37 @@
 Nothing here imports torch: with everything up to date the answer comes at once.
 """
 
-import json
-import os
+import logging
 import shutil
-import subprocess
-import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from queue import Queue
 
+from rich.console import Console
+
 from gemma2_post.core import contract, recipe
-from gemma2_post.core.errors import EXIT_STATUS_FILE, UserError
-from gemma2_post.pipeline import devices, gates, lock
-from gemma2_post.pipeline.steps import Step, load_pipeline, rounds
+from gemma2_post.core import launcher as launchers
+from gemma2_post.core.errors import UserError, reported
+from gemma2_post.pipeline import devices, gates, lock, processes, summary
+from gemma2_post.pipeline.steps import Pipeline, Step, check_name, load_pipeline
+from gemma2_post.pipeline.view import Row, View, headline
+
+LOGS = "logs"
+
+
+class StageError(UserError):
+    """A stage has failed."""
+
+    status = 4
+
+
+class Interrupted(BaseException):
+    """Somebody has asked the chain to end."""
 
 
 def run(
@@ -33,96 +50,246 @@ def run(
         run_dir: in place of the pipeline's.
         seed: of every stage, in place of the recipes'.
     """
-    pipeline = load_pipeline(path)
-    for name in [*([until] if until else []), *overrides]:
-        if name not in pipeline.entries:
-            raise UserError(f"{path}: there is no stage {name}; it has {', '.join(pipeline.entries)}")
-    pipeline.run_dir = run_dir or pipeline.run_dir
-    seeds = {} if seed is None else {"seed": seed}
-    pipeline.overrides = {name: seeds | overrides.get(name, {}) for name in pipeline.entries}
-    with lock.held(pipeline.run_dir) as held:
-        for name in pipeline.entries:
-            for launch, steps in rounds(pipeline, name):
-                _run_round(launch, steps, held)
-                for step in steps:
-                    gates.check(step)
-            if name == until:
-                break
-
-
-def _run_round(launch: str, steps: list[Step], held: int) -> None:
-    """Runs what is not up to date; side by side where there are devices for it.
-
-    Args:
-        held: the lock of the run folder.
-    """
-    if not Path(launch).is_file():
-        raise UserError(f"there is no accelerate config {launch}; run from the project's folder, or set launch")
-    places = devices.places(Path(launch), len(steps))
-    free: Queue[dict[str, str]] = Queue()
-    for place in places:
-        free.put(place)
-
-    def run_step(step: Step) -> None:
-        place = free.get()
+    pipeline = load_pipeline(path, run_dir, seed, overrides)
+    if until:
+        check_name(path, pipeline, until)
+    rounds = pipeline.steps(until)
+    steps = [step for _, each in rounds for step in each]
+    began = time.monotonic()
+    with lock.held(pipeline.run_dir), _interruptible():
+        if processes.end_all(pipeline.run_dir):
+            print("ended what an earlier, killed run had left running", flush=True)
+        _check_folders(path, pipeline, steps)
+        run = _Run(path, pipeline, until, View([Row(step, _log(pipeline, step)) for step in steps], Console()))
+        status = "failed"
         try:
-            _run_step(step, launch, place, held)
+            with run.view.live():
+                for config, each in rounds:
+                    run.round(config, each)
+            status = "done"
+        except gates.GateError:
+            status = "below its gate"
+            raise
+        except Interrupted as interrupted:
+            status = "interrupted"
+            raise SystemExit(130) from interrupted
         finally:
-            free.put(place)
+            # Also what has died by itself may leave processes of its own behind.
+            processes.end_all(pipeline.run_dir)
+            summary.write(path, pipeline, steps, status, time.monotonic() - began if run.has_begun else 0.0)
+            if status == "interrupted":
+                run.view.say("interrupted; the same command goes on from here")
+        run.view.finish(pipeline.run_dir, run.has_begun)
 
-    with ThreadPoolExecutor(len(places)) as pool:
-        for finished in [pool.submit(run_step, step) for step in steps]:
-            finished.result()
+
+def explain(
+    path: Path,
+    until: str | None,
+    overrides: dict[str, dict[str, object]],
+    run_dir: Path | None = None,
+    seed: int | None = None,
+) -> None:
+    """Says what `run` would do, and why, and does nothing."""
+    pipeline = load_pipeline(path, run_dir, seed, overrides)
+    if until:
+        check_name(path, pipeline, until)
+    remade: dict[str, str] = {}
+    for _, steps in pipeline.steps(until):
+        for step in steps:
+            reads = {remade[folder] for value in step.values.values() for folder in _texts(value) if folder in remade}
+            why = f"runs after {', '.join(sorted(reads))}" if reads else _why(step)
+            if why != "up to date":
+                remade[str(step.folder)] = step.label
+            print(f"{step.label}: {why}")
 
 
-def _run_step(step: Step, launch: str, environment: dict[str, str], held: int) -> None:
+def _texts(value: object) -> list[str]:
+    return [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)]
+
+
+def _why(step: Step) -> str:
+    wanted = wanted_of(step)
+    if contract.is_done(step.folder, wanted):
+        return "up to date"
+    if contract.belongs_to(_previous(step.folder), wanted):
+        return "what was set aside comes back"
+    if changes := contract.what_changed(step.folder, wanted):
+        return f"runs again, because {'; '.join(changes)}"
+    return "goes on from where it was" if contract.has_progress(step.folder) else "runs for the first time"
+
+
+def _check(path: Path, until: str | None, pipeline: Pipeline) -> None:
+    """The whole pipeline, in a process of its own, because that imports torch.
+
+    Raises:
+        SystemExit: something is wrong; the process has said what.
     """
-    Args:
-        environment: variables that say which devices are the step's.
-    """
-    output_dir = step.folder
-    wanted = contract.fingerprint(step.stage, (recipe.load_yaml(step.config) if step.config else {}) | step.values)
-    previous = output_dir.with_name(f"{output_dir.name}.previous")
-    if contract.belongs_to(previous, wanted) and not contract.is_done(output_dir, wanted):
-        # The recipe is again what it was: both change places, neither is lost.
-        if output_dir.is_dir():
-            aside = output_dir.with_name(f"{output_dir.name}.aside")
-            output_dir.rename(aside)
-            previous.rename(output_dir)
-            aside.rename(previous)
-        else:
-            previous.rename(output_dir)
-    if contract.is_done(output_dir, wanted):
-        print(f"{step.label}: up to date ({output_dir})")
-        return
-    # What was made before is set aside until its replacement is done; a replacement that made nothing puts it back.
-    changes = contract.what_changed(output_dir, wanted)
-    if changes:
-        print(f"{step.label}: runs again, because {'; '.join(changes)}", flush=True)
-        if previous.is_dir() and not (output_dir / contract.DONE).is_file():
-            shutil.rmtree(output_dir)  # an unfinished replacement
-        else:
-            shutil.rmtree(previous, ignore_errors=True)
-            output_dir.rename(previous)
+    arguments = (path, until, pipeline.run_dir, pipeline.overrides)
+    process = get_context("spawn").Process(target=_check_here, args=arguments, daemon=True)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(process.exitcode)
+
+
+def _check_here(path: Path, until: str | None, run_dir: Path, overrides: dict[str, dict[str, object]]) -> None:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported, it misses a kernel for the CPU
+    from gemma2_post.pipeline import check
+
+    with reported():
+        check.check(load_pipeline(path, run_dir, overrides=overrides), until, is_here=True)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM and Ctrl-C raise `Interrupted`, once: a second one must not stop the ending of stages."""
+
+    def interrupt(*_: object) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        raise Interrupted
+
+    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
-        status = _launch(step, launch, environment, held)
+        yield
     finally:
-        if previous.is_dir() and not (output_dir / contract.DONE).is_file() and not contract.has_progress(output_dir):
-            shutil.rmtree(output_dir, ignore_errors=True)
-            previous.rename(output_dir)
-    if status:
-        raise SystemExit(status)
-    shutil.rmtree(previous, ignore_errors=True)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
-def _launch(step: Step, launch: str, environment: dict[str, str], held: int) -> int:
-    """The stage's exit status."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", launch]
-    command += ["-m", f"gemma2_post.{step.stage}", *(["--config", str(step.config)] if step.config else [])]
-    command += [f"--{key}={json.dumps(value)}" for key, value in step.values.items()]  # JSON is YAML
-    with tempfile.TemporaryDirectory() as directory:
-        # accelerate makes 1 of every exit status of the stage.
-        status_file = Path(directory) / "status"
-        variables = os.environ | environment | {EXIT_STATUS_FILE: str(status_file)}
-        finished = subprocess.run(command, env=variables, pass_fds=[held])
-        return int(status_file.read_text()) if status_file.is_file() else finished.returncode
+def _log(pipeline: Pipeline, step: Step) -> Path:
+    return pipeline.run_dir / LOGS / f"{str(step.folder.relative_to(pipeline.run_dir)).replace('/', '-')}.log"
+
+
+def _check_folders(path: Path, pipeline: Pipeline, steps: list[Step]) -> None:
+    """Refuses a run folder that is another pipeline's, and folders in it that hold what no stage has made."""
+    earlier = contract.read_json(pipeline.run_dir / summary.FILE)
+    if earlier and Path(earlier["recipe"]).resolve() != path.resolve():
+        raise UserError(
+            f"{path}: {pipeline.run_dir} is the folder of {earlier['recipe']}; give another --run_dir, or, if that "
+            f"recipe has become this one, remove {pipeline.run_dir / summary.FILE}"
+        )
+    for step in steps:
+        contract.refuse_strange_files(step.folder)
+
+
+def wanted_of(step: Step) -> dict:
+    """The fingerprint of what the step would make."""
+    return contract.fingerprint(step.stage, (recipe.load_yaml(step.config) if step.config else {}) | step.values)
+
+
+class _Run:
+    """One run of a pipeline, as far as it has come."""
+
+    def __init__(self, path: Path, pipeline: Pipeline, until: str | None, view: View):
+        self.path, self.pipeline, self.until, self.view = path, pipeline, until, view
+        self.has_begun = False
+
+    def round(self, config: str, steps: list[Step]) -> None:
+        """Runs what is not up to date; side by side where there are devices for it. Then the gates."""
+        launcher = launchers.read(config)
+        wanted = {step.label: wanted_of(step) for step in steps}
+        to_run = [step for step in steps if not self._is_up_to_date(step, wanted[step.label])]
+        if to_run:
+            self._begin()
+            places = devices.places(launcher, len(steps))
+            free: Queue[dict[str, str]] = Queue()
+            for place in places:
+                free.put(place)
+
+            def run_step(step: Step) -> None:
+                place = free.get()
+                try:
+                    self._run_step(step, wanted[step.label], config, launcher, place)
+                finally:
+                    free.put(place)
+
+            with ThreadPoolExecutor(len(places)) as pool:
+                try:
+                    finished = wait([pool.submit(run_step, step) for step in to_run])
+                except Interrupted:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    processes.end_all(self.pipeline.run_dir)
+                    raise
+            for each in finished.done:
+                each.result()
+        for step in steps:
+            try:
+                gates.check(step)
+            except gates.GateError:
+                self.view.set(step.label, "below its gate", self.view.rows[step.label].note)
+                raise
+
+    def _begin(self) -> None:
+        """Before the first stage starts, all that follows is checked."""
+        if not self.has_begun:
+            self.has_begun = True
+            _check(self.path, self.until, self.pipeline)
+
+    def _is_up_to_date(self, step: Step, wanted: dict) -> bool:
+        """Whether there is nothing to do; says so, or what has changed. A version that was set aside comes back."""
+        output_dir = step.folder
+        previous = _previous(output_dir)
+        if contract.belongs_to(previous, wanted) and not contract.is_done(output_dir, wanted):
+            # The recipe is again what it was: both change places, neither is lost.
+            if output_dir.is_dir():
+                aside = output_dir.with_name(f"{output_dir.name}.aside")
+                output_dir.rename(aside)
+                previous.rename(output_dir)
+                aside.rename(previous)
+            else:
+                previous.rename(output_dir)
+        if contract.is_done(output_dir, wanted):
+            metrics = contract.read_json(output_dir / contract.DONE)["metrics"]
+            self.view.set(step.label, "up to date", headline(step.stage, metrics))
+            return True
+        changes = contract.what_changed(output_dir, wanted)
+        if changes:
+            self.view.say(f"{step.label}: runs again, because {'; '.join(changes)}")
+        return False
+
+    def _run_step(
+        self, step: Step, wanted: dict, config: str, launcher: launchers.Launcher, environment: dict[str, str]
+    ) -> None:
+        output_dir, log = step.folder, _log(self.pipeline, step)
+        previous = _previous(output_dir)
+        if contract.what_changed(output_dir, wanted):
+            # What was made before is set aside until its replacement is done.
+            if previous.is_dir() and not (output_dir / contract.DONE).is_file():
+                shutil.rmtree(output_dir)  # an unfinished replacement
+            else:
+                shutil.rmtree(previous, ignore_errors=True)
+                output_dir.rename(previous)
+        self.view.set(step.label, "running", f"log: {log}")
+        began = time.monotonic()
+        try:
+            status = processes.launch(step, config, launcher, environment, self.pipeline.run_dir, log)
+        finally:
+            # A replacement that made nothing puts back what was there.
+            is_done = (output_dir / contract.DONE).is_file()
+            if previous.is_dir() and not is_done and not contract.has_progress(output_dir):
+                shutil.rmtree(output_dir, ignore_errors=True)
+                previous.rename(output_dir)
+        seconds = time.monotonic() - began
+        if status:
+            self.view.set(step.label, "failed", f"status {status}", seconds)
+            raise _failure(step, status, log)
+        shutil.rmtree(previous, ignore_errors=True)
+        metrics = contract.read_json(output_dir / contract.DONE)["metrics"]
+        self.view.set(step.label, "done", headline(step.stage, metrics), seconds)
+
+
+def _previous(output_dir: Path) -> Path:
+    return output_dir.with_name(f"{output_dir.name}.previous")
+
+
+def _failure(step: Step, status: int, log: Path) -> UserError:
+    """What a stage that has ended with this status said, and where more is."""
+    *lines, last = processes.last_words(log) or [""]
+    if status == UserError.status and last.startswith("error: "):
+        return UserError(f"{step.label}: {last.removeprefix('error: ')} (log: {log})")
+    words = "\n".join([*lines, last])
+    return StageError(
+        f"{step.label} failed with status {status}; {log} ends with\n{words}\n"
+        "the same command goes on from its newest checkpoint"
+    )

@@ -1,5 +1,6 @@
 """What a pipeline recipe says: its stages, what each reads from which, and the runs that follow from that."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,15 +9,25 @@ from gemma2_post.core import recipe
 from gemma2_post.core.errors import UserError
 from gemma2_post.pipeline import gates
 
+STAGES = ["synthesize", "sft", "distill", "reward", "rlhf", "warp", "evaluate"]
+
 
 @dataclass
 class StageEntry:
     recipe: str
     """A file beside the pipeline recipe."""
+    stage: str | None = None
+    """Which stage it is, if its name does not say so."""
     launch: str | None = None
     """Its accelerate config; without it, the pipeline's."""
     model: str | None = None
     """The earlier stage whose output is its model; without it, the recipe's model_name_or_path."""
+    init: str | None = None
+    """Of an evaluation: the earlier stage from whose output KL is measured."""
+    baseline: str | None = None
+    """Of an evaluation: the earlier stage against which answers win or lose."""
+    models: list[str] | None = None
+    """Of an evaluation: the earlier stages whose outputs, each policy's, it measures."""
     policies: list[str] | None = None
     """The earlier stages whose outputs are its policies; without it, the recipe's policies."""
     reward_model: str | None = None
@@ -52,6 +63,12 @@ class Pipeline:
     overrides: dict[str, dict[str, object]]
     """By stage: keys that take the place of its recipe's."""
 
+    def steps(self, until: str | None = None) -> list[tuple[str, list["Step"]]]:
+        """The rounds of all entries, or of those up to and including one."""
+        names = list(self.entries)
+        names = names[: names.index(until) + 1] if until else names
+        return [each for name in names for each in rounds(self, name)]
+
     def launch_of(self, name: str) -> str:
         return self.entries[name].launch or self.launch
 
@@ -78,26 +95,83 @@ class Step:
     gates: dict[str, str] = field(default_factory=dict)
 
 
-def load_pipeline(path: Path) -> Pipeline:
+def load_pipeline(
+    path: Path,
+    run_dir: Path | None = None,
+    seed: int | None = None,
+    overrides: dict[str, dict[str, object]] | None = None,
+) -> Pipeline:
+    """A pipeline recipe, its structure checked: what it names exists, and nothing waits for itself.
+
+    Args:
+        run_dir: in place of the recipe's.
+        seed: of every stage, in place of the recipes'.
+        overrides: stage name to keys that take the place of its recipe's.
+    """
     (file,) = recipe.build(str(path), recipe.load_yaml(path), [_File], {})
+    if not file.stages:
+        raise UserError(f"{path}: stages is empty; name one, for example `sft: {{recipe: sft.yaml}}`")
     entries = {
         name: recipe.build(f"{path}: {name}", entry, [StageEntry], {})[0] for name, entry in file.stages.items()
     }
-    pipeline = Pipeline(Path(file.run_dir), file.launch, entries, path.parent, {})
-    names = list(entries)
-    for i, (name, entry) in enumerate(entries.items()):
-        earlier = names[:i]
-        named = [("model", entry.model), ("reward_model", entry.reward_model), ("merges", entry.merges)]
-        named += [("policies", policy) for policy in entry.policies or []]
-        for key, value in named:
-            if value is not None and value not in earlier:
-                raise UserError(
-                    f"{path}: {name}: {key} names {value}, which is no earlier stage ({', '.join(earlier) or 'none'})"
-                )
-        gates.check_bounds(f"{path}: {name}", entry.gates)
+    pipeline = Pipeline(run_dir or Path(file.run_dir), file.launch, entries, path.parent, {})
+    for name, values in (overrides or {}).items():
+        check_name(path, pipeline, name)
+        if "output_dir" in values:
+            raise UserError(f"--set {name}.output_dir: a stage writes to its own folder in the run's; set --run_dir")
+    seeds = {} if seed is None else {"seed": seed}
+    pipeline.overrides = {name: seeds | (overrides or {}).get(name, {}) for name in entries}
+    for name, entry in entries.items():
+        where = f"{path}: {name}"
+        if (stage := entry.stage or name) not in STAGES:
+            raise UserError(f"{where}: there is no stage {stage}; write stage: and one of {', '.join(STAGES)}")
+        _check_references(where, entries, name)
+        gates.check_bounds(where, entry.gates)
+        if not pipeline.config_of(name).is_file():
+            raise UserError(f"{where}: there is no recipe {pipeline.config_of(name)}; write it, or mend its name")
         if entry.merges:
             _check_merge(path, pipeline, name)
+    folders = Counter(str(step.folder) for _, steps in pipeline.steps() for step in steps)
+    folder, count = folders.most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{path}: {folder} would be the output of {count} stages; rename one of them")
     return pipeline
+
+
+def check_name(path: Path, pipeline: Pipeline, name: str) -> None:
+    if name not in pipeline.entries:
+        raise UserError(f"{path}: there is no stage {name}; it has {', '.join(pipeline.entries)}")
+
+
+def _references_of(entry: StageEntry) -> list[tuple[str, str]]:
+    """The keys of an entry that name stages, each with one that it names."""
+    one = [(key, getattr(entry, key)) for key in ("model", "reward_model", "merges", "init", "baseline")]
+    several = [(key, name) for key in ("policies", "models") for name in getattr(entry, key) or []]
+    return [(key, name) for key, name in [*one, *several] if name is not None]
+
+
+def _check_references(where: str, entries: dict[str, StageEntry], name: str) -> None:
+    names = list(entries)
+    earlier = names[: names.index(name)]
+    for key, other in _references_of(entries[name]):
+        if other not in entries:
+            raise UserError(f"{where}: {key} names {other}, which is no stage of it; it has {', '.join(names)}")
+        if other not in earlier:
+            raise UserError(
+                f"{where}: {key} names {other}, which waits for {name} itself; break the circle"
+                if _waits_for(entries, other, name)
+                else f"{where}: {key} names {other}, which comes later; put it before {name}"
+            )
+
+
+def _waits_for(entries: dict[str, StageEntry], name: str, other: str) -> bool:
+    """Whether a stage needs another one, or is it."""
+    reached, to_visit = set(), [name]
+    while to_visit:
+        if (current := to_visit.pop()) not in reached and current in entries:
+            reached.add(current)
+            to_visit += [needed for _, needed in _references_of(entries[current])]
+    return other in reached
 
 
 def _check_merge(path: Path, pipeline: Pipeline, name: str) -> None:
@@ -125,7 +199,8 @@ def rounds(pipeline: Pipeline, name: str) -> Iterator[tuple[str, list[Step]]]:
     else:
         values = _references(pipeline, name, entry.model) | pipeline.overrides.get(name, {})
         values |= {"output_dir": str(output)}
-        yield pipeline.launch_of(name), [Step(name, name, output, pipeline.config_of(name), values, entry.gates)]
+        stage = entry.stage or name
+        yield pipeline.launch_of(name), [Step(name, stage, output, pipeline.config_of(name), values, entry.gates)]
 
 
 def _policies(pipeline: Pipeline, name: str, output: str, first: int, model: str | None) -> list[Step]:
@@ -140,7 +215,7 @@ def _policies(pipeline: Pipeline, name: str, output: str, first: int, model: str
     return [
         Step(
             f"{output} policy {number}",
-            name,
+            pipeline.entries[name].stage or name,
             folder / f"policy-{number}",
             pipeline.config_of(name),
             values | {"policy": number},
@@ -157,6 +232,7 @@ def _warp_rounds(pipeline: Pipeline, name: str) -> Iterator[tuple[str, list[Step
     that begin there are in `MERGES-(i + 1)`. The last sweep goes towards the very first start.
     """
     entry, launch = pipeline.entries[name], pipeline.launch_of(name)
+    stage = entry.stage or name
     rlhf, trained = entry.merges, pipeline.entries[entry.merges]
     config = pipeline.values_of(name)
     how = {key: config[key] for key in ("interpolation", "angles") if key in config}
@@ -167,7 +243,7 @@ def _warp_rounds(pipeline: Pipeline, name: str) -> Iterator[tuple[str, list[Step
     for iteration in range(1, entry.iterations):
         folder = pipeline.run_dir / f"{name}-{iteration}"
         values = {"init": start, "policies": policies, "eta": entry.next_eta, "save_dtype": "float32", **how}
-        yield launch, [Step(folder.name, name, folder, None, values | {"output_dir": str(folder)})]
+        yield launch, [Step(folder.name, stage, folder, None, values | {"output_dir": str(folder)})]
         steps = _policies(pipeline, rlhf, f"{rlhf}-{iteration + 1}", iteration * trained.num_policies, folder.name)
         yield pipeline.launch_of(rlhf), steps
         start, policies = str(folder), _folders(steps)
@@ -179,7 +255,14 @@ def _warp_rounds(pipeline: Pipeline, name: str) -> Iterator[tuple[str, list[Step
         values["reward_model"] = str(pipeline.run_dir / trained.reward_model)
     output = pipeline.run_dir / name
     values |= pipeline.overrides.get(name, {}) | {"output_dir": str(output)}
-    yield launch, [Step(name, name, output, pipeline.config_of(name), values, entry.gates)]
+    yield launch, [Step(name, stage, output, pipeline.config_of(name), values, entry.gates)]
+
+
+def _outputs(pipeline: Pipeline, name: str) -> list[str]:
+    """The folders that hold what an entry has made: its own, or one for each policy."""
+    folder = pipeline.run_dir / name
+    num_policies = pipeline.entries[name].num_policies
+    return [str(folder / f"policy-{i}") for i in range(num_policies)] if num_policies else [str(folder)]
 
 
 def _folders(steps: list[Step]) -> list[str]:
@@ -194,6 +277,10 @@ def _references(pipeline: Pipeline, name: str, model: str | None) -> dict[str, o
         references["model_name_or_path"] = str(run_dir / model)
     if entry.reward_model:
         references["reward_model"] = str(run_dir / entry.reward_model)
-    if entry.policies:
-        references["policies"] = [str(run_dir / policy) for policy in entry.policies]
+    for key in ("init", "baseline"):
+        if value := getattr(entry, key):
+            references[key] = str(run_dir / value)
+    for key in ("policies", "models"):
+        if values := getattr(entry, key):
+            references[key] = [folder for value in values for folder in _outputs(pipeline, value)]
     return references

@@ -1,0 +1,171 @@
+"""Models beside each other: all answer the same held-out prompts, at temperature 1 from the same seed.
+
+Reward is what training would have given; KL is KL(model || start) of whole answers over the full vocabulary, in nats.
+Models are loaded one after the other beside the start, the reward model when they are gone.
+"""
+
+import json
+from dataclasses import dataclass, field
+from math import sqrt
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from gemma2_post.core import data, gemma, rewards
+from gemma2_post.core.data import DataArguments
+from gemma2_post.core.errors import UserError
+from gemma2_post.core.rewards import RewardFunctionArguments
+from gemma2_post.evaluation.divergence import measure_divergence
+from gemma2_post.evaluation.samples import Answer, SampleArguments, load_graders, sample_answers
+
+
+@dataclass
+class AnswerArguments:
+    max_completion_length: int = field(default=512, metadata={"help": "Longest answer, in tokens."})
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Longer prompts are dropped; None for what the answer leaves of the model."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Prompts that are answered at once."})
+    seed: int = field(default=0, metadata={"help": "Of the sampling, and of a mixture of data sets."})
+
+
+ARGUMENTS = [AnswerArguments, DataArguments, SampleArguments, RewardFunctionArguments]
+MEASURES = {"kl_to_init", "reward", "stop_rate", "mean_tokens"}
+"""Of each model, beside its grades."""
+
+
+def check_arguments(
+    where: str, args: AnswerArguments, sample_args: SampleArguments, reward_args: RewardFunctionArguments
+) -> None:
+    if sample_args.num_samples < 2 or args.batch_size < 1:
+        raise UserError(f"{where}: num_samples must be 2 or more and batch_size 1 or more; raise them")
+    rewards.check_arguments(where, reward_args)
+
+
+@dataclass
+class Answered:
+    answers: list[Answer]
+    kl: list[float]
+    """KL(model || start) at each answer, in nats; its mean estimates that of whole answers."""
+
+
+class Measurement:
+    """Checked when it is made; models are loaded afterwards."""
+
+    def __init__(
+        self,
+        where: str,
+        start: str,
+        args: AnswerArguments,
+        data_args: DataArguments,
+        sample_args: SampleArguments,
+        reward_args: RewardFunctionArguments,
+    ):
+        self.start, self.args = start, args
+        config = gemma.load_config(where, start)
+        self.tokenizer = gemma.load_tokenizer(where, start, config)
+        self.score = rewards.ModelReward(where, reward_args, self.tokenizer) if reward_args.reward_model else None
+        longest = gemma.check_prompt_length(
+            where,
+            args.max_prompt_length,
+            "max_completion_length",
+            args.max_completion_length,
+            min(config.max_position_embeddings, self.score.max_length if self.score else 1 << 30),
+        )
+        rows = data.load_prompts(where, data_args.datasets, data_args.max_invalid_share, args.seed, data_args.columns)
+        rows = data.drop_long_prompts(where, rows, self.tokenizer, longest, data_args.max_too_long_share)
+        self.rows = rows.select(range(min(sample_args.num_samples, len(rows))))
+        self.columns = {name: self.rows[name] for name in self.rows.column_names if name != "prompt"}
+        self.graders = load_graders(where, sample_args, self.rows)
+        self.functions = [self.score] if self.score else []
+        self.functions += rewards.load_reward_functions(where, reward_args, self.rows.column_names)
+        self.accelerator = Accelerator()
+        disable_progress_bar()  # of loading each of many models
+
+    def answer(self, models: list[Path], cache: Path) -> dict[Path, Answered]:
+        """What each model answers.
+
+        Args:
+            cache: file to which each model's answers are appended; those of an interrupted run are read from it.
+        """
+        cache.parent.mkdir(exist_ok=True)
+        found: dict[Path, Answered] = {}
+        for line in cache.read_text(encoding="utf-8").splitlines() if cache.is_file() else []:
+            if record := _parse(line):
+                answers = [Answer(**answer) for answer in record["answers"]]
+                found[Path(record["model"])] = Answered(answers, record["kl"])
+        missing = [path for path in models if path not in found]
+        start = self._load(Path(self.start)) if missing else None
+        for path in tqdm(missing, desc="answers", unit="model"):
+            model = self._load(path)
+            answers = sample_answers(
+                model,
+                self.tokenizer,
+                list(self.rows["prompt"]),
+                self.args.max_completion_length,
+                batch_size=self.args.batch_size,
+                seed=self.args.seed,
+            )
+            found_here = measure_divergence(self.accelerator, model, start, answers, self.args.batch_size)
+            found[path] = Answered(answers, [each.forward for each in found_here])
+            record = {
+                "model": str(path),
+                "answers": [vars(answer) for answer in answers],
+                "kl": found[path].kl,
+            }
+            with open(cache, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        return found
+
+    def load_reward_model(self) -> None:
+        """Once all models have answered."""
+        if self.score:
+            self.score.load(lambda model: model.to(self.accelerator.device).eval())
+
+    def values(self, answered: Answered) -> dict[str, list[float]]:
+        """What is measured, by measure and grader: a value for each prompt."""
+        by_function = rewards.values_of(
+            self.functions,
+            self.tokenizer,
+            self.rows["prompt"],
+            [answer.token_ids for answer in answered.answers],
+            self.columns,
+        )
+        texts = [answer.text for answer in answered.answers]
+        return {
+            "kl_to_init": answered.kl,
+            "reward": [sum(each) for each in zip(*by_function.values(), strict=True)],
+            **{name: grader(completions=texts, **self.columns) for name, grader in self.graders.items()},
+            "stop_rate": [float(answer.stopped) for answer in answered.answers],
+            "mean_tokens": [float(answer.num_tokens) for answer in answered.answers],
+        }
+
+    def _load(self, path: Path) -> PreTrainedModel:
+        on_gpu = self.accelerator.device.type == "cuda"
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.bfloat16 if on_gpu else torch.float32, attn_implementation="eager"
+        )
+        model.generation_config = gemma.generation_config()
+        return model.to(self.accelerator.device).eval()
+
+
+def summarize(values: dict[str, list[float]]) -> dict[str, float]:
+    """Means over the prompts, and their standard errors."""
+    found = {}
+    for name, each in values.items():
+        found[name] = mean(each)
+        found[f"{name}/standard_error"] = stdev(each) / sqrt(len(each))
+    return found
+
+
+def _parse(line: str) -> dict[str, object] | None:
+    """A line of the cache; None for one that a kill has cut."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None

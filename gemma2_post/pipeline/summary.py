@@ -1,0 +1,83 @@
+"""`summary.json`: what a run has made, for programs."""
+
+from pathlib import Path
+from statistics import mean
+
+from gemma2_post.core import contract
+from gemma2_post.pipeline.steps import Pipeline, Step
+
+FILE = "summary.json"
+MODELS = "models.json"
+"""What `evaluate` writes: measures of each model."""
+FRONT = "front.json"
+"""What `warp` writes: measures of each point."""
+
+
+def write(path: Path, pipeline: Pipeline, steps: list[Step], status: str, seconds: float) -> None:
+    """
+    Args:
+        path: of the pipeline recipe.
+        status: running, done, failed, "below its gate" or interrupted.
+        seconds: that this run has taken; 0 where it had nothing to do keeps what the last one took.
+    """
+    run_dir = pipeline.run_dir
+    earlier = contract.read_json(run_dir / FILE) or {"wall_seconds": 0.0}
+    content = {
+        "run": run_dir.name,
+        "recipe": str(path),
+        "status": status,
+        "wall_seconds": round(seconds, 1) or earlier["wall_seconds"],
+        "stages": _stages(pipeline, steps),
+        "models": _models(pipeline),
+        "liti": _liti(pipeline),
+    }
+    contract.write_json(run_dir / FILE, content)
+
+
+def _stages(pipeline: Pipeline, steps: list[Step]) -> dict[str, dict]:
+    """By folder in the run folder; of an entry with policies also the means over them."""
+    stages = {str(step.folder.relative_to(pipeline.run_dir)): _stage(step) for step in steps}
+    for name, entry in pipeline.entries.items():
+        policies = [stages[key] for key in stages if entry.num_policies and key.startswith(f"{name}/")]
+        if policies and all(policy["status"] == "done" for policy in policies):
+            stages[name] = {
+                "status": "done",
+                "wall_seconds": max(policy["wall_seconds"] for policy in policies),
+                "output_dir": str(pipeline.run_dir / name),
+                "metrics": _means([policy["metrics"] for policy in policies]),
+            }
+    return stages
+
+
+def _stage(step: Step) -> dict:
+    done = contract.read_json(step.folder / contract.DONE)
+    found = {"status": "done", "wall_seconds": done["wall_seconds"]} if done else {"status": "not done"}
+    return found | {"output_dir": str(step.folder), "metrics": done["metrics"] if done else {}}
+
+
+def _models(pipeline: Pipeline) -> dict[str, dict[str, float]]:
+    """Of the last evaluation; of an entry with policies also the means over them."""
+    models: dict[str, dict[str, float]] = {}
+    for name, entry in pipeline.entries.items():
+        if (entry.stage or name) == "evaluate":
+            models |= contract.read_json(pipeline.run_dir / name / MODELS) or {}
+    for name, entry in pipeline.entries.items():
+        policies = [models[key] for key in models if entry.num_policies and key.startswith(f"{name}/")]
+        if policies:
+            models[name] = _means(policies)
+    return models
+
+
+def _means(values: list[dict[str, float]]) -> dict[str, float]:
+    return {key: mean(each[key] for each in values) for key in values[0] if all(key in each for each in values)}
+
+
+def _liti(pipeline: Pipeline) -> list[dict[str, float]]:
+    """The sweep of the last merge: its points by eta."""
+    for name in reversed(pipeline.entries):
+        front = contract.read_json(pipeline.run_dir / name / FRONT)
+        if front:
+            sweep = [point for point in front["points"] if point["series"] == front["released"]["series"]]
+            keys = ("kl_to_init", "reward", "gold")
+            return [{"eta": point["position"]} | {key: point[key] for key in keys if key in point} for point in sweep]
+    return []

@@ -1,0 +1,100 @@
+"""What people see of a run: a live table on a terminal, a line for each event anywhere else."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from gemma2_post.pipeline import processes
+from gemma2_post.pipeline.steps import Step
+
+_NUMBERS = {
+    "synthesize": ["num_kept"],
+    "sft": ["gold", "held_out_nll"],
+    "distill": ["gold", "kl_student_teacher"],
+    "reward": ["accuracy"],
+    "rlhf": ["gold", "reward"],
+    "warp": ["gold", "reward", "mean_cosine"],
+    "evaluate": ["gold", "reward"],
+}
+"""By stage: the one number that says how it went; the first that it has measured."""
+_STYLES = {"running": "cyan", "done": "green", "up to date": "green", "failed": "red", "below its gate": "red"}
+
+
+@dataclass
+class Row:
+    """What is known of a step."""
+
+    step: Step
+    log: Path
+    state: str = "waiting"
+    began: float = 0.0
+    seconds: float | None = None
+    note: str = ""
+
+
+def headline(stage: str, metrics: dict[str, float]) -> str:
+    """The number that matters, before and after: `gold 0.606 -> 1.09`."""
+    for name in _NUMBERS[stage]:
+        if name in metrics:
+            before = f"{metrics[f'{name}_before']:.3g} -> " if f"{name}_before" in metrics else ""
+            return f"{name} {before}{metrics[name]:.3g}"
+    return ""
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class View:
+    def __init__(self, rows: list[Row], console: Console):
+        self.rows, self.console = {row.step.label: row for row in rows}, console
+
+    def set(self, label: str, state: str, note: str = "", seconds: float | None = None) -> None:
+        row = self.rows[label]
+        row.state, row.note, row.seconds = state, note, seconds
+        if state == "running":
+            row.began = time.monotonic()
+        if not self.console.is_terminal:
+            took = f" in {duration(seconds)}" if seconds is not None and state == "done" else ""
+            self.say(f"{label}: {state}{took}{f'; {note}' if note else ''}")
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def table(self) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("stage", "state", "time", ""):
+            table.add_column(name, justify="right" if name == "time" else "left", overflow="fold")
+        for row in self.rows.values():
+            seconds, note = row.seconds, row.note
+            if row.state == "running":
+                seconds = time.monotonic() - row.began
+                note = processes.progress(row.log) or "starting"
+            took = duration(seconds) if seconds is not None else ""
+            table.add_row(row.step.label, f"[{_STYLES.get(row.state, 'dim')}]{row.state}[/]", took, note)
+        return table
+
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        if not self.console.is_terminal:
+            yield
+            return
+        with Live(get_renderable=self.table, console=self.console, refresh_per_second=2):
+            yield
+
+    def finish(self, run_dir: Path, has_begun: bool) -> None:
+        """The table, where it was not to be seen all along, and where the numbers are."""
+        if not has_begun:
+            self.say(f"nothing to do; {run_dir / 'summary.json'} has the numbers")
+            return
+        if not self.console.is_terminal:
+            self.console.print(self.table())
+        self.say(f"all numbers: {run_dir / 'summary.json'}")
