@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help setup test lint synthesize sft distill reward rlhf warp chat
+.PHONY: help setup test lint demo pipeline synthesize sft distill reward rlhf warp evaluate chat
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -25,6 +25,13 @@ lint: $(INSTALLED) ## check format and style
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
+demo: $(INSTALLED) ## the whole chain in the tiny world, on a CPU in minutes; then what came out of it
+	@$(BIN)/gemma2-post run recipes/tiny/pipeline.yaml $(ARGS)
+	@$(BIN)/gemma2-post report runs/tiny
+
+pipeline: $(INSTALLED) ## all stages of recipes/$(RECIPE), to runs/$(RECIPE)
+	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml $(ARGS)
+
 synthesize: $(INSTALLED) ## SFT data written by a teacher: recipes/$(RECIPE) to runs/$(RECIPE)/synthesize
 	@$(BIN)/python -m gemma2_post.synthesize --config recipes/$(RECIPE)/synthesize.yaml $(ARGS)
 
@@ -43,6 +50,9 @@ rlhf: $(INSTALLED) ## two policies, held near their start by an anchor (sft, dis
 warp: $(INSTALLED) ## merge the policies, train again from there, sweep, release (everything before is made if needed)
 	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until warp $(ARGS)
 
-chat: $(INSTALLED) ## talk to the model that sft made
+evaluate: $(INSTALLED) ## all models beside each other on held-out prompts (everything before is made if needed)
+	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until evaluate $(ARGS)
+
+chat: $(INSTALLED) ## talk to the newest model of runs/$(RECIPE) (sft is made first if there is none)
 	@test -f runs/$(RECIPE)/sft/stage.json || $(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until sft
-	@$(BIN)/gemma2-post chat runs/$(RECIPE)/sft $(ARGS)
+	@$(BIN)/gemma2-post chat $(firstword $(foreach s,warp rlhf/policy-0 distill sft,$(patsubst %/stage.json,%,$(wildcard runs/$(RECIPE)/$s/stage.json))) runs/$(RECIPE)/sft) $(ARGS)

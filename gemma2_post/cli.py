@@ -29,6 +29,11 @@ def main() -> None:
     check_parser = commands.add_parser("check", help="check a pipeline recipe without running it", allow_abbrev=False)
     check_parser.add_argument("pipelines", type=Path, nargs="+", help="for example recipes/tiny/pipeline.yaml")
 
+    report_parser = commands.add_parser(
+        "report", help="the models of a run beside each other, and conversations to read", allow_abbrev=False
+    )
+    report_parser.add_argument("run_dir", type=Path, help="for example runs/tiny")
+
     chat_parser = commands.add_parser("chat", help="talk to a model", allow_abbrev=False)
     chat_parser.add_argument("directory", help="the output of a stage, or any Gemma 2 chat model")
     chat_parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit")
@@ -56,6 +61,10 @@ def main() -> None:
 
             for path in arguments.pipelines:
                 print(f"{path}: {check.report(check.check(steps.load_pipeline(path)))}")
+        elif arguments.command == "report":
+            from gemma2_post.pipeline.report import report
+
+            report(arguments.run_dir)
         else:
             from gemma2_post.chat import chat
 

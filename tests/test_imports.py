@@ -16,6 +16,7 @@ ALLOWED = {
     "weights": {"core", "weights"},
     "rlhf": {"core", "evaluation", "weights"},
     "warp": {"core", "evaluation", "weights"},
+    "evaluate": {"core", "evaluation"},
     "chat": {"core"},
     "cli": {"core", "pipeline", "chat"},
     "__init__": set(),

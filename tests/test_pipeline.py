@@ -332,6 +332,164 @@ def stand_in_stages(monkeypatch: pytest.MonkeyPatch, **metrics: float) -> list[s
     return ran
 
 
+# --- what changed, and what that touches ---
+
+
+CHAIN = {
+    "sft": {"recipe": "sft.yaml"},
+    "distill": {"recipe": "distill.yaml", "model": "sft"},
+    "reward": {"recipe": "reward.yaml"},
+    "rlhf": {"recipe": "rlhf.yaml", "model": "distill", "reward_model": "reward", "num_policies": 2},
+}
+
+
+def test_a_change_makes_what_follows_from_it_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = stand_in_stages(monkeypatch)
+    path = write_pipeline(tmp_path, CHAIN)
+    policies = ["rlhf policy 0", "rlhf policy 1"]
+
+    def explained() -> dict[str, str]:
+        capsys.readouterr()
+        run.explain(path, None, {}, tmp_path / "run")
+        return dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+
+    assert explained() == {
+        "sft": "runs for the first time",
+        "distill": "runs after sft",
+        "reward": "runs for the first time",
+        "rlhf policy 0": "runs after distill, reward",
+        "rlhf policy 1": "runs after distill, reward",
+    }
+    assert not (tmp_path / "run").exists()
+    run.run(path, None, {}, tmp_path / "run")
+    assert ran == ["sft", "distill", "reward", *policies]
+    assert set(explained().values()) == {"up to date"}
+
+    ran.clear()
+    (tmp_path / "rlhf.yaml").write_text("beta: 0.2")
+    assert explained()["rlhf policy 1"] == "runs again, because beta unset -> 0.2"
+    run.run(path, None, {}, tmp_path / "run")
+    assert ran == policies
+
+    ran.clear()
+    (tmp_path / "reward.yaml").write_text("max_steps: 2")
+    found = explained()
+    assert found["distill"] == "up to date" and found["rlhf policy 0"] == "runs after reward"
+    run.run(path, "reward", {}, tmp_path / "run")
+    assert ran == ["reward"]
+
+
+def test_a_summary_says_what_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By stage, by model and by eta; of policies, each and the mean."""
+    stages = CHAIN | {
+        "warp": {"recipe": "warp.yaml", "merges": "rlhf"},
+        "evaluate": {"recipe": "evaluate.yaml", "models": ["sft", "rlhf"]},
+    }
+    path = write_pipeline(tmp_path, stages, rlhf={"save_dtype": "float32"})
+    stand_in_stages(monkeypatch, reward=0.5)
+    folder = tmp_path / "run"
+    points = [
+        {"series": rule, "position": eta, "reward": eta, "kl_to_init": 2 * eta} for rule in "ab" for eta in (0, 1)
+    ]
+    written = {
+        "warp": ("front.json", {"released": points[0], "points": points}),
+        "evaluate": (
+            "models.json",
+            {"sft": {"gold": 1.0}, "rlhf/policy-0": {"gold": 1.2}, "rlhf/policy-1": {"gold": 1.4}},
+        ),
+    }
+    finish = processes.launch
+
+    def launch(step: Step, *_: object) -> int:
+        status = finish(step)
+        if step.stage in written:
+            name, content = written[step.stage]
+            (step.folder / name).write_text(json.dumps(content))
+        return status
+
+    monkeypatch.setattr(processes, "launch", launch)
+    run.run(path, None, {}, folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["run"] == "run" and summary["status"] == "done" and summary["wall_seconds"] >= 0
+    done = {"status": "done", "wall_seconds": 1.0, "metrics": {"reward": 0.5}}
+    assert summary["stages"]["sft"] == done | {"output_dir": str(folder / "sft")}
+    assert summary["stages"]["rlhf/policy-1"] == done | {"output_dir": str(folder / "rlhf" / "policy-1")}
+    assert summary["stages"]["rlhf"] == done | {"output_dir": str(folder / "rlhf")}
+    assert summary["models"]["sft"] == {"gold": 1.0} and summary["models"]["rlhf"]["gold"] == pytest.approx(1.3)
+    assert summary["liti"] == [{"eta": 0, "kl_to_init": 0, "reward": 0}, {"eta": 1, "kl_to_init": 2, "reward": 1}]
+
+
+# --- failing, and being interrupted ---
+
+
+def test_a_stage_that_fails_says_how_it_ended_and_where_more_is(recipe: dict[str, object], tmp_path: Path) -> None:
+    """A mistake that only the stage can find is its own sentence, with status 2; anything else the end of its log."""
+    (tmp_path / "grader.py").write_text(
+        "def crash(completions, **_):\n    raise RuntimeError('the grader has crashed')\n"
+    )
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(recipe | {"graders": ["grader:crash"]}))
+    (tmp_path / "pipeline.yaml").write_text(
+        yaml.safe_dump(
+            {"run_dir": str(tmp_path / "run"), "launch": CPU_CONFIG, "stages": {"sft": {"recipe": "sft.yaml"}}}
+        )
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:{Path.cwd()}"}
+    command = [sys.executable, "-m", "gemma2_post.cli", "run", str(tmp_path / "pipeline.yaml")]
+    crashed = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert crashed.returncode == 4 and "the grader has crashed" in crashed.stderr
+    assert f"error: sft failed with status 1; {tmp_path}/run/logs/sft.log ends with" in crashed.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": "Hi."}]}) + "\n")
+    mistaken = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert mistaken.returncode == 2
+    (line,) = [line for line in mistaken.stderr.splitlines() if line.startswith("error: ")]
+    assert "train.jsonl: row 0: " in line and f"(log: {tmp_path}/run/logs/sft.log)" in line
+
+
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_an_interrupted_run_ends_its_stages_and_goes_on_later(which: signal.Signals, tmp_path: Path) -> None:
+    program = (
+        "import subprocess, sys; from pathlib import Path; from gemma2_post.core.errors import reported\n"
+        "from gemma2_post.pipeline import processes, run\n"
+        "run._check = lambda *_: None\n"
+        "def launch(step, config, launcher, environment, run_dir, log):\n"
+        "    step.folder.mkdir(parents=True)\n"
+        "    (step.folder / 'begun.json').write_text('{}')\n"
+        "    variables = {processes.RUN_DIR: str(run_dir.resolve())}\n"
+        "    return subprocess.run(['sleep', '60'], env=variables, start_new_session=True).returncode\n"
+        "processes.launch = launch\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "with reported(): run.run(folder / 'pipeline.yaml', None, {}, folder / 'run')"
+    )
+    write_pipeline(tmp_path, {"rlhf": {"recipe": "rlhf.yaml", "num_policies": 3}})
+    chain = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    while not processes.of_run(tmp_path / "run"):
+        time.sleep(0.05)
+    chain.send_signal(which)
+    printed, _ = chain.communicate(timeout=20)
+    assert chain.returncode == 130 and "interrupted; the same command goes on from here" in printed
+    assert not processes.of_run(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
+    assert not (tmp_path / "run" / "rlhf" / "policy-2").exists()  # on two cores, it had not begun, and does not now
+
+
+def test_progress_is_what_the_newest_bar_says(tmp_path: Path) -> None:
+    log = tmp_path / "sft.log"
+    assert processes.progress(log) is None
+    old = "\n--- 2026-01-01 earlier\r 50%|#####     | 5/10 [00:01<00:01,  4.0it/s]"
+    log.write_text(f"{old}\n--- 2026-01-02 now\nsomething\n")
+    assert processes.progress(log) is None
+    with open(log, "a") as file:
+        file.write("\r  0%|          | 0/188 [00:00<?, ?it/s]")
+        assert file.flush() is None and processes.progress(log) == "0/188"
+        file.write("\r 37%|███▋      | 70/188 [00:20<00:27,  4.37it/s]")
+        assert file.flush() is None and processes.progress(log) == "70/188, 00:27 left"
+        file.write("\nanswers:  25%|██▌       | 1/4 [00:02<00:06,  2.1s/model]")
+        assert file.flush() is None and processes.progress(log) == "answers 1/4, 00:06 left"
+
+
 # --- one at a time ---
 
 
@@ -359,10 +517,10 @@ def test_what_a_killed_run_has_left_running_is_ended(tmp_path: Path) -> None:
     ours = os.environ | {processes.RUN_DIR: str(tmp_path)}
     stage = subprocess.Popen([sys.executable, "-c", program], env=ours)
     other = subprocess.Popen(["sleep", "60"], env=os.environ | {processes.RUN_DIR: f"{tmp_path}-2"})
-    while len(processes._processes(tmp_path)) < 2:
+    while len(processes.of_run(tmp_path)) < 2:
         time.sleep(0.01)
     assert processes.end_all(tmp_path) and stage.wait() == -signal.SIGTERM
-    assert not processes._processes(tmp_path) and not processes.end_all(tmp_path)
+    assert not processes.of_run(tmp_path) and not processes.end_all(tmp_path)
     assert other.poll() is None
     other.kill()
 

@@ -18,7 +18,7 @@ RECIPES = sorted(set(Path("recipes").glob("*/*.yaml")) - set(PIPELINES))
 
 
 def test_every_recipe_is_tested_here() -> None:
-    assert len(RECIPES) == 20 and len(PIPELINES) == 4
+    assert len(RECIPES) == 28 and len(PIPELINES) == 4
     assert sorted(Path("recipes").rglob("*.yaml")) == sorted([*RECIPES, *PIPELINES])
 
 
@@ -29,9 +29,9 @@ def test_a_shipped_recipe_passes_its_own_stage(path: Path) -> None:
     stage = path.stem.partition("-")[0]
     assert values["output_dir"] == f"runs/{path.parent.name}/{path.stem}"
     command = command_of(stage, is_measured=True)
-    on_cpu = {} if stage in ("synthesize", "warp") else {"use_cpu": True}
-    is_full = stage not in ("synthesize", "warp") and not values.get("use_peft")
-    if is_full and values["dtype"] == "bfloat16":
+    trains = stage in ("sft", "distill", "reward", "rlhf")
+    on_cpu = {"use_cpu": True} if trains else {}
+    if trains and not values.get("use_peft") and values["dtype"] == "bfloat16":
         with pytest.raises(UserError, match="full fine-tuning without DeepSpeed"):
             command.build(str(path), values | on_cpu)
         command.build(str(path), values | on_cpu, launcher.read("accelerate_configs/deepspeed_zero3.yaml"))
@@ -88,12 +88,17 @@ def test_a_shipped_pipeline_names_recipes_stages_and_launchers_that_exist(path: 
     assert pipeline.run_dir == Path(f"runs/{path.parent.name}")
     for name, entry in pipeline.entries.items():
         values = recipe.load_yaml(path.parent / entry.recipe)
-        own_model = values["init"] if entry.merges else values["model_name_or_path"]
+        own_model = values.get("model_name_or_path", values.get("init"))
         assert entry.model is None or own_model == f"{pipeline.run_dir}/{entry.model}"
         if entry.merges:
             trained = pipeline.entries[entry.merges]
             assert own_model == f"{pipeline.run_dir}/{trained.model}"
             assert values["reward_model"] == f"{pipeline.run_dir}/{trained.reward_model}"
+        if entry.models:
+            outputs = [f"{pipeline.run_dir}/{each}" for each in entry.models]
+            assert [model.partition("/policy-")[0] for model in dict.fromkeys(values["models"])] == [
+                output for output in outputs for _ in range(2 if output.endswith("/rlhf") else 1)
+            ]
         assert (path.parent / entry.recipe).is_file() and Path(f"gemma2_post/{name}.py").is_file()
         assert Path(entry.launch or pipeline.launch).is_file()
 

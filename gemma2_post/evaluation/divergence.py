@@ -62,6 +62,7 @@ def measure_divergence(
             for row, answer in enumerate(batch):
                 num_tokens = len(answer.token_ids)
                 own, others = logits[row, -num_tokens - 1 : -1], other_logits[row, -num_tokens - 1 : -1]
+                others = others.to(own.device)  # of models that are spread over GPUs
                 targets = torch.tensor(answer.token_ids, device=own.device)
                 found = Divergence(0.0, 0.0, 0.0, num_tokens)
                 # At 256k tokens of vocabulary, 128 positions take 0.13 GB in fp32, several times over.

@@ -146,12 +146,16 @@ class Measurement:
         }
 
     def _load(self, path: Path) -> PreTrainedModel:
+        """In bf16, spread over all GPUs there are; in fp32 on a CPU."""
         on_gpu = self.accelerator.device.type == "cuda"
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.bfloat16 if on_gpu else torch.float32, attn_implementation="eager"
+            path,
+            dtype=torch.bfloat16 if on_gpu else torch.float32,
+            attn_implementation="eager",
+            device_map="balanced" if torch.cuda.device_count() > 1 else {"": self.accelerator.device},
         )
         model.generation_config = gemma.generation_config()
-        return model.to(self.accelerator.device).eval()
+        return model.eval()
 
 
 def summarize(values: dict[str, list[float]]) -> dict[str, float]:

@@ -60,19 +60,20 @@ def end_all(run_dir: Path) -> bool:
     Returns:
         Whether there were any.
     """
-    found = _processes(run_dir)
+    found = of_run(run_dir)
     deadline = time.monotonic() + _GRACE
     _signal(found, signal.SIGTERM)
-    while (left := _processes(run_dir)) and time.monotonic() < deadline:
+    while (left := of_run(run_dir)) and time.monotonic() < deadline:
         time.sleep(0.1)
     while left:
         _signal(left, signal.SIGKILL)
         time.sleep(0.1)
-        left = _processes(run_dir)
+        left = of_run(run_dir)
     return bool(found)
 
 
-def _processes(run_dir: Path) -> list[int]:
+def of_run(run_dir: Path) -> list[int]:
+    """The ids of all processes on this machine that a run has started, and theirs."""
     marker = f"{RUN_DIR}={run_dir.resolve()}\0".encode()
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):

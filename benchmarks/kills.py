@@ -1,0 +1,95 @@
+"""Kills a pipeline at random moments and starts it again: in the end its outputs are those of an undisturbed run.
+
+Either the chain alone is killed (its stages go on, and the next start ends them) or everything at once, as when the
+power fails. Compared are the content hashes of what every stage has made, and what was measured of the models.
+
+    python benchmarks/kills.py recipes/tiny/pipeline.yaml --kills 30 --run_dir /tmp/kills
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from gemma2_post.pipeline import processes
+
+
+def disturb(command: list[str], run_dir: Path, num_kills: int, longest: float, seed: int) -> list[str]:
+    """Starts a run and kills it, so often; then lets it come to its end. What happened to it, line by line.
+
+    Args:
+        command: that runs the pipeline in `run_dir`.
+        longest: a run is killed after 0 to so many seconds.
+    """
+    randomness = random.Random(seed)
+    events = []
+    log = run_dir.with_name(f"{run_dir.name}.log")
+    for kill in range(num_kills):
+        seconds, takes_all = randomness.uniform(0, longest), randomness.random() < 0.5
+        with open(log, "ab") as output:
+            chain = subprocess.Popen(command, stdout=output, stderr=output)
+            try:
+                chain.wait(seconds)
+                events.append(f"{kill}: came to its end")
+                break
+            except subprocess.TimeoutExpired:
+                chain.kill()
+                chain.wait()
+        if takes_all:
+            while left := processes.of_run(run_dir):
+                for process in left:
+                    subprocess.run(["kill", "-9", str(process)], stderr=subprocess.DEVNULL)
+        done = sorted(str(path.parent.relative_to(run_dir)) for path in run_dir.rglob("stage.json"))
+        events.append(
+            f"{kill}: {'all' if takes_all else 'chain'} killed after {seconds:.0f} s, done: {', '.join(done)}"
+        )
+        print(events[-1], flush=True)
+    with open(log, "ab") as output:
+        subprocess.run(command, stdout=output, stderr=output, check=True)
+    return events
+
+
+def made_by(run_dir: Path) -> dict[str, object]:
+    """What must be the same: the hash of each stage's output, and what was measured of the models."""
+    stages = {
+        str(path.parent.relative_to(run_dir)): json.loads(path.read_text())["output"]
+        for path in sorted(run_dir.rglob("stage.json"))
+        if not path.parent.name.endswith(".previous")
+    }
+    return stages | {"models": json.loads((run_dir / "summary.json").read_text())["models"]}
+
+
+def run_command(pipeline: Path, run_dir: Path, settings: list[str]) -> list[str]:
+    sets = [f"--set={setting}" for setting in settings]
+    return [sys.executable, "-m", "gemma2_post.cli", "run", str(pipeline), "--run_dir", str(run_dir), *sets]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pipeline", type=Path)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--longest", type=float, default=80.0, help="seconds")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run_dir", type=Path, required=True)
+    parser.add_argument("--set", metavar="STAGE.KEY=VALUE", action="append", default=[])
+    arguments = parser.parse_args()
+    arguments.run_dir.mkdir(parents=True, exist_ok=True)
+    quiet, disturbed = (arguments.run_dir / name / "run" for name in ("quiet", "kills"))
+    for each in (quiet, disturbed):
+        each.parent.mkdir(exist_ok=True)
+    began = time.monotonic()
+    subprocess.run(run_command(arguments.pipeline, quiet, arguments.set), check=True)
+    print(f"undisturbed: {time.monotonic() - began:.0f} s", flush=True)
+    command = run_command(arguments.pipeline, disturbed, arguments.set)
+    disturb(command, disturbed, arguments.kills, arguments.longest, arguments.seed)
+    found, expected = made_by(disturbed), made_by(quiet)
+    different = [key for key in expected if found.get(key) != expected[key]]
+    print(f"{len(expected)} outputs compared; different: {', '.join(different) or 'none'}")
+    sys.exit(bool(different))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What a run has made, for people: its models beside each other, where the front is drawn, conversations to read."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from gemma2_post.core import contract
+from gemma2_post.core.errors import UserError
+from gemma2_post.pipeline import summary
+
+_COLUMNS = {
+    "gold": "{:.2f}", "reward": "{:.2f}", "kl_to_init": "{:.2f}", "stop_rate": "{:.0%}", "mean_tokens": "{:.1f}",
+}  # fmt: skip
+_LONGEST = 600
+"""Letters of a turn that are shown."""
+
+
+def report(run_dir: Path, num_conversations: int = 2) -> None:
+    """Prints it.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    found = contract.read_json(run_dir / summary.FILE)
+    if found is None:
+        raise UserError(f"{run_dir} has no {summary.FILE}; name the folder of a run, such as runs/tiny")
+    console = Console()
+    if found["models"]:
+        console.print(_models(found["models"]))
+    for front in sorted(run_dir.glob("*/front.png")):
+        console.print(f"reward and gold over KL: {front}", highlight=False, soft_wrap=True)
+    for answers in sorted(run_dir.glob("*/answers.jsonl")):
+        rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+        for row in to_show(rows, num_conversations):
+            console.print(_conversation(row))
+        console.print(f"more to read: {answers}", highlight=False, soft_wrap=True)
+
+
+def to_show(rows: list[dict], num: int) -> list[dict]:
+    """Conversations that have changed from the first model to the last; one of each number of turns first."""
+    changed = [row for row in rows if len({*(_ends(row).values())}) > 1]
+    lengths = [len(row["prompt"]) for row in changed]
+    first_of_each = sorted({lengths.index(length) for length in lengths})
+    others = [i for i in range(len(changed)) if i not in first_of_each]
+    return [changed[i] for i in [*first_of_each, *others][:num]]
+
+
+def _ends(row: dict) -> dict[str, str]:
+    """The answers of the first model and the last."""
+    names = list(row["answers"])
+    return {name: row["answers"][name] for name in (names[0], names[-1])}
+
+
+def _models(models: dict[str, dict[str, float]]) -> Table:
+    win_rates = [key for key in next(iter(models.values())) if key.startswith("win_rate_vs_")]
+    columns = {key: form for key, form in _COLUMNS.items() if all(key in each for each in models.values())}
+    columns |= dict.fromkeys(win_rates, "{:.0%}")
+    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
+    table.add_column("model")
+    for key in columns:
+        table.add_column(key.replace("_", " "), justify="right")
+    for name, each in models.items():
+        table.add_row(name, *(form.format(each[key]) for key, form in columns.items()))
+    return table
+
+
+def _conversation(row: dict) -> Padding:
+    text = Text()
+    for turn in row["prompt"]:
+        text.append(f"{'>' if turn['role'] == 'user' else ' '} {_cut(turn['content'])}\n", style="bold")
+    for name, answer in _ends(row).items():
+        text.append(f"  {name}: ", style="dim").append(f"{_cut(answer)}\n")
+    return Padding(text, (1, 0, 0, 0))
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
