@@ -29,6 +29,15 @@ def main() -> None:
     check_parser = commands.add_parser("check", help="check a pipeline recipe without running it", allow_abbrev=False)
     check_parser.add_argument("pipelines", type=Path, nargs="+", help="for example recipes/tiny/pipeline.yaml")
 
+    plan_parser = commands.add_parser(
+        "plan", help="memory and disk of each stage, without downloading anything", allow_abbrev=False
+    )
+    plan_parser.add_argument("pipeline", type=Path, help="for example recipes/gemma-2-9b/pipeline.yaml")
+    plan_parser.add_argument("--gpus", type=int, metavar="N", help="in place of the accelerate configs'")
+    plan_parser.add_argument("--memory", type=float, metavar="GB", help="of each GPU; says what would not fit")
+    plan_parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    plan_parser.add_argument("--set", metavar="STAGE.KEY=VALUE", action="append", default=[], help="override a key")
+
     report_parser = commands.add_parser(
         "report", help="the models of a run beside each other, and conversations to read", allow_abbrev=False
     )
@@ -53,14 +62,18 @@ def main() -> None:
                 arguments.run_dir,
                 arguments.seed,
             )
-        elif arguments.command == "check":
+        elif arguments.command in ("check", "plan"):
             import logging
 
             logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported, it misses a kernel for the CPU
-            from gemma2_post.pipeline import check, steps
+            from gemma2_post.pipeline import check, plan, steps
 
-            for path in arguments.pipelines:
-                print(f"{path}: {check.report(check.check(steps.load_pipeline(path)))}")
+            if arguments.command == "check":
+                for path in arguments.pipelines:
+                    print(f"{path}: {check.report(check.check(steps.load_pipeline(path)))}")
+            else:
+                pipeline = steps.load_pipeline(arguments.pipeline, overrides=parse_overrides(arguments.set))
+                plan.show(check.check(pipeline, arguments.until), arguments.gpus, arguments.memory)
         elif arguments.command == "report":
             from gemma2_post.pipeline.report import report
 

@@ -166,7 +166,8 @@ def check(
         )
     if args.reward_model and args.num_answers == 1:
         raise UserError(f"{where}: reward_model picks the best of num_answers, which is 1; raise num_answers")
-    gemma.check_model_arguments(where, model_args)
+    if not args.endpoint:
+        gemma.check_model_arguments(where, model_args)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             f"{where}: synthesize is one process; start it with accelerate_configs/single_gpu.yaml (one model "

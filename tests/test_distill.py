@@ -6,7 +6,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +25,7 @@ from trl.import_utils import is_vllm_available
 from gemma2_post import distill
 from gemma2_post.core import contract, data
 from gemma2_post.core.errors import UserError
+from gemma2_post.core.launcher import Launcher
 from gemma2_post.tiny.data import prompts
 from tests.conftest import BASE, TEACHER, losses, random_model
 from tests.test_bad_input import MODEL, USER, make_adapter, with_rows, with_values
@@ -523,17 +523,8 @@ def test_a_mistake_is_one_sentence_with_status_2_and_touches_nothing(
 
 
 @pytest.mark.parametrize("key", ["teacher_load_in_4bit", "teacher_load_in_8bit"])
-def test_a_quantised_teacher_is_refused_under_zero_3_and_only_there(key: str) -> None:
-    def teacher_arguments(zero_stage: int) -> distill.ModelConfig:
-        training_args = SimpleNamespace(
-            teacher_model_name_or_path=TEACHER,
-            teacher_model_revision=None,
-            deepspeed_plugin=SimpleNamespace(zero_stage=zero_stage),
-        )
-        return distill.teacher_arguments(
-            "recipe", training_args, distill.ModelConfig(), distill.DistillArguments(**{key: True})
-        )
-
-    assert getattr(teacher_arguments(zero_stage=2), key.removeprefix("teacher_"))
+def test_a_quantised_teacher_is_refused_under_zero_3_and_only_there(key: str, distill_recipe: Recipe) -> None:
+    values = distill_recipe | {key: True, "teacher_dtype": "bfloat16"}
+    distill.COMMAND.build("recipe", values, Launcher(zero_stage=2))
     with pytest.raises(UserError, match=r"^recipe: a quantised teacher cannot be sharded by ZeRO-3"):
-        teacher_arguments(zero_stage=3)
+        distill.COMMAND.build("recipe", values, Launcher(zero_stage=3, saves_16bit_model=True))

@@ -595,10 +595,13 @@ BAD: dict[str, tuple[Change, str]] = {
         "gemma2_post.tiny.data:silence: there is no such function",
     ),
     "a noise ceiling of columns that are not kept": (
-        with_values(**GOLD, columns=["answer"]),
+        with_values(**GOLD, columns=["answer"], policies=[TEACHER]),
         "gemma2_post.tiny.data:noise_ceiling",
     ),
-    "no such grader": (with_values(graders=["gemma2_post.tiny.gold:silver"]), "silver: there is no such function"),
+    "no such grader": (
+        with_values(graders=["gemma2_post.tiny.gold:silver"], policies=[TEACHER]),
+        "silver: there is no such function",
+    ),
     "less than no samples": (with_values(num_samples=-1), "num_samples is -1; write 0 or more"),
     "policies that answer nothing": (with_values(policies=[BASE], num_samples=0), "num_samples is 0"),
     "an adapter as policy": (with_policy(make_adapter), "policy0 is an adapter, not a model"),

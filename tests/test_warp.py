@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from gemma2_post import rlhf, warp
 from gemma2_post.core import command, contract, gemma
 from gemma2_post.core.errors import UserError
-from gemma2_post.evaluation import front
-from gemma2_post.pipeline import run
+from gemma2_post.evaluation import measure
+from gemma2_post.pipeline import processes, run
 from gemma2_post.pipeline.steps import Step
 from gemma2_post.weights import interpolation, merge, streaming
 from gemma2_post.weights.streaming import ShardWriter, open_weights
@@ -467,7 +467,7 @@ def test_the_front_is_measured_and_the_best_point_under_the_budget_is_released(
 def test_an_interrupted_front_samples_no_answer_twice(
     measured: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sampled, sample_answers = [], front.sample_answers
+    sampled, sample_answers = [], measure.sample_answers
 
     def sample(*arguments: object, **further: object) -> object:
         sampled.append(1)
@@ -475,7 +475,7 @@ def test_an_interrupted_front_samples_no_answer_twice(
             raise KeyboardInterrupt
         return sample_answers(*arguments, **further)
 
-    monkeypatch.setattr(front, "sample_answers", sample)
+    monkeypatch.setattr(measure, "sample_answers", sample)
     with pytest.raises(KeyboardInterrupt):
         run_front(measured, tmp_path / "warp.yaml")
     answers = Path(measured["output_dir"]) / "progress" / "answers.jsonl"
@@ -536,9 +536,9 @@ def test_the_loop_is_one_entry_of_a_pipeline_and_each_run_a_folder(
         "warp": {"recipe": "warp.yaml", "merges": "rlhf", "iterations": 2},
     }
     path = tmp_path / "pipeline.yaml"
-    launcher = tmp_path / "launch.yaml"
-    launcher.write_text(json.dumps({"use_cpu": True, "num_processes": 2}))  # one after the other, in one process
-    path.write_text(json.dumps({"run_dir": str(tmp_path / "run"), "launch": str(launcher), "stages": stages}))
+    content = {"run_dir": str(tmp_path / "run"), "launch": "accelerate_configs/cpu.yaml", "stages": stages}
+    path.write_text(json.dumps(content))
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # one after the other, in one process
 
     def launch(step: Step, *_: object) -> int:
         arguments = [*(["--config", str(step.config)] if step.config else [])]
@@ -551,7 +551,7 @@ def test_the_loop_is_one_entry_of_a_pipeline_and_each_run_a_folder(
             warp.main(stage, *built)
         return 0
 
-    monkeypatch.setattr(run, "_launch", launch)
+    monkeypatch.setattr(processes, "launch", launch)
     run.run(path, None, {})
     folder = tmp_path / "run"
     done = {str(each.parent.relative_to(folder)) for each in folder.rglob("stage.json")}
@@ -570,7 +570,7 @@ def test_the_loop_is_one_entry_of_a_pipeline_and_each_run_a_folder(
     assert series == {"slerp", *names, *(f"{name} anchor" for name in names)}
 
     capsys.readouterr()
-    monkeypatch.setattr(run, "_launch", lambda *_: pytest.fail("ran again"))
+    monkeypatch.setattr(processes, "launch", lambda *_: pytest.fail("ran again"))
     run.run(path, None, {})
     assert capsys.readouterr().out.count("up to date") == 6
 
@@ -701,7 +701,7 @@ def test_a_mistake_is_one_sentence_and_nothing_is_left_or_touched(
     arguments = [f"--{key}={json.dumps(value).replace('NaN', '.nan')}" for key, value in values.items()]
     monkeypatch.setattr(sys, "argv", ["warp", *arguments])
     with pytest.raises(SystemExit) as exit:
-        command.launch("warp", warp.main, [warp.WarpArguments], {}, None, needs_config=False)
+        warp.command(is_measured=False).launch()
     assert exit.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in line

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -11,6 +10,7 @@ from rich.text import Text
 from gemma2_post.core import contract
 from gemma2_post.core.errors import UserError
 from gemma2_post.pipeline import summary
+from gemma2_post.pipeline.view import terminal
 
 _COLUMNS = {
     "gold": "{:.2f}", "reward": "{:.2f}", "kl_to_init": "{:.2f}", "stop_rate": "{:.0%}", "mean_tokens": "{:.1f}",
@@ -28,7 +28,7 @@ def report(run_dir: Path, num_conversations: int = 2) -> None:
     found = contract.read_json(run_dir / summary.FILE)
     if found is None:
         raise UserError(f"{run_dir} has no {summary.FILE}; name the folder of a run, such as runs/tiny")
-    console = Console()
+    console = terminal()
     if found["models"]:
         console.print(_models(found["models"]))
     for front in sorted(run_dir.glob("*/front.png")):

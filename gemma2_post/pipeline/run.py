@@ -14,14 +14,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from queue import Queue
 
-from rich.console import Console
-
 from gemma2_post.core import contract, recipe
 from gemma2_post.core import launcher as launchers
 from gemma2_post.core.errors import UserError, reported
 from gemma2_post.pipeline import devices, gates, lock, processes, summary
 from gemma2_post.pipeline.steps import Pipeline, Step, check_name, load_pipeline
-from gemma2_post.pipeline.view import Row, View, headline
+from gemma2_post.pipeline.view import Row, View, headline, terminal
 
 LOGS = "logs"
 
@@ -60,7 +58,7 @@ def run(
         if processes.end_all(pipeline.run_dir):
             print("ended what an earlier, killed run had left running", flush=True)
         _check_folders(path, pipeline, steps)
-        run = _Run(path, pipeline, until, View([Row(step, _log(pipeline, step)) for step in steps], Console()))
+        run = _Run(path, pipeline, until, View([Row(step, _log(pipeline, step)) for step in steps], terminal()))
         status = "failed"
         try:
             with run.view.live():
@@ -76,7 +74,7 @@ def run(
         finally:
             # Also what has died by itself may leave processes of its own behind.
             processes.end_all(pipeline.run_dir)
-            summary.write(path, pipeline, steps, status, time.monotonic() - began if run.has_begun else 0.0)
+            summary.write(path, pipeline, status, time.monotonic() - began if run.has_begun else 0.0)
             if status == "interrupted":
                 run.view.say("interrupted; the same command goes on from here")
         run.view.finish(pipeline.run_dir, run.has_begun)

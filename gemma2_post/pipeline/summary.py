@@ -13,7 +13,7 @@ FRONT = "front.json"
 """What `warp` writes: measures of each point."""
 
 
-def write(path: Path, pipeline: Pipeline, steps: list[Step], status: str, seconds: float) -> None:
+def write(path: Path, pipeline: Pipeline, status: str, seconds: float) -> None:
     """
     Args:
         path: of the pipeline recipe.
@@ -27,15 +27,16 @@ def write(path: Path, pipeline: Pipeline, steps: list[Step], status: str, second
         "recipe": str(path),
         "status": status,
         "wall_seconds": round(seconds, 1) or earlier["wall_seconds"],
-        "stages": _stages(pipeline, steps),
+        "stages": _stages(pipeline),
         "models": _models(pipeline),
         "liti": _liti(pipeline),
     }
     contract.write_json(run_dir / FILE, content)
 
 
-def _stages(pipeline: Pipeline, steps: list[Step]) -> dict[str, dict]:
+def _stages(pipeline: Pipeline) -> dict[str, dict]:
     """By folder in the run folder; of an entry with policies also the means over them."""
+    steps = [step for _, each in pipeline.steps() for step in each]
     stages = {str(step.folder.relative_to(pipeline.run_dir)): _stage(step) for step in steps}
     for name, entry in pipeline.entries.items():
         policies = [stages[key] for key in stages if entry.num_policies and key.startswith(f"{name}/")]

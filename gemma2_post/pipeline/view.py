@@ -20,7 +20,7 @@ _NUMBERS = {
     "reward": ["accuracy"],
     "rlhf": ["gold", "reward"],
     "warp": ["gold", "reward", "mean_cosine"],
-    "evaluate": ["gold", "reward"],
+    "evaluate": ["win_rate"],
 }
 """By stage: the one number that says how it went; the first that it has measured."""
 _STYLES = {"running": "cyan", "done": "green", "up to date": "green", "failed": "red", "below its gate": "red"}
@@ -51,6 +51,12 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def terminal() -> Console:
+    """Where it is none, tables are not squeezed into the 80 columns that rich would take it for."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
 
 
 class View:

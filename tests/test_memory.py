@@ -1,0 +1,181 @@
+"""The planner's arithmetic, against real models: on torch's meta device, and small ones whose tensors are counted."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from gemma2_post.core import gemma
+from gemma2_post.pipeline import check, memory, plan, steps
+from gemma2_post.pipeline.check import CheckedStep
+from gemma2_post.pipeline.memory import Adapted, Compute
+from gemma2_post.pipeline.plan import Change
+from tests.conftest import random_model
+
+GB = 1e9
+ROWS, LENGTH = 3, 64
+TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
+
+
+def checked(size: str, stage: str, **values: object) -> CheckedStep:
+    """A stage of a shipped pipeline, with other keys."""
+    path = Path(f"recipes/gemma-2-{size}/pipeline.yaml")
+    pipeline = steps.load_pipeline(path, overrides={stage: values} if values else {})
+    return next(each for each in check.check(pipeline, until=stage) if each.step.stage == stage)
+
+
+def total(each: CheckedStep) -> float:
+    return sum(memory.parts(each).values())
+
+
+@pytest.mark.parametrize("name", gemma.SHAPES)
+def test_parameters_are_those_of_the_model(name: str) -> None:
+    config = gemma.SHAPES[name]
+    with torch.device("meta"):
+        model = Gemma2ForCausalLM(config)
+    assert gemma.num_parameters(config) == model.num_parameters()
+    assert memory.weights(config, memory.BF16) == 2 * model.num_parameters()
+    shapes = {
+        key: tuple(reversed(module.weight.shape))
+        for key, module in [
+            *model.model.layers[0].self_attn.named_children(),
+            *model.model.layers[0].mlp.named_children(),
+        ]
+        if key.endswith("_proj")
+    }
+    assert memory.linear_shapes(config) == shapes
+    adapted = get_peft_model(model, LoraConfig(r=16, target_modules=list(TARGETS)))
+    trained = sum(each.numel() for each in adapted.parameters() if each.requires_grad)
+    assert memory.adapter_parameters(config, 16, list(TARGETS)) == trained
+
+
+def test_27b_in_4_bits() -> None:
+    """Matrices at 4 + 32 / 64 bits a weight, embedding and norms in bf16: 17.0 GB."""
+    config = gemma.SHAPES["google/gemma-2-27b"]
+    linear = 46 * (2 * 4608 * 128 * (32 + 16) + 3 * 4608 * 36864)
+    others = gemma.num_parameters(config) - linear
+    assert memory.weights(config, 2, "4bit") == linear * 4.5 / 8 + 2 * others == pytest.approx(17.0 * GB, rel=0.01)
+    assert memory.weights(config, 2, "4bit", nested=True) == pytest.approx(linear * 4.127 / 8 + 2 * others, rel=1e-3)
+
+
+def saved_bytes(model: torch.nn.Module) -> int:
+    """Of the tensors that a forward pass keeps for its backward pass, parameters and buffers left out."""
+    own = {each.untyped_storage().data_ptr() for each in [*model.parameters(), *model.buffers()]}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    input_ids = torch.randint(4, 300, (ROWS, LENGTH))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
+        del output
+    return sum(each.nbytes() for each in storages.values())
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("adapts", [False, True])
+def test_saved_activations_are_those_of_a_forward_pass(checkpoints: bool, dtype: torch.dtype, adapts: bool) -> None:
+    model = random_model(300, dtype=dtype, hidden_size=128, intermediate_size=384, num_hidden_layers=4, head_dim=32)
+    config, adapted = model.config, None
+    model = model.model.train()
+    if adapts:
+        peft_config = LoraConfig(r=8, target_modules=list(TARGETS))
+        model = get_peft_model(model, peft_config)
+        model.enable_input_require_grads()  # as TRL does for gradient checkpointing
+        adapted = Adapted(8, TARGETS, memory.FP32)
+    if checkpoints:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    compute = Compute(dtype.itemsize)
+    expected = memory.saved(config, ROWS, LENGTH, compute, checkpoints, adapted)
+    assert saved_bytes(model) == pytest.approx(expected, rel=0.05)
+
+
+def test_cache_is_that_of_the_model() -> None:
+    model = random_model(300, num_hidden_layers=4, sliding_window=1000)
+    cache = model(torch.randint(4, 300, (3, 20)), use_cache=True).past_key_values
+    held = sum(each.nbytes for layer in cache.layers for each in (layer.keys, layer.values))
+    assert memory.kv_cache(model.config, 3, 20, memory.FP32) == held
+    sliding = Gemma2Config(num_hidden_layers=2, sliding_window=10)
+    assert memory.kv_cache(sliding, 1, 20, 2) == 2 * (10 + 20) * sliding.num_key_value_heads * sliding.head_dim * 2
+
+
+def test_zero_divides_what_it_shards() -> None:
+    """Of 9.24 billion parameters in bf16: 12 bytes each of optimizer over all processes from stage 1, gradients from
+    stage 2, weights from stage 3."""
+    parameters = gemma.num_parameters(gemma.SHAPES["google/gemma-2-9b"])
+    zero_3 = checked("9b", "sft")
+    found = {
+        (stage, n): memory.phases(Change({}, {"zero_stage": stage, "num_processes": n}).apply(zero_3))["training step"]
+        for stage in (2, 3)
+        for n in (8, 16)
+    }
+    for (stage, n), parts in found.items():
+        assert parts["optimizer"] == 12 * parameters / n
+        assert parts["weights"] == (2 * parameters / n if stage == 3 else 2 * parameters)
+    assert found[3, 8]["gradients"] - found[3, 16]["gradients"] == pytest.approx(2 * parameters / 16)
+    assert found[3, 8]["activations"] == found[3, 16]["activations"]
+    assert not found[2, 8]["gathered"] and found[3, 8]["gathered"]
+    sampling = memory.phases(zero_3)["sampling"]
+    assert sampling["gathered"] == 2 * parameters  # whole, on each process
+    offloaded = memory.phases(Change({}, {"offloads_optimizer": True}).apply(zero_3))["training step"]
+    assert not offloaded["optimizer"]
+
+
+def test_frozen_models_of_rlhf() -> None:
+    """All weights: reference, start and fp32 shadow beside the policy; with LoRA only the adapter once more."""
+    parameters = gemma.num_parameters(gemma.SHAPES["google/gemma-2-9b"])
+    held = memory.frozen(checked("9b", "rlhf"))
+    assert held["anchor"] == pytest.approx((4 + 2) * parameters / 8)
+    assert held["start"] == pytest.approx(2 * parameters / 8)
+    small = memory.frozen(checked("2b", "rlhf"))
+    assert small["anchor"] < 0.1 * GB and "start" not in small
+
+
+@pytest.mark.parametrize(
+    ("size", "stage", "values", "gigabytes"),
+    [
+        ("2b", "rlhf", {}, 40),
+        ("2b", "sft", {"per_device_train_batch_size": 16, "gradient_checkpointing": False}, 24),
+        ("2b", "distill", {"teacher_load_in_4bit": False}, 40),
+        ("9b", "reward", {}, 48),
+        ("9b", "distill", {}, 40),
+    ],
+)
+def test_a_remedy_fits(size: str, stage: str, values: dict[str, object], gigabytes: float) -> None:
+    step = checked(size, stage, **values)
+    (row,) = plan.plan([step], memory_gb=gigabytes)
+    assert row.total > gigabytes * GB
+    words, changed = plan.remedy(step, 0, gigabytes)
+    assert changed is not None and words in row.remedy
+    (again,) = plan.plan([changed], memory_gb=gigabytes)
+    assert not again.remedy and again.total <= gigabytes * GB
+
+
+def test_a_recipe_key_of_a_remedy_has_the_effect_that_was_promised() -> None:
+    step = checked("2b", "distill", teacher_load_in_4bit=False)
+    words, changed = plan.remedy(step, 0, 40)
+    assert words.startswith("teacher_load_in_4bit: true makes it")
+    assert total(checked("2b", "distill", teacher_load_in_4bit=True)) == total(changed)
+
+
+def test_more_gpus_and_what_is_not_known() -> None:
+    step = checked("9b", "sft")
+    (eight,), (sixteen,) = (plan.plan([step], num_gpus=n) for n in (8, 16))
+    assert sixteen.checked.launcher.num_processes == 16 and sixteen.total < eight.total
+    step = checked("2b", "sft", model_name_or_path="someone/else")
+    (row,) = plan.plan([step], memory_gb=80)
+    assert row.parts is None and memory.unknown(step) == ["model_name_or_path"]
+    plan.show([step], memory_gb=80)
+
+
+def test_a_cpu_run_counts_its_libraries() -> None:
+    for row in plan.plan(check.check(steps.load_pipeline(Path("recipes/tiny/pipeline.yaml")))):
+        assert row.parts["Python and libraries"] > 0.3 * GB
+    plan.show([row.checked])
