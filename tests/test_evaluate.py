@@ -11,7 +11,6 @@ from gemma2_post import evaluate
 from gemma2_post.core import gemma
 from gemma2_post.core.errors import UserError
 from gemma2_post.evaluate import win_rate
-from gemma2_post.pipeline.report import report, to_show
 from tests.conftest import BASE, TEACHER, run_stage, write_prompts
 
 Recipe = dict[str, object]
@@ -82,31 +81,3 @@ def test_a_mistake_is_said_before_anything_is_measured(
     with pytest.raises(UserError, match=message):
         run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, evaluate_recipe | change)
     assert not (tmp_path / "runs" / "evaluate").exists()
-
-
-# --- the report ---
-
-
-def test_a_report_shows_the_models_and_what_has_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match=r"has no summary\.json; name the folder of a run"):
-        report(tmp_path)
-    values = {"reward": 0.5, "kl_to_init": 0.0, "stop_rate": 1.0, "mean_tokens": 7.0, "win_rate_vs_sft": 0.25}
-    models = {"sft": values | {"gold": 1.0}, "warp": values | {"gold": 1.25}}
-    (tmp_path / "summary.json").write_text(json.dumps({"models": models}))
-    (tmp_path / "evaluate").mkdir()
-    rows = [
-        {"prompt": [{"role": "user", "content": prompt}], "answers": {"sft": before, "warp": after}}
-        for prompt, before, after in [("One?", "same", "same"), ("Two?", "3", "2"), ("Long?", "word " * 500, "short")]
-    ]
-    (tmp_path / "evaluate" / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report(tmp_path)
-    printed = capsys.readouterr().out
-    assert "1.25" in printed and "25%" in printed and "win rate vs sft" in printed
-    assert "Two?" in printed and "One?" not in printed and printed.count("word") < 150
-
-
-def test_one_conversation_of_each_length_is_shown_first() -> None:
-    rows = [{"prompt": [{}] * length, "answers": {"a": "", "b": str(i)}} for i, length in enumerate([1, 1, 3, 1, 5])]
-    rows[0]["answers"]["b"] = "changed"
-    assert [len(row["prompt"]) for row in to_show(rows, 2)] == [1, 3]
-    assert [len(row["prompt"]) for row in to_show(rows, 4)] == [1, 3, 5, 1]

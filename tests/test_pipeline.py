@@ -282,16 +282,16 @@ def test_a_gate_compares(bound: str, passes: bool | None, tmp_path: Path) -> Non
         return
     gates.check_bounds("here", {"accuracy": bound})
     if passes:
-        gates.check(Step("sft", "sft", folder, None, {}, {"accuracy": bound}))
+        gates.check("sft", "sft", folder, {"accuracy": bound})
     else:
         with pytest.raises(gates.GateError, match=f"sft: accuracy is 0.8, and its gate wants {bound}"):
-            gates.check(Step("sft", "sft", folder, None, {}, {"accuracy": bound}))
+            gates.check("sft", "sft", folder, {"accuracy": bound})
 
 
 def test_a_gate_on_what_is_not_measured_says_what_is(tmp_path: Path) -> None:
     folder = finished(tmp_path / "sft", accuracy=0.8, stop_rate=1.0)
     with pytest.raises(UserError, match="on acuracy, which it does not measure; it measures accuracy, stop_rate"):
-        gates.check(Step("sft", "sft", folder, None, {}, {"acuracy": "> 0"}))
+        gates.check("sft", "sft", folder, {"acuracy": "> 0"})
 
 
 def test_a_failed_gate_stops_before_the_next_stage_with_a_status_of_its_own(

@@ -2,13 +2,10 @@
 
 import operator
 import re
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from gemma2_post.core import contract
 from gemma2_post.core.errors import UserError
-
-if TYPE_CHECKING:
-    from gemma2_post.pipeline.steps import Step
 
 _COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 _BOUND = re.compile(r"(>=|<=|>|<)\s*([-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)")
@@ -18,6 +15,7 @@ _NEXT_STEPS = {
     "reward": "are the preferences consistent, is the base model large enough, is learning_rate right for the method?",
     "rlhf": "read samples/ and watch.jsonl: does the reward model reward what you want, is beta or learning_rate off?",
     "warp": "look at front.png: were the runs good enough, is kl_budget what you want?",
+    "evaluate": "read answers.jsonl beside models.json: which model is it that fails, and on which prompts?",
 }
 
 
@@ -35,6 +33,11 @@ def check_bounds(where: str, gates: dict[str, object]) -> None:
             )
 
 
+def passes(value: float, bound: str) -> bool:
+    comparison, limit = _BOUND.fullmatch(bound).groups()
+    return _COMPARISONS[comparison](value, float(limit))
+
+
 def check_metrics(where: str, gates: dict[str, str], known: set[str]) -> None:
     """Refuses a gate on what the stage will not measure.
 
@@ -48,21 +51,24 @@ def check_metrics(where: str, gates: dict[str, str], known: set[str]) -> None:
             )
 
 
-def check(step: "Step") -> None:
+def check(label: str, stage: str, folder: Path, gates: dict[str, str]) -> None:
     """Refuses to go on from a finished step whose numbers do not pass.
+
+    Args:
+        label: of the step, for the error.
+        folder: its output.
 
     Raises:
         UserError: the stage has no such metric.
         GateError: a metric is out of its bound.
     """
-    for metric, bound in step.gates.items():
-        metrics = contract.read_json(step.folder / contract.DONE)["metrics"]
+    for metric, bound in gates.items():
+        metrics = contract.read_json(folder / contract.DONE)["metrics"]
         if metric not in metrics:
             names = ", ".join(name for name in sorted(metrics) if "/" not in name)
-            raise UserError(f"{step.label}: the gate is on {metric}, which it does not measure; it measures {names}")
-        comparison, limit = _BOUND.fullmatch(bound).groups()
-        if not _COMPARISONS[comparison](metrics[metric], float(limit)):
+            raise UserError(f"{label}: the gate is on {metric}, which it does not measure; it measures {names}")
+        if not passes(metrics[metric], bound):
             raise GateError(
-                f"{step.label}: {metric} is {metrics[metric]:.4g}, and its gate wants {bound} ({step.folder}); the "
-                f"next stage does not start. {_NEXT_STEPS.get(step.stage, 'See its metrics.json.')}"
+                f"{label}: {metric} is {metrics[metric]:.4g}, and its gate wants {bound} ({folder}); the "
+                f"next stage does not start. {_NEXT_STEPS.get(stage, 'See its metrics.json.')}"
             )

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from gemma2_post.core import contract
 from gemma2_post.core.errors import UserError
-from gemma2_post.pipeline import summary
+from gemma2_post.pipeline import page, summary
 from gemma2_post.pipeline.view import terminal
 
 _COLUMNS = {
@@ -19,8 +19,12 @@ _LONGEST = 600
 """Letters of a turn that are shown."""
 
 
-def report(run_dir: Path, num_conversations: int = 2) -> None:
-    """Prints it.
+_SHOWN, _ON_PAGE = 2, 5
+"""Conversations on the terminal, and on the page."""
+
+
+def report(run_dir: Path) -> None:
+    """Prints it, and writes it as `report.html` and `report.md`.
 
     Raises:
         UserError: the folder holds no run.
@@ -33,11 +37,21 @@ def report(run_dir: Path, num_conversations: int = 2) -> None:
         console.print(_models(found["models"]))
     for front in sorted(run_dir.glob("*/front.png")):
         console.print(f"reward and gold over KL: {front}", highlight=False, soft_wrap=True)
-    for answers in sorted(run_dir.glob("*/answers.jsonl")):
-        rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
-        for row in to_show(rows, num_conversations):
-            console.print(_conversation(row))
-        console.print(f"more to read: {answers}", highlight=False, soft_wrap=True)
+    for row in to_show(_answers(run_dir), _SHOWN):
+        console.print(_conversation(row))
+    html, markdown = write(run_dir)
+    console.print(f"to look at: {html}, {markdown}", highlight=False, soft_wrap=True)
+
+
+def write(run_dir: Path) -> list[Path]:
+    """The page of a run, as HTML and as Markdown."""
+    return page.write(run_dir, contract.read_json(run_dir / summary.FILE), to_show(_answers(run_dir), _ON_PAGE))
+
+
+def _answers(run_dir: Path) -> list[dict]:
+    """Prompts with the answers of all models, of the last evaluation."""
+    files = sorted(run_dir.glob("*/answers.jsonl"))
+    return [json.loads(line) for line in files[-1].read_text(encoding="utf-8").splitlines()] if files else []
 
 
 def to_show(rows: list[dict], num: int) -> list[dict]:
@@ -64,7 +78,7 @@ def _models(models: dict[str, dict[str, float]]) -> Table:
     for key in columns:
         table.add_column(key.replace("_", " "), justify="right")
     for name, each in models.items():
-        table.add_row(name, *(form.format(each[key]) for key, form in columns.items()))
+        table.add_row(page.title(name, models), *(form.format(each[key]) for key, form in columns.items()))
     return table
 
 

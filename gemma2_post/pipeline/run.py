@@ -17,7 +17,7 @@ from queue import Queue
 from gemma2_post.core import contract, recipe
 from gemma2_post.core import launcher as launchers
 from gemma2_post.core.errors import UserError, reported
-from gemma2_post.pipeline import devices, gates, lock, processes, summary
+from gemma2_post.pipeline import devices, gates, lock, processes, report, summary
 from gemma2_post.pipeline.steps import Pipeline, Step, check_name, load_pipeline
 from gemma2_post.pipeline.view import Row, View, headline, terminal
 
@@ -58,12 +58,13 @@ def run(
         if processes.end_all(pipeline.run_dir):
             print("ended what an earlier, killed run had left running", flush=True)
         _check_folders(path, pipeline, steps)
-        run = _Run(path, pipeline, until, View([Row(step, _log(pipeline, step)) for step in steps], terminal()))
+        view = View([Row(step, _log(pipeline, step)) for step in steps], terminal())
+        current = _Run(path, pipeline, until, view)
         status = "failed"
         try:
-            with run.view.live():
+            with view.live():
                 for config, each in rounds:
-                    run.round(config, each)
+                    current.round(config, each)
             status = "done"
         except gates.GateError:
             status = "below its gate"
@@ -74,10 +75,13 @@ def run(
         finally:
             # Also what has died by itself may leave processes of its own behind.
             processes.end_all(pipeline.run_dir)
-            summary.write(path, pipeline, status, time.monotonic() - began if run.has_begun else 0.0)
+            if current.has_begun or status != "failed":
+                summary.write(path, pipeline, status, time.monotonic() - began if current.has_begun else 0.0)
             if status == "interrupted":
-                run.view.say("interrupted; the same command goes on from here")
-        run.view.finish(pipeline.run_dir, run.has_begun)
+                view.say("interrupted; the same command goes on from here")
+        view.finish(pipeline.run_dir, current.has_begun)
+        if current.has_begun:
+            view.say(f"to look at: {report.write(pipeline.run_dir)[0]}")
 
 
 def explain(
@@ -213,7 +217,7 @@ class _Run:
                 each.result()
         for step in steps:
             try:
-                gates.check(step)
+                gates.check(step.label, step.stage, step.folder, step.gates)
             except gates.GateError:
                 self.view.set(step.label, "below its gate", self.view.rows[step.label].note)
                 raise
@@ -221,8 +225,8 @@ class _Run:
     def _begin(self) -> None:
         """Before the first stage starts, all that follows is checked."""
         if not self.has_begun:
-            self.has_begun = True
             _check(self.path, self.until, self.pipeline)
+            self.has_begun = True
 
     def _is_up_to_date(self, step: Step, wanted: dict) -> bool:
         """Whether there is nothing to do; says so, or what has changed. A version that was set aside comes back."""
@@ -269,7 +273,7 @@ class _Run:
                 shutil.rmtree(output_dir, ignore_errors=True)
                 previous.rename(output_dir)
         seconds = time.monotonic() - began
-        if status:
+        if status or not is_done:
             self.view.set(step.label, "failed", f"status {status}", seconds)
             raise _failure(step, status, log)
         shutil.rmtree(previous, ignore_errors=True)

@@ -53,19 +53,24 @@ def _stages(pipeline: Pipeline) -> dict[str, dict]:
 def _stage(step: Step) -> dict:
     done = contract.read_json(step.folder / contract.DONE)
     found = {"status": "done", "wall_seconds": done["wall_seconds"]} if done else {"status": "not done"}
-    return found | {"output_dir": str(step.folder), "metrics": done["metrics"] if done else {}}
+    found |= {"output_dir": str(step.folder), "metrics": done["metrics"] if done else {}}
+    return found | ({"gates": step.gates} if step.gates else {})
 
 
 def _models(pipeline: Pipeline) -> dict[str, dict[str, float]]:
     """Of the last evaluation; of an entry with policies also the means over them."""
-    models: dict[str, dict[str, float]] = {}
+    measured: dict[str, dict[str, float]] = {}
     for name, entry in pipeline.entries.items():
         if (entry.stage or name) == "evaluate":
-            models |= contract.read_json(pipeline.run_dir / name / MODELS) or {}
-    for name, entry in pipeline.entries.items():
-        policies = [models[key] for key in models if entry.num_policies and key.startswith(f"{name}/")]
-        if policies:
-            models[name] = _means(policies)
+            measured |= contract.read_json(pipeline.run_dir / name / MODELS) or {}
+    models: dict[str, dict[str, float]] = {}
+    for name, values in measured.items():
+        models[name] = values
+        entry = pipeline.entries.get(name.partition("/")[0])
+        if entry and entry.num_policies:
+            policies = [key for key in models if key.startswith(f"{name.partition('/')[0]}/")]
+            if len(policies) == entry.num_policies:
+                models[name.partition("/")[0]] = _means([models[policy] for policy in policies])
     return models
 
 

@@ -1,0 +1,215 @@
+"""The report of a run as a page: one HTML file that needs nothing else, and the same in Markdown for a model card."""
+
+import base64
+import json
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from gemma2_post.core import contract
+from gemma2_post.pipeline.gates import passes
+from gemma2_post.pipeline.view import duration, headline
+
+HTML, MARKDOWN = "report.html", "report.md"
+_PICTURES = {
+    "front.png": "Reward and gold over KL to the start: every point of the merge, the runs and their averages. "
+    "The star is released.",
+    "merge.png": "How far apart the policies had moved, by layer, and how far the merge moves.",
+    "pairs.png": "The reward model on held-out pairs: is it as sure as it is right, also in longer conversations?",
+}
+"""By the name of a stage's picture: what it shows."""
+_CURVES = {
+    "sft": [("log.jsonl", "loss")],
+    "distill": [("log.jsonl", "loss")],
+    "reward": [("log.jsonl", "accuracy")],
+    "rlhf": [("watch.jsonl", "reward"), ("watch.jsonl", "kl_to_start"), ("watch.jsonl", "gold")],
+}
+"""By stage: what is drawn over its steps, and the file that has it."""
+_MEASURES = {
+    "gold": ("gold", "{:.2f}"),
+    "reward": ("reward", "{:.2f}"),
+    "kl_to_init": ("KL, nats", "{:.2f}"),
+    "stop_rate": ("ends by itself", "{:.0%}"),
+    "mean_tokens": ("tokens", "{:.1f}"),
+}
+
+
+@dataclass
+class Stage:
+    """What the page says of one run of a stage."""
+
+    name: str
+    seconds: str
+    headline: str
+    gates: list[str]
+    """That it has passed, with their bounds."""
+    recipe: str
+    output: str
+    curves: list[tuple[str, Markup]]
+    """Name and picture."""
+    pictures: list[tuple[str, str, str]]
+    """Path in the run folder, content in base64, and what it shows."""
+
+
+def write(run_dir: Path, summary: dict, rows: list[dict]) -> list[Path]:
+    """Writes both files.
+
+    Args:
+        rows: conversations to show, with the answers of the models by name.
+    """
+    environment = Environment(
+        loader=PackageLoader("gemma2_post.pipeline", "templates"),
+        autoescape=lambda name: name.endswith(".html"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    stages = [
+        _stage(run_dir, name, each.get("gates", {}))
+        for name, each in summary["stages"].items()
+        if (run_dir / name / contract.DONE).is_file()
+    ]
+    done = [contract.read_json(run_dir / stage.name / contract.DONE) for stage in stages]
+    content = {
+        "run": summary["run"],
+        "status": summary["status"],
+        "recipe": summary["recipe"],
+        "took": duration(summary["wall_seconds"]),
+        "date": date.today().isoformat(),
+        "stages": stages,
+        "columns": _columns(summary["models"]),
+        "models": {
+            title(name, summary["models"]): _cells(each, summary["models"]) for name, each in summary["models"].items()
+        },
+        "facts": _facts(summary),
+        "conversations": [_conversation(row) for row in rows],
+        "versions": done[-1]["fingerprint"]["versions"] if done else {},
+        "commit": next((each["git_commit"] for each in done if each["git_commit"]), None),
+    }
+    paths = [run_dir / HTML, run_dir / MARKDOWN]
+    for path in paths:
+        contract.write_text(path, environment.get_template(path.name).render(content))
+    return paths
+
+
+def _stage(run_dir: Path, name: str, gates: dict[str, str]) -> Stage:
+    folder = run_dir / name
+    done = contract.read_json(folder / contract.DONE)
+    pictures = [
+        (f"{name}/{file}", base64.b64encode((folder / file).read_bytes()).decode(), what)
+        for file, what in _PICTURES.items()
+        if (folder / file).is_file()
+    ]
+    curves = [
+        (key, curve(_series(folder / file, key)))
+        for file, key in _CURVES.get(done["stage"], [])
+        if len(_series(folder / file, key)) > 1
+    ]
+    recipe = yaml.safe_dump(done["fingerprint"]["recipe"], sort_keys=False, allow_unicode=True)
+    return Stage(
+        name,
+        duration(done["wall_seconds"]),
+        headline(done["stage"], done["metrics"]).replace("->", "→"),
+        [f"{metric} {bound}" for metric, bound in gates.items() if passes(done["metrics"][metric], bound)],
+        recipe,
+        done["output"],
+        curves,
+        pictures,
+    )
+
+
+def _series(path: Path, key: str) -> list[tuple[float, float]]:
+    if not path.is_file():
+        return []
+    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [(entry["step"], entry[key]) for entry in entries if key in entry]
+
+
+def curve(points: list[tuple[float, float]], width: int = 260, height: int = 72) -> Markup:
+    """A line with its first and its last value, as an SVG that takes the colours of the page."""
+    steps, values = zip(*points, strict=True)
+    low, high = min(values), max(values)
+    spread, length = high - low or 1.0, steps[-1] - steps[0] or 1
+    places = [
+        (4 + (width - 8) * (step - steps[0]) / length, height - 18 - (height - 30) * (value - low) / spread)
+        for step, value in points
+    ]
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    (first_x, first_y), (last_x, last_y) = places[0], places[-1]
+    return Markup(
+        f'<svg viewBox="0 0 {width} {height}" role="img"><polyline points="{line}"/>'
+        f'<circle cx="{last_x:.1f}" cy="{last_y:.1f}" r="3"/>'
+        f'<text x="{first_x:.1f}" y="{max(first_y - 6, 10):.1f}">{values[0]:.3g}</text>'
+        f'<text x="{last_x:.1f}" y="{max(last_y - 6, 10):.1f}" text-anchor="end">{values[-1]:.3g}</text>'
+        f'<text x="{first_x:.1f}" y="{height - 3}">step {steps[0]:g}</text>'
+        f'<text x="{last_x:.1f}" y="{height - 3}" text-anchor="end">{steps[-1]:g}</text></svg>'
+    )
+
+
+# --- models ---
+
+
+def title(name: str, models: dict[str, dict[str, float]]) -> str:
+    """A model's name; of the means over policies, that they are."""
+    return f"{name}, mean" if any(other.startswith(f"{name}/") for other in models) else name
+
+
+def _columns(models: dict[str, dict[str, float]]) -> list[str]:
+    return [title for title, _, _ in _measured(models)]
+
+
+def _measured(models: dict[str, dict[str, float]]) -> list[tuple[str, str, str]]:
+    """Title, key and format of what every model has."""
+    first = next(iter(models.values()), {})
+    win_rates = {key: (key.replace("_", " "), "{:.0%}") for key in first if key.startswith("win_rate_vs_")}
+    return [
+        (title, key, form)
+        for key, (title, form) in (_MEASURES | win_rates).items()
+        if all(key in each for each in models.values())
+    ]
+
+
+def _cells(model: dict[str, float], models: dict[str, dict[str, float]]) -> list[tuple[str, str, float]]:
+    """Of each measure: the value, its 95 % interval, and its place between the lowest and the highest model."""
+    cells = []
+    for _, key, form in _measured(models):
+        values = [each[key] for each in models.values()]
+        error = model.get(f"{key}/standard_error")
+        interval = f"± {form.format(1.96 * error)}" if error else ""
+        place = (model[key] - min(values)) / (max(values) - min(values) or 1)
+        cells.append((form.format(model[key]), interval, place))
+    return cells
+
+
+def _facts(summary: dict) -> list[tuple[str, str]]:
+    """The run in a few numbers: what the last model is, beside the one that it is held against."""
+    models = list(summary["models"])
+    released = next((name for name in reversed(models) if name.startswith("warp")), models[-1] if models else None)
+    if released is None:
+        return []
+    last, facts = summary["models"][released], []
+    for key in last:
+        if key.startswith("win_rate_vs_"):
+            other = key.removeprefix("win_rate_vs_")
+            facts.append(
+                (f"{last[key]:.0%}", f"of the answers of {released} beat those of {other}, says the reward model")
+            )
+    if "gold" in last:
+        first = summary["models"][models[0]]["gold"]
+        facts.append((f"{first:.2f} → {last['gold']:.2f}", f"gold reward from {models[0]} to {released}"))
+    facts.append((f"{last['kl_to_init']:.2f}", "nats per answer from where RLHF began"))
+    facts.append((f"{last['stop_rate']:.0%}", "of its answers end by themselves"))
+    return facts
+
+
+def _conversation(row: dict) -> dict[str, object]:
+    names = list(row["answers"])
+    last = next((name for name in reversed(names) if name.startswith("warp")), names[-1])
+    return {
+        "turns": [(turn["role"], turn["content"]) for turn in row["prompt"]],
+        "answers": [(name, row["answers"][name]) for name in dict.fromkeys([names[0], last])],
+    }

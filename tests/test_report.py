@@ -1,0 +1,121 @@
+"""The report of a run: on the terminal, and as a page that needs nothing else."""
+
+import base64
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from gemma2_post.core import contract
+from gemma2_post.core.errors import UserError
+from gemma2_post.pipeline.page import curve
+from gemma2_post.pipeline.report import report, to_show
+
+PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run of three stages whose models have answered three prompts."""
+    folder = tmp_path / "tiny"
+    stages = {}
+    for name, metrics, gates in [
+        ("sft", {"gold_before": 0.6, "gold": 1.1}, {"gold": ">= 1"}),
+        ("warp", {"gold": 1.4}, {}),
+        ("evaluate", {"win_rate": 0.8}, {"win_rate": ">= 0.9"}),
+    ]:
+        wanted = {"recipe": {"seed": 0, "note": "<b>&"}, "inputs": {}, "code": {}, "versions": {"torch": "2.13.0"}}
+        contract.begin(folder / name, wanted)
+        contract.finish(folder / name, name, wanted, 61.0, {}, metrics)
+        stages[name] = {"status": "done", "wall_seconds": 61.0, "metrics": metrics, "gates": gates}
+    (folder / "sft" / "log.jsonl").write_text("".join(f'{{"step": {i}, "loss": {2.5 - i}}}\n' for i in range(3)))
+    (folder / "warp" / "front.png").write_bytes(PIXEL)
+    values = {"reward": 0.5, "kl_to_init": 0.0, "stop_rate": 1.0, "mean_tokens": 7.0, "win_rate_vs_sft": 0.25}
+    models = {"sft": values | {"gold": 1.0}, "warp": values | {"gold": 1.25, "gold/standard_error": 0.1}}
+    summary = {"run": "tiny", "recipe": "pipeline.yaml", "status": "done", "wall_seconds": 125.0}
+    (folder / "summary.json").write_text(json.dumps(summary | {"stages": stages, "models": models, "liti": []}))
+    rows = [
+        {"prompt": [{"role": "user", "content": prompt}], "answers": {"sft": before, "warp": after}}
+        for prompt, before, after in [
+            ("One?", "same", "same"),
+            ("Two <script>?", "3", "2\nor so"),
+            ("Long?", "word " * 500, "short"),
+        ]
+    ]
+    (folder / "evaluate" / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_report_shows_the_models_and_what_has_changed(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report(run_dir)
+    printed = capsys.readouterr().out
+    assert "1.25" in printed and "25%" in printed and "win rate vs sft" in printed
+    assert "Two <script>?" in printed and "One?" not in printed and printed.count("word") < 150
+    assert str(run_dir / "report.html") in printed and str(run_dir / "warp" / "front.png") in printed
+
+
+def test_a_folder_without_a_run_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no summary\.json; name the folder of a run"):
+        report(tmp_path)
+
+
+class Page(HTMLParser):
+    """The tags of a page that may point elsewhere, and its text; a tag that is not closed fails."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.text = ""
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "iframe")
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_is_one_file_without_scripts_or_anything_from_elsewhere(run_dir: Path) -> None:
+    report(run_dir)
+    page = Page((run_dir / "report.html").read_text())
+    assert page.sources == [f"data:image/png;base64,{base64.b64encode(PIXEL).decode()}"]
+    for text in ("done in 2:05", "gold 0.6 → 1.1", "gold >= 1", "1.25 ± 0.20", "Two <script>?", "2\nor so", "<b>&"):
+        assert text in page.text, text
+    assert "win_rate >= 0.9" not in page.text  # which it has not passed
+    assert "torch 2.13.0" in page.text and "seed: 0" in page.text
+
+
+def test_the_same_in_markdown(run_dir: Path) -> None:
+    report(run_dir)
+    text = (run_dir / "report.md").read_text()
+    assert "| sft | 1:01 | gold 0.6 → 1.1 | gold >= 1 |" in text and "](warp/front.png)" in text
+    assert "> **warp:** 2 or so" in text
+    (header, divider) = [line for line in text.splitlines() if line.startswith(("| model |", "|---|---|---|---|---|"))]
+    assert header.count("|") == divider.count("|") == 8
+
+
+def test_one_conversation_of_each_length_is_shown_first() -> None:
+    rows = [{"prompt": [{}] * length, "answers": {"a": "", "b": str(i)}} for i, length in enumerate([1, 1, 3, 1, 5])]
+    rows[0]["answers"]["b"] = "changed"
+    assert [len(row["prompt"]) for row in to_show(rows, 2)] == [1, 3]
+    assert [len(row["prompt"]) for row in to_show(rows, 4)] == [1, 3, 5, 1]
+
+
+def test_a_curve_says_where_it_begins_and_ends() -> None:
+    svg = str(curve([(0, 2.0), (10, 1.0), (20, 1.5)]))
+    assert svg.count("<text") == 4 and ">2<" in svg and ">1.5<" in svg and ">step 0<" in svg and ">20<" in svg
+    assert "nan" not in str(curve([(0, 1.0), (10, 1.0)]))
