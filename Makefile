@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help setup test lint demo pipeline synthesize sft distill reward rlhf warp evaluate chat
+.PHONY: help setup test lint demo pipeline synthesize sft distill reward rlhf warp evaluate chat serve
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -53,6 +53,14 @@ warp: $(INSTALLED) ## merge the policies, train again from there, sweep, release
 evaluate: $(INSTALLED) ## all models beside each other on held-out prompts (everything before is made if needed)
 	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until evaluate $(ARGS)
 
-chat: $(INSTALLED) ## talk to the newest model of runs/$(RECIPE) (sft is made first if there is none)
-	@test -f runs/$(RECIPE)/sft/stage.json || $(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until sft
-	@$(BIN)/gemma2-post chat $(firstword $(foreach s,warp rlhf/policy-0 distill sft,$(patsubst %/stage.json,%,$(wildcard runs/$(RECIPE)/$s/stage.json))) runs/$(RECIPE)/sft) $(ARGS)
+# The newest model of a run that is finished.
+NEWEST = $(or $(firstword $(foreach s,warp rlhf/policy-0 distill sft,$(patsubst %/stage.json,%,$(wildcard runs/$(RECIPE)/$s/stage.json)))),runs/$(RECIPE)/sft)
+
+runs/$(RECIPE)/sft/stage.json: | $(INSTALLED)
+	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until sft
+
+chat: $(INSTALLED) runs/$(RECIPE)/sft/stage.json ## talk to the newest model of runs/$(RECIPE) (sft is made first if there is none)
+	@$(BIN)/gemma2-post chat $(NEWEST) $(ARGS)
+
+serve: $(INSTALLED) runs/$(RECIPE)/sft/stage.json ## the same behind an OpenAI-compatible API, http://localhost:8000/v1
+	@$(BIN)/transformers serve $(NEWEST) --attn-implementation eager --host localhost $(ARGS)

@@ -1,8 +1,10 @@
 """Evaluation: what models answer to held-out prompts, beside each other and against one of them.
 
 Reads models, the one that RLHF began as (`init`), and what rewards answers; writes `models.json` (reward, KL to
-`init`, stop rate, length, grades, and how often an answer wins over the `baseline`'s to the same prompt) and
-`answers.jsonl`, to read. Prompts, seed and temperature are the same for all models.
+`init`, stop rate, length, distinctness, grades; by number of turns, too) and `answers.jsonl`, to read. Prompts, seed
+and temperature are the same for all models. Answers are held against the `baseline`'s to the same prompt, by the
+reward model and, if there is one, by a judge: another model, here or behind an endpoint, asked in both orders. With a
+`corpus` it is measured how much of it each model has memorised.
 
     python -m gemma2_post.evaluate --config recipes/tiny/evaluate.yaml
 """
@@ -14,15 +16,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
-from gemma2_post.core import contract
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from gemma2_post.core import contract, data, endpoint, gemma
 from gemma2_post.core.command import Command, Stage
-from gemma2_post.core.data import DataArguments
+from gemma2_post.core.data import DataArguments, Message, Source
 from gemma2_post.core.errors import UserError
 from gemma2_post.core.launcher import Launcher
 from gemma2_post.core.rewards import RewardFunctionArguments
-from gemma2_post.evaluation import measure
-from gemma2_post.evaluation.measure import AnswerArguments, Measurement, summarize
-from gemma2_post.evaluation.samples import SampleArguments
+from gemma2_post.evaluation import benchmarks, measure
+from gemma2_post.evaluation.judge import Ask, ask_endpoint, ask_model, check_any, judge, violations
+from gemma2_post.evaluation.measure import AnswerArguments, Answered, Measurement, load, summarize
+from gemma2_post.evaluation.memorisation import CONTINUATION, PREFIX, memorised, windows
+from gemma2_post.evaluation.pairs import wilson_interval
+from gemma2_post.evaluation.samples import Answer, SampleArguments, distinctness, sample_answers
+from gemma2_post.evaluation.winrate import win_rate, wins_by_reward
 
 
 @dataclass
@@ -34,6 +43,31 @@ class EvaluateArguments:
     base: str | None = field(
         default=None, metadata={"help": "The model that everything began as; measured beside them as `base`."}
     )
+    judge: str | None = field(
+        default=None,
+        metadata={"help": "A model that judges pairs of answers: a folder, or its name at judge_endpoint."},
+    )
+    judge_endpoint: str | None = field(
+        default=None, metadata={"help": "Base URL of an OpenAI-compatible server of the judge."}
+    )
+    api_key_variable: str | None = field(
+        default=None, metadata={"help": "Environment variable with the endpoint's key; None if it needs none."}
+    )
+    concurrency: int = field(default=8, metadata={"help": "Requests to the endpoint at a time."})
+    judge_max_tokens: int = field(default=256, metadata={"help": "Longest reply of the judge, in tokens."})
+    safety_datasets: list[Source] | None = field(
+        default=None, metadata={"help": "Prompts whose answers the judge reads for violations of safety."}
+    )
+    corpus: list[Source] | None = field(
+        default=None,
+        metadata={"help": "Texts or conversations of which is measured how much each model has memorised."},
+    )
+    num_memorised: int = field(default=1000, metadata={"help": "Places of the corpus that are tried."})
+    benchmarks: list[str] | None = field(
+        default=None, metadata={"help": "Tasks of lm-eval; [preset] for MMLU, GSM8K, ARC-c, HellaSwag, Winogrande."}
+    )
+    benchmark_folder: str | None = field(default=None, metadata={"help": "With further tasks as lm-eval's YAML."})
+    benchmark_limit: int | None = field(default=None, metadata={"help": "Examples of each task; None for all."})
 
 
 def main(
@@ -48,27 +82,51 @@ def main(
         if not (Path(path) / "config.json").is_file():
             raise UserError(f"{stage.where}: models names {path}, which holds no model; run the stage that makes it")
     measurement = Measurement(stage.where, args.init, answer_args, data_args, sample_args, reward_args)
-    names = names_of(args)
+    unsafe = load_safety_prompts(stage.where, args, measurement.tokenizer, answer_args)
+    corpus = load_corpus(stage.where, args, measurement.tokenizer, answer_args.seed)
+    names, baseline = names_of(args), names_of(args)[Path(args.baseline)]
     contract.begin_afresh(stage.output_dir, stage.fingerprint)
-    answered = measurement.answer(list(names), stage.output_dir / contract.PROGRESS / "answers.jsonl")
+    progress = stage.output_dir / contract.PROGRESS
+    answered = {
+        names[path]: each for path, each in measurement.answer(list(names), progress / "answers.jsonl").items()
+    }
+    academic = {name: measure_benchmarks(stage.where, args, measurement, path, name) for path, name in names.items()}
+    memory = {
+        name: memorised(load(path, measurement.accelerator.device), corpus, answer_args.batch_size).metrics()
+        for path, name in (names.items() if corpus else [])
+    }
+    judged = judge_all(stage.where, args, measurement, answered, baseline, progress / "judgments.jsonl")
+    safety = {
+        name: measure_safety(stage.where, args, measurement, path, unsafe, progress / "judgments.jsonl")
+        for path, name in (names.items() if unsafe else [])
+    }
     measurement.load_reward_model()
-    values = {names[path]: measurement.values(answered[path]) for path in names}
-    baseline = names[Path(args.baseline)]
+    values = {name: measurement.values(each) for name, each in answered.items()}
     models = {
-        name: summarize(each) | {f"win_rate_vs_{baseline}": win_rate(each["reward"], values[baseline]["reward"])}
-        for name, each in values.items()
+        name: summarize(values[name])
+        | by_turns(values[name], each.prompts)
+        | distinctness(each.answers)
+        | versus(
+            f"win_rate_vs_{baseline}",
+            wins_by_reward(values[name]["reward"], values[baseline]["reward"]),
+            each.answers,
+            answered[baseline].answers,
+        )
+        | judged.get(name, {})
+        | safety.get(name, {})
+        | memory.get(name, {})
+        | academic[name]
+        for name, each in answered.items()
     }
     contract.write_json(stage.output_dir / "models.json", models)
-    texts = {names[path]: [answer.text for answer in answered[path].answers] for path in names}
     rows = [
-        {"prompt": prompt, "answers": {name: each[i] for name, each in texts.items()}}
+        {"prompt": prompt, "answers": {name: said(each, i, prompt) for name, each in answered.items()}}
         for i, prompt in enumerate(measurement.rows["prompt"])
     ]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     contract.write_text(stage.output_dir / "answers.jsonl", lines)
-    metrics = {
-        name.replace("win_rate_vs_" + baseline, "win_rate"): each for name, each in [*models.values()][-1].items()
-    }
+    last = [*models.values()][-1]
+    metrics = {name.replace(f"_vs_{baseline}", ""): value for name, value in last.items()}
     seconds = time.monotonic() - stage.began
     contract.finish(stage.output_dir, stage.name, stage.fingerprint, seconds, {}, metrics)
     print(f"{stage.output_dir}: done in {seconds:.0f} s")
@@ -82,10 +140,155 @@ def names_of(args: EvaluateArguments) -> dict[Path, str]:
     return names | {path: os.path.relpath(path, common) for path in paths}
 
 
-def win_rate(rewards: list[float], baseline: list[float]) -> float:
-    """Share of the prompts whose answer has the larger reward; a tie is half a win."""
-    pairs = zip(rewards, baseline, strict=True)
-    return mean(0.5 if reward == other else float(reward > other) for reward, other in pairs)
+def said(answered: Answered, i: int, prompt: list[Message]) -> str:
+    """What a model has said to a prompt, and, where that went on, to what followed."""
+    further = answered.prompts[i][len(prompt) :]
+    texts = [turn["content"] if turn["role"] == "assistant" else f"> {turn['content']}" for turn in further]
+    return "\n\n".join([*texts, answered.answers[i].text])
+
+
+def by_turns(values: dict[str, list[float]], prompts: list[list[Message]]) -> dict[str, float]:
+    """Each measure's mean by the number of the user's turns: `reward/turns-2`."""
+    turns = [sum(turn["role"] == "user" for turn in prompt) for prompt in prompts]
+    return {
+        f"{name}/turns-{number}": mean(value for value, of in zip(each, turns, strict=True) if of == number)
+        for name, each in values.items()
+        for number in sorted(set(turns))
+    }
+
+
+def versus(key: str, wins: list[float], answers: list[Answer], others: list[Answer]) -> dict[str, float]:
+    """The win rate under `key`, its 95 % interval, and what it would be at equal lengths."""
+    found = win_rate(wins, [each.num_tokens for each in answers], [each.num_tokens for each in others])
+    return {
+        key: found.rate,
+        f"{key}/low": found.low,
+        f"{key}/high": found.high,
+        f"{key}/length_controlled": found.length_controlled,
+    }
+
+
+# --- the judge ---
+
+
+def judge_all(
+    where: str,
+    args: EvaluateArguments,
+    measurement: Measurement,
+    answered: dict[str, Answered],
+    baseline: str,
+    cache: Path,
+) -> dict[str, dict[str, float]]:
+    """What the judge says of each model's answers beside the baseline's, by model."""
+    if not args.judge:
+        return {}
+    ask = ask_of(where, args)
+    prompts, key = list(measurement.rows["prompt"]), f"judge_win_rate_vs_{baseline}"
+    texts = {name: [said(each, i, prompt) for i, prompt in enumerate(prompts)] for name, each in answered.items()}
+    found = {}
+    for name in texts:
+        if name == baseline:
+            continue
+        judged = judge(ask, f"{args.judge} {args.judge_max_tokens}", prompts, texts[name], texts[baseline], cache)
+        check_any(where, judged)
+        rows = [i for i, win in enumerate(judged.wins) if win is not None]
+        answers, others = ([answered[each].answers[i] for i in rows] for each in (name, baseline))
+        found[name] = versus(key, [judged.wins[i] for i in rows], answers, others) | {
+            f"{key}/disagreement": judged.disagreement,
+            f"{key}/missing": judged.num_missing,
+        }
+    return found
+
+
+def ask_of(where: str, args: EvaluateArguments) -> Ask:
+    if args.judge_endpoint:
+        client = endpoint.connect(where, args.judge_endpoint, args.api_key_variable, timeout=120, retries=20)
+        return ask_endpoint(where, client, args.judge, args.judge_max_tokens, args.concurrency)
+    config = gemma.load_config(where, args.judge)
+    tokenizer = gemma.load_tokenizer(where, args.judge, config)
+    return ask_model(load(Path(args.judge), Accelerator().device), tokenizer, args.judge_max_tokens, batch_size=8)
+
+
+# --- safety ---
+
+
+def load_safety_prompts(
+    where: str, args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase, answer_args: AnswerArguments
+) -> list[list[Message]]:
+    if not args.safety_datasets:
+        return []
+    rows = data.load_prompts(where, args.safety_datasets, 0.0, answer_args.seed)
+    longest = answer_args.max_prompt_length or len(tokenizer)
+    return list(data.drop_long_prompts(where, rows, tokenizer, longest, max_too_long_share=0.0)["prompt"])
+
+
+def measure_safety(
+    where: str,
+    args: EvaluateArguments,
+    measurement: Measurement,
+    path: Path,
+    prompts: list[list[Message]],
+    cache: Path,
+) -> dict[str, float]:
+    """The share of answers that are violations, with its 95 % interval (Wilson), and how many the judge left open."""
+    answers = sample_answers(
+        load(path, measurement.accelerator.device),
+        measurement.tokenizer,
+        prompts,
+        measurement.args.max_completion_length,
+        batch_size=measurement.args.batch_size,
+        seed=measurement.args.seed,
+    )
+    name = f"{args.judge} {args.judge_max_tokens}"
+    found = violations(ask_of(where, args), name, prompts, [answer.text for answer in answers], cache)
+    judged = [each for each in found if each is not None]
+    if not judged:
+        raise UserError(f"{where}: the judge gave no verdict on the safety of any answer; choose a stronger one")
+    low, high = wilson_interval(mean(judged), len(judged))
+    return {
+        "violations": mean(judged),
+        "violations/low": low,
+        "violations/high": high,
+        "violations/missing": len(found) - len(judged),
+    }
+
+
+# --- benchmarks ---
+
+
+def measure_benchmarks(
+    where: str, args: EvaluateArguments, measurement: Measurement, path: Path, name: str
+) -> dict[str, float]:
+    if not args.benchmarks:
+        return {}
+    return benchmarks.run(
+        where,
+        load(path, measurement.accelerator.device),
+        measurement.tokenizer,
+        args.benchmarks,
+        args.benchmark_folder,
+        args.benchmark_limit,
+        measurement.args.batch_size,
+        chats=name != "base",
+    )
+
+
+# --- memorisation ---
+
+
+def load_corpus(
+    where: str, args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> list[list[int]] | None:
+    """The stretches of the corpus that are tried, in tokens."""
+    if not args.corpus:
+        return None
+    documents = [
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in data.load_texts(where, args.corpus)
+    ]
+    found = windows(documents, args.num_memorised, seed)
+    if not found:
+        raise UserError(f"{where}: corpus has no text of {PREFIX + CONTINUATION} tokens; give longer ones")
+    return found
 
 
 def check(
@@ -103,6 +306,14 @@ def check(
         )
     if not args.models:
         raise UserError(f"{where}: models is empty; name one or more folders")
+    if args.benchmarks:
+        benchmarks.check(where, args.benchmarks, args.benchmark_folder)
+    if args.safety_datasets and not args.judge:
+        raise UserError(f"{where}: safety_datasets has answers to judge, and there is no judge; name one")
+    if args.judge_endpoint and not args.judge:
+        raise UserError(f"{where}: judge_endpoint has no judge; name the model there that is to judge")
+    if min(args.concurrency, args.judge_max_tokens, args.num_memorised) < 1:
+        raise UserError(f"{where}: concurrency, judge_max_tokens and num_memorised are counts; write 1 or more")
     if args.baseline not in args.models:
         raise UserError(f"{where}: baseline is {args.baseline}, which is none of the models; add it to models")
     measure.check_arguments(where, answer_args, sample_args, reward_args)
@@ -115,7 +326,13 @@ def metrics(
     sample_args: SampleArguments,
     reward_args: RewardFunctionArguments,
 ) -> set[str]:
-    return measure.MEASURES | {"win_rate"} | {path.rpartition(":")[2] for path in sample_args.graders or []}
+    found = measure.MEASURES | {"win_rate", "distinct_answers", "distinct_bigrams"}
+    found |= {path.rpartition(":")[2] for path in sample_args.graders or []}
+    found |= {"judge_win_rate"} if args.judge else set()
+    found |= {"violations"} if args.safety_datasets else set()
+    if args.corpus:
+        found |= {f"memorised_{how}{end}" for how in ("exact", "approximate") for end in ("", "_low", "_high")}
+    return found
 
 
 COMMAND = Command("evaluate", main, [EvaluateArguments, *measure.ARGUMENTS], __doc__, metrics, check)

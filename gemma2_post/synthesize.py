@@ -190,7 +190,7 @@ def resume(
         "batch_size": args.batch_size,
         "prompts": digests.of_text(json.dumps(list(prompts["prompt"]))),
     }
-    answers = read_answers(path)
+    answers = {(answer["row"], answer["sample"]): answer for answer in contract.read_lines(path)}
     earlier = contract.read_json(path.with_name("sampling.json"))
     if answers and earlier != sampling:
         changes = contract.differences({"": earlier}, {"": sampling})
@@ -200,16 +200,6 @@ def resume(
         )
     contract.write_json(path.with_name("sampling.json"), sampling)
     return answers
-
-
-def read_answers(path: Path) -> dict[Job, dict]:
-    """The answers in a file; a line that was not finished is taken off it."""
-    if not path.is_file():
-        return {}
-    written = path.read_bytes()
-    os.truncate(path, written.rfind(b"\n") + 1)
-    answers = [json.loads(line) for line in written.split(b"\n")[:-1]]
-    return {(answer["row"], answer["sample"]): answer for answer in answers}
 
 
 def ask_model(

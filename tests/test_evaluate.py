@@ -1,6 +1,7 @@
 """Evaluation: models beside each other on the same prompts, and against one of them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from gemma2_post import evaluate
 from gemma2_post.core import gemma
 from gemma2_post.core.errors import UserError
-from gemma2_post.evaluate import win_rate
+from gemma2_post.tiny.data import prompts
 from tests.conftest import BASE, TEACHER, run_stage, write_prompts
+from tests.test_synthesize import completion, serve
+
+__all__ = ["serve"]  # a fixture
 
 Recipe = dict[str, object]
 
@@ -58,11 +62,12 @@ def test_models_are_measured_beside_each_other(evaluate_recipe: Recipe, tmp_path
     assert metrics["win_rate"] == models["rlhf/policy-1"]["win_rate_vs_sft"]
     rows = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
     assert len(rows) == 12 and all(list(row["answers"]) == list(models) for row in rows)
-
-
-def test_a_tie_is_half_a_win() -> None:
-    assert win_rate([1.0, 2.0, 3.0, 0.0], [1.0, 1.0, 4.0, 0.0]) == 0.5
-    assert win_rate([1.0, 1.0], [0.0, 1.0]) == 0.75
+    for name, values in models.items():
+        assert values["win_rate_vs_sft/low"] <= values["win_rate_vs_sft"] <= values["win_rate_vs_sft/high"]
+        turns = [sum(turn["role"] == "user" for turn in row["prompt"]) for row in rows]
+        by_turns = [values[f"gold/turns-{number}"] for number in turns]
+        assert sum(by_turns) / len(by_turns) == pytest.approx(values["gold"])
+        assert 0 < values["distinct_bigrams"] <= 1, name
 
 
 @pytest.mark.parametrize(
@@ -76,6 +81,117 @@ def test_a_tie_is_half_a_win() -> None:
     ],
 )
 def test_a_mistake_is_said_before_anything_is_measured(
+    change: Recipe, message: str, evaluate_recipe: Recipe, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, evaluate_recipe | change)
+    assert not (tmp_path / "runs" / "evaluate").exists()
+
+
+def test_questions_of_several_turns_are_answered_turn_by_turn(evaluate_recipe: Recipe, tmp_path: Path) -> None:
+    """Each model goes on from its own answers; rows of one turn may be among them."""
+    rows = [
+        {"question_id": 1, "turns": ["My name is Anna.", "What is my name?"]},
+        {"question_id": 2, "turns": ["What is 3 plus 5?"]},
+        {"question_id": 3, "turns": ["My door is brown.", "I was wrong, it is red.", "What colour is my door?"]},
+    ]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {key: value for key, value in evaluate_recipe.items() if key not in ("graders", "columns")}
+    values |= {"datasets": [{"path": str(tmp_path / "questions.jsonl")}]}
+    values |= {"reward_functions": ["tests.test_evaluate:num_turns"], "missing_end_penalty": 0.0}
+    output = run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values)
+    models = json.loads((output / "models.json").read_text())
+    assert [models["sft"][f"reward/turns-{number}"] for number in (1, 2, 3)] == [1, 3, 5]
+    records = [json.loads(line) for line in (output / "progress" / "answers.jsonl").read_text().splitlines()]
+    teacher = next(record for record in records if record["model"].endswith("policy-0"))
+    roles = [[turn["role"] for turn in prompt] for prompt in teacher["prompts"]]
+    assert roles == [["user", "assistant", "user"], ["user"], ["user", "assistant"] * 2 + ["user"]]
+    assert "Anna" in teacher["prompts"][0][1]["content"] and "red" in teacher["answers"][2]["text"]
+    shown = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
+    assert "> What colour is my door?" in shown[2]["answers"]["rlhf/policy-0"]
+
+
+def num_turns(prompts: list[list[dict[str, str]]], **_: object) -> list[float]:
+    return [float(len(prompt)) for prompt in prompts]
+
+
+def test_a_question_that_is_no_list_of_turns_is_named_by_its_row(evaluate_recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "questions.jsonl").write_text(json.dumps({"turns": []}) + "\n")
+    values = {key: value for key, value in evaluate_recipe.items() if key not in ("graders", "columns")}
+    with pytest.raises(UserError, match=r"questions\.jsonl: row 0: turns is '\[\]', not a list of texts"):
+        run_stage(
+            tmp_path / "evaluate.yaml",
+            evaluate.COMMAND,
+            values | {"datasets": [{"path": str(tmp_path / "questions.jsonl")}]},
+        )
+
+
+# --- a judge behind an endpoint, safety, memorisation ---
+
+
+def test_a_judge_behind_an_endpoint_is_asked_once(
+    evaluate_recipe: Recipe, tmp_path: Path, serve: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It prefers the answer with the right word, reads for safety, and breaks down once in the middle."""
+    rows = {row["prompt"][-1]["content"]: row["answer"] for row in prompts("held_out")[:12]}
+    asked: list[str] = []
+
+    def reply(request: dict) -> tuple[int, str]:
+        text = request["messages"][0]["content"]
+        asked.append(text)
+        if len(asked) == 10:
+            return 401, "{}"
+        if "[[violation]]" in text:
+            return completion("[[violation]]" if "--- the answer\nSure" in text else "[[no violation]]")
+        _, first = text.split("--- answer A\n")
+        word = next(word for prompt, word in rows.items() if f"User: {prompt}\n\n--- answer" in text)
+        first, second = first.split("--- answer B\n")
+        right = [word.lower() in each.lower() for each in (first, second.split("\n---")[0])]
+        return completion("[[tie]]" if right[0] == right[1] else "[[A]]" if right[0] else "[[B]]")
+
+    url = serve(reply).url
+    monkeypatch.setenv("JUDGE_KEY", "a-secret")
+    values = evaluate_recipe | {"judge": "judge", "judge_endpoint": url, "api_key_variable": "JUDGE_KEY"}
+    values |= {"safety_datasets": values["datasets"], "models": values["models"][:2], "base": None, "concurrency": 1}
+    with pytest.raises(UserError, match="refused with status 401"):
+        run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values)
+    output = run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values)
+    models = json.loads((output / "models.json").read_text())
+    assert models["rlhf/policy-0"]["judge_win_rate_vs_sft"] > 0.5 and "judge_win_rate_vs_sft" not in models["sft"]
+    assert models["rlhf/policy-0"]["judge_win_rate_vs_sft/disagreement"] == 0
+    assert 0 < models["rlhf/policy-0"]["violations"] < 1
+    assert len(asked) == len(set(asked)) + 1
+    for path in output.rglob("*.json*"):
+        assert "a-secret" not in path.read_text()
+
+
+def test_a_local_judge_that_says_nothing_is_refused(evaluate_recipe: Recipe, tmp_path: Path) -> None:
+    values = evaluate_recipe | {"judge": TEACHER, "judge_max_tokens": 4, "models": evaluate_recipe["models"][:2]}
+    with pytest.raises(UserError, match="the judge gave no verdict on any pair, asked 3 times"):
+        run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values | {"base": None, "num_samples": 3})
+
+
+def test_memorisation_is_measured_over_a_corpus(evaluate_recipe: Recipe, tmp_path: Path) -> None:
+    words = "the owl and the bear went up the hill and said that it is late and that it is good ".split()
+    text = " ".join(words * 20)
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    values = evaluate_recipe | {"corpus": [{"path": str(tmp_path / "corpus.jsonl")}], "num_memorised": 6}
+    output = run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values)
+    models = json.loads((output / "models.json").read_text())
+    for each in models.values():
+        assert 0 <= each["memorised_exact"] <= each["memorised_approximate"] <= each["memorised_approximate_high"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"safety_datasets": [{"path": "prompts.jsonl"}]}, "there is no judge; name one"),
+        ({"judge_endpoint": "http://localhost:1/v1"}, "judge_endpoint has no judge"),
+        ({"judge": "j", "concurrency": 0}, "are counts; write 1 or more"),
+        ({"corpus": [{"path": "nowhere.jsonl"}]}, "there is no such file"),
+    ],
+)
+def test_a_mistake_about_judges_and_corpora_is_said_first(
     change: Recipe, message: str, evaluate_recipe: Recipe, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):

@@ -34,7 +34,12 @@ def run_dir(tmp_path: Path) -> Path:
     (folder / "sft" / "log.jsonl").write_text("".join(f'{{"step": {i}, "loss": {2.5 - i}}}\n' for i in range(3)))
     (folder / "warp" / "front.png").write_bytes(PIXEL)
     values = {"reward": 0.5, "kl_to_init": 0.0, "stop_rate": 1.0, "mean_tokens": 7.0, "win_rate_vs_sft": 0.25}
-    models = {"sft": values | {"gold": 1.0}, "warp": values | {"gold": 1.25, "gold/standard_error": 0.1}}
+    values |= {"win_rate_vs_sft/low": 0.2, "win_rate_vs_sft/high": 0.31, "win_rate_vs_sft/length_controlled": 0.22}
+    values |= {"benchmarks/mmlu": 0.512, "benchmarks/mmlu/standard_error": 0.01, "gold/turns-2": 1.0}
+    models = {
+        "sft": values | {"gold": 1.0},
+        "warp": values | {"gold": 1.25, "gold/standard_error": 0.1, "judge_win_rate_vs_sft": 0.6},
+    }
     summary = {"run": "tiny", "recipe": "pipeline.yaml", "status": "done", "wall_seconds": 125.0}
     (folder / "summary.json").write_text(json.dumps(summary | {"stages": stages, "models": models, "liti": []}))
     rows = [
@@ -93,7 +98,18 @@ def test_the_page_is_one_file_without_scripts_or_anything_from_elsewhere(run_dir
     report(run_dir)
     page = Page((run_dir / "report.html").read_text())
     assert page.sources == [f"data:image/png;base64,{base64.b64encode(PIXEL).decode()}"]
-    for text in ("done in 2:05", "gold 0.6 → 1.1", "gold >= 1", "1.25 ± 0.20", "Two <script>?", "2\nor so", "<b>&"):
+    for text in (
+        "done in 2:05",
+        "gold 0.6 → 1.1",
+        "gold >= 1",
+        "1.25 ± 0.20",
+        "25% 20% to 31%",
+        "51.2% ± 2.0%",
+        "60%",
+        "Two <script>?",
+        "2\nor so",
+        "<b>&",
+    ):
         assert text in page.text, text
     assert "win_rate >= 0.9" not in page.text  # which it has not passed
     assert "torch 2.13.0" in page.text and "seed: 0" in page.text
@@ -105,7 +121,7 @@ def test_the_same_in_markdown(run_dir: Path) -> None:
     assert "| sft | 1:01 | gold 0.6 → 1.1 | gold >= 1 |" in text and "](warp/front.png)" in text
     assert "> **warp:** 2 or so" in text
     (header, divider) = [line for line in text.splitlines() if line.startswith(("| model |", "|---|---|---|---|---|"))]
-    assert header.count("|") == divider.count("|") == 8
+    assert header.count("|") == divider.count("|") == 11
 
 
 def test_one_conversation_of_each_length_is_shown_first() -> None:

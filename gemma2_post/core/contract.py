@@ -105,6 +105,15 @@ def read_json(path: Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
+def read_lines(path: Path) -> list[dict]:
+    """The records that a run has appended to a file, if there is one; a line that a kill has cut is taken off it."""
+    if not path.is_file():
+        return []
+    written = path.read_bytes()
+    os.truncate(path, written.rfind(b"\n") + 1)
+    return [json.loads(line) for line in written.split(b"\n")[:-1]]
+
+
 def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 

@@ -98,6 +98,8 @@ def to_messages(row: dict[str, object]) -> list[Message]:
 FORMATS = [{"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"}, {"text"}]
 """The columns that make a row a conversation."""
 PROMPT_FORMATS = [{"prompt"}, *FORMATS]
+QUESTION_FORMATS = [{"turns"}, *PROMPT_FORMATS]
+"""With those of sets like MT-Bench, whose later questions follow whatever was answered to the earlier ones."""
 
 
 def as_turns(value: object, role: str) -> list[Message]:
@@ -196,6 +198,18 @@ def _prompt(row: dict[str, object]) -> dict[str, object]:
     return {"prompt": folded, "had_system": folded is not messages}
 
 
+def _questions(row: dict[str, object]) -> dict[str, object]:
+    """A prompt, and in `later` what the user will say when it, and then the next, has been answered."""
+    if "turns" not in row:
+        return _prompt(row) | {"later": []}
+    turns = row["turns"]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
+        raise InvalidRow(f"turns is {str(turns)[:40]!r}, not a list of texts")
+    for turn in turns:
+        check_messages([{"role": "user", "content": turn}], last="user")
+    return {"prompt": [{"role": "user", "content": turns[0]}], "later": turns[1:], "had_system": False}
+
+
 def checked(
     row: dict[str, object], parse: Callable[[dict[str, object]], dict[str, object]], empty: dict[str, object]
 ) -> dict[str, object]:
@@ -232,6 +246,14 @@ def load_prompts(
     dropped, and the user's turn before it is the last."""
     read = partial(checked, parse=_prompt, empty={"prompt": [], "had_system": False})
     return load_mixture(where, sources, max_invalid_share, seed, columns or [], read, PROMPT_FORMATS)
+
+
+def load_questions(
+    where: str, sources: list[Source], max_invalid_share: float, seed: int, columns: list[str] | None = None
+) -> Dataset:
+    """As `load_prompts`, with `later`: what the user goes on to say, turn by turn (MT-Bench's `turns`)."""
+    read = partial(checked, parse=_questions, empty={"prompt": [], "later": [], "had_system": False})
+    return load_mixture(where, sources, max_invalid_share, seed, columns or [], read, QUESTION_FORMATS)
 
 
 def load_mixture(
@@ -371,6 +393,19 @@ def load_grader(where: str, path: str, columns: list[str]) -> Callable[..., list
             f"({error}); name what it needs in columns"
         ) from error
     return function
+
+
+def load_texts(where: str, sources: list[Source]) -> list[str]:
+    """Documents: the column `text` as it is, or the turns of a conversation below each other."""
+    texts = []
+    for source in sources:
+        dataset = _read(where, source)
+        if "text" in dataset.column_names:
+            texts += dataset["text"]
+        else:
+            _check_format(f"{where}: {source.path}", dataset.column_names, [{"text"}, *FORMATS])
+            texts += ["\n".join(turn["content"] for turn in to_messages(row)) for row in dataset]
+    return texts
 
 
 def split_held_out(

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from gemma2_post.core import data, gemma, rewards
-from gemma2_post.core.data import DataArguments
+from gemma2_post.core import contract, data, gemma, rewards
+from gemma2_post.core.data import DataArguments, Message
 from gemma2_post.core.errors import UserError
 from gemma2_post.core.rewards import RewardFunctionArguments
 from gemma2_post.evaluation.divergence import measure_divergence
@@ -49,7 +49,10 @@ def check_arguments(
 
 @dataclass
 class Answered:
+    prompts: list[list[Message]]
+    """With the answers of the model itself to the earlier turns, where a question has several."""
     answers: list[Answer]
+    """To the last turn."""
     kl: list[float]
     """KL(model || start) at each answer, in nats; its mean estimates that of whole answers."""
 
@@ -77,9 +80,13 @@ class Measurement:
             args.max_completion_length,
             min(config.max_position_embeddings, self.score.max_length if self.score else 1 << 30),
         )
-        rows = data.load_prompts(where, data_args.datasets, data_args.max_invalid_share, args.seed, data_args.columns)
+        rows = data.load_questions(
+            where, data_args.datasets, data_args.max_invalid_share, args.seed, data_args.columns
+        )
         rows = data.drop_long_prompts(where, rows, self.tokenizer, longest, data_args.max_too_long_share)
         self.rows = rows.select(range(min(sample_args.num_samples, len(rows))))
+        self.later: list[list[str]] = list(self.rows["later"])
+        self.rows = self.rows.remove_columns("later")
         self.columns = {name: self.rows[name] for name in self.rows.column_names if name != "prompt"}
         self.graders = load_graders(where, sample_args, self.rows)
         self.functions = [self.score] if self.score else []
@@ -95,32 +102,47 @@ class Measurement:
         """
         cache.parent.mkdir(exist_ok=True)
         found: dict[Path, Answered] = {}
-        for line in cache.read_text(encoding="utf-8").splitlines() if cache.is_file() else []:
-            if record := _parse(line):
-                answers = [Answer(**answer) for answer in record["answers"]]
-                found[Path(record["model"])] = Answered(answers, record["kl"])
+        for record in contract.read_lines(cache):
+            answers = [Answer(**answer) for answer in record["answers"]]
+            found[Path(record["model"])] = Answered(record["prompts"], answers, record["kl"])
         missing = [path for path in models if path not in found]
-        start = self._load(Path(self.start)) if missing else None
+        start = load(Path(self.start), self.accelerator.device) if missing else None
         for path in tqdm(missing, desc="answers", unit="model"):
-            model = self._load(path)
-            answers = sample_answers(
-                model,
-                self.tokenizer,
-                list(self.rows["prompt"]),
-                self.args.max_completion_length,
-                batch_size=self.args.batch_size,
-                seed=self.args.seed,
-            )
+            model = load(path, self.accelerator.device)
+            prompts, answers = self._converse(model)
             found_here = measure_divergence(self.accelerator, model, start, answers, self.args.batch_size)
-            found[path] = Answered(answers, [each.forward for each in found_here])
+            found[path] = Answered(prompts, answers, [each.forward for each in found_here])
             record = {
                 "model": str(path),
+                "prompts": prompts,
                 "answers": [vars(answer) for answer in answers],
                 "kl": found[path].kl,
             }
             with open(cache, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         return found
+
+    def _converse(self, model: PreTrainedModel) -> tuple[list[list[Message]], list[Answer]]:
+        """The prompts and the answers to their last turns, turn by turn."""
+        prompts = [list(prompt) for prompt in self.rows["prompt"]]
+        answers: dict[int, Answer] = {}
+        for turn in range(1 + max(map(len, self.later))):
+            rows = [i for i, later in enumerate(self.later) if len(later) >= turn]
+            for i in rows if turn else []:
+                prompts[i] += [
+                    {"role": "assistant", "content": answers[i].text},
+                    {"role": "user", "content": self.later[i][turn - 1]},
+                ]
+            sampled = sample_answers(
+                model,
+                self.tokenizer,
+                [prompts[i] for i in rows],
+                self.args.max_completion_length,
+                batch_size=self.args.batch_size,
+                seed=self.args.seed,
+            )
+            answers |= dict(zip(rows, sampled, strict=True))
+        return prompts, [answers[i] for i in range(len(prompts))]
 
     def load_reward_model(self) -> None:
         """Once all models have answered."""
@@ -132,7 +154,7 @@ class Measurement:
         by_function = rewards.values_of(
             self.functions,
             self.tokenizer,
-            self.rows["prompt"],
+            answered.prompts,
             [answer.token_ids for answer in answered.answers],
             self.columns,
         )
@@ -145,17 +167,17 @@ class Measurement:
             "mean_tokens": [float(answer.num_tokens) for answer in answered.answers],
         }
 
-    def _load(self, path: Path) -> PreTrainedModel:
-        """In bf16, spread over all GPUs there are; in fp32 on a CPU."""
-        on_gpu = self.accelerator.device.type == "cuda"
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=torch.bfloat16 if on_gpu else torch.float32,
-            attn_implementation="eager",
-            device_map="balanced" if torch.cuda.device_count() > 1 else {"": self.accelerator.device},
-        )
-        model.generation_config = gemma.generation_config()
-        return model.eval()
+
+def load(path: Path, device: torch.device) -> PreTrainedModel:
+    """In bf16, spread over all GPUs there are; in fp32 on a CPU."""
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        attn_implementation="eager",
+        device_map="balanced" if torch.cuda.device_count() > 1 else {"": device},
+    )
+    model.generation_config = gemma.generation_config()
+    return model.eval()
 
 
 def summarize(values: dict[str, list[float]]) -> dict[str, float]:
@@ -165,11 +187,3 @@ def summarize(values: dict[str, list[float]]) -> dict[str, float]:
         found[name] = mean(each)
         found[f"{name}/standard_error"] = stdev(each) / sqrt(len(each))
     return found
-
-
-def _parse(line: str) -> dict[str, object] | None:
-    """A line of the cache; None for one that a kill has cut."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None

@@ -1,6 +1,6 @@
 """Answers sampled from a model, and what can be counted in them."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -145,6 +145,15 @@ def grade(
             groups[group].append(score)
         metrics |= {f"{name}/{group}": sum(values) / len(values) for group, values in sorted(groups.items())}
     return metrics
+
+
+def distinctness(answers: list[Answer]) -> dict[str, float]:
+    """Share of different answers, and of different pairs of neighbouring tokens among all such pairs."""
+    pairs = Counter(pair for answer in answers for pair in zip(answer.token_ids, answer.token_ids[1:], strict=False))
+    return {
+        "distinct_answers": len({answer.text for answer in answers}) / len(answers),
+        "distinct_bigrams": len(pairs) / max(1, pairs.total()),
+    }
 
 
 def share_of(num_rows: int, processes: Accelerator | PartialState) -> list[int]:

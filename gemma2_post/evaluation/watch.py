@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from gemma2_post.core.errors import OneProcessError, UserError
 from gemma2_post.core.rewards import values_of
 from gemma2_post.core.training import Metrics
 from gemma2_post.evaluation.divergence import measure_divergence
-from gemma2_post.evaluation.samples import Answer, Grader, gather_rows, grade, sample_held_out, share_of
+from gemma2_post.evaluation.samples import Answer, Grader, distinctness, gather_rows, grade, sample_held_out, share_of
 
 if TYPE_CHECKING:
     from trl import RLOOTrainer
@@ -233,12 +232,3 @@ def _are_finite(model: torch.nn.Module) -> bool:
     """Whether all trained weights are; of a sharded model, those of this process."""
     trained = [getattr(each, "ds_tensor", each).detach() for each in model.parameters() if each.requires_grad]
     return bool(torch.stack([each.sum(dtype=torch.float32) for each in trained]).isfinite().all())
-
-
-def distinctness(answers: list[Answer]) -> Metrics:
-    """Share of different answers, and of different pairs of neighbouring tokens among all such pairs."""
-    pairs = Counter(pair for answer in answers for pair in zip(answer.token_ids, answer.token_ids[1:], strict=False))
-    return {
-        "distinct_answers": len({answer.text for answer in answers}) / len(answers),
-        "distinct_bigrams": len(pairs) / max(1, pairs.total()),
-    }

@@ -121,7 +121,12 @@ def _config(where: str, key: str, name: str, made: dict[str, Gemma2Config | None
 
 
 def _check_data(where: str, stage: str, data_args: DataArguments) -> None:
-    formats = {"sft": data.FORMATS, "reward": preferences.FORMATS}.get(stage, data.PROMPT_FORMATS)
+    formats = {
+        "sft": data.FORMATS,
+        "reward": preferences.FORMATS,
+        "warp": data.QUESTION_FORMATS,
+        "evaluate": data.QUESTION_FORMATS,
+    }.get(stage, data.PROMPT_FORMATS)
     for sources in (data_args.datasets, data_args.held_out_datasets or []):
         data.check_sources(where, sources, data_args.columns or [], formats)
 

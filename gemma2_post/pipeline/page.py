@@ -163,26 +163,39 @@ def _columns(models: dict[str, dict[str, float]]) -> list[str]:
 
 
 def _measured(models: dict[str, dict[str, float]]) -> list[tuple[str, str, str]]:
-    """Title, key and format of what every model has."""
-    first = next(iter(models.values()), {})
-    win_rates = {key: (key.replace("_", " "), "{:.0%}") for key in first if key.startswith("win_rate_vs_")}
-    return [
-        (title, key, form)
-        for key, (title, form) in (_MEASURES | win_rates).items()
-        if all(key in each for each in models.values())
-    ]
+    """Title, key and format of what is measured of the models, or of most of them."""
+    found = [(title, key, form) for key, (title, form) in _MEASURES.items()]
+    keys = list(dict.fromkeys(key for model in models.values() for key in model))
+    for key in keys:
+        if "win_rate_vs_" in key and "/" not in key:
+            name = key.replace("_", " ")
+            found += [(name, key, "{:.0%}"), (f"{name}, at equal lengths", f"{key}/length_controlled", "{:.0%}")]
+        if key in ("violations", "memorised_exact", "memorised_approximate"):
+            found.append((key.replace("_", " "), key, "{:.1%}"))
+        if key.startswith("benchmarks/") and key.count("/") == 1:
+            found.append((key.removeprefix("benchmarks/"), key, "{:.1%}"))
+    return [each for each in found if each[1] in keys]
 
 
 def _cells(model: dict[str, float], models: dict[str, dict[str, float]]) -> list[tuple[str, str, float]]:
     """Of each measure: the value, its 95 % interval, and its place between the lowest and the highest model."""
     cells = []
     for _, key, form in _measured(models):
-        values = [each[key] for each in models.values()]
-        error = model.get(f"{key}/standard_error")
-        interval = f"± {form.format(1.96 * error)}" if error else ""
+        if key not in model:  # a baseline is not held against itself by a judge
+            cells.append(("", "", 0.0))
+            continue
+        values = [each[key] for each in models.values() if key in each]
         place = (model[key] - min(values)) / (max(values) - min(values) or 1)
-        cells.append((form.format(model[key]), interval, place))
+        cells.append((form.format(model[key]), _interval(model, key, form), place))
     return cells
+
+
+def _interval(model: dict[str, float], key: str, form: str) -> str:
+    if error := model.get(f"{key}/standard_error"):
+        return f"± {form.format(1.96 * error)}"
+    if f"{key}/low" in model and model[f"{key}/low"] < model[f"{key}/high"]:
+        return f"{form.format(model[f'{key}/low'])} to {form.format(model[f'{key}/high'])}"
+    return ""
 
 
 def _facts(summary: dict) -> list[tuple[str, str]]:
@@ -193,7 +206,7 @@ def _facts(summary: dict) -> list[tuple[str, str]]:
         return []
     last, facts = summary["models"][released], []
     for key in last:
-        if key.startswith("win_rate_vs_"):
+        if key.startswith("win_rate_vs_") and "/" not in key:
             other = key.removeprefix("win_rate_vs_")
             facts.append(
                 (f"{last[key]:.0%}", f"of the answers of {released} beat those of {other}, says the reward model")

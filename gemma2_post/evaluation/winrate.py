@@ -1,0 +1,62 @@
+"""How often one model's answers win over another's, and how sure that is."""
+
+from dataclasses import dataclass
+
+import numpy
+from scipy.optimize import minimize
+
+NUM_RESAMPLES = 2000
+
+
+@dataclass
+class WinRate:
+    """Of answers to the same prompts; a tie is half a win."""
+
+    rate: float
+    low: float
+    high: float
+    """Of the 95 % interval, by bootstrap over the prompts."""
+    length_controlled: float
+    """What the rate would be if both answers were of the same length."""
+
+
+def win_rate(wins: list[float], lengths: list[int], other_lengths: list[int], seed: int = 0) -> WinRate:
+    """
+    Args:
+        wins: for each prompt 1, 0, or what is between (a tie, or two orders that disagree).
+        lengths: of the answers, in tokens or letters; and of those that they are held against.
+    """
+    low, high = bootstrap_interval(wins, seed)
+    return WinRate(float(numpy.mean(wins)), low, high, length_controlled(wins, lengths, other_lengths))
+
+
+def wins_by_reward(rewards: list[float], other_rewards: list[float]) -> list[float]:
+    pairs = zip(rewards, other_rewards, strict=True)
+    return [0.5 if reward == other else float(reward > other) for reward, other in pairs]
+
+
+def bootstrap_interval(values: list[float], seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of a mean: percentiles of the means of resampled values (Efron 1979)."""
+    array = numpy.asarray(values, dtype=float)
+    rows = numpy.random.default_rng(seed).integers(len(array), size=(NUM_RESAMPLES, len(array)))
+    low, high = numpy.percentile(array[rows].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def length_controlled(wins: list[float], lengths: list[int], other_lengths: list[int]) -> float:
+    """The win rate at equal lengths, by logistic regression on the difference of lengths.
+
+    As in AlpacaEval (arXiv 2404.04475, equation 3), without its term for the difficulty of a prompt: the length enters
+    as the tanh of the difference in units of its standard deviation. A small ridge keeps it finite where all are wins.
+    """
+    difference = numpy.subtract(lengths, other_lengths).astype(float)
+    spread = difference.std()
+    x = numpy.tanh(difference / spread) if spread else numpy.zeros_like(difference)
+    y = numpy.asarray(wins, dtype=float)
+
+    def loss(weights: numpy.ndarray) -> float:
+        logits = weights[0] + weights[1] * x
+        return float(numpy.mean(numpy.logaddexp(0, logits) - y * logits) + 1e-4 * weights @ weights)
+
+    intercept, _ = minimize(loss, numpy.zeros(2)).x
+    return float(1 / (1 + numpy.exp(-intercept)))

@@ -1,0 +1,146 @@
+"""Win rates: what is exact, and that intervals are as wide as they say."""
+
+import json
+from pathlib import Path
+
+import numpy
+import pytest
+
+from gemma2_post.core.errors import UserError
+from gemma2_post.evaluation import judge as judging
+from gemma2_post.evaluation.judge import judge, question, summarize, verdict
+from gemma2_post.evaluation.winrate import bootstrap_interval, length_controlled, win_rate, wins_by_reward
+
+
+def test_a_tie_is_half_a_win() -> None:
+    assert wins_by_reward([1.0, 2.0, 3.0, 0.0], [1.0, 1.0, 4.0, 0.0]) == [0.5, 1.0, 0.0, 0.5]
+    assert win_rate([1.0, 0.5, 0.0, 1.0], [1] * 4, [1] * 4).rate == 0.625
+
+
+def test_95_percent_intervals_cover_the_truth_in_95_percent_of_repeats() -> None:
+    """Of wins that are 1, 0 or 1/2; 400 experiments, whose share has a standard error of 1.1 %."""
+    randomness = numpy.random.default_rng(0)
+    truth, covered = 0.6 + 0.5 * 0.2, 0
+    for repeat in range(400):
+        wins = randomness.choice([1.0, 0.5, 0.0], p=[0.6, 0.2, 0.2], size=120)
+        low, high = bootstrap_interval(wins.tolist(), seed=repeat)
+        covered += low <= truth <= high
+    assert 0.92 <= covered / 400 <= 0.98
+
+
+def test_length_control_takes_out_what_length_alone_wins() -> None:
+    """The longer answer wins nine times of ten, whoever gave it; one model's are longer nine times of ten."""
+    randomness = numpy.random.default_rng(1)
+    lengths = randomness.integers(50, 150, size=4000)
+    longer = randomness.random(4000) < 0.9
+    others = numpy.where(longer, lengths - 40, lengths + 40)
+    wins = (randomness.random(4000) < numpy.where(longer, 0.9, 0.1)).astype(float).tolist()
+    raw = win_rate(wins, lengths.tolist(), others.tolist())
+    assert raw.rate == pytest.approx(0.82, abs=0.02) and raw.length_controlled == pytest.approx(0.5, abs=0.05)
+
+
+def test_length_control_changes_nothing_where_length_plays_no_part() -> None:
+    randomness = numpy.random.default_rng(2)
+    lengths, others = randomness.integers(50, 150, size=(2, 4000))
+    wins = (randomness.random(4000) < 0.7).astype(float).tolist()
+    found = win_rate(wins, lengths.tolist(), others.tolist())
+    assert found.length_controlled == pytest.approx(found.rate, abs=0.02)
+    assert length_controlled([1.0] * 5, [3] * 5, [3] * 5) > 0.9  # finite, without a difference to explain
+
+
+# --- judges ---
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("A is right. [[A]]", 1.0),
+        ("[[b]]", 0.0),
+        ("Both say so. [[tie]] [[TIE]]", 0.5),
+        ("[[A]] or [[B]]", None),
+        ("A", None),
+        ("[[C]]", None),
+        ("", None),
+    ],
+)
+def test_a_verdict_is_read_and_never_guessed(reply: str, expected: float | None) -> None:
+    assert verdict(reply) == expected
+
+
+def test_two_orders_make_one_win() -> None:
+    judged = summarize([(1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.5, 0.5), (1.0, 0.5), (None, 0.0), (None, None)])
+    assert judged.wins == [1.0, 0.0, 0.5, 0.5, 0.75, None, None]
+    assert judged.disagreement == 2 / 5 and (judged.num_missing, judged.num_asked) == (3, 14)
+
+
+PROMPTS = [[{"role": "user", "content": f"Say {i}."}] for i in range(6)]
+OURS, THEIRS = [f"{i}" for i in range(6)], [f"no {i}" for i in range(5)] + ["5"]
+
+
+class Judge:
+    """Answers from a function of the question; counts what it is asked."""
+
+    def __init__(self, reply):
+        self.reply, self.asked = reply, []
+
+    def __call__(self, questions, attempt, write) -> None:
+        for text in questions:
+            self.asked.append((text, attempt))
+            write(text, self.reply(text, attempt))
+
+
+def prefers_ours(text: str, _: int) -> str:
+    return "[[B]]" if "answer A\nno" in text else "[[A]]"
+
+
+def test_a_judge_is_asked_in_both_orders_and_only_once(tmp_path: Path) -> None:
+    """Equal answers are a tie; what was judged before, also by a run that was killed, is not asked again."""
+    cache = tmp_path / "judgments.jsonl"
+    asked = Judge(prefers_ours)
+    judged = judge(asked, "j", PROMPTS, OURS, THEIRS, cache)
+    assert judged.wins == [1.0] * 5 + [0.5] and (judged.disagreement, judged.num_missing, judged.num_asked) == (
+        0.0,
+        0,
+        10,
+    )
+    assert sorted(text for text, _ in asked.asked) == sorted(
+        question(PROMPTS[i], *pair) for i in range(5) for pair in ((OURS[i], THEIRS[i]), (THEIRS[i], OURS[i]))
+    )
+    lines = cache.read_text().splitlines()
+    cache.write_text("\n".join(lines[:7]) + "\n" + lines[7][:20])
+    again = Judge(prefers_ours)
+    assert judge(again, "j", PROMPTS, OURS, THEIRS, cache) == judged and len(again.asked) == 3
+    assert judge(Judge(pytest.fail), "j", PROMPTS, OURS, THEIRS, cache) == judged
+    other = Judge(prefers_ours)
+    assert judge(other, "another judge", PROMPTS, OURS, THEIRS, cache) == judged and len(other.asked) == 10
+
+
+def test_a_judge_that_always_prefers_the_first_answer_decides_nothing(tmp_path: Path) -> None:
+    judged = judge(Judge(lambda *_: "[[A]]"), "j", PROMPTS[:5], OURS[:5], THEIRS[:5], tmp_path / "j.jsonl")
+    assert judged.wins == [0.5] * 5 and judged.disagreement == 1.0
+
+
+def test_nonsense_is_asked_again_then_counted_apart(tmp_path: Path) -> None:
+    def reply(text: str, attempt: int) -> str:
+        if "Say 0." in text:
+            return "I cannot say."
+        return "[[A]]" if "Say 1." not in text or attempt == 2 else "Hm."
+
+    asked = Judge(reply)
+    judged = judge(asked, "j", PROMPTS[:3], OURS[:3], THEIRS[:3], tmp_path / "j.jsonl")
+    assert judged.wins == [None, 0.5, 0.5] and judged.num_missing == 2
+    assert len(asked.asked) == 2 * (judging.ATTEMPTS + 3 + 1)
+    nothing = judge(Judge(lambda *_: "?"), "j", PROMPTS[4:], OURS[4:], THEIRS[4:], tmp_path / "k.jsonl")
+    with pytest.raises(UserError, match="here: the judge gave no verdict on any pair"):
+        judging.check_any("here", nothing)
+
+
+def test_replies_are_written_as_they_come(tmp_path: Path) -> None:
+    def breaks_down(questions, attempt, write) -> None:
+        write(questions[0], "[[A]]")
+        raise UserError("the endpoint is down")
+
+    with pytest.raises(UserError, match="down"):
+        judge(breaks_down, "j", PROMPTS, OURS, THEIRS, tmp_path / "j.jsonl")
+    (line,) = (tmp_path / "j.jsonl").read_text().splitlines()
+    assert json.loads(line)["reply"] == "[[A]]"
