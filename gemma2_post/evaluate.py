@@ -79,17 +79,18 @@ def main(
     reward_args: RewardFunctionArguments,
 ) -> None:
     for path in args.models:
-        if not (Path(path) / "config.json").is_file():
+        is_folder = Path(path).exists() or path.count("/") != 1
+        if is_folder and not (Path(path) / "config.json").is_file():
             raise UserError(f"{stage.where}: models names {path}, which holds no model; run the stage that makes it")
+        gemma.load_config(stage.where, path)
     measurement = Measurement(stage.where, args.init, answer_args, data_args, sample_args, reward_args)
     unsafe = load_safety_prompts(stage.where, args, measurement.tokenizer, answer_args)
     corpus = load_corpus(stage.where, args, measurement.tokenizer, answer_args.seed)
     names, baseline = names_of(args), names_of(args)[Path(args.baseline)]
     contract.begin_afresh(stage.output_dir, stage.fingerprint)
     progress = stage.output_dir / contract.PROGRESS
-    answered = {
-        names[path]: each for path, each in measurement.answer(list(names), progress / "answers.jsonl").items()
-    }
+    by_path = measurement.answer(list(names), progress / "answers.jsonl")
+    answered = {name: by_path[path] for path, name in names.items()}
     academic = {name: measure_benchmarks(stage.where, args, measurement, path, name) for path, name in names.items()}
     memory = {
         name: memorised(load(path, measurement.accelerator.device), corpus, answer_args.batch_size).metrics()
@@ -133,11 +134,13 @@ def main(
 
 
 def names_of(args: EvaluateArguments) -> dict[Path, str]:
-    """The models by their folders, named by what they do not have in common: `sft`, `rlhf/policy-0`."""
+    """The models by their folders, named by what these do not have in common: `sft`, `rlhf/policy-0`; those on the Hub
+    keep their names."""
     paths = [Path(path) for path in args.models]
-    common = os.path.commonpath([path.parent for path in paths])
+    folders = [path for path in paths if path.exists()]
+    common = os.path.commonpath([path.parent for path in folders]) if folders else "."
     names = {Path(args.base): "base"} if args.base else {}
-    return names | {path: os.path.relpath(path, common) for path in paths}
+    return names | {path: os.path.relpath(path, common) if path in folders else str(path) for path in paths}
 
 
 def said(answered: Answered, i: int, prompt: list[Message]) -> str:

@@ -1,6 +1,7 @@
 """`gemma2-post check`: what can be known to be wrong before anything starts is said in one sentence."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,21 +21,23 @@ PIPELINES = sorted(Path("recipes").glob("*/pipeline.yaml"))
 
 @pytest.mark.parametrize("path", PIPELINES, ids=str)
 def test_a_shipped_pipeline_can_start(path: Path) -> None:
-    """Without a GPU, and without the network."""
-    began = time.monotonic()
+    """Without a GPU, and without the network, in seconds (of this process: the machine may be busy)."""
+    began = time.process_time()
     checked = check(load_pipeline(path))
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 5
     assert report(checked).startswith("can start: sft, ")
     unknown = {key for each in checked for key, config in each.models.items() if config is None}
     assert unknown <= {"policies", "runs", "models"}
 
 
 def test_check_is_a_command_that_takes_several_pipelines() -> None:
-    began = time.monotonic()
+    began = os.times()
     finished = gemma2_post("check", *map(str, PIPELINES))
+    ended = os.times()
     assert finished.returncode == 0, finished.stderr
     assert [line.partition(":")[0] for line in finished.stdout.splitlines()] == [*map(str, PIPELINES)]
-    assert time.monotonic() - began < 40  # four at once on a busy machine
+    seconds = ended.children_user + ended.children_system - began.children_user - began.children_system
+    assert seconds < 20  # four of them, and what Python imports once
 
 
 @pytest.fixture

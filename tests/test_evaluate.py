@@ -197,3 +197,11 @@ def test_a_mistake_about_judges_and_corpora_is_said_first(
     with pytest.raises(UserError, match=message):
         run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, evaluate_recipe | change)
     assert not (tmp_path / "runs" / "evaluate").exists()
+
+
+def test_models_are_named_by_what_they_do_not_share(tmp_path: Path) -> None:
+    for name in ("sft", "rlhf/policy-0"):
+        (tmp_path / name).mkdir(parents=True)
+    folders = [str(tmp_path / "sft"), str(tmp_path / "rlhf" / "policy-0")]
+    args = evaluate.EvaluateArguments("out", "init", [*folders, "google/gemma-2-2b-it"], folders[0], base=BASE)
+    assert list(evaluate.names_of(args).values()) == ["base", "sft", "rlhf/policy-0", "google/gemma-2-2b-it"]
