@@ -132,7 +132,7 @@ def test_a_submitted_run_that_is_out_of_time_is_asked_to_end_and_queued_again_if
 ) -> None:
     end = "trap 'sleep 0.5; touch ended; exit 130' TERM"
     programs = {
-        ".venv/bin/gemma2-post": f'#!/bin/sh\n{end}\necho "$@" > arguments\nwhile sleep 0.1; do :; done\n',
+        ".venv/bin/gemma2-post": f'#!/bin/sh\n{end}\nsleep 1\necho "$@" > arguments\nwhile sleep 0.1; do :; done\n',
         "scontrol": '#!/bin/sh\necho "$@" > requeued\n',
     }
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
@@ -147,6 +147,9 @@ def test_a_submitted_run_that_is_out_of_time_is_asked_to_end_and_queued_again_if
             assert job.poll() is None
             time.sleep(0.05)
         job.send_signal(signal.SIGUSR1)
-        assert job.wait(timeout=20) == 130 and (tmp_path / "ended").is_file()
+        try:
+            assert job.wait(timeout=60) == 130 and (tmp_path / "ended").is_file()
+        finally:
+            job.kill()
     assert arguments.read_text() == "run pipeline.yaml --seed 3\n"
     assert ((tmp_path / "requeued").read_text() if requeued else "") == requeued
