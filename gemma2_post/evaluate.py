@@ -82,8 +82,8 @@ def main(
         is_folder = Path(path).exists() or path.count("/") != 1
         if is_folder and not (Path(path) / "config.json").is_file():
             raise UserError(f"{stage.where}: models names {path}, which holds no model; run the stage that makes it")
-        gemma.load_config(stage.where, path)
     measurement = Measurement(stage.where, args.init, answer_args, data_args, sample_args, reward_args)
+    check_tokenizers(stage.where, args, measurement.tokenizer)
     unsafe = load_safety_prompts(stage.where, args, measurement.tokenizer, answer_args)
     corpus = load_corpus(stage.where, args, measurement.tokenizer, answer_args.seed)
     names, baseline = names_of(args), names_of(args)[Path(args.baseline)]
@@ -131,6 +131,16 @@ def main(
     seconds = time.monotonic() - stage.began
     contract.finish(stage.output_dir, stage.name, stage.fingerprint, seconds, {}, metrics)
     print(f"{stage.output_dir}: done in {seconds:.0f} s")
+
+
+def check_tokenizers(where: str, args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses models that mean another token by an id than the one that KL is measured to."""
+    for path in [*args.models, *([args.base] if args.base else [])]:
+        other = gemma.load_tokenizer(where, path, gemma.load_config(where, path))
+        if gemma.tokenizer_digest(other) != gemma.tokenizer_digest(tokenizer):
+            raise UserError(
+                f"{where}: {path} has another tokenizer than init {args.init}; compare models that share one"
+            )
 
 
 def names_of(args: EvaluateArguments) -> dict[Path, str]:

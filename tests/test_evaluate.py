@@ -205,3 +205,15 @@ def test_models_are_named_by_what_they_do_not_share(tmp_path: Path) -> None:
     folders = [str(tmp_path / "sft"), str(tmp_path / "rlhf" / "policy-0")]
     args = evaluate.EvaluateArguments("out", "init", [*folders, "google/gemma-2-2b-it"], folders[0], base=BASE)
     assert list(evaluate.names_of(args).values()) == ["base", "sft", "rlhf/policy-0", "google/gemma-2-2b-it"]
+
+
+def test_a_model_with_another_tokenizer_is_refused(evaluate_recipe: Recipe, tmp_path: Path) -> None:
+    file = Path(evaluate_recipe["models"][1]) / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    one, other = [token for token in vocabulary if token.isalpha()][-2:]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="policy-0 has another tokenizer than init"):
+        run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, evaluate_recipe)
+    assert not (tmp_path / "runs" / "evaluate").exists()
