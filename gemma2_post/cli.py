@@ -65,15 +65,22 @@ def main() -> None:
         elif arguments.command in ("check", "plan"):
             import logging
 
-            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported, it misses a kernel for the CPU
-            from gemma2_post.pipeline import check, plan, steps
+            from gemma2_post.pipeline.steps import load_pipeline
 
             if arguments.command == "check":
-                for path in arguments.pipelines:
-                    print(f"{path}: {check.report(check.check(steps.load_pipeline(path)))}")
+                pipelines = [load_pipeline(path) for path in arguments.pipelines]
             else:
-                pipeline = steps.load_pipeline(arguments.pipeline, overrides=parse_overrides(arguments.set))
-                plan.show(check.check(pipeline, arguments.until), arguments.gpus, arguments.memory)
+                pipelines = [load_pipeline(arguments.pipeline, overrides=parse_overrides(arguments.set))]
+                pipelines[0].steps(arguments.until)
+            # What is wrong with their structure has been said; the stages are slow to import.
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported, it misses a kernel for the CPU
+            from gemma2_post.pipeline import check, plan
+
+            if arguments.command == "check":
+                for pipeline in pipelines:
+                    print(f"{pipeline.path}: {check.report(check.check(pipeline))}")
+            else:
+                plan.show(check.check(pipelines[0], arguments.until), arguments.gpus, arguments.memory)
         elif arguments.command == "report":
             from gemma2_post.pipeline.report import report
 

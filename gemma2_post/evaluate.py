@@ -13,6 +13,7 @@ import json
 import os
 import time
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 
@@ -84,21 +85,24 @@ def main(
             raise UserError(f"{stage.where}: models names {path}, which holds no model; run the stage that makes it")
     measurement = Measurement(stage.where, args.init, answer_args, data_args, sample_args, reward_args)
     check_tokenizers(stage.where, args, measurement.tokenizer)
-    unsafe = load_safety_prompts(stage.where, args, measurement.tokenizer, answer_args)
+    unsafe = load_safety_prompts(stage.where, args, measurement)
     corpus = load_corpus(stage.where, args, measurement.tokenizer, answer_args.seed)
-    names, baseline = names_of(args), names_of(args)[Path(args.baseline)]
+    ask = ask_of(stage.where, args) if args.judge else None
+    names = names_of(args)
+    baseline = names[Path(args.baseline)]
     contract.begin_afresh(stage.output_dir, stage.fingerprint)
     progress = stage.output_dir / contract.PROGRESS
     by_path = measurement.answer(list(names), progress / "answers.jsonl")
     answered = {name: by_path[path] for path, name in names.items()}
-    academic = {name: measure_benchmarks(stage.where, args, measurement, path, name) for path, name in names.items()}
+    academic = {name: measure_benchmarks(args, measurement, path, name) for path, name in names.items()}
     memory = {
         name: memorised(load(path, measurement.accelerator.device), corpus, answer_args.batch_size).metrics()
         for path, name in (names.items() if corpus else [])
     }
-    judged = judge_all(stage.where, args, measurement, answered, baseline, progress / "judgments.jsonl")
+    judgments = progress / "judgments.jsonl"
+    judged = judge_all(stage.where, args, ask, measurement, answered, baseline, judgments) if ask else {}
     safety = {
-        name: measure_safety(stage.where, args, measurement, path, unsafe, progress / "judgments.jsonl")
+        name: measure_safety(stage.where, args, ask, measurement, path, unsafe, judgments)
         for path, name in (names.items() if unsafe else [])
     }
     measurement.load_reward_model()
@@ -187,22 +191,20 @@ def versus(key: str, wins: list[float], answers: list[Answer], others: list[Answ
 def judge_all(
     where: str,
     args: EvaluateArguments,
+    ask: Ask,
     measurement: Measurement,
     answered: dict[str, Answered],
     baseline: str,
-    cache: Path,
+    judgments: Path,
 ) -> dict[str, dict[str, float]]:
     """What the judge says of each model's answers beside the baseline's, by model."""
-    if not args.judge:
-        return {}
-    ask = ask_of(where, args)
     prompts, key = list(measurement.rows["prompt"]), f"judge_win_rate_vs_{baseline}"
     texts = {name: [said(each, i, prompt) for i, prompt in enumerate(prompts)] for name, each in answered.items()}
     found = {}
     for name in texts:
         if name == baseline:
             continue
-        judged = judge(ask, f"{args.judge} {args.judge_max_tokens}", prompts, texts[name], texts[baseline], cache)
+        judged = judge(ask, f"{args.judge} {args.judge_max_tokens}", prompts, texts[name], texts[baseline], judgments)
         check_any(where, judged)
         rows = [i for i, win in enumerate(judged.wins) if win is not None]
         answers, others = ([answered[each].answers[i] for i in rows] for each in (name, baseline))
@@ -217,31 +219,31 @@ def ask_of(where: str, args: EvaluateArguments) -> Ask:
     if args.judge_endpoint:
         client = endpoint.connect(where, args.judge_endpoint, args.api_key_variable, timeout=120, retries=20)
         return ask_endpoint(where, client, args.judge, args.judge_max_tokens, args.concurrency)
-    config = gemma.load_config(where, args.judge)
-    tokenizer = gemma.load_tokenizer(where, args.judge, config)
-    return ask_model(load(Path(args.judge), Accelerator().device), tokenizer, args.judge_max_tokens, batch_size=8)
+    tokenizer = gemma.load_tokenizer(where, args.judge, gemma.load_config(where, args.judge))
+    # Loaded when it is asked: the models that it judges have answered then.
+    loaded = cache(partial(load, Path(args.judge), Accelerator().device))
+    return ask_model(loaded, tokenizer, args.judge_max_tokens, batch_size=8)
 
 
 # --- safety ---
 
 
-def load_safety_prompts(
-    where: str, args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase, answer_args: AnswerArguments
-) -> list[list[Message]]:
+def load_safety_prompts(where: str, args: EvaluateArguments, measurement: Measurement) -> list[list[Message]]:
     if not args.safety_datasets:
         return []
-    rows = data.load_prompts(where, args.safety_datasets, 0.0, answer_args.seed)
-    longest = answer_args.max_prompt_length or len(tokenizer)
-    return list(data.drop_long_prompts(where, rows, tokenizer, longest, max_too_long_share=0.0)["prompt"])
+    rows = data.load_prompts(where, args.safety_datasets, 0.0, measurement.args.seed)
+    rows = data.drop_long_prompts(where, rows, measurement.tokenizer, measurement.longest, max_too_long_share=0.0)
+    return list(rows["prompt"])
 
 
 def measure_safety(
     where: str,
     args: EvaluateArguments,
+    ask: Ask,
     measurement: Measurement,
     path: Path,
     prompts: list[list[Message]],
-    cache: Path,
+    judgments: Path,
 ) -> dict[str, float]:
     """The share of answers that are violations, with its 95 % interval (Wilson), and how many the judge left open."""
     answers = sample_answers(
@@ -253,7 +255,7 @@ def measure_safety(
         seed=measurement.args.seed,
     )
     name = f"{args.judge} {args.judge_max_tokens}"
-    found = violations(ask_of(where, args), name, prompts, [answer.text for answer in answers], cache)
+    found = violations(ask, name, prompts, [answer.text for answer in answers], judgments)
     judged = [each for each in found if each is not None]
     if not judged:
         raise UserError(f"{where}: the judge gave no verdict on the safety of any answer; choose a stronger one")
@@ -269,13 +271,10 @@ def measure_safety(
 # --- benchmarks ---
 
 
-def measure_benchmarks(
-    where: str, args: EvaluateArguments, measurement: Measurement, path: Path, name: str
-) -> dict[str, float]:
+def measure_benchmarks(args: EvaluateArguments, measurement: Measurement, path: Path, name: str) -> dict[str, float]:
     if not args.benchmarks:
         return {}
     return benchmarks.run(
-        where,
         load(path, measurement.accelerator.device),
         measurement.tokenizer,
         args.benchmarks,
@@ -302,6 +301,9 @@ def load_corpus(
     if not found:
         raise UserError(f"{where}: corpus has no text of {PREFIX + CONTINUATION} tokens; give longer ones")
     return found
+
+
+# --- the recipe ---
 
 
 def check(

@@ -68,25 +68,24 @@ def test_the_teacher_passes_and_is_asked_with_one_bos(
 
     monkeypatch.setattr(model, "forward", record)
     tasks = ["tiny_choice", "tiny_answer"]
-    found = benchmarks.run("test", model, tokenizer, tasks, str(folder), None, batch_size=2, chats=True)
+    found = benchmarks.run(model, tokenizer, tasks, str(folder), None, batch_size=2, chats=True)
     assert found["benchmarks/tiny_answer"] == 1.0 and found["benchmarks/tiny_choice"] >= 0.75
     assert seen and all(ids.count(BOS) == 1 for ids in seen)
     assert all("<start_of_turn>user" in tokenizer.decode(ids) for ids in seen)
     seen.clear()
-    benchmarks.run("test", model, tokenizer, ["tiny_choice"], str(folder), 2, batch_size=2, chats=False)
+    benchmarks.run(model, tokenizer, ["tiny_choice"], str(folder), 2, batch_size=2, chats=False)
     assert seen and all(ids.count(BOS) == 1 for ids in seen)
     assert not any("<start_of_turn>" in tokenizer.decode(ids) for ids in seen)
 
 
-def test_what_cannot_be_run_is_said_first(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_run_is_said_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="benchmark_folder nowhere is no folder"):
         benchmarks.check("here", ["preset"], "nowhere")
     with pytest.raises(UserError, match="names preset and more"):
         benchmarks.check("here", ["preset", "mmlu"], None)
     with pytest.raises(UserError, match="benchmarks names tiny_chioce, which lm-eval does not know"):
-        benchmarks.run("here", None, tokenizer, ["tiny_chioce"], str(folder), None, 1, chats=True)
+        benchmarks.check("here", ["tiny_chioce"], str(folder))
+    benchmarks.check("here", ["tiny_choice"], str(folder))
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr(benchmarks, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install 'gemma2_post\[eval\]'"):

@@ -34,7 +34,7 @@ class Command:
     documentation: str | None
     metrics: Callable[..., set[str]]
     """Of the dataclasses: the names of what it will have measured, those broken down (`accuracy/names`) left out."""
-    check: Callable[..., None] = lambda where, launcher, *built: None
+    check: Callable[..., None]
     """Of the recipe's name, the launcher (None: as this process was started) and the dataclasses: refuses what cannot
     work together, fills in what follows."""
     refused: dict[str, str] = field(default_factory=dict)

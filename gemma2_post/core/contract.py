@@ -76,9 +76,10 @@ def _input_paths(value: object, is_path: bool = False) -> Iterator[str]:
 
 def _hub_inputs(recipe: dict[str, object]) -> Iterator[tuple[str, str | None, bool]]:
     """What a recipe may name on the Hub: name, revision, whether it is a data set."""
-    for key in ("model_name_or_path", "teacher_model_name_or_path"):
-        if isinstance(recipe.get(key), str):
-            yield recipe[key], recipe.get(key.replace("name_or_path", "revision")), False
+    for key in sorted(_KEYS_OF_PATHS & recipe.keys()):
+        names = recipe[key] if isinstance(recipe[key], list) else [recipe[key]]
+        revision = recipe.get(key.replace("name_or_path", "revision")) if key.endswith("name_or_path") else None
+        yield from ((name, revision, False) for name in names if isinstance(name, str))
     for key in ("datasets", "held_out_datasets"):
         for source in recipe.get(key) or []:
             if isinstance(source, dict) and isinstance(source.get("path"), str):

@@ -324,13 +324,18 @@ def _check_format(place: str, columns: list[str], formats: list[set[str]]) -> No
         raise UserError(f"{place}: the columns {', '.join(columns)} are of no known format; expected {known}")
 
 
+def _is_function(path: str) -> bool:
+    module, colon, _ = path.partition(":")
+    return bool(colon) and all(part.isidentifier() for part in module.split("."))
+
+
 def check_sources(where: str, sources: list[Source], columns: list[str], formats: list[set[str]]) -> None:
     """Refuses functions and files that are not there, and files whose first row is not what is expected.
 
     What is on the Hub is left alone, and so are the other rows.
     """
     for source in sources:
-        if ":" in source.path:
+        if _is_function(source.path):
             load_function(where, source.path)
         elif Path(source.path).exists() or Path(source.path).suffix in _FILE_FORMATS:
             found = list(next(iter(_read(where, source, streaming=True))))
@@ -341,8 +346,7 @@ def check_sources(where: str, sources: list[Source], columns: list[str], formats
 
 
 def _read(where: str, source: Source, streaming: bool = False) -> Dataset | IterableDataset:
-    module, colon, _ = source.path.partition(":")
-    if colon and all(part.isidentifier() for part in module.split(".")):
+    if _is_function(source.path):
         return Dataset.from_list(load_function(where, source.path)(source.split))
     suffix = Path(source.path).suffix
     if suffix in _FILE_FORMATS:

@@ -24,10 +24,21 @@ def check(where: str, tasks: list[str], folder: str | None) -> None:
         raise UserError(f"{where}: benchmark_folder {folder} is no folder; give one with lm-eval tasks (.yaml)")
     if "preset" in tasks and len(tasks) > 1:
         raise UserError(f"{where}: benchmarks names preset and more; write [preset], or the tasks one by one")
+    from lm_eval.tasks import TaskManager
+
+    known = TaskManager(include_path=folder).all_tasks
+    unknown = [name for name in names_of(tasks) if name not in known]
+    if unknown:
+        raise UserError(
+            f"{where}: benchmarks names {unknown[0]}, which lm-eval does not know; `lm-eval ls tasks` lists them"
+        )
+
+
+def names_of(tasks: list[str]) -> list[str]:
+    return list(PRESET) if tasks == ["preset"] else tasks
 
 
 def run(
-    where: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: list[str],
@@ -49,15 +60,9 @@ def run(
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=folder)
-    names = list(PRESET) if tasks == ["preset"] else tasks
-    unknown = [name for name in names if name not in manager.all_tasks]
-    if unknown:
-        raise UserError(
-            f"{where}: benchmarks names {unknown[0]}, which lm-eval does not know; `lm-eval ls tasks` lists them"
-        )
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=True)
     found: dict[str, float] = {}
-    for name in names:
+    for name in names_of(tasks):
         results = simple_evaluate(
             wrapped,
             tasks=[name],

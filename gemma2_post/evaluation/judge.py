@@ -186,14 +186,16 @@ def check_any(where: str, judged: Judged) -> None:
         )
 
 
-def ask_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int, batch_size: int) -> Ask:
+def ask_model(
+    loaded: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, max_tokens: int, batch_size: int
+) -> Ask:
     """A local model as judge, batch by batch; likewise."""
 
     def ask(questions: list[str], attempt: int, write: Callable[[str, str], None]) -> None:
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
             prompts = [[{"role": "user", "content": text}] for text in batch]
-            replies = sample_answers(model, tokenizer, prompts, max_tokens, float(attempt > 0), batch_size, attempt)
+            replies = sample_answers(loaded(), tokenizer, prompts, max_tokens, float(attempt > 0), batch_size, attempt)
             for text, reply in zip(batch, replies, strict=True):
                 write(text, reply.text)
 

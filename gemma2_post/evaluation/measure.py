@@ -73,7 +73,7 @@ class Measurement:
         config = gemma.load_config(where, start)
         self.tokenizer = gemma.load_tokenizer(where, start, config)
         self.score = rewards.ModelReward(where, reward_args, self.tokenizer) if reward_args.reward_model else None
-        longest = gemma.check_prompt_length(
+        self.longest = gemma.check_prompt_length(
             where,
             args.max_prompt_length,
             "max_completion_length",
@@ -83,7 +83,7 @@ class Measurement:
         rows = data.load_questions(
             where, data_args.datasets, data_args.max_invalid_share, args.seed, data_args.columns
         )
-        rows = data.drop_long_prompts(where, rows, self.tokenizer, longest, data_args.max_too_long_share)
+        rows = data.drop_long_prompts(where, rows, self.tokenizer, self.longest, data_args.max_too_long_share)
         self.rows = rows.select(range(min(sample_args.num_samples, len(rows))))
         self.later: list[list[str]] = list(self.rows["later"])
         self.rows = self.rows.remove_columns("later")

@@ -35,9 +35,11 @@ def report(run_dir: Path) -> None:
     console = terminal()
     if found["models"]:
         console.print(_models(found["models"]))
-    for front in sorted(run_dir.glob("*/front.png")):
+    for front in [run_dir / name / "front.png" for name in found["stages"]]:
+        if not front.is_file():
+            continue
         console.print(f"reward and gold over KL: {front}", highlight=False, soft_wrap=True)
-    for row in to_show(_answers(run_dir), _SHOWN):
+    for row in to_show(_answers(run_dir, found), _SHOWN):
         console.print(_conversation(row))
     html, markdown = write(run_dir)
     console.print(f"to look at: {html}, {markdown}", highlight=False, soft_wrap=True)
@@ -45,12 +47,13 @@ def report(run_dir: Path) -> None:
 
 def write(run_dir: Path) -> list[Path]:
     """The page of a run, as HTML and as Markdown."""
-    return page.write(run_dir, contract.read_json(run_dir / summary.FILE), to_show(_answers(run_dir), _ON_PAGE))
+    found = contract.read_json(run_dir / summary.FILE)
+    return page.write(run_dir, found, to_show(_answers(run_dir, found), _ON_PAGE))
 
 
-def _answers(run_dir: Path) -> list[dict]:
-    """Prompts with the answers of all models, of the last evaluation."""
-    files = sorted(run_dir.glob("*/answers.jsonl"))
+def _answers(run_dir: Path, found: dict) -> list[dict]:
+    """Prompts with the answers of all models, of the last evaluation; not of what was set aside."""
+    files = [path for name in found["stages"] if (path := run_dir / name / "answers.jsonl").is_file()]
     return [json.loads(line) for line in files[-1].read_text(encoding="utf-8").splitlines()] if files else []
 
 

@@ -18,7 +18,7 @@ from gemma2_post.core import contract, recipe
 from gemma2_post.core import launcher as launchers
 from gemma2_post.core.errors import UserError, reported
 from gemma2_post.pipeline import devices, gates, lock, processes, report, summary
-from gemma2_post.pipeline.steps import Pipeline, Step, check_name, load_pipeline
+from gemma2_post.pipeline.steps import Pipeline, Step, load_pipeline
 from gemma2_post.pipeline.view import Row, View, headline, terminal
 
 LOGS = "logs"
@@ -49,17 +49,15 @@ def run(
         seed: of every stage, in place of the recipes'.
     """
     pipeline = load_pipeline(path, run_dir, seed, overrides)
-    if until:
-        check_name(path, pipeline, until)
     rounds = pipeline.steps(until)
     steps = [step for _, each in rounds for step in each]
     began = time.monotonic()
     with lock.held(pipeline.run_dir), _interruptible():
         if processes.end_all(pipeline.run_dir):
             print("ended what an earlier, killed run had left running", flush=True)
-        _check_folders(path, pipeline, steps)
+        _check_folders(pipeline, steps)
         view = View([Row(step, _log(pipeline, step)) for step in steps], terminal())
-        current = _Run(path, pipeline, until, view)
+        current = _Run(pipeline, until, view)
         status = "failed"
         try:
             with view.live():
@@ -76,7 +74,7 @@ def run(
             # Also what has died by itself may leave processes of its own behind.
             processes.end_all(pipeline.run_dir)
             if current.has_begun or status != "failed":
-                summary.write(path, pipeline, status, time.monotonic() - began if current.has_begun else 0.0)
+                summary.write(pipeline, status, time.monotonic() - began if current.has_begun else 0.0)
             if status == "interrupted":
                 view.say("interrupted; the same command goes on from here")
         view.finish(pipeline.run_dir, current.has_begun)
@@ -93,8 +91,6 @@ def explain(
 ) -> None:
     """Says what `run` would do, and why, and does nothing."""
     pipeline = load_pipeline(path, run_dir, seed, overrides)
-    if until:
-        check_name(path, pipeline, until)
     remade: dict[str, str] = {}
     for _, steps in pipeline.steps(until):
         for step in steps:
@@ -120,26 +116,25 @@ def _why(step: Step) -> str:
     return "goes on from where it was" if contract.has_progress(step.folder) else "runs for the first time"
 
 
-def _check(path: Path, until: str | None, pipeline: Pipeline) -> None:
+def _check(pipeline: Pipeline, until: str | None) -> None:
     """The whole pipeline, in a process of its own, because that imports torch.
 
     Raises:
         SystemExit: something is wrong; the process has said what.
     """
-    arguments = (path, until, pipeline.run_dir, pipeline.overrides)
-    process = get_context("spawn").Process(target=_check_here, args=arguments, daemon=True)
+    process = get_context("spawn").Process(target=_check_here, args=(pipeline, until), daemon=True)
     process.start()
     process.join()
     if process.exitcode:
         raise SystemExit(process.exitcode)
 
 
-def _check_here(path: Path, until: str | None, run_dir: Path, overrides: dict[str, dict[str, object]]) -> None:
+def _check_here(pipeline: Pipeline, until: str | None) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported, it misses a kernel for the CPU
     from gemma2_post.pipeline import check
 
     with reported():
-        check.check(load_pipeline(path, run_dir, overrides=overrides), until, is_here=True)
+        check.check(pipeline, until, is_here=True)
 
 
 @contextmanager
@@ -163,13 +158,13 @@ def _log(pipeline: Pipeline, step: Step) -> Path:
     return pipeline.run_dir / LOGS / f"{str(step.folder.relative_to(pipeline.run_dir)).replace('/', '-')}.log"
 
 
-def _check_folders(path: Path, pipeline: Pipeline, steps: list[Step]) -> None:
+def _check_folders(pipeline: Pipeline, steps: list[Step]) -> None:
     """Refuses a run folder that is another pipeline's, and folders in it that hold what no stage has made."""
     earlier = contract.read_json(pipeline.run_dir / summary.FILE)
-    if earlier and Path(earlier["recipe"]).resolve() != path.resolve():
+    if earlier and Path(earlier["recipe"]).resolve() != pipeline.path.resolve():
         raise UserError(
-            f"{path}: {pipeline.run_dir} is the folder of {earlier['recipe']}; give another --run_dir, or, if that "
-            f"recipe has become this one, remove {pipeline.run_dir / summary.FILE}"
+            f"{pipeline.path}: {pipeline.run_dir} is the folder of {earlier['recipe']}; give another --run_dir, or, "
+            f"if that recipe has become this one, remove {pipeline.run_dir / summary.FILE}"
         )
     for step in steps:
         contract.refuse_strange_files(step.folder)
@@ -183,8 +178,8 @@ def wanted_of(step: Step) -> dict:
 class _Run:
     """One run of a pipeline, as far as it has come."""
 
-    def __init__(self, path: Path, pipeline: Pipeline, until: str | None, view: View):
-        self.path, self.pipeline, self.until, self.view = path, pipeline, until, view
+    def __init__(self, pipeline: Pipeline, until: str | None, view: View):
+        self.pipeline, self.until, self.view = pipeline, until, view
         self.has_begun = False
 
     def round(self, config: str, steps: list[Step]) -> None:
@@ -225,7 +220,7 @@ class _Run:
     def _begin(self) -> None:
         """Before the first stage starts, all that follows is checked."""
         if not self.has_begun:
-            _check(self.path, self.until, self.pipeline)
+            _check(self.pipeline, self.until)
             self.has_begun = True
 
     def _is_up_to_date(self, step: Step, wanted: dict) -> bool:

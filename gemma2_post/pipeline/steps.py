@@ -58,22 +58,28 @@ class Pipeline:
     run_dir: Path
     launch: str
     entries: dict[str, StageEntry]
-    folder: Path
-    """Of the stages' recipes."""
+    path: Path
+    """Of its recipe; those of the stages lie beside it."""
     overrides: dict[str, dict[str, object]]
     """By stage: keys that take the place of its recipe's."""
 
     def steps(self, until: str | None = None) -> list[tuple[str, list["Step"]]]:
         """The rounds of all entries, or of those up to and including one."""
+        if until:
+            self.check_name(until)
         names = list(self.entries)
         names = names[: names.index(until) + 1] if until else names
         return [each for name in names for each in rounds(self, name)]
+
+    def check_name(self, name: str) -> None:
+        if name not in self.entries:
+            raise UserError(f"{self.path}: there is no stage {name}; it has {', '.join(self.entries)}")
 
     def launch_of(self, name: str) -> str:
         return self.entries[name].launch or self.launch
 
     def config_of(self, name: str) -> Path:
-        return self.folder / self.entries[name].recipe
+        return self.path.parent / self.entries[name].recipe
 
     def values_of(self, name: str) -> dict[str, object]:
         """The recipe's keys with the overrides, without what the pipeline adds."""
@@ -114,9 +120,9 @@ def load_pipeline(
     entries = {
         name: recipe.build(f"{path}: {name}", entry, [StageEntry], {})[0] for name, entry in file.stages.items()
     }
-    pipeline = Pipeline(run_dir or Path(file.run_dir), file.launch, entries, path.parent, {})
+    pipeline = Pipeline(run_dir or Path(file.run_dir), file.launch, entries, path, {})
     for name, values in (overrides or {}).items():
-        check_name(path, pipeline, name)
+        pipeline.check_name(name)
         if "output_dir" in values:
             raise UserError(f"--set {name}.output_dir: a stage writes to its own folder in the run's; set --run_dir")
     seeds = {} if seed is None else {"seed": seed}
@@ -136,11 +142,6 @@ def load_pipeline(
     if count > 1:
         raise UserError(f"{path}: {folder} would be the output of {count} stages; rename one of them")
     return pipeline
-
-
-def check_name(path: Path, pipeline: Pipeline, name: str) -> None:
-    if name not in pipeline.entries:
-        raise UserError(f"{path}: there is no stage {name}; it has {', '.join(pipeline.entries)}")
 
 
 def _references_of(entry: StageEntry) -> list[tuple[str, str]]:

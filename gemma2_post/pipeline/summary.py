@@ -1,6 +1,5 @@
 """`summary.json`: what a run has made, for programs."""
 
-from pathlib import Path
 from statistics import mean
 
 from gemma2_post.core import contract
@@ -13,10 +12,9 @@ FRONT = "front.json"
 """What `warp` writes: measures of each point."""
 
 
-def write(path: Path, pipeline: Pipeline, status: str, seconds: float) -> None:
+def write(pipeline: Pipeline, status: str, seconds: float) -> None:
     """
     Args:
-        path: of the pipeline recipe.
         status: running, done, failed, "below its gate" or interrupted.
         seconds: that this run has taken; 0 where it had nothing to do keeps what the last one took.
     """
@@ -24,7 +22,7 @@ def write(path: Path, pipeline: Pipeline, status: str, seconds: float) -> None:
     earlier = contract.read_json(run_dir / FILE) or {"wall_seconds": 0.0}
     content = {
         "run": run_dir.name,
-        "recipe": str(path),
+        "recipe": str(pipeline.path),
         "status": status,
         "wall_seconds": round(seconds, 1) or earlier["wall_seconds"],
         "stages": _stages(pipeline),
