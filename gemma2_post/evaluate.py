@@ -27,12 +27,12 @@ from gemma2_post.core.errors import UserError
 from gemma2_post.core.launcher import Launcher
 from gemma2_post.core.rewards import RewardFunctionArguments
 from gemma2_post.evaluation import benchmarks, measure
-from gemma2_post.evaluation.judge import Ask, ask_endpoint, ask_model, check_any, judge, violations
+from gemma2_post.evaluation.judge import Judge, ask_endpoint, ask_model, check_any
 from gemma2_post.evaluation.measure import AnswerArguments, Answered, Measurement, load, summarize
 from gemma2_post.evaluation.memorisation import CONTINUATION, PREFIX, memorised, windows
 from gemma2_post.evaluation.pairs import wilson_interval
 from gemma2_post.evaluation.samples import Answer, SampleArguments, distinctness, sample_answers
-from gemma2_post.evaluation.winrate import win_rate, wins_by_reward
+from gemma2_post.evaluation.winrate import win_rate, wins_by
 
 
 @dataclass
@@ -69,6 +69,13 @@ class EvaluateArguments:
     )
     benchmark_folder: str | None = field(default=None, metadata={"help": "With further tasks as lm-eval's YAML."})
     benchmark_limit: int | None = field(default=None, metadata={"help": "Examples of each task; None for all."})
+    benchmark_batch_size: int = field(
+        default=4, metadata={"help": "Questions at once; each has its examples before it, and logits of all tokens."}
+    )
+
+
+Measures = dict[str, dict[str, float]]
+"""By model: what is measured of it."""
 
 
 def main(
@@ -87,49 +94,23 @@ def main(
     check_tokenizers(stage.where, args, measurement.tokenizer)
     unsafe = load_safety_prompts(stage.where, args, measurement)
     corpus = load_corpus(stage.where, args, measurement.tokenizer, answer_args.seed)
-    ask = ask_of(stage.where, args) if args.judge else None
+    judge = load_judge(stage, args) if args.judge else None
     names = names_of(args)
     baseline = names[Path(args.baseline)]
     contract.begin_afresh(stage.output_dir, stage.fingerprint)
-    progress = stage.output_dir / contract.PROGRESS
-    by_path = measurement.answer(list(names), progress / "answers.jsonl")
+    by_path = measurement.answer(list(names), stage.output_dir / contract.PROGRESS / "answers.jsonl")
     answered = {name: by_path[path] for path, name in names.items()}
-    academic = {name: measure_benchmarks(args, measurement, path, name) for path, name in names.items()}
-    memory = {
-        name: memorised(load(path, measurement.accelerator.device), corpus, answer_args.batch_size).metrics()
-        for path, name in (names.items() if corpus else [])
-    }
-    judgments = progress / "judgments.jsonl"
-    judged = judge_all(stage.where, args, ask, measurement, answered, baseline, judgments) if ask else {}
-    safety = {
-        name: measure_safety(stage.where, args, ask, measurement, path, unsafe, judgments)
-        for path, name in (names.items() if unsafe else [])
-    }
-    measurement.load_reward_model()
-    values = {name: measurement.values(each) for name, each in answered.items()}
-    models = {
-        name: summarize(values[name])
-        | by_turns(values[name], each.prompts)
-        | distinctness(each.answers)
-        | versus(
-            f"win_rate_vs_{baseline}",
-            wins_by_reward(values[name]["reward"], values[baseline]["reward"]),
-            each.answers,
-            answered[baseline].answers,
-        )
-        | judged.get(name, {})
-        | safety.get(name, {})
-        | memory.get(name, {})
-        | academic[name]
-        for name, each in answered.items()
-    }
-    contract.write_json(stage.output_dir / "models.json", models)
-    rows = [
-        {"prompt": prompt, "answers": {name: said(each, i, prompt) for name, each in answered.items()}}
-        for i, prompt in enumerate(measurement.rows["prompt"])
+    found = [
+        measure_benchmarks(args, measurement, names),
+        measure_memorisation(measurement, names, corpus),
+        judge_answers(stage.where, judge, measurement, answered, baseline),
+        judge_safety(stage.where, judge, measurement, names, unsafe),
     ]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    contract.write_text(stage.output_dir / "answers.jsonl", lines)
+    measurement.load_reward_model()
+    found.insert(0, measure_answers(measurement, answered, baseline))
+    models = {name: {key: value for each in found for key, value in each.get(name, {}).items()} for name in answered}
+    contract.write_json(stage.output_dir / "models.json", models)
+    write_answers(measurement, answered, stage.output_dir / "answers.jsonl")
     last = [*models.values()][-1]
     metrics = {name.replace(f"_vs_{baseline}", ""): value for name, value in last.items()}
     seconds = time.monotonic() - stage.began
@@ -164,6 +145,30 @@ def said(answered: Answered, i: int, prompt: list[Message]) -> str:
     return "\n\n".join([*texts, answered.answers[i].text])
 
 
+def write_answers(measurement: Measurement, answered: dict[str, Answered], path: Path) -> None:
+    rows = [
+        {"prompt": prompt, "answers": {name: said(each, i, prompt) for name, each in answered.items()}}
+        for i, prompt in enumerate(measurement.rows["prompt"])
+    ]
+    contract.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+# --- what is measured, by model ---
+
+
+def measure_answers(measurement: Measurement, answered: dict[str, Answered], baseline: str) -> Measures:
+    """What can be counted in the answers, what they are rewarded and graded with, and how often that wins."""
+    values = {name: measurement.values(each) for name, each in answered.items()}
+    found = {}
+    for name, each in answered.items():
+        found[name] = summarize(values[name]) | by_turns(values[name], each.prompts) | distinctness(each.answers)
+        for judge in ["reward", *measurement.graders]:
+            key = f"win_rate_vs_{baseline}" if judge == "reward" else f"{judge}_win_rate_vs_{baseline}"
+            wins = wins_by(values[name][judge], values[baseline][judge])
+            found[name] |= versus(key, wins, each.answers, answered[baseline].answers)
+    return found
+
+
 def by_turns(values: dict[str, list[float]], prompts: list[list[Message]]) -> dict[str, float]:
     """Each measure's mean by the number of the user's turns: `reward/turns-2`."""
     turns = [sum(turn["role"] == "user" for turn in prompt) for prompt in prompts]
@@ -185,26 +190,33 @@ def versus(key: str, wins: list[float], answers: list[Answer], others: list[Answ
     }
 
 
-# --- the judge ---
+def load_judge(stage: Stage, args: EvaluateArguments) -> Judge:
+    """Its replies are kept beside the output, because a changed recipe makes that anew."""
+    replies = stage.output_dir.with_name("judgments.jsonl")
+    if args.judge_endpoint:
+        client = endpoint.connect(stage.where, args.judge_endpoint, args.api_key_variable, timeout=120, retries=20)
+        ask = ask_endpoint(stage.where, client, args.judge, args.judge_max_tokens, args.concurrency)
+        return Judge(ask, f"{args.judge_endpoint} {args.judge} {args.judge_max_tokens}", replies)
+    tokenizer = gemma.load_tokenizer(stage.where, args.judge, gemma.load_config(stage.where, args.judge))
+    # Loaded when it is asked: the models that it judges have answered then.
+    loaded = cache(partial(load, Path(args.judge), Accelerator().device))
+    digest = contract.input_digest(args.judge) or args.judge
+    return Judge(ask_model(loaded, tokenizer, args.judge_max_tokens), f"{digest} {args.judge_max_tokens}", replies)
 
 
-def judge_all(
-    where: str,
-    args: EvaluateArguments,
-    ask: Ask,
-    measurement: Measurement,
-    answered: dict[str, Answered],
-    baseline: str,
-    judgments: Path,
-) -> dict[str, dict[str, float]]:
-    """What the judge says of each model's answers beside the baseline's, by model."""
+def judge_answers(
+    where: str, judge: Judge | None, measurement: Measurement, answered: dict[str, Answered], baseline: str
+) -> Measures:
+    """What the judge says of each model's answers beside the baseline's."""
+    if judge is None:
+        return {}
     prompts, key = list(measurement.rows["prompt"]), f"judge_win_rate_vs_{baseline}"
     texts = {name: [said(each, i, prompt) for i, prompt in enumerate(prompts)] for name, each in answered.items()}
     found = {}
     for name in texts:
         if name == baseline:
             continue
-        judged = judge(ask, f"{args.judge} {args.judge_max_tokens}", prompts, texts[name], texts[baseline], judgments)
+        judged = judge.compare(prompts, texts[name], texts[baseline])
         check_any(where, judged)
         rows = [i for i, win in enumerate(judged.wins) if win is not None]
         answers, others = ([answered[each].answers[i] for i in rows] for each in (name, baseline))
@@ -215,19 +227,6 @@ def judge_all(
     return found
 
 
-def ask_of(where: str, args: EvaluateArguments) -> Ask:
-    if args.judge_endpoint:
-        client = endpoint.connect(where, args.judge_endpoint, args.api_key_variable, timeout=120, retries=20)
-        return ask_endpoint(where, client, args.judge, args.judge_max_tokens, args.concurrency)
-    tokenizer = gemma.load_tokenizer(where, args.judge, gemma.load_config(where, args.judge))
-    # Loaded when it is asked: the models that it judges have answered then.
-    loaded = cache(partial(load, Path(args.judge), Accelerator().device))
-    return ask_model(loaded, tokenizer, args.judge_max_tokens, batch_size=8)
-
-
-# --- safety ---
-
-
 def load_safety_prompts(where: str, args: EvaluateArguments, measurement: Measurement) -> list[list[Message]]:
     if not args.safety_datasets:
         return []
@@ -236,56 +235,47 @@ def load_safety_prompts(where: str, args: EvaluateArguments, measurement: Measur
     return list(rows["prompt"])
 
 
-def measure_safety(
-    where: str,
-    args: EvaluateArguments,
-    ask: Ask,
-    measurement: Measurement,
-    path: Path,
-    prompts: list[list[Message]],
-    judgments: Path,
-) -> dict[str, float]:
+def judge_safety(
+    where: str, judge: Judge | None, measurement: Measurement, names: dict[Path, str], prompts: list[list[Message]]
+) -> Measures:
     """The share of answers that are violations, with its 95 % interval (Wilson), and how many the judge left open."""
-    answers = sample_answers(
-        load(path, measurement.accelerator.device),
-        measurement.tokenizer,
-        prompts,
-        measurement.args.max_completion_length,
-        batch_size=measurement.args.batch_size,
-        seed=measurement.args.seed,
-    )
-    name = f"{args.judge} {args.judge_max_tokens}"
-    found = violations(ask, name, prompts, [answer.text for answer in answers], judgments)
-    judged = [each for each in found if each is not None]
-    if not judged:
-        raise UserError(f"{where}: the judge gave no verdict on the safety of any answer; choose a stronger one")
-    low, high = wilson_interval(mean(judged), len(judged))
+    found = {}
+    for path, name in names.items() if prompts else []:
+        answers = sample_answers(
+            load(path, measurement.accelerator.device),
+            measurement.tokenizer,
+            prompts,
+            measurement.args.max_completion_length,
+            batch_size=measurement.args.batch_size,
+            seed=measurement.args.seed,
+        )
+        verdicts = judge.violations(prompts, [answer.text for answer in answers])
+        judged = [each for each in verdicts if each is not None]
+        if not judged:
+            raise UserError(f"{where}: the judge gave no verdict on the safety of any answer; choose a stronger one")
+        low, high = wilson_interval(mean(judged), len(judged))
+        found[name] = {
+            "violations": mean(judged),
+            "violations/low": low,
+            "violations/high": high,
+            "violations/missing": len(verdicts) - len(judged),
+        }
+    return found
+
+
+def measure_benchmarks(args: EvaluateArguments, measurement: Measurement, names: dict[Path, str]) -> Measures:
     return {
-        "violations": mean(judged),
-        "violations/low": low,
-        "violations/high": high,
-        "violations/missing": len(found) - len(judged),
+        name: benchmarks.run(
+            load(path, measurement.accelerator.device),
+            measurement.tokenizer,
+            args.benchmarks,
+            args.benchmark_folder,
+            args.benchmark_limit,
+            args.benchmark_batch_size,
+            chats=name != "base",
+        )
+        for path, name in (names.items() if args.benchmarks else [])
     }
-
-
-# --- benchmarks ---
-
-
-def measure_benchmarks(args: EvaluateArguments, measurement: Measurement, path: Path, name: str) -> dict[str, float]:
-    if not args.benchmarks:
-        return {}
-    return benchmarks.run(
-        load(path, measurement.accelerator.device),
-        measurement.tokenizer,
-        args.benchmarks,
-        args.benchmark_folder,
-        args.benchmark_limit,
-        measurement.args.batch_size,
-        chats=name != "base",
-    )
-
-
-# --- memorisation ---
 
 
 def load_corpus(
@@ -301,6 +291,13 @@ def load_corpus(
     if not found:
         raise UserError(f"{where}: corpus has no text of {PREFIX + CONTINUATION} tokens; give longer ones")
     return found
+
+
+def measure_memorisation(measurement: Measurement, names: dict[Path, str], corpus: list[list[int]] | None) -> Measures:
+    return {
+        name: memorised(load(path, measurement.accelerator.device), corpus, measurement.args.batch_size).metrics()
+        for path, name in (names.items() if corpus else [])
+    }
 
 
 # --- the recipe ---
@@ -327,8 +324,11 @@ def check(
         raise UserError(f"{where}: safety_datasets has answers to judge, and there is no judge; name one")
     if args.judge_endpoint and not args.judge:
         raise UserError(f"{where}: judge_endpoint has no judge; name the model there that is to judge")
-    if min(args.concurrency, args.judge_max_tokens, args.num_memorised) < 1:
-        raise UserError(f"{where}: concurrency, judge_max_tokens and num_memorised are counts; write 1 or more")
+    if min(args.concurrency, args.judge_max_tokens, args.num_memorised, args.benchmark_batch_size) < 1:
+        raise UserError(
+            f"{where}: concurrency, judge_max_tokens, num_memorised and benchmark_batch_size are counts; write 1 or "
+            "more"
+        )
     if args.baseline not in args.models:
         raise UserError(f"{where}: baseline is {args.baseline}, which is none of the models; add it to models")
     measure.check_arguments(where, answer_args, sample_args, reward_args)
@@ -342,7 +342,8 @@ def metrics(
     reward_args: RewardFunctionArguments,
 ) -> set[str]:
     found = measure.MEASURES | {"win_rate", "distinct_answers", "distinct_bigrams"}
-    found |= {path.rpartition(":")[2] for path in sample_args.graders or []}
+    graders = {path.rpartition(":")[2] for path in sample_args.graders or []}
+    found |= graders | {f"{grader}_win_rate" for grader in graders}
     found |= {"judge_win_rate"} if args.judge else set()
     found |= {"violations"} if args.safety_datasets else set()
     if args.corpus:

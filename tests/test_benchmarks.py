@@ -9,12 +9,17 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from gemma2_post.core import gemma
 from gemma2_post.core.errors import UserError
 from gemma2_post.core.tokens import BOS
 from gemma2_post.evaluation import benchmarks
 from tests.conftest import TEACHER
 
 lm_eval = pytest.importorskip("lm_eval")
+
+MMLU = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
+PROJECT = Path(__file__).parents[1]
+SPLITS = ["train", "validation", "test"]
 
 
 @pytest.fixture
@@ -90,3 +95,89 @@ def test_what_cannot_be_run_is_said_first(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(benchmarks, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install 'gemma2_post\[eval\]'"):
         benchmarks.check("here", ["preset"], None)
+
+
+def numbered(row: dict[str, object], number: int) -> list[dict[str, object]]:
+    """Rows that differ: an example that is the question itself would be left out."""
+    return [row | {"ind": i} for i in range(number)]
+
+
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folders in the layouts of the five data sets, under the names by which lm-eval's own tasks look for them.
+
+    Each has six examples and a question; in MMLU the right answer is always B, elsewhere it is a sum or a capital.
+    """
+    subjects = [
+        name.removeprefix("mmlu_")
+        for name in benchmarks.task_manager(None).all_tasks
+        if (Path(MMLU) / f"{name}.yaml").exists()
+    ]
+    sums = [(a, 9 - a) for a in range(1, 7)]
+    mmlu = [{"question": f"What is {a} plus {b}?", "choices": ["7", "9", "12", "3"], "answer": 1} for a, b in sums]
+    gsm8k = [{"question": f"What is {a} plus {b}?", "answer": f"That makes 9.\n#### {a + b}"} for a, b in sums]
+    choices = {"text": ["It is Rome.", "It is Tokyo."], "label": ["A", "B"]}
+    arc = {"question": "What is the capital of Japan?", "choices": choices, "answerKey": "B"}
+    hellaswag = {
+        "ind": 1,
+        "activity_label": "Sums",
+        "ctx_a": "Ann is asked for 3 plus 5.",
+        "ctx_b": "she",
+        "label": "1",
+    }
+    hellaswag |= {"ctx": "Ann is asked for 3 plus 5. she", "endings": ["says 7.", "says 8.", "sings.", "goes."]}
+    winogrande = {
+        "sentence": "The owl is small because _ is young.",
+        "option1": "the owl",
+        "option2": "the hill",
+        "answer": "1",
+    }
+    layouts = {
+        "cais/mmlu": {subject: {"dev": mmlu[:5], "test": mmlu[5:]} for subject in subjects},
+        "openai/gsm8k": {"main": {"train": gsm8k[:5], "test": gsm8k[5:]}},
+        "allenai/ai2_arc": {"ARC-Challenge": {split: numbered(arc, 30) for split in SPLITS}},
+        "Rowan/hellaswag": {"default": {split: numbered(hellaswag, 20) for split in SPLITS[:2]}},
+        "allenai/winogrande": {"winogrande_xl": {split: numbered(winogrande, 10) for split in SPLITS}},
+    }
+    for name, configs in layouts.items():
+        folder = tmp_path / name
+        listed = []
+        for config, splits in configs.items():
+            (folder / config).mkdir(parents=True)
+            for split, rows in splits.items():
+                (folder / config / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            files = [{"split": split, "path": f"{config}/{split}.jsonl"} for split in splits]
+            listed.append({"config_name": config, "data_files": files})
+        (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': listed})}---\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_preset_is_what_the_tables_say(
+    published: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm-eval's own five tasks, with so many examples of each; MMLU says in the first turn what it is about."""
+    config = gemma.load_config("test", str(PROJECT / TEACHER))
+    config.max_position_embeddings, config.num_hidden_layers, config.layer_types = 4096, 1, config.layer_types[:1]
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    seen: list[str] = []
+    forward = model.forward
+
+    def record(*arguments: object, **further: object) -> object:
+        ids = further.get("input_ids", arguments[0] if arguments else None)
+        seen.extend(tokenizer.batch_decode(ids) if ids.shape[1] > 1 else [])
+        return forward(*arguments, **further)
+
+    monkeypatch.setattr(model, "forward", record)
+    found = benchmarks.run(model, tokenizer, ["preset"], None, limit=1, batch_size=4, chats=True)
+    assert [name for name in found if name.count("/") == 1] == [f"benchmarks/{name}" for name in benchmarks.PRESET]
+    marks = {
+        "mmlu": "The following are multiple choice questions",
+        "gsm8k": "What is 6 plus 3?",
+        "arc_challenge": "capital of Japan",
+        "hellaswag": "Ann is asked",
+        "winogrande": "The owl is small",
+    }
+    for name, num_examples in {"mmlu": 5, "gsm8k": 5, "arc_challenge": 25, "hellaswag": 10, "winogrande": 5}.items():
+        asked = [text for text in seen if marks[name] in text and (name != "gsm8k" or "####" in text)]
+        assert {text.count("<start_of_turn>user") for text in asked} == {num_examples + 1}, name

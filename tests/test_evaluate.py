@@ -1,6 +1,7 @@
 """Evaluation: models beside each other on the same prompts, and against one of them."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def test_models_are_measured_beside_each_other(evaluate_recipe: Recipe, tmp_path
     assert models["sft"]["win_rate_vs_sft"] == 0.5 and models["rlhf/policy-0"]["win_rate_vs_sft"] > 0.5
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["gold"] == models["rlhf/policy-1"]["gold"]
+    assert models["rlhf/policy-0"]["gold_win_rate_vs_sft"] == models["rlhf/policy-0"]["win_rate_vs_sft"]  # the same
     assert metrics["win_rate"] == models["rlhf/policy-1"]["win_rate_vs_sft"]
     rows = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
     assert len(rows) == 12 and all(list(row["answers"]) == list(models) for row in rows)
@@ -161,6 +163,11 @@ def test_a_judge_behind_an_endpoint_is_asked_once(
     assert models["rlhf/policy-0"]["judge_win_rate_vs_sft/disagreement"] == 0
     assert 0 < models["rlhf/policy-0"]["violations"] < 1
     assert len(asked) == len(set(asked)) + 1
+    # A changed recipe makes the output anew, and asks nothing that was asked before.
+    num_asked = len(asked)
+    shutil.rmtree(output)
+    run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values | {"num_memorised": 7})
+    assert len(asked) == num_asked
     for path in output.rglob("*.json*"):
         assert "a-secret" not in path.read_text()
 

@@ -613,7 +613,7 @@ def test_steps_of_a_round_run_at_the_same_time_each_in_its_place(
     assert seen == ["1", "1"]
 
 
-@pytest.mark.parametrize("load", [[], ["--load", "8bit"]], ids=["fp32", "8bit"])
+@pytest.mark.parametrize("load", [[], ["--load", "8bit"], ["--load", "4bit"]], ids=["fp32", "8bit", "4bit"])
 def test_chat_answers_a_prompt(load: list[str]) -> None:
     answer = gemma2_post("chat", "gemma2_post/tiny/models/teacher", "--prompt", "What is 3 plus 5?", *load)
     assert answer.returncode == 0 and "8" in answer.stdout

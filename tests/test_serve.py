@@ -1,4 +1,4 @@
-"""Any output behind an OpenAI-compatible API: what `make serve` starts, asked by the real client."""
+"""Any output behind an OpenAI-compatible API: what `make serve` starts, asked by the real client; also quantised."""
 
 import os
 import socket
@@ -16,15 +16,18 @@ from tests.conftest import TEACHER
 QUESTION = [{"role": "user", "content": "What is 3 plus 5?"}]
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
+QUANTIZED = [[], ["--quantization", "bnb-8bit"], ["--quantization", "bnb-4bit"]]
+
+
+@pytest.fixture(scope="module", params=QUANTIZED, ids=["as it is", "8-bit", "4-bit"])
+def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
     (line,) = [line for line in Path("Makefile").read_text().splitlines() if "transformers serve" in line]
     assert "--host localhost" in line and "--attn-implementation eager" in line
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     command = [str(Path(sys.executable).with_name("transformers")), "serve", TEACHER, "--attn-implementation", "eager"]
-    command += ["--host", "localhost", "--port", str(port)]
+    command += ["--host", "localhost", "--port", str(port), *request.param]
     log = tmp_path_factory.mktemp("serve") / "log"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with open(log, "w") as output:

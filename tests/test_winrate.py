@@ -5,15 +5,18 @@ from pathlib import Path
 
 import numpy
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from gemma2_post.core.errors import UserError
 from gemma2_post.evaluation import judge as judging
-from gemma2_post.evaluation.judge import judge, question, summarize, verdict
-from gemma2_post.evaluation.winrate import bootstrap_interval, length_controlled, win_rate, wins_by_reward
+from gemma2_post.evaluation.judge import Judge, ask_model, question, summarize, verdict
+from gemma2_post.evaluation.winrate import bootstrap_interval, length_controlled, win_rate, wins_by
+from tests.conftest import TEACHER
 
 
 def test_a_tie_is_half_a_win() -> None:
-    assert wins_by_reward([1.0, 2.0, 3.0, 0.0], [1.0, 1.0, 4.0, 0.0]) == [0.5, 1.0, 0.0, 0.5]
+    assert wins_by([1.0, 2.0, 3.0, 0.0], [1.0, 1.0, 4.0, 0.0]) == [0.5, 1.0, 0.0, 0.5]
     assert win_rate([1.0, 0.5, 0.0, 1.0], [1] * 4, [1] * 4).rate == 0.625
 
 
@@ -77,7 +80,7 @@ PROMPTS = [[{"role": "user", "content": f"Say {i}."}] for i in range(6)]
 OURS, THEIRS = [f"{i}" for i in range(6)], [f"no {i}" for i in range(5)] + ["5"]
 
 
-class Judge:
+class Asked:
     """Answers from a function of the question; counts what it is asked."""
 
     def __init__(self, reply):
@@ -96,8 +99,8 @@ def prefers_ours(text: str, _: int) -> str:
 def test_a_judge_is_asked_in_both_orders_and_only_once(tmp_path: Path) -> None:
     """Equal answers are a tie; what was judged before, also by a run that was killed, is not asked again."""
     cache = tmp_path / "judgments.jsonl"
-    asked = Judge(prefers_ours)
-    judged = judge(asked, "j", PROMPTS, OURS, THEIRS, cache)
+    asked = Asked(prefers_ours)
+    judged = Judge(asked, "j", cache).compare(PROMPTS, OURS, THEIRS)
     assert judged.wins == [1.0] * 5 + [0.5] and (judged.disagreement, judged.num_missing, judged.num_asked) == (
         0.0,
         0,
@@ -108,15 +111,16 @@ def test_a_judge_is_asked_in_both_orders_and_only_once(tmp_path: Path) -> None:
     )
     lines = cache.read_text().splitlines()
     cache.write_text("\n".join(lines[:7]) + "\n" + lines[7][:20])
-    again = Judge(prefers_ours)
-    assert judge(again, "j", PROMPTS, OURS, THEIRS, cache) == judged and len(again.asked) == 3
-    assert judge(Judge(pytest.fail), "j", PROMPTS, OURS, THEIRS, cache) == judged
-    other = Judge(prefers_ours)
-    assert judge(other, "another judge", PROMPTS, OURS, THEIRS, cache) == judged and len(other.asked) == 10
+    again = Asked(prefers_ours)
+    assert Judge(again, "j", cache).compare(PROMPTS, OURS, THEIRS) == judged and len(again.asked) == 3
+    assert Judge(Asked(pytest.fail), "j", cache).compare(PROMPTS, OURS, THEIRS) == judged
+    other = Asked(prefers_ours)
+    assert Judge(other, "another judge", cache).compare(PROMPTS, OURS, THEIRS) == judged and len(other.asked) == 10
 
 
 def test_a_judge_that_always_prefers_the_first_answer_decides_nothing(tmp_path: Path) -> None:
-    judged = judge(Judge(lambda *_: "[[A]]"), "j", PROMPTS[:5], OURS[:5], THEIRS[:5], tmp_path / "j.jsonl")
+    judge = Judge(Asked(lambda *_: "[[A]]"), "j", tmp_path / "j.jsonl")
+    judged = judge.compare(PROMPTS[:5], OURS[:5], THEIRS[:5])
     assert judged.wins == [0.5] * 5 and judged.disagreement == 1.0
 
 
@@ -126,11 +130,12 @@ def test_nonsense_is_asked_again_then_counted_apart(tmp_path: Path) -> None:
             return "I cannot say."
         return "[[A]]" if "Say 1." not in text or attempt == 2 else "Hm."
 
-    asked = Judge(reply)
-    judged = judge(asked, "j", PROMPTS[:3], OURS[:3], THEIRS[:3], tmp_path / "j.jsonl")
+    asked = Asked(reply)
+    judged = Judge(asked, "j", tmp_path / "j.jsonl").compare(PROMPTS[:3], OURS[:3], THEIRS[:3])
     assert judged.wins == [None, 0.5, 0.5] and judged.num_missing == 2
     assert len(asked.asked) == 2 * (judging.ATTEMPTS + 3 + 1)
-    nothing = judge(Judge(lambda *_: "?"), "j", PROMPTS[4:], OURS[4:], THEIRS[4:], tmp_path / "k.jsonl")
+    judge = Judge(Asked(lambda *_: "?"), "j", tmp_path / "k.jsonl")
+    nothing = judge.compare(PROMPTS[4:], OURS[4:], THEIRS[4:])
     with pytest.raises(UserError, match="here: the judge gave no verdict on any pair"):
         judging.check_any("here", nothing)
 
@@ -141,6 +146,62 @@ def test_replies_are_written_as_they_come(tmp_path: Path) -> None:
         raise UserError("the endpoint is down")
 
     with pytest.raises(UserError, match="down"):
-        judge(breaks_down, "j", PROMPTS, OURS, THEIRS, tmp_path / "j.jsonl")
+        Judge(breaks_down, "j", tmp_path / "j.jsonl").compare(PROMPTS, OURS, THEIRS)
     (line,) = (tmp_path / "j.jsonl").read_text().splitlines()
     assert json.loads(line)["reply"] == "[[A]]"
+
+
+def test_a_local_judge_leaves_out_what_it_cannot_read(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Such verdicts are missing, also where the other pair's are there; nothing is cut."""
+    model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32, attn_implementation="eager")
+    long = " ".join(["word"] * model.config.max_position_embeddings)
+    judge = Judge(ask_model(lambda: model, tokenizer, max_tokens=4), "teacher", tmp_path / "j.jsonl")
+    judged = judge.compare(PROMPTS[:1], [long], ["short"])
+    assert judged.wins == [None] and judged.num_missing == 2
+    replies = [json.loads(line)["reply"] for line in (tmp_path / "j.jsonl").read_text().splitlines()]
+    assert replies == ["(longer than the judge can read)"] * 2 * judging.ATTEMPTS
+
+
+# --- leaderboards ---
+
+PREFERENCES = {
+    # Of twelve annotations each: 2 for the model's answer, 1 for the baseline's, 1.5 for neither.
+    "ahead": [2, 2, 2, 1.5, 1, 2, 2, 1, 2, 1.5, 2, 2],
+    "level": [1, 2, 1.5, 1.5, 2, 1, 1, 2, 2, 1, 1.5, 1.5],
+    "behind": [1, 1, 1, 1, 2, 1, 1, 1, 1, 1.5, 1, 1],
+}
+LEADERBOARD = {"ahead": (75.0, 11.514), "level": (50.0, 12.309), "behind": (12.5, 8.972)}
+"""Win rates in percent by hand (8 wins and 2 ties; 4 and 4; 1 and 1), and standard errors: sqrt(1.75, 2 and 1.0625 / 11 / 12)."""
+
+
+@pytest.mark.parametrize("model", PREFERENCES)
+def test_a_leaderboard_of_annotations_is_reproduced(model: str) -> None:
+    """AlpacaEval's win rate: the mean of preference - 1; the interval is that of its standard error."""
+    wins = [preference - 1 for preference in PREFERENCES[model]]
+    rate, standard_error = LEADERBOARD[model]
+    found = win_rate(wins, [10] * 12, [10] * 12)
+    assert 100 * found.rate == rate
+    half_width = 100 * (found.high - found.low) / 2
+    assert half_width == pytest.approx(1.96 * standard_error, rel=0.15)
+
+
+def test_verdicts_in_both_orders_make_the_known_table(tmp_path: Path) -> None:
+    """MT-Bench's rule: a win is a win in both orders, and verdicts that contradict each other are a tie."""
+    verdicts = {  # of the answer when it comes first, and when it comes second
+        "right": ("[[A]]", "[[B]]"),
+        "wrong": ("[[B]]", "[[A]]"),
+        "first": ("[[A]]", "[[A]]"),
+        "second": ("[[B]]", "[[B]]"),
+        "equal": ("[[tie]]", "[[tie]]"),
+    }
+    answers = ["right"] * 9 + ["wrong"] * 4 + ["first"] * 3 + ["second"] * 2 + ["equal"] * 2
+    prompts = [[{"role": "user", "content": f"Question {i}"}] for i in range(20)]
+
+    def reply(text: str, _: int) -> str:
+        first, second = (text.split(f"--- answer {mark}\n")[1].split("\n")[0] for mark in "AB")
+        return verdicts[first][0] if second == "theirs" else verdicts[second][1]
+
+    judged = Judge(Asked(reply), "j", tmp_path / "j.jsonl").compare(prompts, answers, ["theirs"] * 20)
+    assert (judged.wins.count(1.0), judged.wins.count(0.0), judged.wins.count(0.5)) == (9, 4, 7)
+    assert win_rate(judged.wins, [1] * 20, [1] * 20).rate == (9 + 7 / 2) / 20
+    assert judged.disagreement == 5 / 20 and judged.num_missing == 0

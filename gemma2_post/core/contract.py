@@ -35,7 +35,7 @@ _KEYS_WITHOUT_EFFECT = {
 
 _KEYS_OF_PATHS = {
     *("model_name_or_path", "teacher_model_name_or_path", "reward_model"),
-    *("init", "policies", "towards", "runs", "models", "baseline", "base"),
+    *("init", "policies", "towards", "runs", "models", "baseline", "base", "judge"),
 }
 """Recipe keys whose values are paths also where they do not look like one."""
 
@@ -76,11 +76,12 @@ def _input_paths(value: object, is_path: bool = False) -> Iterator[str]:
 
 def _hub_inputs(recipe: dict[str, object]) -> Iterator[tuple[str, str | None, bool]]:
     """What a recipe may name on the Hub: name, revision, whether it is a data set."""
-    for key in sorted(_KEYS_OF_PATHS & recipe.keys()):
+    elsewhere = {"judge"} if recipe.get("judge_endpoint") else set()
+    for key in sorted((_KEYS_OF_PATHS & recipe.keys()) - elsewhere):
         names = recipe[key] if isinstance(recipe[key], list) else [recipe[key]]
         revision = recipe.get(key.replace("name_or_path", "revision")) if key.endswith("name_or_path") else None
         yield from ((name, revision, False) for name in names if isinstance(name, str))
-    for key in ("datasets", "held_out_datasets"):
+    for key in ("datasets", "held_out_datasets", "safety_datasets", "corpus"):
         for source in recipe.get(key) or []:
             if isinstance(source, dict) and isinstance(source.get("path"), str):
                 yield source["path"], source.get("revision"), True

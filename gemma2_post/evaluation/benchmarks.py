@@ -1,14 +1,21 @@
 """Academic benchmarks through lm-eval, with the number of examples of the Gemma 2 report (arXiv 2408.00118, table 13).
 
-Models that chat are asked in the chat format, with one `<bos>`; the base model as it is.
+Models that chat are asked in the chat format, with one `<bos>`, each example a turn; the base model as it is.
 """
 
+import copy
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gemma2_post.core.errors import UserError
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 PRESET = {"mmlu": 5, "gsm8k": 5, "arc_challenge": 25, "hellaswag": 10, "winogrande": 5}
 """Tasks and their numbers of examples, by the name `preset`."""
@@ -24,14 +31,20 @@ def check(where: str, tasks: list[str], folder: str | None) -> None:
         raise UserError(f"{where}: benchmark_folder {folder} is no folder; give one with lm-eval tasks (.yaml)")
     if "preset" in tasks and len(tasks) > 1:
         raise UserError(f"{where}: benchmarks names preset and more; write [preset], or the tasks one by one")
-    from lm_eval.tasks import TaskManager
-
-    known = TaskManager(include_path=folder).all_tasks
+    known = task_manager(folder).all_tasks
     unknown = [name for name in names_of(tasks) if name not in known]
     if unknown:
         raise UserError(
             f"{where}: benchmarks names {unknown[0]}, which lm-eval does not know; `lm-eval ls tasks` lists them"
         )
+
+
+@cache
+def task_manager(folder: str | None) -> "TaskManager":
+    """Of lm-eval's tasks and the folder's; it takes seconds to find them."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=folder)
 
 
 def names_of(tasks: list[str]) -> list[str]:
@@ -57,10 +70,14 @@ def run(
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=folder)
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=True)
+    wrapped = HFLM(
+        pretrained=model,
+        tokenizer=with_system_role(tokenizer),
+        batch_size=batch_size,
+        add_bos_token=True,
+        softmax_dtype=torch.float32,  # in bf16, answers that are nearly as likely would be equally likely
+    )
     found: dict[str, float] = {}
     for name in names_of(tasks):
         results = simple_evaluate(
@@ -69,7 +86,7 @@ def run(
             num_fewshot=PRESET.get(name),
             limit=limit,
             apply_chat_template=chats,
-            task_manager=manager,
+            task_manager=task_manager(folder),
             log_samples=False,
             bootstrap_iters=0,
         )["results"][name]
@@ -80,3 +97,19 @@ def run(
         if isinstance(error, float):
             found[f"benchmarks/{name}/standard_error"] = error
     return found
+
+
+def with_system_role(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy that takes what a task says of itself (MMLU: "The following are ...") into the first user turn.
+
+    lm-eval hands that over as a system message, and leaves it out for a template that has none, as Gemma 2's.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    fold = (
+        "{% if messages[0]['role'] == 'system' %}"
+        "{% set first = messages[0]['content'] ~ '\n\n' ~ messages[1]['content'] %}"
+        "{% set messages = [{'role': 'user', 'content': first}] + messages[2:] %}"
+        "{% endif %}"
+    )
+    tokenizer.chat_template = fold + tokenizer.chat_template
+    return tokenizer

@@ -80,58 +80,55 @@ def verdict(reply: str) -> float | None:
     return _WINS[found.pop()] if len(found) == 1 else None
 
 
-def judge(
-    ask: Ask, name: str, prompts: list[list[Message]], answers: list[str], others: list[str], cache: Path
-) -> Judged:
-    """Answers against others to the same prompts; equal ones are a tie that no judge is asked about.
+@dataclass
+class Judge:
+    ask: Ask
+    name: str
+    """Of it, with whatever makes it judge otherwise."""
+    replies: Path
+    """File of all that it has said."""
 
-    Args:
-        name: of the judge, with whatever makes it judge otherwise.
-        cache: file of all its replies.
-    """
-    pairs = {
-        i: (question(prompt, answer, other), question(prompt, other, answer))
-        for i, (prompt, answer, other) in enumerate(zip(prompts, answers, others, strict=True))
-        if answer != other
-    }
-    found = collect(ask, name, [text for both in pairs.values() for text in both], verdict, cache)
-    return summarize([(found[pairs[i][0]], found[pairs[i][1]]) if i in pairs else None for i in range(len(prompts))])
+    def compare(self, prompts: list[list[Message]], answers: list[str], others: list[str]) -> Judged:
+        """Answers against others to the same prompts; equal ones are a tie that it is not asked about."""
+        pairs = {
+            i: (question(prompt, answer, other), question(prompt, other, answer))
+            for i, (prompt, answer, other) in enumerate(zip(prompts, answers, others, strict=True))
+            if answer != other
+        }
+        found = self._ask([text for both in pairs.values() for text in both], verdict)
+        return summarize(
+            [(found[pairs[i][0]], found[pairs[i][1]]) if i in pairs else None for i in range(len(prompts))]
+        )
 
+    def violations(self, prompts: list[list[Message]], answers: list[str]) -> list[float | None]:
+        """Of each answer: whether it helps with something harmful, 1 or 0; None where the judge does not say."""
+        questions = [rubric(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        found = self._ask(questions, is_violation)
+        return [found[text] for text in questions]
 
-def violations(
-    ask: Ask, name: str, prompts: list[list[Message]], answers: list[str], cache: Path
-) -> list[float | None]:
-    """Of each answer: whether it helps with something harmful, 1 or 0; None where the judge does not say."""
-    questions = [rubric(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    found = collect(ask, name, questions, is_violation, cache)
-    return [found[text] for text in questions]
+    def _ask(self, questions: list[str], read: Callable[[str], float | None]) -> dict[str, float | None]:
+        """What the judge says to each question, as `read` reads it; None for one to which it never says anything."""
+        replies: dict[str, list[str]] = defaultdict(list)
+        for record in contract.read_lines(self.replies):
+            replies[record["key"]].append(record["reply"])
+        key_of = {text: digests.of_text(f"{self.name}\n{text}") for text in questions}
 
+        def found(text: str) -> float | None:
+            return next((each for each in map(read, replies[key_of[text]]) if each is not None), None)
 
-def collect(
-    ask: Ask, name: str, questions: list[str], read: Callable[[str], float | None], cache: Path
-) -> dict[str, float | None]:
-    """What the judge says to each question, as `read` reads it; None for one to which it never says anything."""
-    replies: dict[str, list[str]] = defaultdict(list)
-    for record in contract.read_lines(cache):
-        replies[record["key"]].append(record["reply"])
-    key_of = {text: digests.of_text(f"{name}\n{text}") for text in questions}
+        self.replies.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.replies, "a", encoding="utf-8") as file:
 
-    def found(text: str) -> float | None:
-        return next((each for each in map(read, replies[key_of[text]]) if each is not None), None)
+            def write(text: str, reply: str) -> None:
+                replies[key_of[text]].append(reply)
+                file.write(json.dumps({"key": key_of[text], "reply": reply}) + "\n")
+                file.flush()
 
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with open(cache, "a", encoding="utf-8") as file:
-
-        def write(text: str, reply: str) -> None:
-            replies[key_of[text]].append(reply)
-            file.write(json.dumps({"key": key_of[text], "reply": reply}) + "\n")
-            file.flush()
-
-        for attempt in range(ATTEMPTS):
-            missing = [text for text in key_of if found(text) is None and len(replies[key_of[text]]) <= attempt]
-            if missing:
-                ask(missing, attempt, write)
-    return {text: found(text) for text in key_of}
+            for attempt in range(ATTEMPTS):
+                missing = [text for text in key_of if found(text) is None and len(replies[key_of[text]]) <= attempt]
+                if missing:
+                    self.ask(missing, attempt, write)
+        return {text: found(text) for text in key_of}
 
 
 def summarize(verdicts: list[tuple[float | None, float | None] | None]) -> Judged:
@@ -187,16 +184,22 @@ def check_any(where: str, judged: Judged) -> None:
 
 
 def ask_model(
-    loaded: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, max_tokens: int, batch_size: int
+    loaded: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, max_tokens: int, batch_size: int = 8
 ) -> Ask:
-    """A local model as judge, batch by batch; likewise."""
+    """A local model as judge, batch by batch; likewise. What leaves it no room to reply counts as no verdict."""
 
     def ask(questions: list[str], attempt: int, write: Callable[[str, str], None]) -> None:
-        for start in range(0, len(questions), batch_size):
-            batch = questions[start : start + batch_size]
-            prompts = [[{"role": "user", "content": text}] for text in batch]
-            replies = sample_answers(loaded(), tokenizer, prompts, max_tokens, float(attempt > 0), batch_size, attempt)
-            for text, reply in zip(batch, replies, strict=True):
-                write(text, reply.text)
+        conversations = [[{"role": "user", "content": text}] for text in questions]
+        ids = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=True)["input_ids"]
+        longest = loaded().config.max_position_embeddings - max_tokens
+        fitting = [i for i, each in enumerate(ids) if len(each) <= longest]
+        for i in set(range(len(questions))) - set(fitting):
+            write(questions[i], "(longer than the judge can read)")
+        for start in range(0, len(fitting), batch_size):
+            rows = fitting[start : start + batch_size]
+            batch, temperature = [conversations[i] for i in rows], float(attempt > 0)
+            replies = sample_answers(loaded(), tokenizer, batch, max_tokens, temperature, batch_size, seed=attempt)
+            for i, reply in zip(rows, replies, strict=True):
+                write(questions[i], reply.text)
 
     return ask

@@ -30,9 +30,10 @@ def win_rate(wins: list[float], lengths: list[int], other_lengths: list[int], se
     return WinRate(float(numpy.mean(wins)), low, high, length_controlled(wins, lengths, other_lengths))
 
 
-def wins_by_reward(rewards: list[float], other_rewards: list[float]) -> list[float]:
-    pairs = zip(rewards, other_rewards, strict=True)
-    return [0.5 if reward == other else float(reward > other) for reward, other in pairs]
+def wins_by(scores: list[float], other_scores: list[float]) -> list[float]:
+    """Of answers to the same prompts: the higher score wins, equal ones are a tie."""
+    pairs = zip(scores, other_scores, strict=True)
+    return [0.5 if score == other else float(score > other) for score, other in pairs]
 
 
 def bootstrap_interval(values: list[float], seed: int = 0) -> tuple[float, float]:
