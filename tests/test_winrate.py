@@ -165,24 +165,24 @@ def test_a_local_judge_leaves_out_what_it_cannot_read(tokenizer: PreTrainedToken
 # --- leaderboards ---
 
 PREFERENCES = {
-    # Of twelve annotations each: 2 for the model's answer, 1 for the baseline's, 1.5 for neither.
+    # Annotations: 2 for the model's answer, 1 for the baseline's, 1.5 for neither.
     "ahead": [2, 2, 2, 1.5, 1, 2, 2, 1, 2, 1.5, 2, 2],
     "level": [1, 2, 1.5, 1.5, 2, 1, 1, 2, 2, 1, 1.5, 1.5],
     "behind": [1, 1, 1, 1, 2, 1, 1, 1, 1, 1.5, 1, 1],
 }
-LEADERBOARD = {"ahead": (75.0, 11.514), "level": (50.0, 12.309), "behind": (12.5, 8.972)}
-"""Win rates in percent by hand (8 wins and 2 ties; 4 and 4; 1 and 1), and standard errors: sqrt(1.75, 2 and 1.0625 / 11 / 12)."""
+LEADERBOARD = {"ahead": (75.0, 3.501), "level": (50.0, 3.742), "behind": (12.5, 2.728)}
+"""Of ten times these, in percent: win rates (8 wins and 2 ties of 12; 4 and 4; 1 and 1) and their standard errors,
+sqrt(17.5 / 119 / 120) and so on, by hand."""
 
 
 @pytest.mark.parametrize("model", PREFERENCES)
 def test_a_leaderboard_of_annotations_is_reproduced(model: str) -> None:
     """AlpacaEval's win rate: the mean of preference - 1; the interval is that of its standard error."""
-    wins = [preference - 1 for preference in PREFERENCES[model]]
+    wins = [preference - 1 for preference in PREFERENCES[model]] * 10
     rate, standard_error = LEADERBOARD[model]
-    found = win_rate(wins, [10] * 12, [10] * 12)
+    found = win_rate(wins, [10] * 120, [10] * 120)
     assert 100 * found.rate == rate
-    half_width = 100 * (found.high - found.low) / 2
-    assert half_width == pytest.approx(1.96 * standard_error, rel=0.15)
+    assert 100 * (found.high - found.low) / 2 == pytest.approx(1.96 * standard_error, rel=0.07)
 
 
 def test_verdicts_in_both_orders_make_the_known_table(tmp_path: Path) -> None:
