@@ -180,14 +180,11 @@ def by_turns(values: dict[str, list[float]], prompts: list[list[Message]]) -> di
 
 
 def versus(key: str, wins: list[float], answers: list[Answer], others: list[Answer]) -> dict[str, float]:
-    """The win rate under `key`, its 95 % interval, and what it would be at equal lengths."""
+    """The win rate under `key`, its 95 % interval, and what it would be at equal lengths, if that can be said."""
     found = win_rate(wins, [each.num_tokens for each in answers], [each.num_tokens for each in others])
-    return {
-        key: found.rate,
-        f"{key}/low": found.low,
-        f"{key}/high": found.high,
-        f"{key}/length_controlled": found.length_controlled,
-    }
+    measured = {key: found.rate, f"{key}/low": found.low, f"{key}/high": found.high}
+    controlled = found.length_controlled
+    return measured if controlled is None else measured | {f"{key}/length_controlled": controlled}
 
 
 def load_judge(stage: Stage, args: EvaluateArguments) -> Judge:
@@ -346,9 +343,7 @@ def metrics(
     found |= graders | {f"{grader}_win_rate" for grader in graders}
     found |= {"judge_win_rate"} if args.judge else set()
     found |= {"violations"} if args.safety_datasets else set()
-    if args.corpus:
-        found |= {f"memorised_{how}{end}" for how in ("exact", "approximate") for end in ("", "_low", "_high")}
-    return found
+    return found | ({"memorised_exact", "memorised_approximate"} if args.corpus else set())
 
 
 COMMAND = Command("evaluate", main, [EvaluateArguments, *measure.ARGUMENTS], __doc__, metrics, check)

@@ -117,7 +117,7 @@ def main(
         return metrics | ceiling
 
     def complete(before: Metrics, after: Metrics) -> Metrics:
-        plot_pairs(pairs, stage.output_dir / "pairs.png", after.get("noise_ceiling"))
+        plot_pairs(pairs, stage.output_dir, after.get("noise_ceiling"))
         of_answers = numpy.array([reward for each in rewards.values() for reward in each])
         mean, spread = float(of_answers.mean()), float(of_answers.std())
         canary = [[*row["prompt"], *row["chosen"]] for row in held_out.select(range(min(4, len(held_out))))]

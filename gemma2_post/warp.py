@@ -250,7 +250,7 @@ def write_points(
             metrics |= summary(groups)
             report = {"interpolation": rule, "angles": args.angles, "metrics": metrics}
             contract.write_json(stage.output_dir / REPORT, report | {"groups": [*map(asdict, groups)]})
-            plot(groups, stage.output_dir / "merge.png")
+            plot(groups, stage.output_dir)
         for eta, path in points.items():
             partial[eta].rename(path)
     finally:
@@ -359,29 +359,30 @@ def summary(groups: list[merge.GroupReport]) -> dict[str, float]:
     return found
 
 
-def plot(groups: list[merge.GroupReport], path: Path) -> None:
-    """Angles and norms over the groups, in the model's order."""
+def plot(groups: list[merge.GroupReport], output_dir: Path) -> None:
+    """Over the groups, in the model's order: `angles.png` between the task vectors, and `norms.png` of these."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    angles, norms = figure.subplots(1, 2)
+    pictures = {name: Figure(figsize=(5.5, 4), layout="constrained") for name in ("angles", "norms")}
+    angles, norms = (figure.subplots() for figure in pictures.values())
     places = range(len(groups))
     for pair in range(len(groups[0].angles)):
-        angles.plot(places, [group.angles[pair] for group in groups], marker=".", label=f"pair {pair}")
+        angles.plot(places, [group.angles[pair] for group in groups], marker="o", label=f"pair {pair}")
     angles.axhline(90, color="0.7", linestyle="--")
-    angles.set(xlabel="group", ylabel="degrees", title="Angles between task vectors", ylim=(0, 180))
+    angles.set(xlabel="layer", ylabel="degrees between the task vectors", ylim=(0, 180), yticks=range(0, 181, 30))
     for policy in range(len(groups[0].norms)):
-        norms.plot(places, [group.norms[policy] for group in groups], marker=".", label=f"policy {policy}")
-    norms.plot(places, [group.norm for group in groups], marker=".", color="black", label="merged")
-    norms.set(xlabel="group", ylabel="norm", title="Task vectors", ylim=(0, None))
+        norms.plot(places, [group.norms[policy] for group in groups], marker="o", label=f"policy {policy}")
+    norms.plot(places, [group.norm for group in groups], marker="o", color="black", label="merged")
+    norms.set(xlabel="layer", ylabel="norm of the task vector", ylim=(0, None))
     norms.legend()
     if len(groups) <= 40:
         labels = [
             group.group.rpartition("layers.")[2].removeprefix("model.").removesuffix(".weight") for group in groups
         ]
         for axes in (angles, norms):
-            axes.set_xticks(places, labels, rotation=90, fontsize=7)
-    figure.savefig(path, dpi=120)
+            axes.set_xticks(places, labels, rotation=45, ha="right", fontsize=8)
+    for name, figure in pictures.items():
+        figure.savefig(output_dir / f"{name}.png", dpi=150)
 
 
 def metrics(args: WarpArguments, *measuring: object) -> set[str]:

@@ -226,10 +226,11 @@ def test_without_an_order_the_rank_correlation_is_zero(rewards: list[float], gra
 )
 @pytest.mark.parametrize("noise_ceiling", [None, 0.86])
 def test_the_plot_is_a_picture(pairs: list[ScoredPair], noise_ceiling: float | None, tmp_path: Path) -> None:
-    plot_pairs(pairs, tmp_path / "pairs.png", noise_ceiling)
-    with Image.open(tmp_path / "pairs.png") as picture:
-        assert (picture.format, picture.size) == ("PNG", (1080, 480))
-        assert len(picture.convert("RGB").getcolors(maxcolors=1 << 20)) > 10
+    plot_pairs(pairs, tmp_path, noise_ceiling)
+    for name in ("calibration.png", "turns.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert (picture.format, picture.size) == ("PNG", (825, 600))
+            assert len(picture.convert("RGB").getcolors(maxcolors=1 << 20)) > 10
 
 
 def test_what_draws_the_plot_is_installed_with_the_package() -> None:

@@ -32,13 +32,15 @@ def run_dir(tmp_path: Path) -> Path:
         contract.finish(folder / name, name, wanted, 61.0, {}, metrics)
         stages[name] = {"status": "done", "wall_seconds": 61.0, "metrics": metrics, "gates": gates}
     (folder / "sft" / "log.jsonl").write_text("".join(f'{{"step": {i}, "loss": {2.5 - i}}}\n' for i in range(3)))
-    (folder / "warp" / "front.png").write_bytes(PIXEL)
+    (folder / "warp" / "front-reward.png").write_bytes(PIXEL)
     values = {"reward": 0.5, "kl_to_init": 0.0, "stop_rate": 1.0, "mean_tokens": 7.0, "win_rate_vs_sft": 0.25}
     values |= {"win_rate_vs_sft/low": 0.2, "win_rate_vs_sft/high": 0.31, "win_rate_vs_sft/length_controlled": 0.22}
     values |= {"benchmarks/mmlu": 0.512, "benchmarks/mmlu/standard_error": 0.01, "gold/turns-2": 1.0}
+    key = "judge_win_rate_vs_sft"
+    judged = {key: 0.6, f"{key}/low": 0.55, f"{key}/high": 0.64, f"{key}/disagreement": 0.3, f"{key}/missing": 2}
     models = {
-        "sft": values | {"gold": 1.0},
-        "warp": values | {"gold": 1.25, "gold/standard_error": 0.1, "judge_win_rate_vs_sft": 0.6},
+        "sft": values | {"gold": 1.0, "violations": 0.02, "gold/turns-1": 1.0},
+        "warp": values | {"gold": 1.25, "gold/standard_error": 0.1, "gold/turns-1": 1.5} | judged,
     }
     summary = {"run": "tiny", "recipe": "pipeline.yaml", "status": "done", "wall_seconds": 125.0}
     (folder / "summary.json").write_text(json.dumps(summary | {"stages": stages, "models": models, "liti": []}))
@@ -59,7 +61,7 @@ def test_a_report_shows_the_models_and_what_has_changed(run_dir: Path, capsys: p
     printed = capsys.readouterr().out
     assert "1.25" in printed and "25%" in printed and "win rate vs sft" in printed
     assert "Two <script>?" in printed and "One?" not in printed and printed.count("word") < 150
-    assert str(run_dir / "report.html") in printed and str(run_dir / "warp" / "front.png") in printed
+    assert str(run_dir / "report.html") in printed and str(run_dir / "report.md") in printed
 
 
 def test_a_folder_without_a_run_is_one_sentence(tmp_path: Path) -> None:
@@ -103,9 +105,14 @@ def test_the_page_is_one_file_without_scripts_or_anything_from_elsewhere(run_dir
         "gold 0.6 → 1.1",
         "gold >= 1",
         "1.25 ± 0.20",
-        "25% 20% to 31%",
+        "says the reward model",
+        "25% 20 to 31",
+        "says the judge",
+        "60% 55 to 64",
+        "changes its mind with the order in 30% of pairs",
+        "gold, 2 turns",
         "51.2% ± 2.0%",
-        "60%",
+        "violations of safety",
         "Two <script>?",
         "2\nor so",
         "<b>&",
@@ -118,10 +125,13 @@ def test_the_page_is_one_file_without_scripts_or_anything_from_elsewhere(run_dir
 def test_the_same_in_markdown(run_dir: Path) -> None:
     report(run_dir)
     text = (run_dir / "report.md").read_text()
-    assert "| sft | 1:01 | gold 0.6 → 1.1 | gold >= 1 |" in text and "](warp/front.png)" in text
+    assert "| sft | 1:01 | gold 0.6 → 1.1 | gold >= 1 |" in text and "](warp/front-reward.png)" in text
     assert "> **warp:** 2 or so" in text
-    (header, divider) = [line for line in text.splitlines() if line.startswith(("| model |", "|---|---|---|---|---|"))]
-    assert header.count("|") == divider.count("|") == 11
+    assert "| warp | 60.0% | 55.0 to 64.0 |  | 30.0% |" in text
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 5
+    for table in tables:
+        assert len({line.count("|") for line in table}) == 1, table
 
 
 def test_one_conversation_of_each_length_is_shown_first() -> None:

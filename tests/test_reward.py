@@ -129,7 +129,8 @@ def test_the_score_head_is_trained_and_saved_in_fp32(
     assert not (output / "generation_config.json").exists()
     stage = json.loads((output / "stage.json").read_text())
     assert stage["metrics"] == metrics_of(output) and stage["adapter"] == ("adapter" if method else None)
-    assert (output / "pairs.png").read_bytes()[1:4] == b"PNG"
+    for name in ("calibration.png", "turns.png"):
+        assert (output / name).read_bytes()[1:4] == b"PNG"
     assert AutoTokenizer.from_pretrained(output).chat_template == gemma.gemma_chat_template
     assert isinstance(reward_model.load("test", str(output)).model.score, reward_model.ScoreHead)
 

@@ -51,6 +51,11 @@ def test_length_control_changes_nothing_where_length_plays_no_part() -> None:
     assert length_controlled([1.0] * 5, [3] * 5, [3] * 5) > 0.9  # finite, without a difference to explain
 
 
+def test_length_control_does_not_guess() -> None:
+    """Where one model's answers are always longer, nothing says what equal ones would win."""
+    assert length_controlled([0.0, 1.0] * 50, [40 + i for i in range(100)], [10] * 100) is None
+
+
 # --- judges ---
 
 

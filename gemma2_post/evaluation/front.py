@@ -49,7 +49,7 @@ class Front:
         self.runs = [point for run in args.runs or [] for point in run_points(stage.where, Path(run))]
 
     def measure(self, merged: dict[str, dict[float, Path]]) -> tuple[Path, dict[str, float]]:
-        """Measures every point, writes `front.json` and `front.png`; the released point and its numbers.
+        """Measures every point, writes `front.json` and its pictures; the released point and its numbers.
 
         Args:
             merged: folders of the sweeps by interpolation and eta; the first one's are what may be released.
@@ -74,7 +74,8 @@ class Front:
         chosen = entry_of[released]
         front = {"kl_budget": budget, "released": chosen, "points": entries}
         contract.write_json(self.stage.output_dir / "front.json", front)
-        plot(entries, chosen, budget, self.stage.output_dir / "front.png")
+        for name in ["reward", *(["gold"] if "gold" in chosen else [])]:
+            plot(entries, chosen, budget, name, self.stage.output_dir / f"front-{name}.png")
         numbers = {name: value for name, value in chosen.items() if isinstance(value, float)}
         return released, {"eta": numbers.pop("position"), **numbers}
 
@@ -93,40 +94,54 @@ def run_points(where: str, run: Path) -> list[Point]:
     return points
 
 
-def plot(entries: list[dict[str, object]], released: dict[str, object], kl_budget: float | None, path: Path) -> None:
-    """Reward, and gold where it is graded, over KL to the start; bars are standard errors over prompts."""
-    names = ["reward", *(["gold"] if "gold" in entries[0] else [])]
-    figure = Figure(figsize=(6.5 * len(names), 5), layout="constrained")
+def plot(
+    entries: list[dict[str, object]], released: dict[str, object], kl_budget: float | None, name: str, path: Path
+) -> None:
+    """A measure, `name`, over KL to the start; bars are standard errors over prompts."""
+    figure = Figure(figsize=(5.5, 4.5), layout="constrained")
+    axes = figure.subplots()
     series: dict[str, list[dict[str, object]]] = defaultdict(list)
     for entry in entries:
         series[entry["series"]].append(entry)
-    sweeps = [name for name, points in series.items() if "eta-" in points[0]["path"]]
-    runs = [name for name in series if name not in sweeps and not name.endswith(" anchor")]
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for label, points in series.items():
-            is_sweep, is_anchor = label in sweeps, label.endswith(" anchor")
-            if is_sweep:
-                colour, line = ("black", "-") if label == sweeps[0] else ("tab:red", "--")
-            else:
-                colour, line = f"C{runs.index(label.removesuffix(' anchor')) % 10}", "-"
-            axes.errorbar(
-                [point["kl_to_init"] for point in points],
-                [point[name] for point in points],
-                yerr=[point[f"{name}/standard_error"] for point in points] if is_sweep else None,
-                marker="o" if is_sweep else "D" if is_anchor else ".",
-                linewidth=2 if is_sweep else 1,
-                alpha=1 if is_sweep else 0.6,
-                capsize=2,
-                label=label,
-                color=colour,
-                linestyle=line,
+    sweeps = [label for label, points in series.items() if "eta-" in points[0]["path"]]
+    runs = [label for label in series if label not in sweeps and not label.endswith(" anchor")]
+    in_legend = set()
+    for label, points in series.items():
+        is_sweep, is_anchor = label in sweeps, label.endswith(" anchor")
+        kl, values = [point["kl_to_init"] for point in points], [point[name] for point in points]
+        if is_sweep:
+            kind, colour, line = (
+                label,
+                "black" if label == sweeps[0] else "tab:red",
+                "-" if label == sweeps[0] else "--",
             )
-        axes.plot(
-            released["kl_to_init"], released[name], marker="*", markersize=18, color="gold", markeredgecolor="black",
-            linestyle="none", label=f"released (eta {released['position']:g})", zorder=5,
-        )  # fmt: skip
-        if kl_budget is not None:
-            axes.axvline(kl_budget, color="0.5", linestyle=":", label="KL budget")
-        axes.set(xlabel="KL to the start, nats per answer", ylabel=name)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+        else:
+            kind, line = "average of a policy" if is_anchor else "policy", "-"
+            colour = f"C{runs.index(label.removesuffix(' anchor')) % 10}"
+        axes.errorbar(
+            kl,
+            values,
+            yerr=[point[f"{name}/standard_error"] for point in points] if is_sweep else None,
+            marker="D" if is_anchor else "o",
+            linewidth=2 if is_sweep else 1,
+            alpha=1 if is_sweep else 0.7,
+            capsize=2,
+            label=None if kind in in_legend else kind,
+            color=colour,
+            linestyle=line,
+        )
+        in_legend.add(kind)
+        if label in runs:
+            axes.annotate(
+                label, (kl[-1], values[-1]), xytext=(0, -12), textcoords="offset points", ha="center", fontsize=7,
+                color=colour,
+            )  # fmt: skip
+    axes.plot(
+        released["kl_to_init"], released[name], marker="*", markersize=18, color="gold", markeredgecolor="black",
+        linestyle="none", label=f"released (eta {released['position']:g})", zorder=5,
+    )  # fmt: skip
+    if kl_budget is not None:
+        axes.axvline(kl_budget, color="0.5", linestyle=":", label="KL budget")
+    axes.set(xlabel="KL to the start, nats per answer", ylabel=name)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=150)

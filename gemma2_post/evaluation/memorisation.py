@@ -31,7 +31,7 @@ class Memorised:
         for name in ("exact", "approximate"):
             share = getattr(self, name) / self.num_samples
             low, high = wilson_interval(share, self.num_samples)
-            found |= {f"memorised_{name}": share, f"memorised_{name}_low": low, f"memorised_{name}_high": high}
+            found |= {f"memorised_{name}": share, f"memorised_{name}/low": low, f"memorised_{name}/high": high}
         return found
 
 

@@ -101,12 +101,12 @@ def calibration_bins(pairs: list[ScoredPair]) -> list[tuple[numpy.ndarray, numpy
     return [(confidence[bins == i], right[bins == i]) for i in range(_NUM_BINS) if (bins == i).any()]
 
 
-def plot_pairs(pairs: list[ScoredPair], path: Path, noise_ceiling: float | None) -> None:
-    """Calibration, and accuracy by turns with intervals, side by side."""
+def plot_pairs(pairs: list[ScoredPair], output_dir: Path, noise_ceiling: float | None) -> None:
+    """`calibration.png`, and `turns.png`: accuracy by turns with intervals."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    calibration, turns = figure.subplots(1, 2)
+    pictures = {name: Figure(figsize=(5.5, 4), layout="constrained") for name in ("calibration", "turns")}
+    calibration, turns = (figure.subplots() for figure in pictures.values())
     bins = calibration_bins(pairs)
     calibration.plot([0.5, 1], [0.5, 1], color="0.7", linestyle="--", label="perfect")
     calibration.scatter(
@@ -115,7 +115,7 @@ def plot_pairs(pairs: list[ScoredPair], path: Path, noise_ceiling: float | None)
         s=[20 + 300 * len(right) / len(pairs) for _, right in bins],
         label="pairs (area: how many)",
     )
-    calibration.set(xlabel="sigmoid(|difference of rewards|)", ylabel="share that is right", title="Calibration")
+    calibration.set(xlabel="sigmoid(|difference of rewards|)", ylabel="share that is right")
     calibration.legend()
     groups = _by_turns(pairs)
     right = numpy.array([_is_right(pair) for pair in pairs])
@@ -128,8 +128,9 @@ def plot_pairs(pairs: list[ScoredPair], path: Path, noise_ceiling: float | None)
         turns.axhline(noise_ceiling, color="0.4", linestyle="--", label="noise ceiling")
         turns.legend(loc="lower right")
     turns.set_xticks(range(len(groups)), [f"{name}\n({len(rows)})" for name, rows in groups.items()])
-    turns.set(xlabel="user turns (pairs)", ylabel="accuracy", ylim=(0, 1), title="Accuracy by turns")
-    figure.savefig(path, dpi=120)
+    turns.set(xlabel="user turns (pairs)", ylabel="accuracy", ylim=(0, 1))
+    for name, figure in pictures.items():
+        figure.savefig(output_dir / f"{name}.png", dpi=150)
 
 
 def _is_right(pair: ScoredPair) -> float:

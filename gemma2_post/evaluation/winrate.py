@@ -16,8 +16,8 @@ class WinRate:
     low: float
     high: float
     """Of the 95 % interval, by bootstrap over the prompts."""
-    length_controlled: float
-    """What the rate would be if both answers were of the same length."""
+    length_controlled: float | None
+    """What the rate would be if both answers were of the same length; None where hardly any are."""
 
 
 def win_rate(wins: list[float], lengths: list[int], other_lengths: list[int], seed: int = 0) -> WinRate:
@@ -44,13 +44,18 @@ def bootstrap_interval(values: list[float], seed: int = 0) -> tuple[float, float
     return float(low), float(high)
 
 
-def length_controlled(wins: list[float], lengths: list[int], other_lengths: list[int]) -> float:
+def length_controlled(wins: list[float], lengths: list[int], other_lengths: list[int]) -> float | None:
     """The win rate at equal lengths, by logistic regression on the difference of lengths.
+
+    None where that is a guess: where equal lengths are outside the middle 95 % of the differences.
 
     As in AlpacaEval (arXiv 2404.04475, equation 3), without its term for the difficulty of a prompt: the length enters
     as the tanh of the difference in units of its standard deviation. A small ridge keeps it finite where all are wins.
     """
     difference = numpy.subtract(lengths, other_lengths).astype(float)
+    low, high = numpy.percentile(difference, [2.5, 97.5])
+    if not low <= 0 <= high:
+        return None
     spread = difference.std()
     x = numpy.tanh(difference / spread) if spread else numpy.zeros_like(difference)
     y = numpy.asarray(wins, dtype=float)

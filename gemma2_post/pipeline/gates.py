@@ -14,7 +14,7 @@ _NEXT_STEPS = {
     "distill": "does the student end its turns, is the teacher better than it, is learning_rate high enough?",
     "reward": "are the preferences consistent, is the base model large enough, is learning_rate right for the method?",
     "rlhf": "read samples/ and watch.jsonl: does the reward model reward what you want, is beta or learning_rate off?",
-    "warp": "look at front.png: were the runs good enough, is kl_budget what you want?",
+    "warp": "look at front-reward.png: were the runs good enough, is kl_budget what you want?",
     "evaluate": "read answers.jsonl beside models.json: which model is it that fails, and on which prompts?",
 }
 

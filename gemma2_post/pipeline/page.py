@@ -16,25 +16,40 @@ from gemma2_post.pipeline.view import duration, headline
 
 HTML, MARKDOWN = "report.html", "report.md"
 _PICTURES = {
-    "front.png": "Reward and gold over KL to the start: every point of the merge, the runs and their averages. "
-    "The star is released.",
-    "merge.png": "How far apart the policies had moved, by layer, and how far the merge moves.",
-    "pairs.png": "The reward model on held-out pairs: is it as sure as it is right, also in longer conversations?",
+    "front-reward.png": "Reward over KL to the start: the merge, from the start to its end, the policies, their "
+    "averages.",
+    "front-gold.png": "The same in gold, which nothing here was trained or chosen by. Do they agree?",
+    "angles.png": "How far apart the policies had moved, by layer. At 90 degrees they share nothing.",
+    "norms.png": "How far each had moved, and how far the merge moves.",
+    "calibration.png": "Is the reward model as sure of held-out pairs as it is right?",
+    "turns.png": "Is it as often right in longer conversations?",
 }
 """By the name of a stage's picture: what it shows."""
 _CURVES = {
-    "sft": [("log.jsonl", "loss")],
-    "distill": [("log.jsonl", "loss")],
-    "reward": [("log.jsonl", "accuracy")],
-    "rlhf": [("watch.jsonl", "reward"), ("watch.jsonl", "kl_to_start"), ("watch.jsonl", "gold")],
+    "sft": [("log.jsonl", "loss", "loss")],
+    "distill": [("log.jsonl", "loss", "loss")],
+    "reward": [("log.jsonl", "accuracy", "accuracy on the pairs it learns from")],
+    "rlhf": [
+        ("log.jsonl", "reward", "reward on the prompts it learns from"),
+        ("watch.jsonl", "reward", "reward, held out"),
+        ("watch.jsonl", "gold", "gold, held out"),
+        ("watch.jsonl", "kl_to_start", "KL to the start, nats"),
+    ],
 }
-"""By stage: what is drawn over its steps, and the file that has it."""
+"""By stage: the file, the key and the title of what is drawn over its steps."""
 _MEASURES = {
     "gold": ("gold", "{:.2f}"),
     "reward": ("reward", "{:.2f}"),
     "kl_to_init": ("KL, nats", "{:.2f}"),
     "stop_rate": ("ends by itself", "{:.0%}"),
     "mean_tokens": ("tokens", "{:.1f}"),
+    "distinct_bigrams": ("distinct bigrams", "{:.0%}"),
+}
+"""Of answers to the held-out prompts: title and format."""
+_FURTHER = {
+    "violations": "violations of safety",
+    "memorised_exact": "memorised, exactly",
+    "memorised_approximate": "memorised, within 10 %",
 }
 
 
@@ -50,7 +65,7 @@ class Stage:
     recipe: str
     output: str
     curves: list[tuple[str, Markup]]
-    """Name and picture."""
+    """Title and picture."""
     pictures: list[tuple[str, str, str]]
     """Path in the run folder, content in base64, and what it shows."""
 
@@ -81,10 +96,11 @@ def write(run_dir: Path, summary: dict, rows: list[dict]) -> list[Path]:
         "took": duration(summary["wall_seconds"]),
         "date": date.today().isoformat(),
         "stages": stages,
-        "columns": _columns(summary["models"]),
-        "models": {
-            title(name, summary["models"]): _cells(each, summary["models"]) for name, each in summary["models"].items()
-        },
+        "pictured": [stage for stage in reversed(stages) if stage.pictures],
+        "models": [title(name, summary["models"]) for name in summary["models"]],
+        "measures": _measures(summary["models"]),
+        "further": _further(summary["models"]),
+        "contests": _contests(summary["models"]),
         "facts": _facts(summary),
         "conversations": [_conversation(row) for row in rows],
         "versions": done[-1]["fingerprint"]["versions"] if done else {},
@@ -105,8 +121,8 @@ def _stage(run_dir: Path, name: str, gates: dict[str, str]) -> Stage:
         if (folder / file).is_file()
     ]
     curves = [
-        (key, curve(_series(folder / file, key)))
-        for file, key in _CURVES.get(done["stage"], [])
+        (title, curve(_series(folder / file, key)))
+        for file, key, title in _CURVES.get(done["stage"], [])
         if len(_series(folder / file, key)) > 1
     ]
     recipe = yaml.safe_dump(done["fingerprint"]["recipe"], sort_keys=False, allow_unicode=True)
@@ -129,22 +145,23 @@ def _series(path: Path, key: str) -> list[tuple[float, float]]:
     return [(entry["step"], entry[key]) for entry in entries if key in entry]
 
 
-def curve(points: list[tuple[float, float]], width: int = 260, height: int = 72) -> Markup:
+def curve(points: list[tuple[float, float]], width: int = 260, height: int = 84) -> Markup:
     """A line with its first and its last value, as an SVG that takes the colours of the page."""
     steps, values = zip(*points, strict=True)
     low, high = min(values), max(values)
     spread, length = high - low or 1.0, steps[-1] - steps[0] or 1
     places = [
-        (4 + (width - 8) * (step - steps[0]) / length, height - 18 - (height - 30) * (value - low) / spread)
+        (4 + (width - 8) * (step - steps[0]) / length, height - 30 - (height - 44) * (value - low) / spread)
         for step, value in points
     ]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     (first_x, first_y), (last_x, last_y) = places[0], places[-1]
+    first_label = first_y + 13 if places[1][1] < first_y else first_y - 6  # below what rises
     return Markup(
         f'<svg viewBox="0 0 {width} {height}" role="img"><polyline points="{line}"/>'
         f'<circle cx="{last_x:.1f}" cy="{last_y:.1f}" r="3"/>'
-        f'<text x="{first_x:.1f}" y="{max(first_y - 6, 10):.1f}">{values[0]:.3g}</text>'
-        f'<text x="{last_x:.1f}" y="{max(last_y - 6, 10):.1f}" text-anchor="end">{values[-1]:.3g}</text>'
+        f'<text x="{first_x:.1f}" y="{first_label:.1f}">{values[0]:.3g}</text>'
+        f'<text x="{last_x:.1f}" y="{last_y - 6:.1f}" text-anchor="end">{values[-1]:.3g}</text>'
         f'<text x="{first_x:.1f}" y="{height - 3}">step {steps[0]:g}</text>'
         f'<text x="{last_x:.1f}" y="{height - 3}" text-anchor="end">{steps[-1]:g}</text></svg>'
     )
@@ -158,36 +175,54 @@ def title(name: str, models: dict[str, dict[str, float]]) -> str:
     return f"{name}, mean" if any(other.startswith(f"{name}/") for other in models) else name
 
 
-def _columns(models: dict[str, dict[str, float]]) -> list[str]:
-    return [title for title, _, _ in _measured(models)]
+@dataclass
+class Cell:
+    """What is measured of a model, to read; empty where it is not measured of this one."""
+
+    value: str = ""
+    interval: str = ""
+    """Of 95 %."""
+    place: float = 0.0
+    """Between the lowest and the highest model, from 0 to 1."""
 
 
-def _measured(models: dict[str, dict[str, float]]) -> list[tuple[str, str, str]]:
-    """Title, key and format of what is measured of the models, or of most of them."""
-    found = [(title, key, form) for key, (title, form) in _MEASURES.items()]
-    keys = list(dict.fromkeys(key for model in models.values() for key in model))
+def _measures(models: dict[str, dict[str, float]]) -> dict[str, list[Cell]]:
+    """By title: a cell for each model."""
+    measured = [(key, title, form) for key, (title, form) in _MEASURES.items()]
+    return {title: _cells(models, key, form) for key, title, form in measured if _is_measured(models, key)}
+
+
+def _further(models: dict[str, dict[str, float]]) -> dict[str, list[Cell]]:
+    """Likewise: by number of turns, safety, memorisation, benchmarks."""
+    keys = dict.fromkeys(key for each in models.values() for key in each)
+    best = "gold" if _is_measured(models, "gold") else "reward"
+    by_turns = [key for key in keys if key.startswith(f"{best}/turns-")]
+    found = {}
+    for key in by_turns if len(by_turns) > 1 else []:
+        turns = key.rpartition("-")[2]
+        found[f"{best}, {turns} turn{'s' if turns != '1' else ''}"] = _cells(models, key, "{:.2f}")
+    for key, title in _FURTHER.items():
+        if key in keys:
+            found[title] = _cells(models, key, "{:.1%}")
     for key in keys:
-        if "win_rate_vs_" in key and "/" not in key:
-            name = key.replace("_", " ")
-            found += [(name, key, "{:.0%}"), (f"{name}, at equal lengths", f"{key}/length_controlled", "{:.0%}")]
-        if key in ("violations", "memorised_exact", "memorised_approximate"):
-            found.append((key.replace("_", " "), key, "{:.1%}"))
         if key.startswith("benchmarks/") and key.count("/") == 1:
-            found.append((key.removeprefix("benchmarks/"), key, "{:.1%}"))
-    return [each for each in found if each[1] in keys]
+            found[key.removeprefix("benchmarks/")] = _cells(models, key, "{:.1%}")
+    return found
 
 
-def _cells(model: dict[str, float], models: dict[str, dict[str, float]]) -> list[tuple[str, str, float]]:
-    """Of each measure: the value, its 95 % interval, and its place between the lowest and the highest model."""
-    cells = []
-    for _, key, form in _measured(models):
-        if key not in model:  # a baseline is not held against itself by a judge
-            cells.append(("", "", 0.0))
-            continue
-        values = [each[key] for each in models.values() if key in each]
-        place = (model[key] - min(values)) / (max(values) - min(values) or 1)
-        cells.append((form.format(model[key]), _interval(model, key, form), place))
-    return cells
+def _is_measured(models: dict[str, dict[str, float]], key: str) -> bool:
+    return any(key in each for each in models.values())
+
+
+def _cells(models: dict[str, dict[str, float]], key: str, form: str) -> list[Cell]:
+    values = [each[key] for each in models.values() if key in each]
+    spread = max(values) - min(values) or 1
+    return [
+        Cell(form.format(each[key]), _interval(each, key, form), (each[key] - min(values)) / spread)
+        if key in each
+        else Cell()
+        for each in models.values()
+    ]
 
 
 def _interval(model: dict[str, float], key: str, form: str) -> str:
@@ -196,6 +231,35 @@ def _interval(model: dict[str, float], key: str, form: str) -> str:
     if f"{key}/low" in model and model[f"{key}/low"] < model[f"{key}/high"]:
         return f"{form.format(model[f'{key}/low'])} to {form.format(model[f'{key}/high'])}"
     return ""
+
+
+@dataclass
+class Contest:
+    """Who wins over the baseline, says one judge."""
+
+    judge: str
+    baseline: str
+    wins: dict[str, dict[str, float]]
+    """By model, in percent: rate, low, high, length_controlled; and of a judge that is asked: disagreement."""
+
+
+def _contests(models: dict[str, dict[str, float]]) -> list[Contest]:
+    keys = dict.fromkeys(key for each in models.values() for key in each if "win_rate_vs_" in key and "/" not in key)
+    contests = []
+    for key in keys:
+        judge, _, baseline = key.partition("win_rate_vs_")
+        judge = {"": "the reward model", "judge_": "the judge"}.get(judge, judge.removesuffix("_"))
+        wins = {
+            title(name, models): {"rate": 100 * each[key]}
+            | {part: 100 * each[f"{key}/{part}"] for part in _PARTS if f"{key}/{part}" in each}
+            for name, each in models.items()
+            if key in each and name != baseline
+        }
+        contests.append(Contest(judge, baseline, wins))
+    return contests
+
+
+_PARTS = ("low", "high", "length_controlled", "disagreement")
 
 
 def _facts(summary: dict) -> list[tuple[str, str]]:

@@ -35,10 +35,6 @@ def report(run_dir: Path) -> None:
     console = terminal()
     if found["models"]:
         console.print(_models(found["models"]))
-    for front in [run_dir / name / "front.png" for name in found["stages"]]:
-        if not front.is_file():
-            continue
-        console.print(f"reward and gold over KL: {front}", highlight=False, soft_wrap=True)
     for row in to_show(_answers(run_dir, found), _SHOWN):
         console.print(_conversation(row))
     html, markdown = write(run_dir)
