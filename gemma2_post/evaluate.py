@@ -70,7 +70,7 @@ class EvaluateArguments:
     benchmark_folder: str | None = field(default=None, metadata={"help": "With further tasks as lm-eval's YAML."})
     benchmark_limit: int | None = field(default=None, metadata={"help": "Examples of each task; None for all."})
     benchmark_batch_size: int = field(
-        default=4, metadata={"help": "Questions at once; each has its examples before it, and logits of all tokens."}
+        default=1, metadata={"help": "Questions at once; each has its examples before it, and logits of all tokens."}
     )
 
 
@@ -106,6 +106,7 @@ def main(
         judge_answers(stage.where, judge, measurement, answered, baseline),
         judge_safety(stage.where, judge, measurement, names, unsafe),
     ]
+    del judge  # a local one makes room for the reward model
     measurement.load_reward_model()
     found.insert(0, measure_answers(measurement, answered, baseline))
     models = {name: {key: value for each in found for key, value in each.get(name, {}).items()} for name in answered}

@@ -98,6 +98,7 @@ def to_messages(row: dict[str, object]) -> list[Message]:
 FORMATS = [{"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"}, {"text"}]
 """The columns that make a row a conversation."""
 PROMPT_FORMATS = [{"prompt"}, *FORMATS]
+TEXT_FORMATS = [{"text"}, *FORMATS]
 QUESTION_FORMATS = [{"turns"}, *PROMPT_FORMATS]
 """With those of sets like MT-Bench, whose later questions follow whatever was answered to the earlier ones."""
 
@@ -407,7 +408,7 @@ def load_texts(where: str, sources: list[Source]) -> list[str]:
         if "text" in dataset.column_names:
             texts += dataset["text"]
         else:
-            _check_format(f"{where}: {source.path}", dataset.column_names, [{"text"}, *FORMATS])
+            _check_format(f"{where}: {source.path}", dataset.column_names, TEXT_FORMATS)
             texts += ["\n".join(turn["content"] for turn in to_messages(row)) for row in dataset]
     return texts
 

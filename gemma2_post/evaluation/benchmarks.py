@@ -31,8 +31,7 @@ def check(where: str, tasks: list[str], folder: str | None) -> None:
         raise UserError(f"{where}: benchmark_folder {folder} is no folder; give one with lm-eval tasks (.yaml)")
     if "preset" in tasks and len(tasks) > 1:
         raise UserError(f"{where}: benchmarks names preset and more; write [preset], or the tasks one by one")
-    known = task_manager(folder).all_tasks
-    unknown = [name for name in names_of(tasks) if name not in known]
+    unknown = [name for name in tasks if name != "preset" and name not in task_manager(folder).all_tasks]
     if unknown:
         raise UserError(
             f"{where}: benchmarks names {unknown[0]}, which lm-eval does not know; `lm-eval ls tasks` lists them"

@@ -24,9 +24,11 @@ from gemma2_post.pipeline.steps import Pipeline, Step
 
 _MODEL_KEYS = [
     *("model_name_or_path", "teacher_model_name_or_path", "reward_model"),
-    *("init", "towards", "baseline", "base", "policies", "runs", "models"),
+    *("init", "towards", "baseline", "base", "policies", "runs", "models", "judge"),
 ]
 """Recipe keys that name models."""
+_FURTHER_DATA = {"safety_datasets": data.PROMPT_FORMATS, "corpus": data.TEXT_FORMATS}
+"""Recipe keys of data beside what is trained on, and its formats."""
 _FUNCTION_KEYS = ["graders", "noise_ceiling", "reward_functions"]
 
 
@@ -87,7 +89,11 @@ def _check_step(step: Step, launch: str, made: dict[str, Gemma2Config | None], i
     for key in _FUNCTION_KEYS:
         for function in _listed(values.get(key)):
             data.load_function(where, function)
-    models = {key: _config(where, key, name, made) for key in _MODEL_KEYS for name in _listed(values.get(key))}
+    for key, formats in _FURTHER_DATA.items():
+        if values.get(key):
+            data.check_sources(where, next(getattr(part, key) for part in built if hasattr(part, key)), [], formats)
+    keys = [key for key in _MODEL_KEYS if key != "judge" or not values.get("judge_endpoint")]
+    models = {key: _config(where, key, name, made) for key in keys for name in _listed(values.get(key))}
     _check_lengths(where, values, models)
     made[str(step.folder)] = models.get("model_name_or_path") or models.get("init")
     return CheckedStep(step, launcher, by_class, values, models)

@@ -26,6 +26,8 @@ TILE_TOKENS, TILE_COLUMNS = 4096, 32768
 """Logits that TRL's losses hold at once (`TOKEN_CHUNK_SIZE`, `VOCAB_CHUNK_SIZE`, `_CHUNKED_LOGPROB_CHUNK_SIZE`)."""
 DIVERGENCE_TOKENS = 128
 """Positions whose probabilities are in fp32 at once (`evaluation/divergence.py`)."""
+JUDGE_BATCH, JUDGE_QUESTION = 8, 200
+"""Pairs that a judge reads at once, and the tokens of its question beside them (`evaluation/judge.py`)."""
 BUCKET = 500_000_000
 """Gradients that DeepSpeed reduces at once, in elements (`reduce_bucket_size`)."""
 LIVE = 1_000_000_000
@@ -255,7 +257,7 @@ def unknown(checked: CheckedStep) -> list[str]:
     """The models whose shapes are not known, by their keys."""
     loaded = ("model_name_or_path", "teacher_model_name_or_path", "reward_model", "init", "policies")
     if checked.step.stage in ("warp", "evaluate"):
-        loaded = ("reward_model", "init") if _is_measured(checked) else ("init",)
+        loaded = ("reward_model", "init", "judge") if _is_measured(checked) else ("init",)
     return [key for key in loaded if key in checked.models and checked.models[key] is None]
 
 
@@ -509,6 +511,12 @@ def _measure(checked: CheckedStep, num_gpus: int) -> dict[str, Parts]:
             "reward model": weights(scorer, compute.itemsize),
             "activations": forward(scorer, checked.get("reward_batch_size"), prompt + answer, compute),
         }
+    if judge := checked.models.get("judge"):  # held while models answer the safety prompts
+        held = {"judge": weights(judge, compute.itemsize)} | (
+            {"weights": share} if checked.get("safety_datasets") else {}
+        )
+        question = JUDGE_QUESTION + prompt + 2 * answer
+        found["judge"] = held | sampling(judge, JUDGE_BATCH, question, checked.get("judge_max_tokens"), compute)
     return found
 
 
