@@ -12,12 +12,14 @@ reward model and, if there is one, by a judge: another model, here or behind an 
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 
 from accelerate import Accelerator
+from openai import OpenAI
 from transformers import PreTrainedTokenizerBase
 
 from gemma2_post.core import contract, data, endpoint, gemma
@@ -98,11 +100,12 @@ def main(
     names = names_of(args)
     baseline = names[Path(args.baseline)]
     contract.begin_afresh(stage.output_dir, stage.fingerprint)
-    by_path = measurement.answer(list(names), stage.output_dir / contract.PROGRESS / "answers.jsonl")
+    progress = stage.output_dir / contract.PROGRESS
+    by_path = measurement.answer(list(names), progress / "answers.jsonl")
     answered = {name: by_path[path] for path, name in names.items()}
     found = [
-        measure_benchmarks(args, measurement, names),
-        measure_memorisation(measurement, names, corpus),
+        measure_benchmarks(args, measurement, names, progress / "benchmarks.jsonl"),
+        measure_memorisation(measurement, names, corpus, progress / "memorisation.jsonl"),
         judge_answers(stage.where, judge, measurement, answered, baseline),
         judge_safety(stage.where, judge, measurement, names, unsafe),
     ]
@@ -192,14 +195,19 @@ def load_judge(stage: Stage, args: EvaluateArguments) -> Judge:
     """Its replies are kept beside the output, because a changed recipe makes that anew."""
     replies = stage.output_dir.with_name("judgments.jsonl")
     if args.judge_endpoint:
-        client = endpoint.connect(stage.where, args.judge_endpoint, args.api_key_variable, timeout=120, retries=20)
-        ask = ask_endpoint(stage.where, client, args.judge, args.judge_max_tokens, args.concurrency)
+        ask = ask_endpoint(
+            stage.where, connect(stage.where, args), args.judge, args.judge_max_tokens, args.concurrency
+        )
         return Judge(ask, f"{args.judge_endpoint} {args.judge} {args.judge_max_tokens}", replies)
     tokenizer = gemma.load_tokenizer(stage.where, args.judge, gemma.load_config(stage.where, args.judge))
     # Loaded when it is asked: the models that it judges have answered then.
     loaded = cache(partial(load, Path(args.judge), Accelerator().device))
     digest = contract.input_digest(args.judge) or args.judge
     return Judge(ask_model(loaded, tokenizer, args.judge_max_tokens), f"{digest} {args.judge_max_tokens}", replies)
+
+
+def connect(where: str, args: EvaluateArguments) -> OpenAI:
+    return endpoint.connect(where, args.judge_endpoint, args.api_key_variable, timeout=120, retries=20)
 
 
 def judge_answers(
@@ -261,9 +269,11 @@ def judge_safety(
     return found
 
 
-def measure_benchmarks(args: EvaluateArguments, measurement: Measurement, names: dict[Path, str]) -> Measures:
-    return {
-        name: benchmarks.run(
+def measure_benchmarks(
+    args: EvaluateArguments, measurement: Measurement, names: dict[Path, str], cache_file: Path
+) -> Measures:
+    def measure_one(path: Path, name: str) -> dict[str, float]:
+        return benchmarks.run(
             load(path, measurement.accelerator.device),
             measurement.tokenizer,
             args.benchmarks,
@@ -272,8 +282,21 @@ def measure_benchmarks(args: EvaluateArguments, measurement: Measurement, names:
             args.benchmark_batch_size,
             chats=name != "base",
         )
-        for path, name in (names.items() if args.benchmarks else [])
-    }
+
+    return measure_each(names, measure_one, cache_file) if args.benchmarks else {}
+
+
+def measure_each(
+    names: dict[Path, str], measure_one: Callable[[Path, str], dict[str, float]], cache_file: Path
+) -> Measures:
+    """Model by model, each appended to a file; those of an interrupted run are read from it."""
+    found = {record["model"]: record["measured"] for record in contract.read_lines(cache_file)}
+    for path, name in names.items():
+        if name not in found:
+            found[name] = measure_one(path, name)
+            with open(cache_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"model": name, "measured": found[name]}) + "\n")
+    return found
 
 
 def load_corpus(
@@ -291,11 +314,13 @@ def load_corpus(
     return found
 
 
-def measure_memorisation(measurement: Measurement, names: dict[Path, str], corpus: list[list[int]] | None) -> Measures:
-    return {
-        name: memorised(load(path, measurement.accelerator.device), corpus, measurement.args.batch_size).metrics()
-        for path, name in (names.items() if corpus else [])
-    }
+def measure_memorisation(
+    measurement: Measurement, names: dict[Path, str], corpus: list[list[int]] | None, cache_file: Path
+) -> Measures:
+    def measure_one(path: Path, _: str) -> dict[str, float]:
+        return memorised(load(path, measurement.accelerator.device), corpus, measurement.args.batch_size).metrics()
+
+    return measure_each(names, measure_one, cache_file) if corpus else {}
 
 
 # --- the recipe ---
@@ -322,6 +347,8 @@ def check(
         raise UserError(f"{where}: safety_datasets has answers to judge, and there is no judge; name one")
     if args.judge_endpoint and not args.judge:
         raise UserError(f"{where}: judge_endpoint has no judge; name the model there that is to judge")
+    if args.judge_endpoint:
+        connect(where, args)
     if min(args.concurrency, args.judge_max_tokens, args.num_memorised, args.benchmark_batch_size) < 1:
         raise UserError(
             f"{where}: concurrency, judge_max_tokens, num_memorised and benchmark_batch_size are counts; write 1 or "

@@ -178,6 +178,30 @@ def test_a_local_judge_that_says_nothing_is_refused(evaluate_recipe: Recipe, tmp
         run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values | {"base": None, "num_samples": 3})
 
 
+def test_what_an_interrupted_evaluation_has_measured_is_not_measured_again(
+    evaluate_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+    run = evaluate.memorised
+
+    def breaks_down(*arguments: object) -> object:
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append("a model")
+        return run(*arguments)
+
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": "the owl and the bear " * 60}) + "\n")
+    values = evaluate_recipe | {"corpus": [{"path": str(tmp_path / "corpus.jsonl")}], "num_memorised": 2}
+    monkeypatch.setattr(evaluate, "memorised", breaks_down)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values)
+    measured.append("by the run that goes on")
+    output = run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values)
+    assert len(measured) == 5  # two, the mark, and the two that are left of four
+    models = json.loads((output / "models.json").read_text())
+    assert all("memorised_exact/high" in each for each in models.values())
+
+
 def test_memorisation_is_measured_over_a_corpus(evaluate_recipe: Recipe, tmp_path: Path) -> None:
     words = "the owl and the bear went up the hill and said that it is late and that it is good ".split()
     text = " ".join(words * 20)
@@ -194,6 +218,11 @@ def test_memorisation_is_measured_over_a_corpus(evaluate_recipe: Recipe, tmp_pat
     [
         ({"safety_datasets": [{"path": "prompts.jsonl"}]}, "there is no judge; name one"),
         ({"judge_endpoint": "http://localhost:1/v1"}, "judge_endpoint has no judge"),
+        ({"judge": "j", "judge_endpoint": "localhost"}, "write a base URL"),
+        (
+            {"judge": "j", "judge_endpoint": "http://h/v1", "api_key_variable": "NO_KEY"},
+            "NO_KEY, but that environment",
+        ),
         ({"judge": "j", "concurrency": 0}, "are counts; write 1 or more"),
         ({"corpus": [{"path": "nowhere.jsonl"}]}, "there is no such file"),
     ],
