@@ -12,11 +12,13 @@ reward model and, if there is one, by a judge: another model, here or behind an 
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from statistics import mean
+from typing import TypeVar
 
 from accelerate import Accelerator
 from openai import OpenAI
@@ -29,11 +31,11 @@ from gemma2_post.core.errors import UserError
 from gemma2_post.core.launcher import Launcher
 from gemma2_post.core.rewards import RewardFunctionArguments
 from gemma2_post.evaluation import benchmarks, measure
-from gemma2_post.evaluation.judge import Judge, ask_endpoint, ask_model, check_any
+from gemma2_post.evaluation.judge import Judge, ask_endpoint, ask_model, check_most
 from gemma2_post.evaluation.measure import AnswerArguments, Answered, Measurement, load, summarize
 from gemma2_post.evaluation.memorisation import CONTINUATION, PREFIX, memorised, windows
 from gemma2_post.evaluation.pairs import wilson_interval
-from gemma2_post.evaluation.samples import Answer, SampleArguments, distinctness, sample_answers
+from gemma2_post.evaluation.samples import SampleArguments, distinctness, sample_answers
 from gemma2_post.evaluation.winrate import win_rate, wins_by
 
 
@@ -57,6 +59,7 @@ class EvaluateArguments:
         default=None, metadata={"help": "Environment variable with the endpoint's key; None if it needs none."}
     )
     concurrency: int = field(default=8, metadata={"help": "Requests to the endpoint at a time."})
+    endpoint_timeout: float = field(default=120.0, metadata={"help": "Seconds for one attempt."})
     judge_max_tokens: int = field(default=256, metadata={"help": "Longest reply of the judge, in tokens."})
     safety_datasets: list[Source] | None = field(
         default=None, metadata={"help": "Prompts whose answers the judge reads for violations of safety."}
@@ -76,6 +79,7 @@ class EvaluateArguments:
     )
 
 
+T = TypeVar("T")
 Measures = dict[str, dict[str, float]]
 """By model: what is measured of it."""
 
@@ -94,24 +98,27 @@ def main(
             raise UserError(f"{stage.where}: models names {path}, which holds no model; run the stage that makes it")
     measurement = Measurement(stage.where, args.init, answer_args, data_args, sample_args, reward_args)
     check_tokenizers(stage.where, args, measurement.tokenizer)
-    unsafe = load_safety_prompts(stage.where, args, measurement)
-    corpus = load_corpus(stage.where, args, measurement.tokenizer, answer_args.seed)
-    judge = load_judge(stage, args) if args.judge else None
-    names = names_of(args)
+    names = names_of(stage.where, args)
     baseline = names[Path(args.baseline)]
+    unsafe = load_safety_prompts(stage.where, args, measurement)
+    corpus = load_corpus(stage.where, args, data_args, measurement.tokenizer, answer_args.seed)
+    judge = load_judge(stage, args) if args.judge else None
+    if args.benchmarks:
+        benchmarks.load_data(stage.where, args.benchmarks, args.benchmark_folder)
     contract.begin_afresh(stage.output_dir, stage.fingerprint)
     progress = stage.output_dir / contract.PROGRESS
     by_path = measurement.answer(list(names), progress / "answers.jsonl")
     answered = {name: by_path[path] for path, name in names.items()}
     found = [
-        measure_benchmarks(args, measurement, names, progress / "benchmarks.jsonl"),
-        measure_memorisation(measurement, names, corpus, progress / "memorisation.jsonl"),
+        measure_answers(measurement, answered, baseline),
         judge_answers(stage.where, judge, measurement, answered, baseline),
-        judge_safety(stage.where, judge, measurement, names, unsafe),
+        judge_safety(stage.where, judge, measurement, names, unsafe, progress / "safety.jsonl"),
     ]
-    del judge  # a local one makes room for the reward model
-    measurement.load_reward_model()
-    found.insert(0, measure_answers(measurement, answered, baseline))
+    del judge  # a local one makes room
+    found += [
+        measure_memorisation(measurement, names, corpus, progress / "memorisation.jsonl"),
+        measure_benchmarks(args, measurement, names, progress / "benchmarks.jsonl"),
+    ]
     models = {name: {key: value for each in found for key, value in each.get(name, {}).items()} for name in answered}
     contract.write_json(stage.output_dir / "models.json", models)
     write_answers(measurement, answered, stage.output_dir / "answers.jsonl")
@@ -132,14 +139,17 @@ def check_tokenizers(where: str, args: EvaluateArguments, tokenizer: PreTrainedT
             )
 
 
-def names_of(args: EvaluateArguments) -> dict[Path, str]:
-    """The models by their folders, named by what these do not have in common: `sft`, `rlhf/policy-0`; those on the Hub
-    keep their names."""
-    paths = [Path(path) for path in args.models]
-    folders = [path for path in paths if path.exists()]
-    common = os.path.commonpath([path.parent for path in folders]) if folders else "."
+def names_of(where: str, args: EvaluateArguments) -> dict[Path, str]:
+    """The models by their paths, named by what follows the run folder: `sft`, `rlhf/policy-0`; others keep theirs."""
+    run_dir = os.path.abspath(Path(args.output_dir).parent)
     names = {Path(args.base): "base"} if args.base else {}
-    return names | {path: os.path.relpath(path, common) if path in folders else str(path) for path in paths}
+    for path in args.models:
+        is_of_run = os.path.abspath(path).startswith(run_dir + os.sep)
+        names.setdefault(Path(path), os.path.relpath(path, run_dir) if is_of_run else path)
+    twice = [name for name, count in Counter(names.values()).items() if count > 1]
+    if twice:
+        raise UserError(f"{where}: two of the models are called {twice[0]}; rename a folder")
+    return names
 
 
 def said(answered: Answered, i: int, prompt: list[Message]) -> str:
@@ -162,14 +172,16 @@ def write_answers(measurement: Measurement, answered: dict[str, Answered], path:
 
 def measure_answers(measurement: Measurement, answered: dict[str, Answered], baseline: str) -> Measures:
     """What can be counted in the answers, what they are rewarded and graded with, and how often that wins."""
+    measurement.load_reward_model()
     values = {name: measurement.values(each) for name, each in answered.items()}
+    measurement.unload_reward_model()
     found = {}
     for name, each in answered.items():
         found[name] = summarize(values[name]) | by_turns(values[name], each.prompts) | distinctness(each.answers)
         for judge in ["reward", *measurement.graders]:
             key = f"win_rate_vs_{baseline}" if judge == "reward" else f"{judge}_win_rate_vs_{baseline}"
             wins = wins_by(values[name][judge], values[baseline][judge])
-            found[name] |= versus(key, wins, each.answers, answered[baseline].answers)
+            found[name] |= versus(key, wins, each.lengths, answered[baseline].lengths)
     return found
 
 
@@ -183,9 +195,9 @@ def by_turns(values: dict[str, list[float]], prompts: list[list[Message]]) -> di
     }
 
 
-def versus(key: str, wins: list[float], answers: list[Answer], others: list[Answer]) -> dict[str, float]:
+def versus(key: str, wins: list[float], lengths: list[int], other_lengths: list[int]) -> dict[str, float]:
     """The win rate under `key`, its 95 % interval, and what it would be at equal lengths, if that can be said."""
-    found = win_rate(wins, [each.num_tokens for each in answers], [each.num_tokens for each in others])
+    found = win_rate(wins, lengths, other_lengths)
     measured = {key: found.rate, f"{key}/low": found.low, f"{key}/high": found.high}
     controlled = found.length_controlled
     return measured if controlled is None else measured | {f"{key}/length_controlled": controlled}
@@ -195,9 +207,9 @@ def load_judge(stage: Stage, args: EvaluateArguments) -> Judge:
     """Its replies are kept beside the output, because a changed recipe makes that anew."""
     replies = stage.output_dir.with_name("judgments.jsonl")
     if args.judge_endpoint:
-        ask = ask_endpoint(
-            stage.where, connect(stage.where, args), args.judge, args.judge_max_tokens, args.concurrency
-        )
+        client = connect(stage.where, args)
+        endpoint.check(stage.where, client)
+        ask = ask_endpoint(stage.where, client, args.judge, args.judge_max_tokens, args.concurrency)
         return Judge(ask, f"{args.judge_endpoint} {args.judge} {args.judge_max_tokens}", replies)
     tokenizer = gemma.load_tokenizer(stage.where, args.judge, gemma.load_config(stage.where, args.judge))
     # Loaded when it is asked: the models that it judges have answered then.
@@ -207,7 +219,7 @@ def load_judge(stage: Stage, args: EvaluateArguments) -> Judge:
 
 
 def connect(where: str, args: EvaluateArguments) -> OpenAI:
-    return endpoint.connect(where, args.judge_endpoint, args.api_key_variable, timeout=120, retries=20)
+    return endpoint.connect(where, args.judge_endpoint, args.api_key_variable, args.endpoint_timeout, retries=10)
 
 
 def judge_answers(
@@ -223,12 +235,12 @@ def judge_answers(
         if name == baseline:
             continue
         judged = judge.compare(prompts, texts[name], texts[baseline])
-        check_any(where, judged)
+        check_most(where, judged, judge.replies)
         rows = [i for i, win in enumerate(judged.wins) if win is not None]
-        answers, others = ([answered[each].answers[i] for i in rows] for each in (name, baseline))
-        found[name] = versus(key, [judged.wins[i] for i in rows], answers, others) | {
+        lengths, others = ([answered[each].lengths[i] for i in rows] for each in (name, baseline))
+        found[name] = versus(key, [judged.wins[i] for i in rows], lengths, others) | {
             f"{key}/disagreement": judged.disagreement,
-            f"{key}/missing": judged.num_missing,
+            f"{key}/missing": len(judged.wins) - len(rows),
         }
     return found
 
@@ -242,11 +254,16 @@ def load_safety_prompts(where: str, args: EvaluateArguments, measurement: Measur
 
 
 def judge_safety(
-    where: str, judge: Judge | None, measurement: Measurement, names: dict[Path, str], prompts: list[list[Message]]
+    where: str,
+    judge: Judge | None,
+    measurement: Measurement,
+    names: dict[Path, str],
+    prompts: list[list[Message]],
+    cache_file: Path,
 ) -> Measures:
     """The share of answers that are violations, with its 95 % interval (Wilson), and how many the judge left open."""
-    found = {}
-    for path, name in names.items() if prompts else []:
+
+    def answer(path: Path) -> list[str]:
         answers = sample_answers(
             load(path, measurement.accelerator.device),
             measurement.tokenizer,
@@ -255,7 +272,11 @@ def judge_safety(
             batch_size=measurement.args.batch_size,
             seed=measurement.args.seed,
         )
-        verdicts = judge.violations(prompts, [answer.text for answer in answers])
+        return [each.text for each in answers]
+
+    found = {}
+    for name, answers in measure_each(names, answer, cache_file).items() if prompts else []:
+        verdicts = judge.violations(prompts, answers)
         judged = [each for each in verdicts if each is not None]
         if not judged:
             raise UserError(f"{where}: the judge gave no verdict on the safety of any answer; choose a stronger one")
@@ -272,7 +293,7 @@ def judge_safety(
 def measure_benchmarks(
     args: EvaluateArguments, measurement: Measurement, names: dict[Path, str], cache_file: Path
 ) -> Measures:
-    def measure_one(path: Path, name: str) -> dict[str, float]:
+    def measure_one(path: Path) -> dict[str, float]:
         return benchmarks.run(
             load(path, measurement.accelerator.device),
             measurement.tokenizer,
@@ -280,33 +301,34 @@ def measure_benchmarks(
             args.benchmark_folder,
             args.benchmark_limit,
             args.benchmark_batch_size,
-            chats=name != "base",
+            chats=not args.base or path != Path(args.base),
         )
 
     return measure_each(names, measure_one, cache_file) if args.benchmarks else {}
 
 
-def measure_each(
-    names: dict[Path, str], measure_one: Callable[[Path, str], dict[str, float]], cache_file: Path
-) -> Measures:
+def measure_each(names: dict[Path, str], measure_one: Callable[[Path], T], cache_file: Path) -> dict[str, T]:
     """Model by model, each appended to a file; those of an interrupted run are read from it."""
     found = {record["model"]: record["measured"] for record in contract.read_lines(cache_file)}
     for path, name in names.items():
         if name not in found:
-            found[name] = measure_one(path, name)
+            found[name] = measure_one(path)
             with open(cache_file, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"model": name, "measured": found[name]}) + "\n")
     return found
 
 
 def load_corpus(
-    where: str, args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase, seed: int
+    where: str, args: EvaluateArguments, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> list[list[int]] | None:
-    """The stretches of the corpus that are tried, in tokens."""
+    """The stretches of the corpus that are tried, in tokens; conversations in the format in which SFT reads them."""
     if not args.corpus:
         return None
     documents = [
-        tokenizer(text, add_special_tokens=False)["input_ids"] for text in data.load_texts(where, args.corpus)
+        tokenizer(document, add_special_tokens=False)["input_ids"]
+        if isinstance(document, str)
+        else gemma.render(tokenizer, document)["input_ids"][1:]  # without <bos>
+        for document in data.load_documents(where, args.corpus, data_args.max_invalid_share, seed)
     ]
     found = windows(documents, args.num_memorised, seed)
     if not found:
@@ -317,7 +339,7 @@ def load_corpus(
 def measure_memorisation(
     measurement: Measurement, names: dict[Path, str], corpus: list[list[int]] | None, cache_file: Path
 ) -> Measures:
-    def measure_one(path: Path, _: str) -> dict[str, float]:
+    def measure_one(path: Path) -> dict[str, float]:
         return memorised(load(path, measurement.accelerator.device), corpus, measurement.args.batch_size).metrics()
 
     return measure_each(names, measure_one, cache_file) if corpus else {}
@@ -371,6 +393,7 @@ def metrics(
     found |= graders | {f"{grader}_win_rate" for grader in graders}
     found |= {"judge_win_rate"} if args.judge else set()
     found |= {"violations"} if args.safety_datasets else set()
+    found |= {"benchmarks"} if args.benchmarks else set()
     return found | ({"memorised_exact", "memorised_approximate"} if args.corpus else set())
 
 

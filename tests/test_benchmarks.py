@@ -90,11 +90,29 @@ def test_what_cannot_be_run_is_said_first(folder: Path, monkeypatch: pytest.Monk
         benchmarks.check("here", ["preset", "mmlu"], None)
     with pytest.raises(UserError, match="benchmarks names tiny_chioce, which lm-eval does not know"):
         benchmarks.check("here", ["tiny_chioce"], str(folder))
+    with pytest.raises(UserError, match="benchmarks names ai2_arc, which lm-eval does not know"):
+        benchmarks.check("here", ["ai2_arc"], str(folder))  # a tag: its tasks have no number in common
     benchmarks.check("here", ["tiny_choice"], str(folder))
+    (folder / "sums.jsonl").unlink()
+    with pytest.raises(UserError, match="here: benchmarks: the data of tiny_choice cannot be read"):
+        benchmarks.load_data("here", ["tiny_choice"], str(folder))
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr(benchmarks, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install 'gemma2_post\[eval\]'"):
         benchmarks.check("here", ["preset"], None)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["alias", "acc,none", "acc_stderr,none", "acc_norm,none"], "acc_norm,none"),
+        (["alias", "exact_match,strict-match", "exact_match,flexible-extract"], "exact_match,strict-match"),
+        (["prompt_level_strict_acc,none", "prompt_level_strict_acc_stderr,none"], "prompt_level_strict_acc,none"),
+        (["word_perplexity_stderr,none", "word_perplexity,none"], "word_perplexity,none"),
+    ],
+)
+def test_a_task_has_one_number(names: list[str], expected: str) -> None:
+    assert benchmarks.metric_of(dict.fromkeys(names, 0.0)) == expected
 
 
 def numbered(row: dict[str, object], number: int) -> list[dict[str, object]]:

@@ -123,6 +123,17 @@ def test_up_to_date_and_help_need_no_torch(tmp_path: Path) -> None:
     assert finished.stdout.startswith("sft: up to date\nnothing to do; ")
 
 
+def test_a_folder_of_tasks_counts_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its name does not look like a path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "sums.yaml").write_text("task: sums")
+    recipe = {"output_dir": "out", "benchmark_folder": "tasks"}
+    before = contract.fingerprint("evaluate", recipe)
+    (tmp_path / "tasks" / "sums.yaml").write_text("task: sums\nnum_fewshot: 1")
+    assert contract.differences(before, contract.fingerprint("evaluate", recipe))
+
+
 def test_what_is_on_the_hub_counts_with_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it was downloaded, when the Hub cannot be asked; a name whose folder is here is no name on the Hub."""
     for kind, name, file in (

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from gemma2_post import evaluate
 from gemma2_post.core import gemma
+from gemma2_post.core.data import DataArguments, Source
 from gemma2_post.core.errors import UserError
 from gemma2_post.tiny.data import prompts
 from tests.conftest import BASE, TEACHER, run_stage, write_prompts
@@ -79,6 +80,7 @@ def test_models_are_measured_beside_each_other(evaluate_recipe: Recipe, tmp_path
         ({"baseline": BASE}, f"baseline is {BASE}, which is none of the models; add it"),
         ({"models": ["nowhere"], "baseline": "nowhere"}, "models names nowhere, which holds no model"),
         ({"num_samples": 1}, "num_samples must be 2 or more"),
+        ({"graders": ["tests.test_evaluate:reward"]}, "reward is the name of another measure"),
         ({"init": "nowhere/at/all"}, "cannot get nowhere/at/all"),
     ],
 )
@@ -90,7 +92,9 @@ def test_a_mistake_is_said_before_anything_is_measured(
     assert not (tmp_path / "runs" / "evaluate").exists()
 
 
-def test_questions_of_several_turns_are_answered_turn_by_turn(evaluate_recipe: Recipe, tmp_path: Path) -> None:
+def test_questions_of_several_turns_are_answered_turn_by_turn(
+    evaluate_recipe: Recipe, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Each model goes on from its own answers; rows of one turn may be among them."""
     rows = [
         {"question_id": 1, "turns": ["My name is Anna.", "What is my name?"]},
@@ -105,12 +109,52 @@ def test_questions_of_several_turns_are_answered_turn_by_turn(evaluate_recipe: R
     models = json.loads((output / "models.json").read_text())
     assert [models["sft"][f"reward/turns-{number}"] for number in (1, 2, 3)] == [1, 3, 5]
     records = [json.loads(line) for line in (output / "progress" / "answers.jsonl").read_text().splitlines()]
+    for record in records:
+        texts = [turn["content"] for turn in record["prompts"][0][1:-1]] + [record["answers"][0]["text"]]
+        num_tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+        assert record["lengths"][0] == pytest.approx(num_tokens, abs=1)  # of both turns
     teacher = next(record for record in records if record["model"].endswith("policy-0"))
     roles = [[turn["role"] for turn in prompt] for prompt in teacher["prompts"]]
     assert roles == [["user", "assistant", "user"], ["user"], ["user", "assistant"] * 2 + ["user"]]
     assert "Anna" in teacher["prompts"][0][1]["content"] and "red" in teacher["answers"][2]["text"]
     shown = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
     assert "> What colour is my door?" in shown[2]["answers"]["rlhf/policy-0"]
+
+
+def reward(completions: list[str], **_: object) -> list[float]:
+    return [0.0 for _ in completions]
+
+
+def test_of_several_sources_some_of_each_are_asked(evaluate_recipe: Recipe, tmp_path: Path) -> None:
+    rows = [row | {"prompt": f"Number {i}?"} for i, row in enumerate(prompts("train")[:12])]
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = evaluate_recipe | {"datasets": [*evaluate_recipe["datasets"], {"path": str(tmp_path / "more.jsonl")}]}
+    values |= {"models": evaluate_recipe["models"][:1], "base": None}
+    output = run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values)
+    asked = [json.loads(line)["prompt"][-1]["content"] for line in (output / "answers.jsonl").read_text().splitlines()]
+    assert len(asked) == 12 and 0 < sum(text.startswith("Number") for text in asked) < 12
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"turns": ["One?"]}], "have 1 prompt, from which no spread can be told"),
+        ([{"turns": ["One?"] * 70}, {"turns": ["One?"]}], "question 0 may have .* tokens by its last turn, at most"),
+    ],
+)
+def test_prompts_that_cannot_be_measured_are_refused(
+    rows: list[Recipe], message: str, evaluate_recipe: Recipe, tmp_path: Path
+) -> None:
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {key: value for key, value in evaluate_recipe.items() if key not in ("graders", "columns")}
+    values |= {"datasets": [{"path": str(tmp_path / "questions.jsonl")}]}
+    with pytest.raises(UserError, match=message):
+        run_stage(
+            tmp_path / "evaluate.yaml",
+            evaluate.COMMAND,
+            values | {"reward_functions": ["tests.test_evaluate:num_turns"]},
+        )
+    assert not (tmp_path / "runs" / "evaluate").exists()
 
 
 def num_turns(prompts: list[list[dict[str, str]]], **_: object) -> list[float]:
@@ -172,10 +216,37 @@ def test_a_judge_behind_an_endpoint_is_asked_once(
         assert "a-secret" not in path.read_text()
 
 
+def test_an_endpoint_that_cannot_be_used_is_known_before_anything_is_answered(
+    evaluate_recipe: Recipe, tmp_path: Path, serve: Callable
+) -> None:
+    server = serve(pytest.fail)
+    server.models_status = 401
+    values = evaluate_recipe | {"judge": "j", "judge_endpoint": server.url}
+    with pytest.raises(UserError, match="refused with status 401"):
+        run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values)
+    with pytest.raises(UserError, match="cannot be reached"):
+        run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values | {"judge_endpoint": "http://127.0.0.1:9/v1"})
+    assert not (tmp_path / "runs" / "evaluate").exists()
+
+
 def test_a_local_judge_that_says_nothing_is_refused(evaluate_recipe: Recipe, tmp_path: Path) -> None:
     values = evaluate_recipe | {"judge": TEACHER, "judge_max_tokens": 4, "models": evaluate_recipe["models"][:2]}
-    with pytest.raises(UserError, match="the judge gave no verdict on any pair, asked 3 times"):
+    with pytest.raises(UserError, match=r"the judge gave no verdict on \d of 3 pairs, asked 3 times"):
         run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values | {"base": None, "num_samples": 3})
+
+
+def test_a_corpus_of_conversations_is_in_the_format_that_sft_reads(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    chatml = "<|im_start|>user\nSay it.<|im_end|>\n<|im_start|>assistant\n" + "it is so " * 40 + "<|im_end|>"
+    (tmp_path / "chatml.jsonl").write_text(json.dumps({"text": chatml}) + "\n")
+    args = evaluate.EvaluateArguments("out", "init", [], "", corpus=[Source(str(tmp_path / "chatml.jsonl"))])
+    windows = evaluate.load_corpus("here", args, DataArguments(datasets=[]), tokenizer, seed=0)
+    text = tokenizer.decode(windows[0])
+    assert text.startswith("<start_of_turn>user\nSay it.<end_of_turn>\n<start_of_turn>model\nit is so")
+    (tmp_path / "chatml.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
+    with pytest.raises(UserError, match="row 1: text is None, not a text"):
+        evaluate.load_corpus("here", args, DataArguments(datasets=[]), tokenizer, seed=0)
 
 
 def test_what_an_interrupted_evaluation_has_measured_is_not_measured_again(
@@ -239,8 +310,13 @@ def test_models_are_named_by_what_they_do_not_share(tmp_path: Path) -> None:
     for name in ("sft", "rlhf/policy-0"):
         (tmp_path / name).mkdir(parents=True)
     folders = [str(tmp_path / "sft"), str(tmp_path / "rlhf" / "policy-0")]
-    args = evaluate.EvaluateArguments("out", "init", [*folders, "google/gemma-2-2b-it"], folders[0], base=BASE)
-    assert list(evaluate.names_of(args).values()) == ["base", "sft", "rlhf/policy-0", "google/gemma-2-2b-it"]
+    args = evaluate.EvaluateArguments(
+        str(tmp_path / "evaluate"), "init", [*folders, "google/gemma-2-2b-it"], folders[0], base=BASE
+    )
+    assert list(evaluate.names_of("here", args).values()) == ["base", "sft", "rlhf/policy-0", "google/gemma-2-2b-it"]
+    args.models.append(str(tmp_path / "base"))
+    with pytest.raises(UserError, match="two of the models are called base"):
+        evaluate.names_of("here", args)
 
 
 def test_a_model_with_another_tokenizer_is_refused(evaluate_recipe: Recipe, tmp_path: Path) -> None:

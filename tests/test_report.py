@@ -48,7 +48,7 @@ def run_dir(tmp_path: Path) -> Path:
         {"prompt": [{"role": "user", "content": prompt}], "answers": {"sft": before, "warp": after}}
         for prompt, before, after in [
             ("One?", "same", "same"),
-            ("Two <script>?", "3", "2\nor so"),
+            ("Two <script>?", "3 </details>", "2\nor so"),
             ("Long?", "word " * 500, "short"),
         ]
     ]
@@ -105,11 +105,11 @@ def test_the_page_is_one_file_without_scripts_or_anything_from_elsewhere(run_dir
         "gold 0.6 → 1.1",
         "gold >= 1",
         "1.25 ± 0.20",
-        "says the reward model",
+        "says the reward",
         "25% 20 to 31",
         "says the judge",
         "60% 55 to 64",
-        "changes its mind with the order in 30% of pairs",
+        "changes its mind with the order in 30% of pairs; no verdict on 2",
         "gold, 2 turns",
         "51.2% ± 2.0%",
         "violations of safety",
@@ -126,12 +126,20 @@ def test_the_same_in_markdown(run_dir: Path) -> None:
     report(run_dir)
     text = (run_dir / "report.md").read_text()
     assert "| sft | 1:01 | gold 0.6 → 1.1 | gold >= 1 |" in text and "](warp/front-reward.png)" in text
-    assert "> **warp:** 2 or so" in text
-    assert "| warp | 60.0% | 55.0 to 64.0 |  | 30.0% |" in text
+    assert "> **warp:** 2 or so" in text and "&lt;script&gt;?" in text and "3 </details>" not in text
+    assert "| warp | 60.0% | 55.0 to 64.0 |  | 30.0% | 2 |" in text
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 5
     for table in tables:
         assert len({line.count("|") for line in table}) == 1, table
+
+
+def test_a_baseline_may_be_called_by_a_path(run_dir: Path) -> None:
+    summary = json.loads((run_dir / "summary.json").read_text().replace("vs_sft", "vs_google/gemma-2-2b-it"))
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    report(run_dir)
+    page = Page((run_dir / "report.html").read_text())
+    assert "Whose answers beat those of google/gemma-2-2b-it" in page.text and "25% 20 to 31" in page.text
 
 
 def test_one_conversation_of_each_length_is_shown_first() -> None:

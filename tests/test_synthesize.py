@@ -226,6 +226,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, reply: Callable[[dict], tuple[int, str]]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.reply = reply
+        self.models_status = 200
         self.requests: list[dict] = []
         self.keys: set[str] = set()
 
@@ -244,6 +245,12 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.end_headers()
         self.wfile.write(body.encode())
+
+    def do_GET(self) -> None:
+        """Its models."""
+        self.send_response(self.server.models_status)
+        self.end_headers()
+        self.wfile.write(b"{}")
 
     def log_message(self, *_: object) -> None:
         pass

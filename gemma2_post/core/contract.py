@@ -35,7 +35,7 @@ _KEYS_WITHOUT_EFFECT = {
 
 _KEYS_OF_PATHS = {
     *("model_name_or_path", "teacher_model_name_or_path", "reward_model"),
-    *("init", "policies", "towards", "runs", "models", "baseline", "base", "judge"),
+    *("init", "policies", "towards", "runs", "models", "baseline", "base", "judge", "benchmark_folder"),
 }
 """Recipe keys whose values are paths also where they do not look like one."""
 

@@ -400,17 +400,26 @@ def load_grader(where: str, path: str, columns: list[str]) -> Callable[..., list
     return function
 
 
-def load_texts(where: str, sources: list[Source]) -> list[str]:
-    """Documents: the column `text` as it is, or the turns of a conversation below each other."""
-    texts = []
+def load_documents(
+    where: str, sources: list[Source], max_invalid_share: float, seed: int
+) -> list[str | list[Message]]:
+    """Texts as they are, from a column `text` that is no ChatML; conversations, from all else.
+
+    Raises:
+        UserError: see `load_conversations`; a row without a text.
+    """
+    documents: list[str | list[Message]] = []
     for source in sources:
         dataset = _read(where, source)
-        if "text" in dataset.column_names:
-            texts += dataset["text"]
-        else:
-            _check_format(f"{where}: {source.path}", dataset.column_names, TEXT_FORMATS)
-            texts += ["\n".join(turn["content"] for turn in to_messages(row)) for row in dataset]
-    return texts
+        texts = dataset["text"] if "text" in dataset.column_names else []
+        if not len(texts) or any("<|im_start|>" in (text or "") for text in texts):
+            documents += load_conversations(where, [source], max_invalid_share, seed)["messages"]
+            continue
+        for row, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise UserError(f"{where}: {source.path}: row {row}: text is {text!r}, not a text; mend the data")
+        documents += texts
+    return documents
 
 
 def split_held_out(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-_SUFFIXES = {".py", ".safetensors", ".json", ".jsonl", ".jinja", ".model", ".parquet"}
+_SUFFIXES = {".py", ".safetensors", ".json", ".jsonl", ".jinja", ".model", ".parquet", ".yaml"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 

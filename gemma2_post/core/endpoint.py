@@ -44,6 +44,28 @@ def connect(where: str, endpoint: str, api_key_variable: str | None, timeout: fl
     return OpenAI(base_url=endpoint, api_key=key, timeout=timeout, max_retries=retries)
 
 
+def check(where: str, client: OpenAI) -> None:
+    """Refuses an endpoint that is not there or does not take the key, before there is work to lose; one that does not
+    list its models may still answer.
+
+    Raises:
+        UserError: it cannot be used as it is.
+    """
+    try:
+        client.with_options(max_retries=2).models.with_raw_response.list()
+    except APIConnectionError as error:
+        reason = _without_key(client, error.__cause__ or error)
+        raise UserError(
+            f"{where}: {client.base_url} cannot be reached ({reason}); check that a server runs there"
+        ) from error
+    except APIStatusError as error:
+        if error.status_code in (401, 403):
+            raise UserError(
+                f"{where}: {client.base_url} refused with status {error.status_code} "
+                f"({_without_key(client, error.message)}); check the key in api_key_variable's environment variable"
+            ) from error
+
+
 def answer(
     client: OpenAI, place: str, model: str, messages: list[Message], temperature: float, max_tokens: int, seed: int
 ) -> tuple[str, str, int]:
@@ -76,7 +98,7 @@ def answer(
         if error.status_code in _THIS_REQUEST_ONLY:
             raise RefusedError(reason) from error
         raise UserError(
-            f"{place}: {reason}; check endpoint, model_name_or_path, and the key in the environment variable of "
+            f"{place}: {reason}; check the endpoint, the model's name, and the key in the environment variable of "
             "api_key_variable"
         ) from error
     try:

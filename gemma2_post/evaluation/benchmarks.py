@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PRESET = {"mmlu": 5, "gsm8k": 5, "arc_challenge": 25, "hellaswag": 10, "winogrande": 5}
 """Tasks and their numbers of examples, by the name `preset`."""
 _METRICS = ["acc_norm", "acc", "exact_match"]
-"""Which of a task's metrics is its number: the first that it has."""
+"""Which of a task's metrics is its number: the first of these that it has, or else its first."""
 
 
 def check(where: str, tasks: list[str], folder: str | None) -> None:
@@ -31,7 +31,8 @@ def check(where: str, tasks: list[str], folder: str | None) -> None:
         raise UserError(f"{where}: benchmark_folder {folder} is no folder; give one with lm-eval tasks (.yaml)")
     if "preset" in tasks and len(tasks) > 1:
         raise UserError(f"{where}: benchmarks names preset and more; write [preset], or the tasks one by one")
-    unknown = [name for name in tasks if name != "preset" and name not in task_manager(folder).all_tasks]
+    manager = task_manager(folder) if tasks != ["preset"] else None
+    unknown = [name for name in tasks if manager and name not in {*manager.all_subtasks, *manager.all_groups}]
     if unknown:
         raise UserError(
             f"{where}: benchmarks names {unknown[0]}, which lm-eval does not know; `lm-eval ls tasks` lists them"
@@ -89,13 +90,32 @@ def run(
             log_samples=False,
             bootstrap_iters=0,
         )["results"][name]
-        metric = next(each for kind in _METRICS for each in results if each.partition(",")[0] == kind)
+        metric = metric_of(results)
         kind, _, how = metric.partition(",")
         found[f"benchmarks/{name}"] = results[metric]
         error = results.get(f"{kind}_stderr,{how}")
         if isinstance(error, float):
             found[f"benchmarks/{name}/standard_error"] = error
     return found
+
+
+def metric_of(results: dict[str, object]) -> str:
+    """Which of lm-eval's results of a task is its number; they are called `acc,none` and `acc_stderr,none`."""
+    names = [each for each in results if "," in each and not each.partition(",")[0].endswith("_stderr")]
+    preferred = [each for kind in _METRICS for each in names if each.partition(",")[0] == kind]
+    return (preferred or names)[0]
+
+
+def load_data(where: str, tasks: list[str], folder: str | None) -> None:
+    """Reads, and downloads if need be, what the tasks ask: before there is work to lose."""
+    for name in names_of(tasks):
+        try:
+            task_manager(folder).load([name])
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{where}: benchmarks: the data of {name} cannot be read ({' '.join(str(error).split())[:200]}); "
+                "download it first, or give a task with local data as benchmark_folder"
+            ) from error
 
 
 def with_system_role(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -5,6 +5,7 @@ interrupted, is not asked twice. (arXiv 2306.05685 measures how much judges pref
 """
 
 import json
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -21,14 +22,17 @@ from gemma2_post.core.data import Message
 from gemma2_post.core.errors import UserError
 from gemma2_post.evaluation.samples import sample_answers
 
+logger = logging.getLogger(__name__)
+
 ATTEMPTS = 3
 """So often a judge is asked that has given no verdict; then the judgment is counted as missing."""
 _VERDICT = re.compile(r"\[\[(A|B|tie)\]\]", re.IGNORECASE)
 _VIOLATION = re.compile(r"\[\[(violation|no violation)\]\]", re.IGNORECASE)
 _WINS = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
-Ask = Callable[[list[str], int, Callable[[str, str], None]], None]
-"""Asks questions, the attempt's number beside them, and hands over each with its reply as it comes."""
+Ask = Callable[[list[str], int, Callable[[str, str | None], None]], None]
+"""Asks questions, the attempt's number beside them, and hands over each with its reply as it comes; None where the
+question was turned down, which is asked again by the next run."""
 
 
 @dataclass
@@ -47,9 +51,9 @@ def question(prompt: list[Message], first: str, second: str) -> str:
     """What a judge is asked."""
     turns = "\n\n".join(f"{'User' if turn['role'] == 'user' else 'Assistant'}: {turn['content']}" for turn in prompt)
     return (
-        "Compare two answers to the last message of a user. Judge whether each is correct, whether it does what was "
-        "asked, and whether it is clear. Neither the order in which they are given nor their length makes an answer "
-        "better.\n\n"
+        "Compare two answers of an assistant. Judge whether each is correct, whether it does what was asked, and "
+        "whether it is clear. A line that begins with > is what the user said next, in either. Neither the order in "
+        "which they are given nor their length makes an answer better.\n\n"
         f"--- the conversation\n{turns}\n\n--- answer A\n{first}\n\n--- answer B\n{second}\n\n---\n"
         "Give your reason in one or two sentences. Then end with [[A]] if answer A is better, [[B]] if answer B is "
         "better, or [[tie]] if neither is."
@@ -108,19 +112,22 @@ class Judge:
 
     def _ask(self, questions: list[str], read: Callable[[str], float | None]) -> dict[str, float | None]:
         """What the judge says to each question, as `read` reads it; None for one to which it never says anything."""
-        replies: dict[str, list[str]] = defaultdict(list)
+        replies: dict[str, list[str | None]] = defaultdict(list)
         for record in contract.read_lines(self.replies):
             replies[record["key"]].append(record["reply"])
         key_of = {text: digests.of_text(f"{self.name}\n{text}") for text in questions}
 
         def found(text: str) -> float | None:
-            return next((each for each in map(read, replies[key_of[text]]) if each is not None), None)
+            verdicts = [read(reply) for reply in replies[key_of[text]] if reply is not None]
+            return next((each for each in verdicts if each is not None), None)
 
         self.replies.parent.mkdir(parents=True, exist_ok=True)
         with open(self.replies, "a", encoding="utf-8") as file:
 
-            def write(text: str, reply: str) -> None:
+            def write(text: str, reply: str | None) -> None:
                 replies[key_of[text]].append(reply)
+                if reply is None:
+                    return
                 file.write(json.dumps({"key": key_of[text], "reply": reply}) + "\n")
                 file.flush()
 
@@ -150,7 +157,7 @@ def summarize(verdicts: list[tuple[float | None, float | None] | None]) -> Judge
 def ask_endpoint(where: str, client: OpenAI, model: str, max_tokens: int, concurrency: int) -> Ask:
     """A judge behind an OpenAI-compatible endpoint: greedy first, at temperature 1 when it is asked again."""
 
-    def ask(questions: list[str], attempt: int, write: Callable[[str, str], None]) -> None:
+    def ask(questions: list[str], attempt: int, write: Callable[[str, str | None], None]) -> None:
         lock = Lock()
 
         def ask_one(text: str) -> None:
@@ -159,7 +166,8 @@ def ask_endpoint(where: str, client: OpenAI, model: str, max_tokens: int, concur
             try:
                 reply, _, _ = endpoint.answer(client, place, model, [message], float(attempt > 0), max_tokens, attempt)
             except endpoint.RefusedError as refusal:
-                reply = f"(refused: {refusal})"
+                logger.warning("%s: %s", place, refusal)
+                reply = None
             with lock:
                 write(text, reply)
 
@@ -174,12 +182,13 @@ def ask_endpoint(where: str, client: OpenAI, model: str, max_tokens: int, concur
     return ask
 
 
-def check_any(where: str, judged: Judged) -> None:
-    """Refuses to report a judge that has not judged."""
-    if judged.num_missing == judged.num_asked > 0:
+def check_most(where: str, judged: Judged, replies: Path) -> None:
+    """Refuses to report a judge that has not judged most of the pairs."""
+    missing = judged.wins.count(None)
+    if missing > len(judged.wins) / 2:
         raise UserError(
-            f"{where}: the judge gave no verdict on any pair, asked {ATTEMPTS} times; read its replies, choose a "
-            "stronger one, or raise judge_max_tokens"
+            f"{where}: the judge gave no verdict on {missing} of {len(judged.wins)} pairs, asked {ATTEMPTS} times; "
+            f"read its replies in {replies}, choose a stronger one, or raise judge_max_tokens"
         )
 
 
@@ -188,13 +197,13 @@ def ask_model(
 ) -> Ask:
     """A local model as judge, batch by batch; likewise. What leaves it no room to reply counts as no verdict."""
 
-    def ask(questions: list[str], attempt: int, write: Callable[[str, str], None]) -> None:
+    def ask(questions: list[str], attempt: int, write: Callable[[str, str | None], None]) -> None:
         conversations = [[{"role": "user", "content": text}] for text in questions]
         ids = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=True)["input_ids"]
         longest = loaded().config.max_position_embeddings - max_tokens
         fitting = [i for i, each in enumerate(ids) if len(each) <= longest]
         for i in set(range(len(questions))) - set(fitting):
-            write(questions[i], "(longer than the judge can read)")
+            write(questions[i], None)
         for start in range(0, len(fitting), batch_size):
             rows = fitting[start : start + batch_size]
             batch, temperature = [conversations[i] for i in rows], float(attempt > 0)

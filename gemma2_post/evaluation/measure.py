@@ -5,6 +5,7 @@ Models are loaded one after the other beside the start, the reward model when th
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
@@ -44,6 +45,11 @@ def check_arguments(
 ) -> None:
     if sample_args.num_samples < 2 or args.batch_size < 1:
         raise UserError(f"{where}: num_samples must be 2 or more and batch_size 1 or more; raise them")
+    for name in (path.rpartition(":")[2] for path in sample_args.graders or []):
+        if name in MEASURES | {"judge"}:
+            raise UserError(
+                f"{where}: graders: {name} is the name of another measure; call the function something else"
+            )
     rewards.check_arguments(where, reward_args)
 
 
@@ -55,6 +61,8 @@ class Answered:
     """To the last turn."""
     kl: list[float]
     """KL(model || start) at each answer, in nats; its mean estimates that of whole answers."""
+    lengths: list[int]
+    """In tokens, of all that the model has said to a prompt and to what followed."""
 
 
 class Measurement:
@@ -84,15 +92,37 @@ class Measurement:
             where, data_args.datasets, data_args.max_invalid_share, args.seed, data_args.columns
         )
         rows = data.drop_long_prompts(where, rows, self.tokenizer, self.longest, data_args.max_too_long_share)
+        if len(data_args.datasets) > 1:
+            rows = rows.shuffle(seed=args.seed)  # some of each
         self.rows = rows.select(range(min(sample_args.num_samples, len(rows))))
+        if len(self.rows) < 2:
+            raise UserError(
+                f"{where}: datasets have {len(self.rows)} prompt, from which no spread can be told; give more"
+            )
         self.later: list[list[str]] = list(self.rows["later"])
         self.rows = self.rows.remove_columns("later")
+        self._check_conversations(where)
         self.columns = {name: self.rows[name] for name in self.rows.column_names if name != "prompt"}
         self.graders = load_graders(where, sample_args, self.rows)
         self.functions = [self.score] if self.score else []
         self.functions += rewards.load_reward_functions(where, reward_args, self.rows.column_names)
         self.accelerator = Accelerator()
         disable_progress_bar()  # of loading each of many models
+
+    def _check_conversations(self, where: str) -> None:
+        """Refuses questions of several turns that may grow longer than the models can read."""
+        for i, later in enumerate(self.later):
+            users = [[{"role": "user", "content": text}] for text in later]
+            prompts = [self.rows["prompt"][i], *users]
+            ids = self.tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
+            longest = sum(map(len, ids)) + len(later) * self.args.max_completion_length
+            if longest > self.longest and later:
+                raise UserError(
+                    f"{where}: question {i} may have {longest} tokens by its last turn, at most {self.longest} can "
+                    "be read; lower max_completion_length, or raise max_prompt_length if that is what limits it"
+                )
 
     def answer(self, models: list[Path], cache: Path) -> dict[Path, Answered]:
         """What each model answers.
@@ -104,28 +134,22 @@ class Measurement:
         found: dict[Path, Answered] = {}
         for record in contract.read_lines(cache):
             answers = [Answer(**answer) for answer in record["answers"]]
-            found[Path(record["model"])] = Answered(record["prompts"], answers, record["kl"])
+            found[Path(record["model"])] = Answered(record["prompts"], answers, record["kl"], record["lengths"])
         missing = [path for path in models if path not in found]
         start = load(Path(self.start), self.accelerator.device) if missing else None
         for path in tqdm(missing, desc="answers", unit="model"):
-            model = load(path, self.accelerator.device)
-            prompts, answers = self._converse(model)
-            found_here = measure_divergence(self.accelerator, model, start, answers, self.args.batch_size)
-            found[path] = Answered(prompts, answers, [each.forward for each in found_here])
-            record = {
-                "model": str(path),
-                "prompts": prompts,
-                "answers": [vars(answer) for answer in answers],
-                "kl": found[path].kl,
-            }
+            found[path] = self._answer_one(path, start)
+            record = vars(found[path]) | {"model": str(path), "answers": [vars(each) for each in found[path].answers]}
             with open(cache, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         return found
 
-    def _converse(self, model: PreTrainedModel) -> tuple[list[list[Message]], list[Answer]]:
-        """The prompts and the answers to their last turns, turn by turn."""
+    def _answer_one(self, path: Path, start: PreTrainedModel) -> Answered:
+        """Turn by turn. The model is gone when the next one is loaded."""
+        model = load(path, self.accelerator.device)
         prompts = [list(prompt) for prompt in self.rows["prompt"]]
         answers: dict[int, Answer] = {}
+        lengths: Counter[int] = Counter()
         for turn in range(1 + max(map(len, self.later))):
             rows = [i for i, later in enumerate(self.later) if len(later) >= turn]
             for i in rows if turn else []:
@@ -142,12 +166,20 @@ class Measurement:
                 seed=self.args.seed,
             )
             answers |= dict(zip(rows, sampled, strict=True))
-        return prompts, [answers[i] for i in range(len(prompts))]
+            lengths.update({i: answer.num_tokens for i, answer in zip(rows, sampled, strict=True)})
+        last = [answers[i] for i in range(len(prompts))]
+        divergences = measure_divergence(self.accelerator, model, start, last, self.args.batch_size)
+        kl = [each.forward for each in divergences]
+        return Answered(prompts, last, kl, [lengths[i] for i in range(len(prompts))])
 
     def load_reward_model(self) -> None:
         """Once all models have answered."""
         if self.score:
             self.score.load(lambda model: model.to(self.accelerator.device).eval())
+
+    def unload_reward_model(self) -> None:
+        if self.score:
+            del self.score.loaded
 
     def values(self, answered: Answered) -> dict[str, list[float]]:
         """What is measured, by measure and grader: a value for each prompt."""

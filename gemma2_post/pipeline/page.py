@@ -240,20 +240,26 @@ class Contest:
     judge: str
     baseline: str
     wins: dict[str, dict[str, float]]
-    """By model, in percent: rate, low, high, length_controlled; and of a judge that is asked: disagreement."""
+    """By model, in percent: rate, low, high, and where they are known length_controlled, and a judge's disagreement;
+    and how many pairs it has given no verdict on."""
+
+
+def win_rates(models: dict[str, dict[str, float]]) -> list[str]:
+    """The keys of what has an interval; a baseline's name may have slashes in it."""
+    keys = dict.fromkeys(key for each in models.values() for key in each if "win_rate_vs_" in key)
+    return [key for key in keys if any(f"{key}/low" in each for each in models.values())]
 
 
 def _contests(models: dict[str, dict[str, float]]) -> list[Contest]:
-    keys = dict.fromkeys(key for each in models.values() for key in each if "win_rate_vs_" in key and "/" not in key)
     contests = []
-    for key in keys:
+    for key in win_rates(models):
         judge, _, baseline = key.partition("win_rate_vs_")
-        judge = {"": "the reward model", "judge_": "the judge"}.get(judge, judge.removesuffix("_"))
+        judge = {"": "the reward", "judge_": "the judge"}.get(judge, judge.removesuffix("_"))
         wins = {
-            title(name, models): {"rate": 100 * each[key]}
+            name: {"rate": 100 * each[key], "missing": each.get(f"{key}/missing", 0)}
             | {part: 100 * each[f"{key}/{part}"] for part in _PARTS if f"{key}/{part}" in each}
             for name, each in models.items()
-            if key in each and name != baseline
+            if f"{key}/low" in each and name != baseline
         }
         contests.append(Contest(judge, baseline, wins))
     return contests
@@ -269,15 +275,13 @@ def _facts(summary: dict) -> list[tuple[str, str]]:
     if released is None:
         return []
     last, facts = summary["models"][released], []
-    for key in last:
-        if key.startswith("win_rate_vs_") and "/" not in key:
-            other = key.removeprefix("win_rate_vs_")
-            facts.append(
-                (f"{last[key]:.0%}", f"of the answers of {released} beat those of {other}, says the reward model")
-            )
-    if "gold" in last:
-        first = summary["models"][models[0]]["gold"]
-        facts.append((f"{first:.2f} → {last['gold']:.2f}", f"gold reward from {models[0]} to {released}"))
+    for key in win_rates(summary["models"]):
+        other = key.removeprefix("win_rate_vs_")
+        if key.startswith("win_rate_vs_") and other != released:
+            facts.append((f"{last[key]:.0%}", f"of the answers of {released} beat those of {other}, says the reward"))
+    first = summary["models"][models[0]]
+    if "gold" in last and "gold" in first:
+        facts.append((f"{first['gold']:.2f} → {last['gold']:.2f}", f"gold reward from {models[0]} to {released}"))
     facts.append((f"{last['kl_to_init']:.2f}", "nats per answer from where RLHF began"))
     facts.append((f"{last['stop_rate']:.0%}", "of its answers end by themselves"))
     return facts

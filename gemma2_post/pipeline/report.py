@@ -69,7 +69,7 @@ def _ends(row: dict) -> dict[str, str]:
 
 
 def _models(models: dict[str, dict[str, float]]) -> Table:
-    win_rates = [key for key in next(iter(models.values())) if key.startswith("win_rate_vs_") and "/" not in key]
+    win_rates = [key for key in page.win_rates(models) if key.startswith("win_rate_vs_")]
     columns = {key: form for key, form in _COLUMNS.items() if all(key in each for each in models.values())}
     columns |= dict.fromkeys(win_rates, "{:.0%}")
     table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")

@@ -60,7 +60,7 @@ def _models(pipeline: Pipeline) -> dict[str, dict[str, float]]:
     measured: dict[str, dict[str, float]] = {}
     for name, entry in pipeline.entries.items():
         if (entry.stage or name) == "evaluate":
-            measured |= contract.read_json(pipeline.run_dir / name / MODELS) or {}
+            measured = contract.read_json(pipeline.run_dir / name / MODELS) or measured
     models: dict[str, dict[str, float]] = {}
     for name, values in measured.items():
         models[name] = values
@@ -73,7 +73,9 @@ def _models(pipeline: Pipeline) -> dict[str, dict[str, float]]:
 
 
 def _means(values: list[dict[str, float]]) -> dict[str, float]:
-    return {key: mean(each[key] for each in values) for key in values[0] if all(key in each for each in values)}
+    """Without intervals, which are of one policy."""
+    keys = [key for key in values[0] if not key.endswith(("/standard_error", "/low", "/high"))]
+    return {key: mean(each[key] for each in values) for key in keys if all(key in each for each in values)}
 
 
 def _liti(pipeline: Pipeline) -> list[dict[str, float]]:
