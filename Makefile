@@ -26,11 +26,10 @@ lint: $(INSTALLED) ## check format and style
 	$(BIN)/ruff check .
 
 demo: $(INSTALLED) ## the whole chain in the tiny world, on a CPU in minutes; then what came out of it
-	@$(BIN)/gemma2-post run recipes/tiny/pipeline.yaml $(ARGS)
-	@$(BIN)/gemma2-post report runs/tiny
+	@$(BIN)/gemma2-post run recipes/tiny/pipeline.yaml --report $(ARGS)
 
 pipeline: $(INSTALLED) ## all stages of recipes/$(RECIPE), to runs/$(RECIPE)
-	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml $(ARGS)
+	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --report $(ARGS)
 
 synthesize: $(INSTALLED) ## SFT data written by a teacher: recipes/$(RECIPE) to runs/$(RECIPE)/synthesize
 	@$(BIN)/python -m gemma2_post.synthesize --config recipes/$(RECIPE)/synthesize.yaml $(ARGS)
@@ -51,7 +50,7 @@ warp: $(INSTALLED) ## merge the policies, train again from there, sweep, release
 	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until warp $(ARGS)
 
 evaluate: $(INSTALLED) ## all models beside each other on held-out prompts (everything before is made if needed)
-	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until evaluate $(ARGS)
+	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until evaluate --report $(ARGS)
 
 # The newest model of a run that is finished.
 NEWEST = $(or $(firstword $(foreach s,warp rlhf/policy-0 distill sft,$(patsubst %/stage.json,%,$(wildcard runs/$(RECIPE)/$s/stage.json)))),runs/$(RECIPE)/sft)

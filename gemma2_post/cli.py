@@ -24,6 +24,7 @@ def main() -> None:
     run_parser.add_argument("--run_dir", type=Path, metavar="DIR", help="write there, not to the recipe's run_dir")
     run_parser.add_argument("--seed", type=int, help="of every stage, in place of the recipes'")
 
+    run_parser.add_argument("--report", action="store_true", help="at the end show what came out of it")
     run_parser.add_argument("--explain", action="store_true", help="say what would run, and why, without running it")
 
     check_parser = commands.add_parser("check", help="check a pipeline recipe without running it", allow_abbrev=False)
@@ -62,6 +63,11 @@ def main() -> None:
                 arguments.run_dir,
                 arguments.seed,
             )
+            if arguments.report and not arguments.explain:
+                from gemma2_post.pipeline.report import report
+                from gemma2_post.pipeline.steps import load_pipeline
+
+                report(load_pipeline(arguments.pipeline, arguments.run_dir).run_dir)
         elif arguments.command in ("check", "plan"):
             import logging
 

@@ -425,6 +425,28 @@ def test_a_summary_says_what_was_made(tmp_path: Path, monkeypatch: pytest.Monkey
     assert summary["liti"] == [{"eta": 0, "kl_to_init": 0, "reward": 0}, {"eta": 1, "kl_to_init": 2, "reward": 1}]
 
 
+def test_a_summary_has_no_measures_of_models_that_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After `--until sft` with another recipe, what was measured of the old one is not shown beside the new."""
+    stages = {"sft": {"recipe": "sft.yaml"}, "evaluate": {"recipe": "evaluate.yaml", "models": ["sft"]}}
+    path = write_pipeline(tmp_path, stages)
+    measured = {"sft": {"gold": 1.0, "kl_to_init": 0.0, "stop_rate": 1.0}}
+    stand_in_stages(monkeypatch)
+    finish = processes.launch
+
+    def launch(step: Step, *_: object) -> int:
+        (step.folder).mkdir(parents=True, exist_ok=True)
+        if step.stage == "sft":
+            (step.folder / "model.safetensors").write_text(str(step.values))
+        else:
+            (step.folder / "models.json").write_text(json.dumps(measured))
+        return finish(step)
+
+    monkeypatch.setattr(processes, "launch", launch)
+    for steps, until, expected in [(1, None, measured), (2, "sft", {}), (2, None, measured)]:
+        run.run(path, until, {"sft": {"max_steps": steps}}, tmp_path / "run")
+        assert json.loads((tmp_path / "run" / "summary.json").read_text())["models"] == expected
+
+
 # --- failing, and being interrupted ---
 
 

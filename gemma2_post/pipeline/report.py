@@ -48,7 +48,9 @@ def write(run_dir: Path) -> list[Path]:
 
 
 def _answers(run_dir: Path, found: dict) -> list[dict]:
-    """Prompts with the answers of all models, of the last evaluation; not of what was set aside."""
+    """Prompts with the answers of all models, of the last evaluation; not of what was set aside, or is out of date."""
+    if not found["models"]:
+        return []
     files = [path for name in found["stages"] if (path := run_dir / name / "answers.jsonl").is_file()]
     return [json.loads(line) for line in files[-1].read_text(encoding="utf-8").splitlines()] if files else []
 

@@ -56,11 +56,16 @@ def _stage(step: Step) -> dict:
 
 
 def _models(pipeline: Pipeline) -> dict[str, dict[str, float]]:
-    """Of the last evaluation; of an entry with policies also the means over them."""
+    """Of the last evaluation, if the models still are what it measured; of an entry with policies also the means."""
     measured: dict[str, dict[str, float]] = {}
     for name, entry in pipeline.entries.items():
-        if (entry.stage or name) == "evaluate":
-            measured = contract.read_json(pipeline.run_dir / name / MODELS) or measured
+        folder = pipeline.run_dir / name
+        if (entry.stage or name) == "evaluate" and (done := contract.read_json(folder / contract.DONE)):
+            inputs = done["fingerprint"]["inputs"]
+            is_of_them = all(
+                contract.input_digest(path) == digest for path, digest in inputs.items() if "@" not in path
+            )
+            measured = contract.read_json(folder / MODELS) or measured if is_of_them else {}
     models: dict[str, dict[str, float]] = {}
     for name, values in measured.items():
         models[name] = values
