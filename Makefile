@@ -18,8 +18,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install -c constraints.txt -e ".[dev]"
 	@touch $@
 
-test: $(INSTALLED) ## run the tests
-	$(BIN)/pytest $(ARGS)
+test: $(INSTALLED) ## run the tests, two at a time
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(INSTALLED) ## check format and style
 	$(BIN)/ruff format --check .
