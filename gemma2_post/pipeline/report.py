@@ -1,4 +1,4 @@
-"""What a run has made, for people: its models beside each other, where the front is drawn, conversations to read."""
+"""What a run has made, for people: its models beside each other, conversations to read, a page to look at."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from rich.text import Text
 
 from gemma2_post.core import contract
 from gemma2_post.core.errors import UserError
-from gemma2_post.pipeline import page, summary
+from gemma2_post.pipeline import models, page, summary
 from gemma2_post.pipeline.view import terminal
 
 _COLUMNS = {
@@ -70,16 +70,16 @@ def _ends(row: dict) -> dict[str, str]:
     return {name: row["answers"][name] for name in (names[0], names[-1])}
 
 
-def _models(models: dict[str, dict[str, float]]) -> Table:
-    win_rates = [key for key in page.win_rates(models) if key.startswith("win_rate_vs_")]
-    columns = {key: form for key, form in _COLUMNS.items() if all(key in each for each in models.values())}
+def _models(measured: dict[str, dict[str, float]]) -> Table:
+    win_rates = [key for key in models.win_rates(measured) if key.startswith("win_rate_vs_")]
+    columns = {key: form for key, form in _COLUMNS.items() if all(key in each for each in measured.values())}
     columns |= dict.fromkeys(win_rates, "{:.0%}")
     table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
     table.add_column("model")
     for key in columns:
         table.add_column(key.replace("_", " "), justify="right")
-    for name, each in models.items():
-        table.add_row(page.title(name, models), *(form.format(each[key]) for key, form in columns.items()))
+    for name, each in measured.items():
+        table.add_row(models.title(name, measured), *(form.format(each[key]) for key, form in columns.items()))
     return table
 
 
