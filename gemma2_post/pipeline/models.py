@@ -109,7 +109,8 @@ def contests(models: dict[str, dict[str, float]]) -> list[Contest]:
             for name, each in models.items()
             if f"{key}/low" in each and name != baseline
         }
-        contests.append(Contest(judge, baseline, wins))
+        if wins:
+            contests.append(Contest(judge, baseline, wins))
     return contests
 
 
