@@ -111,14 +111,12 @@ class Measurement:
 
     def _check_conversations(self, where: str) -> None:
         """Refuses questions of several turns that may grow longer than the models can read."""
-        for i, later in enumerate(self.later):
-            users = [[{"role": "user", "content": text}] for text in later]
-            prompts = [self.rows["prompt"][i], *users]
-            ids = self.tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
-            longest = sum(map(len, ids)) + len(later) * self.args.max_completion_length
-            if longest > self.longest and later:
+        for i in [i for i, later in enumerate(self.later) if later]:
+            users = [[{"role": "user", "content": text}] for text in self.later[i]]
+            turns = [self.rows["prompt"][i], *users]
+            ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+            longest = sum(map(len, ids)) + len(users) * self.args.max_completion_length
+            if longest > self.longest:
                 raise UserError(
                     f"{where}: question {i} may have {longest} tokens by its last turn, at most {self.longest} can "
                     "be read; lower max_completion_length, or raise max_prompt_length if that is what limits it"
