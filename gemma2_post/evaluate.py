@@ -105,6 +105,7 @@ def main(
     judge = load_judge(stage, args) if args.judge else None
     if args.benchmarks:
         benchmarks.load_data(stage.where, args.benchmarks, args.benchmark_folder)
+    print(f"{len(measurement.rows)} of {measurement.num_prompts} prompts, {len(names)} models")
     contract.begin_afresh(stage.output_dir, stage.fingerprint)
     progress = stage.output_dir / contract.PROGRESS
     by_path = measurement.answer(list(names), progress / "answers.jsonl")

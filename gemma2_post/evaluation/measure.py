@@ -94,6 +94,8 @@ class Measurement:
         rows = data.drop_long_prompts(where, rows, self.tokenizer, self.longest, data_args.max_too_long_share)
         if len(data_args.datasets) > 1:
             rows = rows.shuffle(seed=args.seed)  # some of each
+        self.num_prompts = len(rows)
+        """That there are, of which `num_samples` are answered."""
         self.rows = rows.select(range(min(sample_args.num_samples, len(rows))))
         if len(self.rows) < 2:
             raise UserError(

@@ -81,11 +81,15 @@ def _interval(model: dict[str, float], key: str, form: str) -> str:
     return ""
 
 
+REWARD, JUDGE = "the reward", "the judge"
+
+
 @dataclass
 class Contest:
     """Who wins over the baseline, says one judge."""
 
     judge: str
+    """In words: the reward, the judge that is asked, or a grader."""
     baseline: str
     wins: dict[str, dict[str, float]]
     """By model, in percent: rate, low, high, and where they are known length_controlled, and a judge's disagreement;
@@ -102,7 +106,7 @@ def contests(models: dict[str, dict[str, float]]) -> list[Contest]:
     contests = []
     for key in win_rates(models):
         judge, _, baseline = key.partition("win_rate_vs_")
-        judge = {"": "the reward", "judge_": "the judge"}.get(judge, judge.removesuffix("_"))
+        judge = {"": REWARD, "judge_": JUDGE}.get(judge, judge.removesuffix("_"))
         wins = {
             name: {"rate": 100 * each[key], "missing": each.get(f"{key}/missing", 0)}
             | {part: 100 * each[f"{key}/{part}"] for part in _PARTS if f"{key}/{part}" in each}
@@ -124,10 +128,10 @@ def facts(summary: dict) -> list[tuple[str, str]]:
     if released is None:
         return []
     last, facts = summary["models"][released], []
-    for key in win_rates(summary["models"]):
-        other = key.removeprefix("win_rate_vs_")
-        if key.startswith("win_rate_vs_") and other != released:
-            facts.append((f"{last[key]:.0%}", f"of the answers of {released} beat those of {other}, says the reward"))
+    for contest in contests(summary["models"]):
+        if contest.judge in (REWARD, JUDGE) and released in contest.wins:
+            words = f"of the answers of {released} beat those of {contest.baseline}, says {contest.judge}"
+            facts.append((f"{contest.wins[released]['rate']:.0f}%", words))
     first = summary["models"][models[0]]
     if "gold" in last and "gold" in first:
         facts.append((f"{first['gold']:.2f} → {last['gold']:.2f}", f"gold reward from {models[0]} to {released}"))
