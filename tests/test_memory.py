@@ -1,5 +1,6 @@
 """The planner's arithmetic, against real models: on torch's meta device, and small ones whose tensors are counted."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from gemma2_post.core import gemma
+from gemma2_post.core.errors import UserError
 from gemma2_post.pipeline import check, memory, plan, steps
 from gemma2_post.pipeline.check import CheckedStep
 from gemma2_post.pipeline.memory import Adapted, Compute
@@ -179,3 +181,19 @@ def test_a_cpu_run_counts_its_libraries() -> None:
     for row in plan.plan(check.check(steps.load_pipeline(Path("recipes/tiny/pipeline.yaml")))):
         assert row.parts["Python and libraries"] > 0.3 * GB
     plan.show([row.checked])
+
+
+def test_a_chain_that_does_not_fit_on_the_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its outputs and checkpoints together, but for those that are there."""
+    run_dir = tmp_path / "run"
+    chain = check.check(steps.load_pipeline(Path("recipes/gemma-2-2b/pipeline.yaml"), run_dir))
+    needed = int(sum(sum(memory.disk(each)) for each in chain))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    memory.check_disk("here", run_dir, chain)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1000))
+    with pytest.raises(UserError, match=rf"here: .*no space left .* about {needed / 1e6:,.0f} MB needed"):
+        memory.check_disk("here", run_dir, chain)
+    (run_dir / "sft").mkdir(parents=True)
+    (run_dir / "sft" / "model.safetensors").write_bytes(b"0" * 1000)
+    memory.check_disk("here", run_dir, chain)

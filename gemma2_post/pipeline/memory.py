@@ -9,10 +9,11 @@ Sources: transformers' `modeling_gemma2.py` (what a layer saves), TRL's `kernels
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import Gemma2Config
 
-from gemma2_post.core import gemma
+from gemma2_post.core import contract, gemma
 from gemma2_post.core.launcher import Launcher
 from gemma2_post.pipeline.check import CheckedStep
 
@@ -575,3 +576,14 @@ def disk(checked: CheckedStep) -> tuple[float, float]:
     if checked.get("save_strategy") == "no":
         return output, 0
     return output, each * ((checked.get("save_total_limit") or 2) + 1)  # the oldest goes when the newest is there
+
+
+def check_disk(where: str, run_dir: Path, checked: list[CheckedStep]) -> None:
+    """Refuses a chain whose outputs and checkpoints do not fit beside what is there; of models whose shapes are not
+    known nothing is."""
+    num_bytes = 0.0
+    for each in checked:
+        if not (each.step.folder / contract.DONE).is_file() and not unknown(each):
+            there = sum(path.stat().st_size for path in each.step.folder.rglob("*") if path.is_file())
+            num_bytes += max(0, sum(disk(each)) - there)
+    contract.check_space(where, run_dir, int(num_bytes))

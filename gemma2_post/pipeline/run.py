@@ -131,10 +131,10 @@ def _check(pipeline: Pipeline, until: str | None) -> None:
 
 def _check_here(pipeline: Pipeline, until: str | None) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported, it misses a kernel for the CPU
-    from gemma2_post.pipeline import check
+    from gemma2_post.pipeline import check, memory
 
     with reported():
-        check.check(pipeline, until, is_here=True)
+        memory.check_disk(str(pipeline.path), pipeline.run_dir, check.check(pipeline, until, is_here=True))
 
 
 @contextmanager
