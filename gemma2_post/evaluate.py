@@ -3,8 +3,9 @@
 Reads models, the one that RLHF began as (`init`), and what rewards answers; writes `models.json` (reward, KL to
 `init`, stop rate, length, distinctness, grades; by number of turns, too) and `answers.jsonl`, to read. Prompts, seed
 and temperature are the same for all models. Answers are held against the `baseline`'s to the same prompt, by the
-reward model and, if there is one, by a judge: another model, here or behind an endpoint, asked in both orders. With a
-`corpus` it is measured how much of it each model has memorised.
+reward, by each grader and, if there is one, by a judge: another model, here or behind an endpoint, asked in both
+orders. The judge also reads answers to `safety_datasets`; with a `corpus` it is measured how much of it each model has
+memorised; `benchmarks` are lm-eval's.
 
     python -m gemma2_post.evaluate --config recipes/tiny/evaluate.yaml
 """
@@ -100,9 +101,9 @@ def main(
     check_tokenizers(stage.where, args, measurement.tokenizer)
     names = names_of(stage.where, args)
     baseline = names[Path(args.baseline)]
+    judge = load_judge(stage, args) if args.judge else None
     unsafe = load_safety_prompts(stage.where, args, measurement)
     corpus = load_corpus(stage.where, args, data_args, measurement.tokenizer, answer_args.seed)
-    judge = load_judge(stage, args) if args.judge else None
     if args.benchmarks:
         benchmarks.load_data(stage.where, args.benchmarks, args.benchmark_folder)
     print(f"{len(measurement.rows)} of {measurement.num_prompts} prompts, {len(names)} models")

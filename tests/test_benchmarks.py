@@ -124,12 +124,12 @@ def numbered(row: dict[str, object], number: int) -> list[dict[str, object]]:
 def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Folders in the layouts of the five data sets, under the names by which lm-eval's own tasks look for them.
 
-    Each has six examples and a question; in MMLU the right answer is always B, elsewhere it is a sum or a capital.
+    In MMLU the right answer is always B, elsewhere it is a sum, a capital, or the first one.
     """
     subjects = [
         name.removeprefix("mmlu_")
         for name in benchmarks.task_manager(None).all_tasks
-        if (Path(MMLU) / f"{name}.yaml").exists()
+        if (MMLU / f"{name}.yaml").exists()
     ]
     sums = [(a, 9 - a) for a in range(1, 7)]
     mmlu = [{"question": f"What is {a} plus {b}?", "choices": ["7", "9", "12", "3"], "answer": 1} for a, b in sums]
@@ -137,7 +137,6 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     choices = {"text": ["It is Rome.", "It is Tokyo."], "label": ["A", "B"]}
     arc = {"question": "What is the capital of Japan?", "choices": choices, "answerKey": "B"}
     hellaswag = {
-        "ind": 1,
         "activity_label": "Sums",
         "ctx_a": "Ann is asked for 3 plus 5.",
         "ctx_b": "she",

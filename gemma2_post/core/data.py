@@ -98,7 +98,6 @@ def to_messages(row: dict[str, object]) -> list[Message]:
 FORMATS = [{"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"}, {"text"}]
 """The columns that make a row a conversation."""
 PROMPT_FORMATS = [{"prompt"}, *FORMATS]
-TEXT_FORMATS = [{"text"}, *FORMATS]
 QUESTION_FORMATS = [{"turns"}, *PROMPT_FORMATS]
 """With those of sets like MT-Bench, whose later questions follow whatever was answered to the earlier ones."""
 

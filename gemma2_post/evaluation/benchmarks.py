@@ -31,8 +31,10 @@ def check(where: str, tasks: list[str], folder: str | None) -> None:
         raise UserError(f"{where}: benchmark_folder {folder} is no folder; give one with lm-eval tasks (.yaml)")
     if "preset" in tasks and len(tasks) > 1:
         raise UserError(f"{where}: benchmarks names preset and more; write [preset], or the tasks one by one")
-    manager = task_manager(folder) if tasks != ["preset"] else None
-    unknown = [name for name in tasks if manager and name not in {*manager.all_subtasks, *manager.all_groups}]
+    if tasks == ["preset"]:
+        return
+    known = {*task_manager(folder).all_subtasks, *task_manager(folder).all_groups}
+    unknown = [name for name in tasks if name not in known]
     if unknown:
         raise UserError(
             f"{where}: benchmarks names {unknown[0]}, which lm-eval does not know; `lm-eval ls tasks` lists them"

@@ -42,9 +42,6 @@ class Judged:
     sees a tie or changes its mind with the order; None where a verdict is missing."""
     disagreement: float
     """Share of the prompts with both verdicts that they contradict each other."""
-    num_missing: int
-    num_asked: int
-    """Verdicts: two for each prompt whose answers differ."""
 
 
 def question(prompt: list[Message], first: str, second: str) -> str:
@@ -144,13 +141,10 @@ def summarize(verdicts: list[tuple[float | None, float | None] | None]) -> Judge
         verdicts: of each prompt, for whichever answer came first: the one that is judged, then the other; None for
             equal answers.
     """
-    asked = [pair for pair in verdicts if pair is not None]
-    both = [pair for pair in asked if None not in pair]
+    both = [pair for pair in verdicts if pair is not None and None not in pair]
     return Judged(
         wins=[0.5 if pair is None else None if None in pair else (pair[0] + 1 - pair[1]) / 2 for pair in verdicts],
         disagreement=sum(one != 1 - two for one, two in both) / len(both) if both else 0.0,
-        num_missing=sum(each is None for pair in asked for each in pair),
-        num_asked=2 * len(asked),
     )
 
 

@@ -27,7 +27,7 @@ _MODEL_KEYS = [
     *("init", "towards", "baseline", "base", "policies", "runs", "models", "judge"),
 ]
 """Recipe keys that name models."""
-_FURTHER_DATA = {"safety_datasets": data.PROMPT_FORMATS, "corpus": data.TEXT_FORMATS}
+_FURTHER_DATA = {"safety_datasets": data.PROMPT_FORMATS, "corpus": data.FORMATS}
 """Recipe keys of data beside what is trained on, and its formats."""
 _FUNCTION_KEYS = ["graders", "noise_ceiling", "reward_functions"]
 

@@ -82,6 +82,7 @@ def _interval(model: dict[str, float], key: str, form: str) -> str:
 
 
 REWARD, JUDGE = "the reward", "the judge"
+_PARTS = ("low", "high", "length_controlled", "disagreement")
 
 
 @dataclass
@@ -103,7 +104,7 @@ def win_rates(models: dict[str, dict[str, float]]) -> list[str]:
 
 
 def contests(models: dict[str, dict[str, float]]) -> list[Contest]:
-    contests = []
+    found = []
     for key in win_rates(models):
         judge, _, baseline = key.partition("win_rate_vs_")
         judge = {"": REWARD, "judge_": JUDGE}.get(judge, judge.removesuffix("_"))
@@ -114,11 +115,8 @@ def contests(models: dict[str, dict[str, float]]) -> list[Contest]:
             if f"{key}/low" in each and name != baseline
         }
         if wins:
-            contests.append(Contest(judge, baseline, wins))
-    return contests
-
-
-_PARTS = ("low", "high", "length_controlled", "disagreement")
+            found.append(Contest(judge, baseline, wins))
+    return found
 
 
 def facts(summary: dict) -> list[tuple[str, str]]:
