@@ -79,7 +79,7 @@ def worker(which: str, policy: str, num_steps: int, report: str) -> None:
         train_dataset=Dataset.from_list(prompts("train")).select_columns("prompt"),
         processing_class=AutoTokenizer.from_pretrained(policy),
     )
-    ours = EmaAnchor("benchmark", trainer, MU)
+    ours = EmaAnchor(trainer, MU)
     update = ours if which == "ours" else SyncRefModelCallback(trainer.ref_model, trainer.accelerator)
 
     class Allocated(TorchDispatchMode):

@@ -8,6 +8,7 @@ Both train the same weights with the same batches; neither evaluates or saves wh
 one prompt at the end of rlhf. There the stage also updates its anchor, which the bare script leaves where it is.
 """
 
+from gemma2_post.models.tokenizer import render
 import argparse
 import json
 import statistics
@@ -55,12 +56,11 @@ def bare_sft(max_steps: int, output_dir: str) -> "SFTTrainer":
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
-    from gemma2_post.core import gemma
     from gemma2_post.tiny.data import demonstrations
 
     base = "gemma2_post/tiny/models/base"
     tokenizer = AutoTokenizer.from_pretrained(base)
-    rows = [gemma.render(tokenizer, row["messages"]) for row in demonstrations("train")]
+    rows = [render(tokenizer, row["messages"]) for row in demonstrations("train")]
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     )

@@ -7,7 +7,8 @@ gemma2-post chat runs/tiny/sft --prompt "What is 3 plus 5?"
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TextStreamer
 
-from gemma2_post.core import gemma
+from gemma2_post.models.loading import disable_cpu_repacking, generation_config, load_config
+from gemma2_post.models.tokenizer import load_tokenizer
 
 _QUANTIZATION = {
     "4bit": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16),
@@ -22,8 +23,8 @@ def chat(path: str, prompt: str | None, load: str | None, temperature: float, ma
         load: "4bit" or "8bit" through bitsandbytes; None for bf16 on a GPU and fp32 without one.
         temperature: 0 for the most likely answer.
     """
-    config = gemma.load_config("chat", path)
-    tokenizer = gemma.load_tokenizer("chat", path, config)
+    config = load_config("chat", path)
+    tokenizer = load_tokenizer("chat", path, config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
         path,
@@ -32,8 +33,8 @@ def chat(path: str, prompt: str | None, load: str | None, temperature: float, ma
         quantization_config=_QUANTIZATION.get(load),
         device_map=device,
     )
-    gemma.disable_cpu_repacking(model)
-    model.generation_config = gemma.generation_config()
+    disable_cpu_repacking(model)
+    model.generation_config = generation_config()
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
 

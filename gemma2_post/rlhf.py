@@ -3,43 +3,34 @@
 Reads a policy that ends its turns, a reward model and prompts; writes a plain Hugging Face model for each policy of
 WARP (arXiv 2406.16768), `policy-0`, `policy-1`, ..., which differ by seed and by the order of their prompts. The
 update is REINFORCE with a leave-one-out baseline on reward - beta * log(policy / anchor), summed over an answer's
-tokens. The anchor is an exponential moving average of the policy (`ema`), the model that it began as (`start`), or
+tokens. The anchor is an exponential moving average of the policy (`ema`), the model that it started as (`start`), or
 `none`.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml -m gemma2_post.rlhf --config recipes/tiny/rlhf.yaml
 """
 
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import torch
-from peft import PeftModel, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from trl import ModelConfig, RLOOConfig, get_peft_config
-from trl.import_utils import is_vllm_available
-from trl.models.utils import prepare_deepspeed
-
-from gemma2_post.core import data, gemma, rewards
-from gemma2_post.core.command import Command, Stage
-from gemma2_post.core.data import DataArguments
-from gemma2_post.core.errors import UserError
-from gemma2_post.core.launcher import Launcher
-from gemma2_post.core.rewards import RewardFunction, RewardFunctionArguments
-from gemma2_post.core.shards import write_shards
-from gemma2_post.core.training import TRAINER_FILE, StageArguments, check_disk, check_training, metrics_of, run
-from gemma2_post.evaluation.samples import SampleArguments, graded, load_graders
-from gemma2_post.evaluation.watch import FirstDivergenceIsZero, Watch, WatchArguments, WithAdapter
-from gemma2_post.weights.anchor import FILE as ANCHOR_FILE
-from gemma2_post.weights.anchor import REFERENCE_ADAPTER, EmaAnchor
+from gemma2_post.data.rows import PROMPT_FORMATS
+from gemma2_post.evaluation.keys import RewardFunctionArguments, WatchArguments
+from gemma2_post.models import cost
+from gemma2_post.models.arguments import REFUSED_KEYS, check_prompt_length
+from gemma2_post.stage.command import GRADER, Checked, Command, Curve, Parts, Stage
+from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.launcher import Launcher
+from gemma2_post.stage.recipe import key, part
+from gemma2_post.training import memory as held
+from gemma2_post.training.checks import check_disk, check_sampling, check_training, complete_training, metrics_of
+from gemma2_post.training.keys import TrainingRecipe
 
 if TYPE_CHECKING:
-    from trl import RLOOTrainer
+    from trl import RLOOConfig
 
 SEEDS_APART = 1000
-"""Between the policies, so that runs of neighbouring seeds share none."""
+"""Between the policies, so that runs of neighboring seeds share none."""
 
-REFUSED_KEYS = {
+REFUSED = {
     "sync_ref_model": "TRL's average stands still in bf16; the anchor is set by anchor and anchor_mu",
     "ref_model_mixup_alpha": "it is anchor_mu here",
     "ref_model_sync_steps": "the anchor is updated after every step; remove it",
@@ -56,243 +47,201 @@ REFUSED_KEYS = {
 }
 
 
-@dataclass
-class RlhfArguments:
-    anchor: Literal["ema", "start", "none"] = field(
-        default="ema", metadata={"help": "What the KL is to: an average of the policy, its start, or nothing."}
+@dataclass(kw_only=True)
+class Recipe(TrainingRecipe):
+    training: "RLOOConfig" = part("trl:RLOOConfig")
+    rewards: RewardFunctionArguments = part(RewardFunctionArguments)
+    watch: WatchArguments = part(WatchArguments)
+    anchor: Literal["ema", "start", "none"] = key(
+        "ema", "What the KL is to: an average of the policy, its start, or nothing."
     )
-    anchor_mu: float = field(default=0.01, metadata={"help": "Share of the policy in each update of the average."})
-    policy: int = field(default=0, metadata={"help": "Which of the policies; sets the seed and the folder policy-N."})
-    max_prompt_length: int | None = field(
-        default=None,
-        metadata={"help": "Longer prompts are dropped; None for what the model's positions leave to the answer."},
+    anchor_mu: float = key(0.01, "Share of the policy in each update of the average.")
+    policy: int = key(0, "Which of the policies; sets the seed and the folder policy-N.")
+    max_prompt_length: int | None = key(
+        None, "Longer prompts are dropped; None for what the model's positions leave to the answer."
     )
 
 
-def main(
-    stage: Stage,
-    training_args: RLOOConfig,
-    model_args: ModelConfig,
-    data_args: DataArguments,
-    stage_args: StageArguments,
-    sample_args: SampleArguments,
-    reward_args: RewardFunctionArguments,
-    watch_args: WatchArguments,
-    rlhf_args: RlhfArguments,
-) -> None:
-    # Imported here: who has made a mistake in a recipe should not have to wait for it.
+def main(stage: Stage, recipe: Recipe) -> None:
+    from functools import partial
+
     from trl import RLOOTrainer
 
-    config = gemma.load_config(stage.where, model_args.model_name_or_path, model_args.model_revision)
-    tokenizer = gemma.load_tokenizer(stage.where, model_args.model_name_or_path, config, model_args.model_revision)
-    score = rewards.ModelReward(stage.where, reward_args, tokenizer) if reward_args.reward_model else None
+    from gemma2_post.data.preparation import check_enough, drop_long_prompts, split_held_out
+    from gemma2_post.data.sources import load_prompts
+    from gemma2_post.evaluation.rewards import ModelReward, load_reward_functions
+    from gemma2_post.evaluation.samples import load_graders
+    from gemma2_post.models.tokenizer import load_config_and_tokenizer
+    from gemma2_post.training.policy import load_policy, models_beside, prepare_frozen, save_anchor
+    from gemma2_post.training.run import TRAINER_FILE, run
+    from gemma2_post.training.watch import FirstDivergenceIsZero, Watch
+    from gemma2_post.weights.anchor import FILE as ANCHOR_FILE
+    from gemma2_post.weights.anchor import EmaAnchor
+
+    config, tokenizer = load_config_and_tokenizer(recipe.model)
+    score = ModelReward(recipe.rewards, tokenizer) if recipe.rewards.reward_model else None
     positions, whose = config.max_position_embeddings, "the model's"
     if score and score.max_length < positions:  # it must not score what is longer than all that it was trained on
         positions, whose = score.max_length, "the reward model's"
-    max_prompt_length = gemma.check_prompt_length(
-        stage.where,
-        rlhf_args.max_prompt_length,
-        "max_completion_length",
-        training_args.max_completion_length,
-        positions,
-        whose,
-    )
-    check_disk(stage, stage_args, training_args, model_args, config, further_weights=rlhf_args.anchor == "ema")
-    with training_args.main_process_first():
-        train, held_out = data.split_held_out(stage.where, data_args, training_args.seed, data.load_prompts)
+    longest_answer = recipe.training.max_completion_length
+    longest = check_prompt_length(recipe.max_prompt_length, "max_completion_length", longest_answer, positions, whose)
+    check_disk(stage, recipe, config, additional_weights=recipe.anchor == "ema")
+    with recipe.training.main_process_first():
+        train, held_out = split_held_out(recipe.data, recipe.training.seed, load_prompts)
         train, held_out = (
-            data.drop_long_prompts(stage.where, rows, tokenizer, max_prompt_length, data_args.max_too_long_share)
-            for rows in (train, held_out)
+            drop_long_prompts(rows, tokenizer, longest, recipe.data.max_too_long_share) for rows in (train, held_out)
         )
-    num_prompts = stage_args.global_batch_size // training_args.num_generations
-    if len(train) < num_prompts:
-        raise UserError(
-            f"{stage.where}: {len(train)} prompts are fewer than the {num_prompts} of a step (global_batch_size / "
-            "num_generations), and TRL leaves out steps that are not full; lower it, or give more prompts"
-        )
-    graders = load_graders(stage.where, sample_args, held_out)
-    to_answer = held_out.select(range(min(sample_args.num_samples, len(held_out))))
-    reward_functions: list[RewardFunction] = [score] if score else []
-    reward_functions += rewards.load_reward_functions(stage.where, reward_args, train.column_names)
-    names = [function.__name__ for function in reward_functions]
-    if training_args.reward_weights and len(training_args.reward_weights) != len(names):
-        raise UserError(
-            f"{stage.where}: reward_weights has {len(training_args.reward_weights)} values for {len(names)} rewards "
-            f"({', '.join(names)}); give one for each"
-        )
+    num_prompts = recipe.global_batch_size // recipe.training.num_generations
+    check_enough(train, num_prompts, f"the {num_prompts} of a step (global_batch_size / num_generations)")
+    graders = load_graders(recipe.samples, held_out)
+    to_answer = held_out.select(range(min(recipe.samples.num_samples, len(held_out))))
+    reward_functions = load_reward_functions(recipe.rewards, train.column_names, score, recipe.training.reward_weights)
 
-    training_args.disable_dropout = True
-    training_args.save_strategy = "no"  # the watch says when
-    training_args.seed += SEEDS_APART * rlhf_args.policy  # the held-out prompts are the same for all
+    recipe.training.save_strategy = "no"  # the watch says when
+    recipe.training.seed += SEEDS_APART * recipe.policy  # the held-out prompts are the same for all
     trainer = RLOOTrainer(
-        model=load_policy(stage.where, training_args, model_args),
+        model=load_policy(recipe.model, recipe.training),
         reward_funcs=reward_functions,
-        args=training_args,
+        args=recipe.training,
         train_dataset=train,
         processing_class=tokenizer,
     )
     if score:
         score.load(partial(prepare_frozen, trainer))
-    if model_args.use_peft:
-        start, reference = WithAdapter(trainer, None), WithAdapter(trainer, REFERENCE_ADAPTER)
-    else:
-        start, reference = trainer.ref_model, trainer.ref_model
-        if rlhf_args.anchor != "start":  # the reference moves, or there is none
-            start = prepare_frozen(trainer, gemma.load_for_training(stage.where, model_args, training_args))
-    anchor = EmaAnchor(stage.where, trainer, rlhf_args.anchor_mu) if rlhf_args.anchor == "ema" else None
-    watch = Watch(
-        stage.where,
-        trainer,
-        tokenizer,
-        watch_args,
-        to_answer,
-        start,
-        reference if anchor else None,
-        graders,
-        restore_anchor=anchor.restore if anchor else lambda checkpoint: None,
-    )
-    trainer.add_callback(FirstDivergenceIsZero(stage.where))
-    if anchor:
-        trainer.add_callback(anchor)
-    trainer.add_callback(watch)
+    start, reference = models_beside(trainer, recipe.model, is_moving=recipe.anchor != "start")
+    anchor = EmaAnchor(trainer, recipe.anchor_mu) if recipe.anchor == "ema" else None
+    restore = anchor.restore if anchor else lambda checkpoint: None
+    watch = Watch(trainer, recipe.watch, to_answer, start, reference if anchor else None, graders, restore)
+    for callback in (FirstDivergenceIsZero(), *([anchor] if anchor else []), watch):
+        trainer.add_callback(callback)
     run(
         stage,
-        stage_args,
-        model_args,
+        recipe,
         trainer,
-        tokenizer,
         watch.measure,
         watch.complete,
-        save_more=partial(save_anchor, stage, trainer, anchor, tokenizer) if anchor else lambda: None,
+        save_more=partial(save_anchor, trainer, anchor) if anchor else lambda: None,
         last_file=ANCHOR_FILE if anchor else TRAINER_FILE,
     )
 
 
-def check(
-    where: str,
-    launcher: Launcher | None,
-    training_args: RLOOConfig,
-    model_args: ModelConfig,
-    data_args: DataArguments,
-    stage_args: StageArguments,
-    sample_args: SampleArguments,
-    reward_args: RewardFunctionArguments,
-    watch_args: WatchArguments,
-    rlhf_args: RlhfArguments,
-) -> None:
-    check_training(where, launcher, training_args, model_args, stage_args)
-    rewards.check_arguments(where, reward_args)
-    if sample_args.num_samples < 1:
-        raise UserError(f"{where}: num_samples is 0, so nobody would watch the policy; write 1 or more")
-    if training_args.use_vllm and not is_vllm_available():
-        raise UserError(f"{where}: use_vllm is true, but vLLM is not installed; pip install 'trl[vllm]'")
-    if training_args.temperature <= 0:
-        raise UserError(f"{where}: temperature is {training_args.temperature:g}; write a number above 0")
-    if rlhf_args.anchor != "none" and training_args.beta == 0:
+def check(recipe: Recipe, launcher: Launcher) -> None:
+    check_training(recipe, launcher)
+    recipe.rewards.check()
+    if recipe.samples.num_samples < 1:
+        raise UserError("num_samples is 0, so nobody would watch the policy; write 1 or more")
+    check_sampling(recipe)
+    beta = recipe.training.beta
+    if recipe.anchor != "none" and beta == 0:
+        raise UserError(f"beta is 0, so the anchor {recipe.anchor} holds nothing; write anchor: none, or raise beta")
+    if recipe.anchor == "none" and beta:
+        raise UserError(f"anchor is none with beta {beta:g}; write beta: 0, or name an anchor")
+    if beta < 0:
+        raise UserError(f"beta is {beta:g}, which would reward going away; write 0 or more")
+    if not 0 < recipe.anchor_mu <= 1:
+        raise UserError(f"anchor_mu is {recipe.anchor_mu:g}; write a number above 0, at most 1")
+    if recipe.watch.watch_steps < 1:
+        raise UserError(f"watch_steps is {recipe.watch.watch_steps}; write 1 or more")
+    if recipe.watch.kl_budget is not None and not recipe.watch.kl_budget > 0:
+        raise UserError(f"kl_budget is {recipe.watch.kl_budget:g} nats; write a number above 0, or remove it")
+    if recipe.training.save_total_limit is not None and recipe.training.save_total_limit < 2:
         raise UserError(
-            f"{where}: beta is 0, so the anchor {rlhf_args.anchor} holds nothing; write anchor: none, or raise beta"
-        )
-    if rlhf_args.anchor == "none" and training_args.beta:
-        raise UserError(f"{where}: anchor is none with beta {training_args.beta:g}; write beta: 0, or name an anchor")
-    if training_args.beta < 0:
-        raise UserError(f"{where}: beta is {training_args.beta:g}, which would reward going away; write 0 or more")
-    if not 0 < rlhf_args.anchor_mu <= 1:
-        raise UserError(f"{where}: anchor_mu is {rlhf_args.anchor_mu:g}; write a number above 0, at most 1")
-    if watch_args.watch_steps < 1:
-        raise UserError(f"{where}: watch_steps is {watch_args.watch_steps}; write 1 or more")
-    if watch_args.kl_budget is not None and not watch_args.kl_budget > 0:
-        raise UserError(f"{where}: kl_budget is {watch_args.kl_budget:g} nats; write a number above 0, or remove it")
-    if training_args.save_total_limit is not None and training_args.save_total_limit < 2:
-        raise UserError(
-            f"{where}: save_total_limit is {training_args.save_total_limit}, but the last checkpoint is needed until "
+            f"save_total_limit is {recipe.training.save_total_limit}, but the last checkpoint is needed until "
             "the next one is complete; write 2 or more"
         )
-    if rlhf_args.policy < 0:
-        raise UserError(f"{where}: policy is {rlhf_args.policy}; write 0, 1, ...")
-    if not training_args.ds3_gather_for_generation:
-        raise UserError(f"{where}: ds3_gather_for_generation is false, which takes hours a step; remove it")
-    training_args.logging_nan_inf_filter = False  # it would hide that the loss is NaN
+    if recipe.policy < 0:
+        raise UserError(f"policy is {recipe.policy}; write 0, 1, ...")
+    if not recipe.training.ds3_gather_for_generation:
+        raise UserError("ds3_gather_for_generation is false, which takes hours a step; remove it")
 
 
-def implied(where: str, values: dict[str, object]) -> dict[str, object]:
-    """Keys of TRL that follow from the recipe's, and the folder of this policy."""
+def complete(recipe: Recipe, launcher: Launcher) -> None:
+    complete_training(recipe, launcher)
+    recipe.training.logging_nan_inf_filter = False  # it would hide that the loss is NaN
+    recipe.training.disable_dropout = True
+
+
+def implied(values: dict[str, object]) -> dict[str, object]:
+    """TRL's size of a generation batch, and the folder of this policy."""
     batch, group = values.get("global_batch_size"), values.get("num_generations", 2)
     if not isinstance(group, int) or group < 2:
         raise UserError(
-            f"{where}: num_generations is {group}; write 2 or more, because each answer is compared with others of "
-            "its prompt"
+            f"num_generations is {group}; write 2 or more, because each answer is compared with others of its prompt"
         )
     if isinstance(batch, int) and batch % group:
-        raise UserError(f"{where}: global_batch_size {batch} does not divide by num_generations {group}; change one")
+        raise UserError(f"global_batch_size {batch} does not divide by num_generations {group}; change one")
     keys = {"generation_batch_size": batch}
     if values.get("output_dir"):
         keys["output_dir"] = f"{values['output_dir']}/policy-{values.get('policy', 0)}"
     return keys
 
 
-def load_policy(where: str, training_args: RLOOConfig, model_args: ModelConfig) -> PreTrainedModel | PeftModel:
-    """The policy as it starts; with adapters, TRL keeps a copy of the new one as the reference `ref`."""
-    policy = gemma.load_for_training(where, model_args, training_args)
-    peft_config = get_peft_config(model_args)
-    if peft_config is None:
-        return policy
-    set_seed(training_args.seed)  # of the new adapter
-    # One type for all under ZeRO-3, whose gathering buffers have that of the first parameter.
-    plugin = training_args.deepspeed_plugin
-    sharded = plugin is not None and plugin.zero_stage == 3
-    return get_peft_model(policy, peft_config, autocast_adapter_dtype=not sharded)
+def metrics(recipe: Recipe) -> set[str]:
+    measured = {"reward", "kl_to_start", "distinct_answers", "distinct_bigrams"} | recipe.samples.metrics
+    measured |= recipe.rewards.names | ({"kl_to_anchor"} if recipe.anchor == "ema" else set())
+    return metrics_of(measured, {"kept_step"} if recipe.watch.kl_budget else set())
 
 
-def prepare_frozen(trainer: "RLOOTrainer", model: PreTrainedModel) -> torch.nn.Module:
-    """A model that is only read: on the trainer's device, or sharded as the policy is."""
-    model.requires_grad_(False)
-    if trainer.is_deepspeed_enabled:
-        return prepare_deepspeed(model, trainer.accelerator)
-    return trainer.accelerator.prepare_model(model, evaluation_mode=True).eval()  # computes in the policy's type
+def frozen(checked: Checked[Recipe]) -> Parts:
+    """The models that are only read: reward model, anchor and start."""
+    launcher, recipe, trained = checked.launcher, checked.recipe, held.trained_parameters(checked)
+    found: Parts = {}
+    if scorer := checked.models.get("reward_model"):  # in bf16 where there is a GPU for it
+        size = cost.weights(scorer, cost.FP32 if launcher.use_cpu else cost.BF16)
+        found["reward model"] = held.shared(size, launcher, 3)
+    shadow = held.shared(cost.FP32 * trained, launcher, 2) if recipe.anchor == "ema" else 0
+    if recipe.model.use_peft:  # reference and start are the policy with another adapter, or with none
+        return found | {"anchor": shadow + (cost.FP32 * trained if recipe.anchor != "none" else 0)}
+    itemsize = cost.FP32 if held.keeps_fp32(checked) else cost.BF16
+    model = held.shared(cost.weights(held.config_of(checked), itemsize), launcher, 3)
+    found["anchor"] = shadow + (model if recipe.anchor != "none" else 0)
+    found["start"] = model if recipe.anchor != "start" else 0  # else it is the reference itself
+    return found
 
 
-def save_anchor(stage: Stage, trainer: "RLOOTrainer", anchor: EmaAnchor, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The anchor as a model, or an adapter, of its own in fp32: the EMA of the policy's weights."""
-    directory, is_main = stage.output_dir / "anchor", trainer.is_world_process_zero()
-    policy = trainer.accelerator.unwrap_model(trainer.model)
-    if isinstance(policy, PeftModel):
-        weights = {name: anchor.whole(name) for name in anchor.shadows}
-        if is_main:
-            policy.save_pretrained(directory, state_dict=weights, selected_adapters=["default"])
-        return
-    write_shards(directory if is_main else None, anchor.sizes(), anchor.whole)
-    if is_main:
-        gemma.save_configs(policy, directory, torch.float32)
-        gemma.save_tokenizer(tokenizer, directory)
-
-
-def metrics(
-    training_args: RLOOConfig,
-    model_args: ModelConfig,
-    data_args: DataArguments,
-    stage_args: StageArguments,
-    sample_args: SampleArguments,
-    reward_args: RewardFunctionArguments,
-    watch_args: WatchArguments,
-    rlhf_args: RlhfArguments,
-) -> set[str]:
-    measured = {"reward", "kl_to_start", "distinct_answers", "distinct_bigrams"} | graded(sample_args)
-    measured |= rewards.names(reward_args) | ({"kl_to_anchor"} if rlhf_args.anchor == "ema" else set())
-    return metrics_of(measured, {"kept_step"} if watch_args.kl_budget else set())
+def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
+    config, recipe, compute = held.config_of(checked), checked.recipe, held.compute_of(checked)
+    answer = recipe.training.max_completion_length
+    prompt = cost.longest_prompt(checked.models.values(), recipe.max_prompt_length, answer)
+    rows, length = recipe.training.per_device_train_batch_size, prompt + answer
+    tokens = rows * (length if compute.on_cpu else answer)
+    loss = cost.fused_loss(config, tokens, compute, trains_all=not recipe.model.use_peft)
+    parts = held.held(checked, frozen(checked))
+    phases = {
+        **held.training_step(checked, parts, rows, length, loss),
+        **held.sampling(checked, parts, prompt, answer, trains_on_answers=True),
+        **held.divergence(checked, parts, prompt, answer),
+    }
+    if scorer := checked.models.get("reward_model"):
+        scoring = cost.Compute(cost.FP32 if compute.on_cpu else cost.BF16, "eager", compute.on_cpu)
+        conversations = max(recipe.training.per_device_eval_batch_size, recipe.rewards.reward_batch_size)
+        scored = cost.forward(scorer, conversations, length, scoring)
+        phases["rewards"] = parts | {"activations": scored, "gathered": held.gathered(checked)}
+    return phases
 
 
 COMMAND = Command(
     "rlhf",
+    Recipe,
     main,
-    [
-        *(RLOOConfig, ModelConfig, DataArguments, StageArguments, SampleArguments),
-        *(RewardFunctionArguments, WatchArguments, RlhfArguments),
-    ],
-    __doc__,
     metrics,
     check,
-    gemma.REFUSED_KEYS | REFUSED_KEYS,
+    complete,
     implied,
+    refused=REFUSED_KEYS | REFUSED,
+    row_formats={"datasets": PROMPT_FORMATS, "held_out_datasets": PROMPT_FORMATS},
+    headline=[GRADER, "reward"],
+    below_gate="read samples/ and watch.jsonl: does the reward model reward what you want, is beta or learning_rate "
+    "off?",
+    curves=[
+        Curve("log.jsonl", "reward", "reward on the prompts it learns from"),
+        Curve("watch.jsonl", "reward", "reward, held out"),
+        Curve("watch.jsonl", GRADER, f"{GRADER}, held out"),
+        Curve("watch.jsonl", "kl_to_start", "KL to the start, nats"),
+    ],
+    needed_models=["model_name_or_path", "reward_model"],
+    memory=memory,
+    disk=lambda checked: held.disk(checked, has_anchor=checked.recipe.anchor == "ema"),
 )
 
 if __name__ == "__main__":

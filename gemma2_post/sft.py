@@ -1,25 +1,30 @@
 """Supervised fine-tuning: a base model learns to answer from demonstrations.
 
 Reads a base model and conversations; writes a plain Hugging Face model with the Gemma 2 chat template. Trains LoRA
-adapters on a 4-bit base (QLoRA) or on an unquantised one, or all weights, as the recipe says. The loss is on what the
+adapters on a 4-bit base (QLoRA) or on an unquantized one, or all weights, as the recipe says. The loss is on what the
 model says itself: its words, each `<end_of_turn>`, and the final `<eos>`.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml -m gemma2_post.sft --config recipes/tiny/sft.yaml
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from trl import ModelConfig, SFTConfig
+from gemma2_post.data.rows import FORMATS
+from gemma2_post.models import cost
+from gemma2_post.models.arguments import REFUSED_KEYS, attention_of, check_length
+from gemma2_post.stage.command import GRADER, Checked, Command, Curve, Parts, Stage
+from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.launcher import Launcher
+from gemma2_post.stage.recipe import key, part
+from gemma2_post.training import memory as held
+from gemma2_post.training.checks import check_disk, check_training, complete_training, metrics_of
+from gemma2_post.training.keys import TrainingRecipe
 
-from gemma2_post.core import data, gemma
-from gemma2_post.core.command import Command, Stage
-from gemma2_post.core.data import DataArguments
-from gemma2_post.core.errors import UserError
-from gemma2_post.core.launcher import Launcher
-from gemma2_post.core.training import StageArguments, check_disk, check_training, metrics_of, run
-from gemma2_post.evaluation.samples import SampleArguments, grade, graded, load_graders, sample_held_out
+if TYPE_CHECKING:
+    from trl import SFTConfig
 
-REFUSED_KEYS = {
+REFUSED = {
     **dict.fromkeys(
         ["dataset_text_field", "dataset_kwargs", "shuffle_dataset", "truncation_mode"],
         "conversations are rendered and checked for you, and never cut; remove it",
@@ -33,92 +38,93 @@ REFUSED_KEYS = {
 }
 
 
-@dataclass
-class SFTArguments:
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest sampled answer, in tokens."})
+@dataclass(kw_only=True)
+class Recipe(TrainingRecipe):
+    training: "SFTConfig" = part("trl:SFTConfig")
+    max_new_tokens: int = key(256, "Longest sampled answer, in tokens.")
 
 
-def main(
-    stage: Stage,
-    training_args: SFTConfig,
-    model_args: ModelConfig,
-    data_args: DataArguments,
-    stage_args: StageArguments,
-    sample_args: SampleArguments,
-    sft_args: SFTArguments,
-) -> None:
-    # Imported here: who has made a mistake in a recipe should not have to wait for it.
+def main(stage: Stage, recipe: Recipe) -> None:
     from trl import SFTTrainer, get_peft_config
 
-    config = gemma.load_config(stage.where, model_args.model_name_or_path, model_args.model_revision)
-    max_length = gemma.check_length(stage.where, training_args.max_length, config)
-    tokenizer = gemma.load_tokenizer(stage.where, model_args.model_name_or_path, config, model_args.model_revision)
-    check_disk(stage, stage_args, training_args, model_args, config)
-    training_args.eval_packing = False
-    with training_args.main_process_first():
-        train, held_out = data.split_held_out(stage.where, data_args, training_args.seed)
+    from gemma2_post.data.preparation import split_held_out, tokenize
+    from gemma2_post.evaluation.samples import grade, load_graders, sample_held_out
+    from gemma2_post.models.loading import load_for_training
+    from gemma2_post.models.tokenizer import load_config_and_tokenizer
+    from gemma2_post.training.run import run
+
+    config, tokenizer = load_config_and_tokenizer(recipe.model)
+    max_length = check_length(recipe.training.max_length, config)
+    check_disk(stage, recipe, config)
+    with recipe.training.main_process_first():
+        train, held_out = split_held_out(recipe.data, recipe.training.seed)
         train, held_out = (
-            data.tokenize(stage.where, rows, tokenizer, max_length, data_args.max_too_long_share)
-            for rows in (train, held_out)
+            tokenize(rows, tokenizer, max_length, recipe.data.max_too_long_share) for rows in (train, held_out)
         )
-    graders = load_graders(stage.where, sample_args, held_out)
-    to_answer = held_out.select(range(min(sample_args.num_samples, len(held_out))))
+    graders = load_graders(recipe.samples, held_out)
+    to_answer = held_out.select(range(min(recipe.samples.num_samples, len(held_out))))
     prompts = [messages[:-1] for messages in to_answer["messages"]]
 
     trainer = SFTTrainer(
-        model=gemma.load_for_training(stage.where, model_args, training_args),
-        args=training_args,
+        model=load_for_training(recipe.model, recipe.training),
+        args=recipe.training,
         train_dataset=train.select_columns(["input_ids", "labels"]),
         eval_dataset=held_out.select_columns(["input_ids", "labels"]),
         processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
+        peft_config=get_peft_config(recipe.model),
     )
 
     def measure() -> dict[str, float]:
-        answers = sample_held_out(trainer, trainer.model_wrapped, tokenizer, prompts, sft_args.max_new_tokens)
-        grades = grade(answers, to_answer, graders, sample_args.group_by)
+        answers = sample_held_out(trainer, trainer.model_wrapped, prompts, recipe.max_new_tokens)
+        grades = grade(answers, to_answer, graders, recipe.samples.group_by)
         return {"held_out_nll": trainer.evaluate()["eval_loss"]} | grades
 
-    run(stage, stage_args, model_args, trainer, tokenizer, measure)
+    run(stage, recipe, trainer, measure)
 
 
-def check(
-    where: str,
-    launcher: Launcher | None,
-    training_args: SFTConfig,
-    model_args: ModelConfig,
-    data_args: DataArguments,
-    stage_args: StageArguments,
-    *_: object,
-) -> None:
-    check_training(where, launcher, training_args, model_args, stage_args)
-    batch_size = training_args.per_device_train_batch_size
-    if training_args.packing and model_args.attn_implementation == "eager" and batch_size > 1:
+def check(recipe: Recipe, launcher: Launcher) -> None:
+    check_training(recipe, launcher)
+    is_eager = attention_of(recipe.model) == "eager"
+    if recipe.training.packing and is_eager and recipe.training.per_device_train_batch_size > 1:
         raise UserError(
-            f"{where}: packing with eager attention needs memory for (batch x length) squared; write "
+            "packing with eager attention needs memory for (batch x length) squared; write "
             "per_device_train_batch_size: 1, or attn_implementation: flash_attention_2 or flex_attention"
         )
 
 
-def metrics(
-    training_args: SFTConfig,
-    model_args: ModelConfig,
-    data_args: DataArguments,
-    stage_args: StageArguments,
-    sample_args: SampleArguments,
-    *_: object,
-) -> set[str]:
-    return metrics_of({"held_out_nll"} | graded(sample_args), further=set())
+def complete(recipe: Recipe, launcher: Launcher) -> None:
+    complete_training(recipe, launcher)
+    recipe.training.eval_packing = False
+
+
+def metrics(recipe: Recipe) -> set[str]:
+    return metrics_of({"held_out_nll"} | recipe.samples.metrics, additional=set())
+
+
+def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
+    config, recipe, compute = held.config_of(checked), checked.recipe, held.compute_of(checked)
+    rows, length = recipe.training.per_device_train_batch_size, recipe.training.max_length
+    length = length or config.max_position_embeddings
+    loss = cost.fused_loss(config, rows * length, compute, trains_all=not recipe.model.use_peft)
+    parts = held.held(checked)
+    step = held.training_step(checked, parts, rows, length, loss)
+    return step | held.sampling(checked, parts, length, recipe.max_new_tokens)
 
 
 COMMAND = Command(
     "sft",
+    Recipe,
     main,
-    [SFTConfig, ModelConfig, DataArguments, StageArguments, SampleArguments, SFTArguments],
-    __doc__,
     metrics,
     check,
-    gemma.REFUSED_KEYS | REFUSED_KEYS,
+    complete,
+    refused=REFUSED_KEYS | REFUSED,
+    row_formats={"datasets": FORMATS, "held_out_datasets": FORMATS},
+    headline=[GRADER, "held_out_nll"],
+    below_gate="is the data what it should be, is there enough of it, is learning_rate right for the method?",
+    curves=[Curve("log.jsonl", "loss", "loss")],
+    memory=memory,
+    disk=held.disk,
 )
 
 if __name__ == "__main__":

@@ -1,5 +1,10 @@
 """A random two-layer Gemma 2, a recipe that trains it in seconds, and the stage's real `main` to run it with."""
 
+from gemma2_post.models.loading import load_config
+from gemma2_post.models.saving import save_model
+from gemma2_post.models.tokenizer import load_tokenizer
+from gemma2_post.models.tokenizer import save_tokenizer
+from gemma2_post.models.tokens import PAD
 import json
 import os
 from collections.abc import Callable
@@ -19,8 +24,9 @@ from transformers import (
 )
 
 from gemma2_post import distill, reward, rlhf, sft
-from gemma2_post.core import gemma, reward_model
-from gemma2_post.core.command import Command, refuse_foreign_output
+from gemma2_post.models import reward_model
+from gemma2_post.stage.command import Command
+from gemma2_post.stage.command import refuse_foreign_output
 from gemma2_post.tiny.data import preferences, prompts
 
 BASE, TEACHER = "gemma2_post/tiny/models/base", "gemma2_post/tiny/models/teacher"
@@ -39,7 +45,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
-    return gemma.load_tokenizer("test", BASE, gemma.load_config("test", BASE))
+    return load_tokenizer(BASE, load_config(BASE))
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +60,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTok
     """A small random model, in bf16 as Gemma 2 is shipped."""
     directory = tmp_path_factory.mktemp("model")
     random_model(len(tokenizer), dtype=torch.bfloat16).save_pretrained(directory)
-    gemma.save_tokenizer(tokenizer, directory)
+    save_tokenizer(tokenizer, directory)
     return directory
 
 
@@ -165,11 +171,11 @@ def reward_model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTra
     directory = tmp_path_factory.mktemp("reward_model")
     set_seed(5)
     model = AutoModelForSequenceClassification.from_pretrained(
-        TEACHER, num_labels=1, dtype=torch.float32, pad_token_id=gemma.PAD
+        TEACHER, num_labels=1, dtype=torch.float32, pad_token_id=PAD
     )
     torch.nn.init.normal_(model.score.weight, std=0.1)
-    gemma.save_model(model, model.state_dict(), directory, torch.float32)
-    gemma.save_tokenizer(tokenizer, directory)
+    save_model(model, model.state_dict(), directory, torch.float32)
+    save_tokenizer(tokenizer, directory)
     canary = [[{"role": "user", "content": "What is 3 plus 5?"}, {"role": "assistant", "content": "It is 8."}]]
     reward_model.seal(directory, tokenizer, canary, 0.5, 2.0, max_length=192)
     return directory

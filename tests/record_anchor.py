@@ -14,9 +14,9 @@ from transformers import TrainerCallback
 from trl import RLOOTrainer
 
 from gemma2_post import rlhf
-from gemma2_post.core.recipe import load_yaml
-from gemma2_post.core.training import fp32_master
-from gemma2_post.evaluation.watch import WithAdapter
+from gemma2_post.stage.recipe import load_yaml
+from gemma2_post.training.run import fp32_master
+from gemma2_post.training.watch import WithAdapter
 
 IDS = [[2, 106, 200, 300, 400, 107, 108, 106, 500, 600]]
 

@@ -1,5 +1,6 @@
 """Academic benchmarks through lm-eval, on tasks whose data is a local file."""
 
+from gemma2_post.models.loading import load_config
 import json
 import sys
 from pathlib import Path
@@ -9,9 +10,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from gemma2_post.core import gemma
-from gemma2_post.core.errors import UserError
-from gemma2_post.core.tokens import BOS
+from gemma2_post.stage.errors import UserError
+from gemma2_post.models.tokens import BOS
 from gemma2_post.evaluation import benchmarks
 from tests.conftest import TEACHER
 
@@ -85,21 +85,21 @@ def test_the_teacher_passes_and_is_asked_with_one_bos(
 
 def test_what_cannot_be_run_is_said_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="benchmark_folder nowhere is no folder"):
-        benchmarks.check("here", ["preset"], "nowhere")
+        benchmarks.check(["preset"], "nowhere")
     with pytest.raises(UserError, match="names preset and more"):
-        benchmarks.check("here", ["preset", "mmlu"], None)
+        benchmarks.check(["preset", "mmlu"], None)
     with pytest.raises(UserError, match="benchmarks names tiny_chioce, which lm-eval does not know"):
-        benchmarks.check("here", ["tiny_chioce"], str(folder))
+        benchmarks.check(["tiny_chioce"], str(folder))
     with pytest.raises(UserError, match="benchmarks names ai2_arc, which lm-eval does not know"):
-        benchmarks.check("here", ["ai2_arc"], str(folder))  # a tag: its tasks have no number in common
-    benchmarks.check("here", ["tiny_choice"], str(folder))
+        benchmarks.check(["ai2_arc"], str(folder))  # a tag: its tasks have no number in common
+    benchmarks.check(["tiny_choice"], str(folder))
     (folder / "sums.jsonl").unlink()
     with pytest.raises(UserError, match="here: benchmarks: the data of tiny_choice cannot be read"):
-        benchmarks.load_data("here", ["tiny_choice"], str(folder))
+        benchmarks.load_data(["tiny_choice"], str(folder))
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr(benchmarks, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install 'gemma2_post\[eval\]'"):
-        benchmarks.check("here", ["preset"], None)
+        benchmarks.check(["preset"], None)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_the_preset_is_what_the_tables_say(
     published: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """lm-eval's own five tasks, with so many examples of each; MMLU says in the first turn what it is about."""
-    config = gemma.load_config("test", str(PROJECT / TEACHER))
+    config = load_config(str(PROJECT / TEACHER))
     config.max_position_embeddings, config.num_hidden_layers, config.layer_types = 4096, 1, config.layer_types[:1]
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     seen: list[str] = []

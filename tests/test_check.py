@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from gemma2_post.core.errors import UserError
+from gemma2_post.stage.errors import UserError
 from gemma2_post.pipeline.check import check, report
 from gemma2_post.pipeline.steps import load_pipeline
 from tests.test_pipeline import gemma2_post

@@ -12,10 +12,13 @@ from huggingface_hub import constants
 from transformers import Gemma2Config
 from trl import ModelConfig, SFTConfig
 
-from gemma2_post.core import contract, digests
-from gemma2_post.core.command import Stage
-from gemma2_post.core.errors import UserError, reported
-from gemma2_post.core.training import StageArguments, check_disk
+from gemma2_post.stage import contract
+from gemma2_post.stage import digests
+from gemma2_post.stage.command import Stage
+from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.errors import reported
+from gemma2_post.training.keys import StageArguments
+from gemma2_post.training.checks import check_disk
 
 RECIPE = {"learning_rate": 1e-3, "output_dir": "a", "logging_steps": 1}
 

@@ -1,5 +1,10 @@
 """Conversations of every format become the same messages, and what is wrong with a row is said with its number."""
 
+from gemma2_post.data.preparation import split_held_out
+from gemma2_post.data.preparation import tokenize
+from gemma2_post.data.rows import to_messages
+from gemma2_post.data.sources import load_conversations
+from gemma2_post.models.tokenizer import render
 import json
 import logging
 from collections.abc import Callable
@@ -10,9 +15,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import pack_dataset
 
-from gemma2_post.core import data, gemma
-from gemma2_post.core.data import DataArguments, Source
-from gemma2_post.core.errors import UserError
+from gemma2_post.data.keys import DataArguments
+from gemma2_post.data.keys import Source
+from gemma2_post.stage.errors import UserError
 
 USER, MODEL = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
 CHAT = [USER, MODEL]
@@ -24,7 +29,7 @@ def write(path: Path, rows: list[dict]) -> str:
 
 
 def load(path: str, max_invalid_share: float = 0.0, **source: object) -> Dataset:
-    return data.load_conversations("recipe", [Source(path, **source)], max_invalid_share, seed=0)
+    return load_conversations([Source(path, **source)], max_invalid_share, seed=0)
 
 
 def numbered(start: int, end: int) -> list[dict]:
@@ -56,7 +61,7 @@ def test_every_format_becomes_the_same_messages(row: dict, tmp_path: Path) -> No
 
 def test_the_input_of_alpaca_follows_its_instruction() -> None:
     assert (
-        data.to_messages({"instruction": "Translate.", "input": "Ja", "output": "Yes"})[0]["content"]
+        to_messages({"instruction": "Translate.", "input": "Ja", "output": "Yes"})[0]["content"]
         == "Translate.\n\nJa"
     )
 
@@ -173,9 +178,9 @@ def test_a_source_that_is_no_function_is_refused(path: str, message: str) -> Non
 
 def test_what_grades_answers_survives() -> None:
     sources = [Source("gemma2_post.tiny.data:demonstrations", "held_out")]
-    rows = data.load_conversations("recipe", sources, 0.0, seed=0, columns=["skill", "answer"])
+    rows = load_conversations(sources, 0.0, seed=0, columns=["skill", "answer"])
     with pytest.raises(UserError, match="columns: no source has anser"):
-        data.load_conversations("recipe", sources, 0.0, seed=0, columns=["anser"])
+        load_conversations(sources, 0.0, seed=0, columns=["anser"])
     assert set(rows.column_names) == {"skill", "answer", "messages"} and len(rows) == 480
 
 
@@ -186,15 +191,15 @@ def test_a_mixture_has_its_proportions_and_uses_no_row_twice(tmp_path: Path) -> 
         rows = [{"messages": [{"role": "user", "content": f"{name} {i}"}, MODEL]} for i in range(num_rows)]
         sources.append(Source(write(tmp_path / f"{name}.jsonl", rows), weight=weight))
     mixed = [
-        messages[0]["content"] for messages in data.load_conversations("recipe", sources, 0.0, seed=0)["messages"]
+        messages[0]["content"] for messages in load_conversations(sources, 0.0, seed=0)["messages"]
     ]
     assert len(mixed) == len(set(mixed)) == 60
     assert sum(text.startswith("a") for text in mixed) == 20
     sources[0].weight = None
     with pytest.raises(UserError, match="give a weight above 0 to every source or to none"):
-        data.load_conversations("recipe", sources, 0.0, seed=0)
+        load_conversations(sources, 0.0, seed=0)
     sources[1].weight = None
-    assert len(data.load_conversations("recipe", sources, 0.0, seed=0)) == 80
+    assert len(load_conversations(sources, 0.0, seed=0)) == 80
 
 
 def test_held_out_rows_are_taken_out_of_the_training_rows_by_seed(tmp_path: Path) -> None:
@@ -202,7 +207,7 @@ def test_held_out_rows_are_taken_out_of_the_training_rows_by_seed(tmp_path: Path
     arguments = DataArguments([Source(write(tmp_path / "rows.jsonl", rows))], held_out_share=0.1)
 
     def split(seed: int) -> tuple[set[str], set[str]]:
-        parts = data.split_held_out("recipe", arguments, seed)
+        parts = split_held_out(arguments, seed)
         return tuple({messages[0]["content"] for messages in part["messages"]} for part in parts)
 
     train, held_out = split(seed=0)
@@ -215,14 +220,14 @@ def test_long_rows_are_dropped_and_counted_and_never_cut(
 ) -> None:
     long = [{"role": "user", "content": "Hi " * 50}, MODEL]
     rows = Dataset.from_list([{"messages": CHAT}] * 19 + [{"messages": long}])
-    length = len(gemma.render(tokenizer, CHAT)["input_ids"])
-    kept = data.tokenize("recipe", rows, tokenizer, max_length=length, max_too_long_share=0.05)
-    assert len(kept) == 19 and all(ids == gemma.render(tokenizer, CHAT)["input_ids"] for ids in kept["input_ids"])
+    length = len(render(tokenizer, CHAT)["input_ids"])
+    kept = tokenize(rows, tokenizer, max_length=length, max_too_long_share=0.05)
+    assert len(kept) == 19 and all(ids == render(tokenizer, CHAT)["input_ids"] for ids in kept["input_ids"])
     assert f"dropped 1 of 20 rows longer than {length} tokens" in caplog.text
     with pytest.raises(UserError, match=f"1 of 20 rows are longer than max_length {length} tokens"):
-        data.tokenize("recipe", rows, tokenizer, max_length=length, max_too_long_share=0.04)
+        tokenize(rows, tokenizer, max_length=length, max_too_long_share=0.04)
     with pytest.raises(UserError, match="all 20 rows are longer than max_length"):
-        data.tokenize("recipe", rows, tokenizer, max_length=length - 1, max_too_long_share=1.0)
+        tokenize(rows, tokenizer, max_length=length - 1, max_too_long_share=1.0)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +296,7 @@ def test_a_parquet_file_is_read_and_a_broken_one_refused(tmp_path: Path) -> None
 
 def test_a_split_that_a_function_of_the_project_does_not_have_is_refused_with_its_name() -> None:
     with pytest.raises(UserError, match="no split validation"):
-        data.load_conversations("recipe", [Source("gemma2_post.tiny.data:demonstrations", "validation")], 0.0, seed=0)
+        load_conversations([Source("gemma2_post.tiny.data:demonstrations", "validation")], 0.0, seed=0)
 
 
 def test_a_function_without_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,15 +309,15 @@ def test_a_function_without_rows_is_refused(tmp_path: Path, monkeypatch: pytest.
 def test_a_weight_must_be_above_0(weight: float, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", numbered(0, 4))
     with pytest.raises(UserError, match=r"^recipe: datasets: give a weight above 0 to every source or to none"):
-        data.load_conversations("recipe", [Source(path, weight=1.0), Source(path, weight=weight)], 0.0, seed=0)
+        load_conversations([Source(path, weight=1.0), Source(path, weight=weight)], 0.0, seed=0)
 
 
 def test_held_out_datasets_take_the_place_of_the_share_and_one_row_cannot_be_split(tmp_path: Path) -> None:
     paths = [write(tmp_path / f"{i}.jsonl", numbered(i, i + 1)) for i in range(2)]
-    train, held_out = data.split_held_out("recipe", DataArguments([Source(paths[0])], [Source(paths[1])]), seed=0)
+    train, held_out = split_held_out(DataArguments([Source(paths[0])], [Source(paths[1])]), seed=0)
     assert train.to_list() == numbered(0, 1) and held_out.to_list() == numbered(1, 2)
     with pytest.raises(UserError, match=r"^recipe: 1 rows cannot be split"):
-        data.split_held_out("recipe", DataArguments([Source(paths[0])]), seed=0)
+        split_held_out(DataArguments([Source(paths[0])]), seed=0)
 
 
 def test_packing_does_not_bring_back_what_an_earlier_code_made(
@@ -322,7 +327,7 @@ def test_packing_does_not_bring_back_what_an_earlier_code_made(
 
     def packed() -> list[int]:
         # As SFTTrainer does with packing: true; it knows the rows by their fingerprint only.
-        tokens = data.tokenize("recipe", load(path), tokenizer, 64, 0.0)
+        tokens = tokenize(load(path), tokenizer, 64, 0.0)
         return [
             i
             for ids in pack_dataset(tokens.select_columns(["input_ids", "labels"]), 128, "bfd")["input_ids"]
@@ -343,8 +348,8 @@ def test_sources_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
     rows = [[{"messages": CHAT, "answer": answer}] for answer in (5, "five")]
     sources = [Source(write(tmp_path / f"{i}.jsonl", rows[i])) for i in range(2)]
     with pytest.raises(UserError, match="the sources do not fit together"):
-        data.load_conversations("recipe", sources, 0.0, seed=0, columns=["answer"])
-    assert len(data.load_conversations("recipe", sources, 0.0, seed=0)) == 2
+        load_conversations(sources, 0.0, seed=0, columns=["answer"])
+    assert len(load_conversations(sources, 0.0, seed=0)) == 2
 
 
 # --- real files ---

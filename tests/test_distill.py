@@ -1,5 +1,7 @@
 """Distillation: the loss is its formula, the stage trains on the student's own ended answers, mistakes are refused."""
 
+from gemma2_post.data.keys import Source
+from gemma2_post.data.sources import load_prompts
 import copy
 import json
 import shutil
@@ -23,9 +25,9 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.import_utils import is_vllm_available
 
 from gemma2_post import distill
-from gemma2_post.core import contract, data
-from gemma2_post.core.errors import UserError
-from gemma2_post.core.launcher import Launcher
+from gemma2_post.stage import contract
+from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.launcher import Launcher
 from gemma2_post.tiny.data import prompts
 from tests.conftest import BASE, TEACHER, losses, random_model
 from tests.test_bad_input import MODEL, USER, make_adapter, with_rows, with_values
@@ -297,10 +299,10 @@ def test_a_prompt_is_the_same_as_messages_as_text_and_in_a_conversation(tmp_path
     folded = {"role": "user", "content": "Be kind.\n\nHi"}
     for name, rows in formats.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        loaded = data.load_prompts("recipe", [data.Source(str(tmp_path / f"{name}.jsonl"))], 0.0, seed=0)
+        loaded = load_prompts([Source(str(tmp_path / f"{name}.jsonl"))], 0.0, seed=0)
         assert loaded.column_names == ["prompt"] and list(loaded["prompt"]) == [*chats[:2], [folded]], name
     (tmp_path / "texts.jsonl").write_text(json.dumps({"prompt": "Hi"}) + "\n")
-    assert data.load_prompts("recipe", [data.Source(str(tmp_path / "texts.jsonl"))], 0.0, 0)["prompt"][0] == [USER]
+    assert load_prompts([Source(str(tmp_path / "texts.jsonl"))], 0.0, 0)["prompt"][0] == [USER]
 
 
 def test_prompts_longer_than_allowed_are_dropped(
@@ -377,7 +379,7 @@ def test_the_share_of_cut_answers_is_that_of_the_first_twenty_steps_however_ofte
 
     TRL logs the mean over the steps since the last log; the end of the training is logged, too.
     """
-    callback = distill.StopIfAnswersAreCut("recipe", 16)
+    callback = distill.StopIfAnswersAreCut(16)
     state, control = TrainerState(max_steps=max_steps), TrainerControl()
     found = None
     for step in range(1, max_steps + 1):
@@ -525,6 +527,6 @@ def test_a_mistake_is_one_sentence_with_status_2_and_touches_nothing(
 @pytest.mark.parametrize("key", ["teacher_load_in_4bit", "teacher_load_in_8bit"])
 def test_a_quantised_teacher_is_refused_under_zero_3_and_only_there(key: str, distill_recipe: Recipe) -> None:
     values = distill_recipe | {key: True, "teacher_dtype": "bfloat16"}
-    distill.COMMAND.build("recipe", values, Launcher(zero_stage=2))
+    distill.COMMAND.build(values, Launcher(zero_stage=2))
     with pytest.raises(UserError, match=r"^recipe: a quantised teacher cannot be sharded by ZeRO-3"):
-        distill.COMMAND.build("recipe", values, Launcher(zero_stage=3, saves_16bit_model=True))
+        distill.COMMAND.build(values, Launcher(zero_stage=3, saves_16bit_model=True))

@@ -1,5 +1,7 @@
 """Evaluation: models beside each other on the same prompts, and against one of them."""
 
+from gemma2_post.models.saving import save_model
+from gemma2_post.models.tokenizer import save_tokenizer
 import json
 import shutil
 from collections.abc import Callable
@@ -10,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from gemma2_post import evaluate
-from gemma2_post.core import gemma
-from gemma2_post.core.data import DataArguments, Source
-from gemma2_post.core.errors import UserError
+from gemma2_post.data.keys import DataArguments
+from gemma2_post.data.keys import Source
+from gemma2_post.stage.errors import UserError
 from gemma2_post.tiny.data import prompts
 from tests.conftest import BASE, TEACHER, run_stage, write_prompts
 from tests.test_synthesize import completion, serve
@@ -32,8 +34,8 @@ def evaluate_recipe(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Recip
         for parameter in model.parameters():
             parameter.data += noise * torch.randn_like(parameter)
         folder = tmp_path / "runs" / name
-        gemma.save_model(model, model.state_dict(), folder, torch.float32)
-        gemma.save_tokenizer(tokenizer, folder)
+        save_model(model, model.state_dict(), folder, torch.float32)
+        save_tokenizer(tokenizer, folder)
         folders.append(str(folder))
     return {
         "init": TEACHER,
@@ -241,12 +243,12 @@ def test_a_corpus_of_conversations_is_in_the_format_that_sft_reads(
     chatml = "<|im_start|>user\nSay it.<|im_end|>\n<|im_start|>assistant\n" + "it is so " * 40 + "<|im_end|>"
     (tmp_path / "chatml.jsonl").write_text(json.dumps({"text": chatml}) + "\n")
     args = evaluate.EvaluateArguments("out", "init", [], "", corpus=[Source(str(tmp_path / "chatml.jsonl"))])
-    windows = evaluate.load_corpus("here", args, DataArguments(datasets=[]), tokenizer, seed=0)
+    windows = evaluate.load_corpus(args, DataArguments(datasets=[]), tokenizer, seed=0)
     text = tokenizer.decode(windows[0])
     assert text.startswith("<start_of_turn>user\nSay it.<end_of_turn>\n<start_of_turn>model\nit is so")
     (tmp_path / "chatml.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
     with pytest.raises(UserError, match="row 1: text is None, not a text"):
-        evaluate.load_corpus("here", args, DataArguments(datasets=[]), tokenizer, seed=0)
+        evaluate.load_corpus(args, DataArguments(datasets=[]), tokenizer, seed=0)
 
 
 def test_what_an_interrupted_evaluation_has_measured_is_not_measured_again(
@@ -313,10 +315,10 @@ def test_models_are_named_by_what_they_do_not_share(tmp_path: Path) -> None:
     args = evaluate.EvaluateArguments(
         str(tmp_path / "evaluate"), "init", [*folders, "google/gemma-2-2b-it"], folders[0], base=BASE
     )
-    assert list(evaluate.names_of("here", args).values()) == ["base", "sft", "rlhf/policy-0", "google/gemma-2-2b-it"]
+    assert list(evaluate.names_of(args).values()) == ["base", "sft", "rlhf/policy-0", "google/gemma-2-2b-it"]
     args.models.append(str(tmp_path / "base"))
     with pytest.raises(UserError, match="two of the models are called base"):
-        evaluate.names_of("here", args)
+        evaluate.names_of(args)
 
 
 def test_a_model_with_another_tokenizer_is_refused(evaluate_recipe: Recipe, tmp_path: Path) -> None:

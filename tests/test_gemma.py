@@ -1,5 +1,14 @@
 """The Gemma 2 facts: the chat format token by token, the tokenizer's ids, the soft-caps, how models load."""
 
+from gemma2_post.models.arguments import check_arguments
+from gemma2_post.models.loading import disable_cpu_repacking
+from gemma2_post.models.loading import load_config
+from gemma2_post.models.loading import load_model
+from gemma2_post.models.saving import save_model
+from gemma2_post.models.shapes import num_parameters
+from gemma2_post.models.tokenizer import gemma_chat_template
+from gemma2_post.models.tokenizer import load_tokenizer
+from gemma2_post.models.tokenizer import render
 import json
 import shutil
 from pathlib import Path
@@ -15,8 +24,8 @@ from transformers import (
 )
 from trl import ModelConfig, SFTConfig, get_peft_config
 
-from gemma2_post.core import gemma, launcher
-from gemma2_post.core.errors import UserError
+from gemma2_post.stage import launcher
+from gemma2_post.stage.errors import UserError
 
 SINGLE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Sure! "}]
 MULTI = [
@@ -32,7 +41,7 @@ def any_tokenizer(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizer
         return tokenizer
     directory = request.getfixturevalue("real_data") / "tokenizer" / "standin-gemma2"
     config = gemma.Gemma2Config(vocab_size=2048)
-    return gemma.load_tokenizer("test", str(directory), config)
+    return load_tokenizer(str(directory), config)
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -42,7 +51,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def test_a_single_turn_is_rendered_and_masked_token_by_token(any_tokenizer: PreTrainedTokenizerBase) -> None:
     user, sure = pieces(any_tokenizer, "user\nHi"), pieces(any_tokenizer, "Sure!")
     (newline,), model = pieces(any_tokenizer, "\n"), pieces(any_tokenizer, "model\n")
-    rendered = gemma.render(any_tokenizer, SINGLE)
+    rendered = render(any_tokenizer, SINGLE)
     prompt = [2, 106, *user, 107, newline, 106, *model]
     assert rendered["input_ids"] == [*prompt, *sure, 107, 1]
     assert rendered["labels"] == [-100] * len(prompt) + [*sure, 107, 1]
@@ -51,8 +60,8 @@ def test_a_single_turn_is_rendered_and_masked_token_by_token(any_tokenizer: PreT
 def test_every_turn_of_the_model_has_loss_and_only_the_last_one_ends_with_eos(
     any_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    first = gemma.render(any_tokenizer, SINGLE)
-    rendered = gemma.render(any_tokenizer, MULTI)
+    first = render(any_tokenizer, SINGLE)
+    rendered = render(any_tokenizer, MULTI)
     length = len(first["input_ids"]) - 1  # the first turn without its <eos>
     assert rendered["input_ids"][:length] == first["input_ids"][:-1]
     assert rendered["labels"][:length] == first["labels"][:-1]
@@ -66,7 +75,7 @@ def test_every_turn_of_the_model_has_loss_and_only_the_last_one_ends_with_eos(
 
 def test_training_text_begins_with_the_prompt_of_inference(any_tokenizer: PreTrainedTokenizerBase) -> None:
     prompt = any_tokenizer.apply_chat_template(MULTI[:-1], add_generation_prompt=True)["input_ids"]
-    assert gemma.render(any_tokenizer, MULTI)["input_ids"][: len(prompt)] == prompt
+    assert render(any_tokenizer, MULTI)["input_ids"][: len(prompt)] == prompt
 
 
 def test_the_cropped_gemma_tokenizer_renders_its_golden_ids(real_data: Path) -> None:
@@ -75,11 +84,11 @@ def test_the_cropped_gemma_tokenizer_renders_its_golden_ids(real_data: Path) -> 
     golden = json.loads((folder / "gemma_golden_ids.json").read_text())
     cropped = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer_gemma_cropped.json"), bos_token="<bos>")
     assert (
-        json.loads((folder / "tokenizer_config_gemma.json").read_text())["chat_template"] == gemma.gemma_chat_template
+        json.loads((folder / "tokenizer_config_gemma.json").read_text())["chat_template"] == gemma_chat_template
     )
     chat = golden["cropped_chat"]
     rendered = cropped.apply_chat_template(
-        chat["messages"], chat_template=gemma.gemma_chat_template, add_generation_prompt=True
+        chat["messages"], chat_template=gemma_chat_template, add_generation_prompt=True
     )
     assert rendered["input_ids"][: len(chat["ids_prefix"])] == chat["ids_prefix"]
 
@@ -87,7 +96,7 @@ def test_the_cropped_gemma_tokenizer_renders_its_golden_ids(real_data: Path) -> 
 def test_the_stand_in_tokenizer_gives_the_published_ids_of_gemma(real_data: Path) -> None:
     """Those of the golden vectors whose ids are all below 473, where the stand-in is Gemma's own vocabulary."""
     folder = real_data / "tokenizer" / "standin-gemma2"
-    standin = gemma.load_tokenizer("test", str(folder), gemma.Gemma2Config(vocab_size=2048))
+    standin = load_tokenizer(str(folder), gemma.Gemma2Config(vocab_size=2048))
     vectors = json.loads((folder / "gemma_golden_ids.json").read_text())["encode"]
     vectors = [vector for vector in vectors if max(vector["ids"]) < 473]
     assert len(vectors) == 4
@@ -101,31 +110,31 @@ def test_a_tokenizer_without_its_file_is_refused_before_transformers_makes_one_u
     broken = shutil.copytree(model_dir, tmp_path / "broken")
     (broken / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"has no tokenizer\.json"):
-        gemma.load_tokenizer("here", str(broken), gemma.load_config("here", str(broken)))
+        load_tokenizer(str(broken), load_config(str(broken)))
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has 1024 tokens and the model 2048"):
-        gemma.load_tokenizer("here", str(model_dir), gemma.Gemma2Config(vocab_size=2048))
+        load_tokenizer(str(model_dir), gemma.Gemma2Config(vocab_size=2048))
     moved = shutil.copytree(model_dir, tmp_path / "moved")
     text = (moved / "tokenizer.json").read_text()
     for old, new in (("<end_of_turn>", "<swap>"), ("<unused7>", "<end_of_turn>"), ("<swap>", "<unused7>")):
         text = text.replace(f'"{old}"', f'"{new}"')
     (moved / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match="<end_of_turn> at id 11, not 107"):
-        gemma.load_tokenizer("here", str(moved), gemma.load_config("here", str(moved)))
+        load_tokenizer(str(moved), load_config(str(moved)))
 
 
 def test_an_adapter_another_architecture_and_an_unknown_model_are_refused(model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="is an adapter, not a model"):
-        gemma.load_config("here", str(tmp_path))
+        load_config(str(tmp_path))
     other = shutil.copytree(model_dir, tmp_path / "other")
     (other / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="is a llama model"):
-        gemma.load_config("here", str(other))
+        load_config(str(other))
     with pytest.raises(UserError, match=r"accept its licence at https://huggingface\.co/google/gemma-2-2b"):
-        gemma.load_config("here", "google/gemma-2-2b")
+        load_config("google/gemma-2-2b")
 
 
 def test_the_attention_soft_cap_is_real(model_dir: Path) -> None:
@@ -155,7 +164,7 @@ def test_gradients_of_a_4bit_model_survive_an_evaluation_forward(model_dir: Path
         device_map="cpu",
         quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     )
-    gemma.disable_cpu_repacking(model)
+    disable_cpu_repacking(model)
     embedded = model.get_input_embeddings()(torch.arange(110, 140)[None]).detach().requires_grad_()
 
     def gradient() -> torch.Tensor:
@@ -170,7 +179,7 @@ def test_gradients_of_a_4bit_model_survive_an_evaluation_forward(model_dir: Path
 
 def test_parameters_are_counted_from_the_config(model_dir: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir)
-    assert gemma.num_parameters(model.config) == sum(parameter.numel() for parameter in model.parameters())
+    assert num_parameters(model.config) == sum(parameter.numel() for parameter in model.parameters())
 
 
 REFUSALS = {
@@ -199,7 +208,7 @@ def test_combinations_that_cannot_work_are_refused_with_the_remedy(
     model_args = ModelConfig(model_name_or_path="google/gemma-2-2b", **model)
     training_args = SFTConfig(str(tmp_path), use_cpu=True, **training)
     with pytest.raises(UserError, match=message):
-        gemma.check_arguments("sft.yaml", launcher.of(training_args), model_args, training_args)
+        check_arguments(launcher.of(training_args), model_args, training_args)
 
 
 def test_lora_is_on_q_k_v_o_unless_the_recipe_names_others(tmp_path: Path) -> None:
@@ -207,7 +216,7 @@ def test_lora_is_on_q_k_v_o_unless_the_recipe_names_others(tmp_path: Path) -> No
         model_name_or_path="google/gemma-2-2b", use_peft=True, dtype="bfloat16", load_in_4bit=True
     )
     training_args = SFTConfig(str(tmp_path), use_cpu=True)
-    gemma.check_arguments("sft.yaml", launcher.of(training_args), model_args, training_args)
+    check_arguments(launcher.of(training_args), model_args, training_args)
     assert get_peft_config(model_args).target_modules == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert model_args.attn_implementation == "eager"
 
@@ -217,13 +226,13 @@ def test_fp16_does_not_come_in_through_accelerate(tmp_path: Path, monkeypatch: p
     model_args = ModelConfig(model_name_or_path="google/gemma-2-2b")
     training_args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False)
     with pytest.raises(UserError, match="bf16 is false, but accelerate was started with mixed precision fp16"):
-        gemma.check_arguments("sft.yaml", launcher.of(training_args), model_args, training_args)
+        check_arguments(launcher.of(training_args), model_args, training_args)
 
 
 def test_a_directory_that_cannot_be_loaded_is_not_mistaken_for_a_gated_model(model_dir: Path, tmp_path: Path) -> None:
     empty = shutil.copytree(model_dir, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(UserError, match="cannot be loaded") as refused:
-        gemma.load_model("here", ModelConfig(model_name_or_path=str(empty)), SFTConfig(str(tmp_path), use_cpu=True))
+        load_model(ModelConfig(model_name_or_path=str(empty)), SFTConfig(str(tmp_path), use_cpu=True))
     assert "huggingface.co" not in str(refused.value)
 
 
@@ -232,7 +241,7 @@ def test_a_head_that_training_untied_is_not_saved_in_silence(model_dir: Path, tm
     state_dict = dict(model.state_dict())
     state_dict["lm_head.weight"] = state_dict["lm_head.weight"] + 1
     with pytest.raises(RuntimeError, match="lm_head and embed_tokens differ"):
-        gemma.save_model(model, state_dict, tmp_path, torch.float32)
+        save_model(model, state_dict, tmp_path, torch.float32)
 
 
 def test_what_is_saved_tokenizes_and_renders_as_before(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The planner's arithmetic, against real models: on torch's meta device, and small ones whose tensors are counted."""
 
+from gemma2_post.models.shapes import SHAPES
+from gemma2_post.models.shapes import num_parameters
 import shutil
 from pathlib import Path
 
@@ -8,12 +10,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from gemma2_post.core import gemma
-from gemma2_post.core.errors import UserError
-from gemma2_post.pipeline import check, memory, plan, steps
+from gemma2_post.stage.errors import UserError
+from gemma2_post.pipeline import check
+from gemma2_post.planning import memory
+from gemma2_post.planning import plan
+from gemma2_post.pipeline import steps
 from gemma2_post.pipeline.check import CheckedStep
-from gemma2_post.pipeline.memory import Adapted, Compute
-from gemma2_post.pipeline.plan import Change
+from gemma2_post.planning.memory import Adapted
+from gemma2_post.planning.memory import Compute
+from gemma2_post.planning.plan import Change
 from tests.conftest import random_model
 
 GB = 1e9
@@ -32,12 +37,12 @@ def total(each: CheckedStep) -> float:
     return sum(memory.parts(each).values())
 
 
-@pytest.mark.parametrize("name", gemma.SHAPES)
+@pytest.mark.parametrize("name", SHAPES)
 def test_parameters_are_those_of_the_model(name: str) -> None:
-    config = gemma.SHAPES[name]
+    config = SHAPES[name]
     with torch.device("meta"):
         model = Gemma2ForCausalLM(config)
-    assert gemma.num_parameters(config) == model.num_parameters()
+    assert num_parameters(config) == model.num_parameters()
     assert memory.weights(config, memory.BF16) == 2 * model.num_parameters()
     shapes = {
         key: tuple(reversed(module.weight.shape))
@@ -55,9 +60,9 @@ def test_parameters_are_those_of_the_model(name: str) -> None:
 
 def test_27b_in_4_bits() -> None:
     """Matrices at 4 + 32 / 64 bits a weight, embedding and norms in bf16: 17.0 GB."""
-    config = gemma.SHAPES["google/gemma-2-27b"]
+    config = SHAPES["google/gemma-2-27b"]
     linear = 46 * (2 * 4608 * 128 * (32 + 16) + 3 * 4608 * 36864)
-    others = gemma.num_parameters(config) - linear
+    others = num_parameters(config) - linear
     assert memory.weights(config, 2, "4bit") == linear * 4.5 / 8 + 2 * others == pytest.approx(17.0 * GB, rel=0.01)
     assert memory.weights(config, 2, "4bit", nested=True) == pytest.approx(linear * 4.127 / 8 + 2 * others, rel=1e-3)
 
@@ -111,7 +116,7 @@ def test_cache_is_that_of_the_model() -> None:
 def test_zero_divides_what_it_shards() -> None:
     """Of 9.24 billion parameters in bf16: 12 bytes each of optimizer over all processes from stage 1, gradients from
     stage 2, weights from stage 3."""
-    parameters = gemma.num_parameters(gemma.SHAPES["google/gemma-2-9b"])
+    parameters = num_parameters(SHAPES["google/gemma-2-9b"])
     zero_3 = checked("9b", "sft")
     found = {
         (stage, n): memory.phases(Change({}, {"zero_stage": stage, "num_processes": n}).apply(zero_3))["training step"]
@@ -132,7 +137,7 @@ def test_zero_divides_what_it_shards() -> None:
 
 def test_frozen_models_of_rlhf() -> None:
     """All weights: reference, start and fp32 shadow beside the policy; with LoRA only the adapter once more."""
-    parameters = gemma.num_parameters(gemma.SHAPES["google/gemma-2-9b"])
+    parameters = num_parameters(SHAPES["google/gemma-2-9b"])
     held = memory.frozen(checked("9b", "rlhf"))
     assert held["anchor"] == pytest.approx((4 + 2) * parameters / 8)
     assert held["start"] == pytest.approx(2 * parameters / 8)
@@ -190,10 +195,10 @@ def test_a_chain_that_does_not_fit_on_the_disk_is_refused(tmp_path: Path, monkey
     needed = int(sum(sum(memory.disk(each)) for each in chain))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
-    memory.check_disk("here", run_dir, chain)
+    memory.check_disk(run_dir, chain)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1000))
     with pytest.raises(UserError, match=rf"here: .*no space left .* about {needed / 1e6:,.0f} MB needed"):
-        memory.check_disk("here", run_dir, chain)
+        memory.check_disk(run_dir, chain)
     (run_dir / "sft").mkdir(parents=True)
     (run_dir / "sft" / "model.safetensors").write_bytes(b"0" * 1000)
-    memory.check_disk("here", run_dir, chain)
+    memory.check_disk(run_dir, chain)

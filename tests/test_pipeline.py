@@ -12,9 +12,10 @@ from threading import Barrier
 import pytest
 import yaml
 
-from gemma2_post.core import contract
-from gemma2_post.core.errors import UserError, reported
-from gemma2_post.core.launcher import Launcher
+from gemma2_post.stage import contract
+from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.errors import reported
+from gemma2_post.stage.launcher import Launcher
 from gemma2_post.pipeline import devices, gates, lock, processes, run
 from gemma2_post.pipeline.steps import Step, load_pipeline
 from tests.conftest import TEACHER
@@ -278,9 +279,9 @@ def test_a_gate_compares(bound: str, passes: bool | None, tmp_path: Path) -> Non
     folder = finished(tmp_path / "sft", accuracy=0.8)
     if passes is None:
         with pytest.raises(UserError, match="write a comparison in quotes"):
-            gates.check_bounds("here", {"accuracy": bound})
+            gates.check_bounds({"accuracy": bound})
         return
-    gates.check_bounds("here", {"accuracy": bound})
+    gates.check_bounds({"accuracy": bound})
     if passes:
         gates.check("sft", "sft", folder, {"accuracy": bound})
     else:
@@ -477,7 +478,7 @@ def test_a_stage_that_fails_says_how_it_ended_and_where_more_is(recipe: dict[str
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM], ids=str)
 def test_an_interrupted_run_ends_its_stages_and_goes_on_later(which: signal.Signals, tmp_path: Path) -> None:
     program = (
-        "import subprocess, sys; from pathlib import Path; from gemma2_post.core.errors import reported\n"
+        "import subprocess, sys; from pathlib import Path; from gemma2_post.stage.errors import reported\n"
         "from gemma2_post.pipeline import processes, run\n"
         "run._check = lambda *_: None\n"
         "def launch(step, config, launcher, environment, run_dir, log):\n"

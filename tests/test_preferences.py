@@ -9,9 +9,13 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from gemma2_post.core.data import InvalidRow, Source
-from gemma2_post.core.errors import UserError
-from gemma2_post.core.preferences import balance_turns, load_preferences, to_pair, tokenize_pairs
+from gemma2_post.data.rows import InvalidRow
+from gemma2_post.data.keys import Source
+from gemma2_post.stage.errors import UserError
+from gemma2_post.data.preparation import balance_turns
+from gemma2_post.data.sources import load_preferences
+from gemma2_post.data.pairs import to_pair
+from gemma2_post.data.preparation import tokenize_pairs
 
 Row = dict[str, object]
 
@@ -32,7 +36,7 @@ def load(folder: Path, rows: list[Row] | str, **options: object) -> Dataset:
     text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "pairs.jsonl").write_text(text)
     settings = {"max_invalid_share": 0.0, "seed": 0} | options
-    return load_preferences("recipe", [Source(str(folder / "pairs.jsonl"))], **settings)
+    return load_preferences([Source(str(folder / "pairs.jsonl"))], **settings)
 
 
 # --- forms ---
@@ -187,7 +191,7 @@ def test_a_row_that_is_no_pair_is_refused_by_its_number(
     file = tmp_path / "pairs.parquet"
     Dataset.from_list([{column: row.get(column) for column in columns} for row in rows]).to_parquet(file)
     with pytest.raises(UserError) as refused:
-        load_preferences("recipe", [Source(str(file))], 0.0, seed=0)
+        load_preferences([Source(str(file))], 0.0, seed=0)
     assert str(refused.value).startswith(f"recipe: {file}: row {len(rows) - 1}: {message}")
 
 
@@ -261,14 +265,14 @@ def test_the_largest_mixture_with_this_share_of_multi_turn_pairs(
     num_single: int, num_multi: int, share: float, expected: tuple[int, int]
 ) -> None:
     pairs = pairs_of_turns(*[1] * num_single, *(2 + i % 3 for i in range(num_multi))).shuffle(seed=1)
-    balanced = balance_turns("recipe", pairs, share, seed=0)
+    balanced = balance_turns(pairs, share, seed=0)
     is_single = [num_turns == 1 for num_turns in balanced["num_turns"]]
     assert (sum(is_single), len(is_single) - sum(is_single)) == expected
     assert len(set(balanced["row"])) == len(balanced)
     order = {row: position for position, row in enumerate(pairs["row"])}
     assert list(balanced["row"]) == sorted(balanced["row"], key=order.__getitem__)
-    assert list(balance_turns("recipe", pairs, share, seed=0)["row"]) == list(balanced["row"])
-    other = list(balance_turns("recipe", pairs, share, seed=1)["row"])
+    assert list(balance_turns(pairs, share, seed=0)["row"]) == list(balanced["row"])
+    other = list(balance_turns(pairs, share, seed=1)["row"])
     assert (other == list(balanced["row"])) == (len(balanced) == len(pairs))
 
 
@@ -284,7 +288,7 @@ def test_the_largest_mixture_with_this_share_of_multi_turn_pairs(
 )
 def test_a_share_that_cannot_be_is_refused(num_turns: list[int], share: float, message: str) -> None:
     with pytest.raises(UserError) as refused:
-        balance_turns("recipe", pairs_of_turns(*num_turns), share, seed=0)
+        balance_turns(pairs_of_turns(*num_turns), share, seed=0)
     assert str(refused.value) == f"recipe: {message}"
 
 
@@ -304,7 +308,7 @@ def test_long_pairs_are_dropped_by_turns_and_none_is_cut(
     ]
     rows[4] = rows[4] | {"rejected": [GO | {"content": "plus " * 40}]}
     rows = [to_pair(row) | {"num_turns": 1 + (i >= 4)} for i, row in enumerate(rows)]
-    whole = tokenize_pairs("recipe", Dataset.from_list(rows), tokenizer, 256, 0.0)
+    whole = tokenize_pairs(Dataset.from_list(rows), tokenizer, 256, 0.0)
     assert len(whole) == 6 and not caplog.text
     for row in whole:
         for side in ("chosen", "rejected"):
@@ -317,14 +321,14 @@ def test_long_pairs_are_dropped_by_turns_and_none_is_cut(
     longest = max(len(whole[5]["chosen_ids"]), len(whole[5]["rejected_ids"]))
     found = f"3 of 6 pairs are longer than max_length {longest} (2 of 4 with 1 user turns, 1 of 2 with 2 user turns)"
     with caplog.at_level(logging.WARNING):
-        kept = tokenize_pairs("recipe", Dataset.from_list(rows), tokenizer, longest, 0.5)
+        kept = tokenize_pairs(Dataset.from_list(rows), tokenizer, longest, 0.5)
     assert kept.to_list() == [whole[i] for i in (0, 3, 5)]
     assert f"dropped: {found}" in caplog.text
     with pytest.raises(UserError) as refused:
-        tokenize_pairs("recipe", Dataset.from_list(rows), tokenizer, longest, 0.49)
+        tokenize_pairs(Dataset.from_list(rows), tokenizer, longest, 0.49)
     assert str(refused.value) == f"recipe: {found}; raise max_length, or allow a larger share with max_too_long_share"
     with pytest.raises(UserError, match="6 of 6 pairs are longer than max_length 3 "):
-        tokenize_pairs("recipe", Dataset.from_list(rows), tokenizer, 3, 1.0)
+        tokenize_pairs(Dataset.from_list(rows), tokenizer, 3, 1.0)
 
 
 # --- real data ---
@@ -349,7 +353,7 @@ def test_the_harmless_transcripts_parse_but_for_six(real_data: Path) -> None:
         925: "chosen: the content of turn 1 is empty",
         1103: "chosen: the content of turn 1 is empty",
     }
-    loaded = load_preferences("recipe", [Source(str(file))], 0.01, seed=0)
+    loaded = load_preferences([Source(str(file))], 0.01, seed=0)
     assert len(loaded) == len(pairs) == 1150
     assert loaded.select_columns(["prompt", "chosen", "rejected"]).to_list() == [
         {column: pair[column] for column in ("prompt", "chosen", "rejected")} for pair in pairs.values()
@@ -365,7 +369,7 @@ def test_the_harmless_transcripts_parse_but_for_six(real_data: Path) -> None:
 def test_sharegpt_preferences_parse_completely(real_data: Path) -> None:
     file = real_data / "preference" / "llamafactory" / "dpo_en_demo.json"
     rows = json.loads(file.read_text())
-    loaded = load_preferences("recipe", [Source(str(file))], 0.0, seed=0)
+    loaded = load_preferences([Source(str(file))], 0.0, seed=0)
     assert len(loaded) == len(rows)
     for pair, row in zip(loaded, rows, strict=True):
         assert [turn["content"] for turn in pair["chosen"]] == [row["chosen"]["value"]]

@@ -1,5 +1,6 @@
 """Recipes are strict: what is misspelt, doubled, of the wrong type or not to be set is refused with its place."""
 
+from gemma2_post.models.shapes import LORA_TARGET_MODULES
 import dataclasses
 import re
 from pathlib import Path
@@ -7,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from gemma2_post import sft
-from gemma2_post.core import gemma, recipe
-from gemma2_post.core.command import Stage
-from gemma2_post.core.data import DataArguments, Source
-from gemma2_post.core.errors import UserError
-from gemma2_post.core.training import accumulation_steps
+from gemma2_post.stage import recipe
+from gemma2_post.stage.command import Stage
+from gemma2_post.data.keys import DataArguments
+from gemma2_post.data.keys import Source
+from gemma2_post.stage.errors import UserError
+from gemma2_post.training.checks import accumulation_steps
 
 TINY = "recipes/tiny/sft.yaml"
 
@@ -229,7 +231,7 @@ def test_what_the_classes_of_transformers_refuse_is_a_mistake_of_the_user(key: s
 def test_accumulation_follows_from_the_global_batch_size() -> None:
     _, (training_args, *_) = parsed(TINY, "--per_device_train_batch_size", "8")
     assert training_args.gradient_accumulation_steps == 4
-    assert accumulation_steps("recipe", 64, 8, num_processes=4) == 2
+    assert accumulation_steps(64, 8, num_processes=4) == 2
 
 
 @pytest.mark.parametrize(("global_batch", "per_device"), [(33, 32), (16, 32), (0, 32), (-32, 32), (32, 0), (32, -32)])
@@ -251,5 +253,5 @@ def test_the_tiny_recipe_gives_the_values_of_its_file() -> None:
     assert built[2] == DataArguments(**sources, columns=["skill", "answer"])
     assert sources["held_out_datasets"] == [Source(demonstrations, split="held_out")]
     assert {key: found[key] for key in values} == values and len(values) > 20
-    assert found["gradient_accumulation_steps"] == 1 and found["lora_target_modules"] == gemma.LORA_TARGET_MODULES
+    assert found["gradient_accumulation_steps"] == 1 and found["lora_target_modules"] == LORA_TARGET_MODULES
     assert (stage.name, stage.where, stage.output_dir) == ("sft", TINY, Path("runs/tiny/sft"))

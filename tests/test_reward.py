@@ -1,5 +1,9 @@
 """The reward stage on a small random model, and its loader: what must be equal is equal, the rest is refused."""
 
+from gemma2_post.models.saving import save_model
+from gemma2_post.models.tokenizer import gemma_chat_template
+from gemma2_post.models.tokenizer import save_tokenizer
+from gemma2_post.models.tokens import PAD
 import json
 import shutil
 import sys
@@ -24,8 +28,9 @@ from transformers import (
 from trl import RewardTrainer
 
 from gemma2_post import reward
-from gemma2_post.core import contract, gemma, reward_model
-from gemma2_post.core.errors import UserError
+from gemma2_post.stage import contract
+from gemma2_post.models import reward_model
+from gemma2_post.stage.errors import UserError
 from gemma2_post.evaluation.pairs import ScoredPair, measure_pairs, rank_correlation, rank_correlation_ceiling
 from gemma2_post.evaluation.samples import sample_answers
 from gemma2_post.tiny.data import noise_ceiling
@@ -87,11 +92,11 @@ def make_reward_model(
     """A reward model with a random head, saved and sealed as the stage does it."""
     set_seed(5)
     model = AutoModelForSequenceClassification.from_pretrained(
-        model_dir, num_labels=1, dtype=torch.float32, pad_token_id=gemma.PAD
+        model_dir, num_labels=1, dtype=torch.float32, pad_token_id=PAD
     )
     torch.nn.init.normal_(model.score.weight, std=scale)
-    gemma.save_model(model, model.state_dict(), directory, dtype)
-    gemma.save_tokenizer(tokenizer, directory)
+    save_model(model, model.state_dict(), directory, dtype)
+    save_tokenizer(tokenizer, directory)
     canary = [[USER, MODEL], [USER, MODEL, USER, MODEL | {"content": "Hello again, and good-bye."}]]
     reward_model.seal(directory, tokenizer, canary, 0.5, spread, max_length=192)
     return directory
@@ -131,8 +136,8 @@ def test_the_score_head_is_trained_and_saved_in_fp32(
     assert stage["metrics"] == metrics_of(output) and stage["adapter"] == ("adapter" if method else None)
     for name in ("calibration.png", "turns.png"):
         assert (output / name).read_bytes()[1:4] == b"PNG"
-    assert AutoTokenizer.from_pretrained(output).chat_template == gemma.gemma_chat_template
-    assert isinstance(reward_model.load("test", str(output)).model.score, reward_model.ScoreHead)
+    assert AutoTokenizer.from_pretrained(output).chat_template == gemma_chat_template
+    assert isinstance(reward_model.load(str(output)).model.score, reward_model.ScoreHead)
 
 
 @pytest.mark.parametrize("method", [LORA, QLORA], ids=["lora", "qlora"])
@@ -141,14 +146,14 @@ def test_a_merged_adapter_is_the_adapter_on_the_unquantised_base(
 ) -> None:
     output = run_reward(reward_recipe | method | {"learning_rate": 1e-2})
     base = AutoModelForSequenceClassification.from_pretrained(model_dir, num_labels=1, dtype=torch.float32)
-    base.config.pad_token_id = gemma.PAD
+    base.config.pad_token_id = PAD
     chats = conversations(held_out(reward_recipe))
     before = reward_model.score(base, tokenizer, chats)
     attached = reward_model.score(PeftModel.from_pretrained(base, output / "adapter"), tokenizer, chats)
-    merged = reward_model.load("test", str(output))
+    merged = reward_model.load(str(output))
     assert reward_model.score(merged.model, tokenizer, chats) == pytest.approx(attached, abs=1e-5)
     with pytest.raises(UserError, match="adapter is an adapter, not a model; merge it into its base first"):
-        reward_model.load("test", str(output / "adapter"))
+        reward_model.load(str(output / "adapter"))
     assert numpy.abs(numpy.subtract(attached, before)).min() > 1e-3
     untouched = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(
@@ -186,7 +191,7 @@ def test_everything_that_is_measured_is_what_the_saved_model_says(
     policies = {"max_new_tokens": 12, "num_samples": 8, "policies": [BASE, TEACHER], "seed": 3}
     output = run_reward(reward_recipe | GOLD | policies)
     metrics = metrics_of(output)
-    loaded = reward_model.load("test", str(output), tokenizer)
+    loaded = reward_model.load(str(output), tokenizer)
     rows = held_out(reward_recipe)
     chats = conversations(rows)
     scores = reward_model.score(loaded.model, tokenizer, chats)
@@ -232,7 +237,7 @@ def test_without_policies_rewards_are_normalised_with_the_answers_of_the_pairs(
     run_reward: Run, reward_recipe: Recipe, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     output = run_reward(reward_recipe | {"num_samples": 0})
-    loaded = reward_model.load("test", str(output))
+    loaded = reward_model.load(str(output))
     scores = reward_model.score(loaded.model, tokenizer, conversations(held_out(reward_recipe)))
     assert (loaded.mean, loaded.spread) == pytest.approx((numpy.mean(scores), numpy.std(scores)), rel=1e-4)
     metrics = metrics_of(output)
@@ -248,7 +253,7 @@ def test_a_reward_does_not_depend_on_padding_on_the_batch_or_on_being_saved(
     trained = starts[0].trainer.model.train()
     expected = reward_model.score(trained, tokenizer, chats)
     assert trained.training and numpy.std(expected) > 0.1
-    loaded = reward_model.load("test", str(output), tokenizer).model
+    loaded = reward_model.load(str(output), tokenizer).model
     plain = AutoModelForSequenceClassification.from_pretrained(output)
     for model in (loaded, plain):
         for batch_size in (1, 5, 16, 100):
@@ -277,7 +282,7 @@ def test_the_score_is_in_fp32_whatever_the_model_computes_in(
     model = AutoModelForSequenceClassification.from_pretrained(large, dtype=torch.bfloat16)
     chats = [[USER | {"content": f"What is {i} plus 1?"}, MODEL] for i in range(64)]
     rounded = reward_model.score(model, tokenizer, chats)
-    loaded = reward_model.load("test", str(large)).model.to(torch.bfloat16)
+    loaded = reward_model.load(str(large)).model.to(torch.bfloat16)
     fine = reward_model.score(loaded, tokenizer, chats)
     assert torch.tensor(rounded).bfloat16().tolist() == rounded and numpy.abs(rounded).max() > 16
     assert torch.tensor(fine).bfloat16().tolist() != fine
@@ -382,7 +387,7 @@ def test_harmless_transcripts_train_with_the_stand_in_gemma_tokenizer(
     metrics = metrics_of(output)
     assert metrics["reward_mean"] != metrics["reward_mean_before"] and 0 <= metrics["accuracy"] <= 1
     assert {"accuracy/turns/1", "accuracy_multi_turn"} <= metrics.keys()
-    assert reward_model.load("test", str(output)).max_length == 256
+    assert reward_model.load(str(output)).max_length == 256
 
 
 # --- the loader ---
@@ -474,7 +479,7 @@ def test_a_reward_model_loads_as_it_was(model_dir: Path, tokenizer: PreTrainedTo
     directory = make_reward_model(model_dir, tokenizer, tmp_path / "reward")
     sealed = json.loads((directory / "reward_model.json").read_text())
     for policy_tokenizer in (None, tokenizer):
-        loaded = reward_model.load("recipe", str(directory), policy_tokenizer)
+        loaded = reward_model.load(str(directory), policy_tokenizer)
         assert (loaded.mean, loaded.spread, loaded.max_length) == (0.5, 2.0, 192)
         assert loaded.tokenizer.get_vocab() == tokenizer.get_vocab() and not loaded.model.training
         assert loaded.model.config._attn_implementation == "eager" and loaded.model.score.weight.dtype == torch.float32
@@ -494,7 +499,7 @@ def test_a_model_saved_in_bf16_loads_however_alike_the_answers_were_that_it_was_
 ) -> None:
     """It is sealed in bf16, and loaded in fp32 where there is no GPU: the canary differs by what bf16 rounds away."""
     directory = make_reward_model(model_dir, tokenizer, tmp_path / "reward", spread=spread, dtype=torch.bfloat16)
-    assert reward_model.load("recipe", str(directory)).spread == spread
+    assert reward_model.load(str(directory)).spread == spread
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED.keys())
@@ -504,7 +509,7 @@ def test_what_is_no_finished_reward_model_is_refused(
     directory = make_reward_model(model_dir, tokenizer, tmp_path / "reward")
     change(directory)
     with pytest.raises(UserError) as refused:
-        reward_model.load("recipe", str(directory))
+        reward_model.load(str(directory))
     assert str(refused.value).startswith("recipe: ") and str(directory) in str(refused.value)
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
@@ -516,13 +521,13 @@ def test_a_policy_with_another_tokenizer_is_refused(
     policy = shutil.copytree(BASE, tmp_path / "policy")
     swap_two_tokens(policy)
     policy_tokenizer = AutoTokenizer.from_pretrained(policy)
-    policy_tokenizer.chat_template = gemma.gemma_chat_template
+    policy_tokenizer.chat_template = gemma_chat_template
     with pytest.raises(UserError, match="reward was trained with another tokenizer than the policy's"):
-        reward_model.load("recipe", str(directory), policy_tokenizer)
+        reward_model.load(str(directory), policy_tokenizer)
     policy_tokenizer = AutoTokenizer.from_pretrained(BASE)
     policy_tokenizer.chat_template = "{{ messages }}"
     with pytest.raises(UserError, match="reward was trained with another template than the policy's"):
-        reward_model.load("recipe", str(directory), policy_tokenizer)
+        reward_model.load(str(directory), policy_tokenizer)
 
 
 # --- mistakes ---

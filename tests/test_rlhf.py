@@ -1,5 +1,6 @@
 """RLHF: an anchor that is the exact average, a reward that says what it means, runs that stop where they should."""
 
+from gemma2_post.models.loading import load_for_training
 import json
 import shutil
 import sys
@@ -14,10 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerC
 from trl import RLOOTrainer
 
 from gemma2_post import rlhf
-from gemma2_post.core import contract, gemma, rewards
-from gemma2_post.core.errors import UserError
+from gemma2_post.stage import contract
+from gemma2_post.evaluation import rewards
+from gemma2_post.stage.errors import UserError
 from gemma2_post.evaluation.samples import Answer
-from gemma2_post.evaluation.watch import distinctness
+from gemma2_post.training.watch import distinctness
 from tests.conftest import TEACHER, write_prompts
 from tests.test_bad_input import with_model, with_values
 from tests.test_distill import metrics_of, same_weights, swap_two_tokens
@@ -134,7 +136,7 @@ def test_a_policy_that_is_not_its_reference_is_stopped_at_the_first_step(
     run_rlhf: Run, rlhf_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def changed_policy(*arguments: object) -> torch.nn.Module:
-        policy = gemma.load_for_training(*(arguments[i] for i in (0, 2, 1)))
+        policy = load_for_training(*(arguments[i] for i in (0, 2, 1)))
         with torch.no_grad():
             policy.model.norm.weight += 0.5
         return policy
@@ -215,7 +217,7 @@ def test_an_answer_that_was_cut_is_penalised_and_one_that_ended_is_not() -> None
 def test_the_models_reward_is_the_score_of_the_conversation_in_any_chunks(
     normalize: bool, reward_model_dir: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    from gemma2_post.core import reward_model
+    from gemma2_post.models import reward_model
 
     prompts = [[{"role": "user", "content": f"What is {i} plus 1?" + " Please." * i}] for i in range(5)]
     completions = [[{"role": "assistant", "content": f"It is {i + 1}."}] for i in range(5)]
@@ -224,10 +226,10 @@ def test_the_models_reward_is_the_score_of_the_conversation_in_any_chunks(
         args = rewards.RewardFunctionArguments(
             reward_model=str(reward_model_dir), normalize_rewards=normalize, reward_batch_size=batch_size
         )
-        reward = rewards.ModelReward("test", args, tokenizer)
+        reward = rewards.ModelReward(args, tokenizer)
         reward.load(lambda model: model)
         found[batch_size] = reward(prompts=prompts, completions=completions, completion_ids=None)
-    loaded = reward_model.load("test", str(reward_model_dir))
+    loaded = reward_model.load(str(reward_model_dir))
     scores = reward_model.score(loaded.model, tokenizer, [p + c for p, c in zip(prompts, completions, strict=True)])
     expected = [(score - 0.5) / 2.0 for score in scores] if normalize else scores
     assert found[1] == pytest.approx(expected, abs=1e-4) and found[2] == pytest.approx(expected, abs=1e-4)
@@ -248,7 +250,7 @@ def test_what_a_reward_function_may_not_return(returned: Callable, message: str)
         return returned(len(completions))
 
     with pytest.raises(UserError, match=message):
-        rewards.checked("test", "module:mine", mine)(completions=[[]] * 8)
+        rewards.checked("module:mine", mine)(completions=[[]] * 8)
 
 
 def test_a_python_function_rewards_as_in_trl(run_rlhf: Run, rlhf_recipe: Recipe) -> None:

@@ -6,7 +6,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from gemma2_post.core.tokens import PAD, STOP_TOKEN_IDS
+from gemma2_post.models.tokens import PAD
+from gemma2_post.models.tokens import STOP_TOKEN_IDS
 from gemma2_post.evaluation.samples import Answer, grade, sample_answers
 from tests.conftest import TEACHER
 

@@ -1,5 +1,6 @@
 """The whole SFT stage on a small random model: what must be equal is equal, what must be refused is refused."""
 
+from gemma2_post.models.tokenizer import gemma_chat_template
 import json
 import shutil
 from collections.abc import Callable
@@ -11,8 +12,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from gemma2_post.core import contract, gemma
-from gemma2_post.core.errors import UserError
+from gemma2_post.stage import contract
+from gemma2_post.stage.errors import UserError
 from tests.conftest import losses
 
 Run = Callable[[dict[str, object]], Path]
@@ -192,4 +193,4 @@ def test_real_conversations_train_with_the_stand_in_gemma_tokenizer(
     )
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["held_out_nll"] < metrics["held_out_nll_before"]
-    assert AutoTokenizer.from_pretrained(output).chat_template == gemma.gemma_chat_template
+    assert AutoTokenizer.from_pretrained(output).chat_template == gemma_chat_template

@@ -1,13 +1,13 @@
 """Weights that are written shard by shard are read by transformers as they were."""
 
+from gemma2_post.models.saving import save_configs
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from gemma2_post.core import gemma
-from gemma2_post.core.shards import write_shards
+from gemma2_post.models.shards import write_shards
 from tests.conftest import random_model
 
 
@@ -17,7 +17,7 @@ def test_from_pretrained_reads_what_was_written(shard_bytes: int, is_sharded: bo
     parameters = dict(model.named_parameters())
     sizes = {name: 4 * each.numel() for name, each in parameters.items()}
     write_shards(tmp_path, sizes, lambda name: parameters[name].detach(), shard_bytes)
-    gemma.save_configs(model, tmp_path, torch.float32)
+    save_configs(model, tmp_path, torch.float32)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert (len(files) > 2) == is_sharded == (tmp_path / "model.safetensors.index.json").is_file()
     read, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)

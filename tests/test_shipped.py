@@ -6,9 +6,10 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from gemma2_post import sft
-from gemma2_post.core import launcher, recipe
-from gemma2_post.core.data import load_function
-from gemma2_post.core.errors import UserError
+from gemma2_post.stage import launcher
+from gemma2_post.stage import recipe
+from gemma2_post.data.functions import load_function
+from gemma2_post.stage.errors import UserError
 from gemma2_post.pipeline.check import command_of
 from gemma2_post.pipeline.steps import load_pipeline
 from gemma2_post.tiny.data import noise_ceiling, preferences
@@ -33,10 +34,10 @@ def test_a_shipped_recipe_passes_its_own_stage(path: Path) -> None:
     on_cpu = {"use_cpu": True} if trains else {}
     if trains and not values.get("use_peft") and values["dtype"] == "bfloat16":
         with pytest.raises(UserError, match="full fine-tuning without DeepSpeed"):
-            command.build(str(path), values | on_cpu)
-        command.build(str(path), values | on_cpu, launcher.read("accelerate_configs/deepspeed_zero3.yaml"))
+            command.build(values | on_cpu)
+        command.build(values | on_cpu, launcher.read("accelerate_configs/deepspeed_zero3.yaml"))
     else:
-        command.build(str(path), values | on_cpu)
+        command.build(values | on_cpu)
 
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.stem == "rlhf"], ids=str)
@@ -59,7 +60,7 @@ def test_what_a_reward_recipe_names_is_there_and_its_policies_are_made_before_it
     """And of the tiny world all columns are kept that its functions read."""
     values = recipe.load_yaml(path)
     for function in [*values.get("graders", []), *filter(None, [values.get("noise_ceiling")])]:
-        assert load_function(str(path), function)
+        assert load_function(function)
     for policy in values.get("policies", []):
         assert Path(policy).parent == Path(values["output_dir"]).parent
         made_by = recipe.load_yaml(path.with_name(f"{Path(policy).name}.yaml"))

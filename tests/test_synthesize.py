@@ -1,5 +1,7 @@
 """Teacher-written data: from a local model and from an endpoint, interrupted and resumed, selected and counted."""
 
+from gemma2_post.data.sources import load_conversations
+from gemma2_post.data.sources import load_prompts
 import json
 import shutil
 import sys
@@ -15,10 +17,10 @@ import yaml
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from gemma2_post import synthesize
-from gemma2_post.core import contract, data
-from gemma2_post.core.data import Source
-from gemma2_post.core.duplicates import find_duplicates
-from gemma2_post.core.errors import UserError
+from gemma2_post.stage import contract
+from gemma2_post.data.keys import Source
+from gemma2_post.data.duplicates import find_duplicates
+from gemma2_post.stage.errors import UserError
 from gemma2_post.synthesize import Candidate, select
 from gemma2_post.tiny.gold import gold
 from tests.conftest import TEACHER, run_stage, write_prompts
@@ -61,7 +63,7 @@ def metrics_of(output_dir: Path) -> dict[str, float]:
 def test_a_local_teacher_writes_rows_that_sft_reads(run_synthesize: Run, synthesize_recipe: Recipe) -> None:
     output = run_synthesize(synthesize_recipe)
     rows, metrics = rows_of(output), metrics_of(output)
-    prompts = data.load_prompts("test", [Source(synthesize_recipe["datasets"][0]["path"])], 0.0, 0)["prompt"]
+    prompts = load_prompts([Source(synthesize_recipe["datasets"][0]["path"])], 0.0, 0)["prompt"]
     assert [row["messages"][:-1] for row in rows] == list(prompts)
     assert sum(gold([row["messages"][-1]["content"] for row in rows], [row["answer"] for row in rows])) > 1.3 * len(
         rows
@@ -77,7 +79,7 @@ def test_a_local_teacher_writes_rows_that_sft_reads(run_synthesize: Run, synthes
     }
     dropped = sum(count for name, count in metrics.items() if name.startswith("dropped"))
     assert metrics["num_kept"] == len(rows) == metrics["num_answers"] - dropped and metrics["num_answers"] == 20
-    loaded = data.load_conversations("test", [Source(str(output / "data.jsonl"))], 0.0, 0, ["skill", "answer"])
+    loaded = load_conversations([Source(str(output / "data.jsonl"))], 0.0, 0, ["skill", "answer"])
     assert loaded["messages"] == [row["messages"] for row in rows]
 
 
@@ -114,7 +116,7 @@ def test_several_answers_differ_and_the_best_is_kept(run_synthesize: Run, synthe
     by_row: dict[int, list[str]] = {}
     for answer in answers:
         by_row.setdefault(answer["row"], []).append(answer["text"])
-    prompts = data.load_prompts("test", [Source(values["datasets"][0]["path"])], 0.0, 0)["prompt"]
+    prompts = load_prompts([Source(values["datasets"][0]["path"])], 0.0, 0)["prompt"]
     for row in rows:
         texts = by_row[prompts.index(row["messages"][:-1])]
         assert row["teacher"]["reward"] == max(gold(texts, [row["answer"]] * len(texts)))
@@ -127,7 +129,7 @@ def test_a_reward_model_picks_the_best(
     directory = make_reward_model(model_dir, tokenizer, tmp_path / "reward")
     output = run_synthesize(synthesize_recipe | {"num_answers": 3, "reward_model": str(directory)})
     answers = [json.loads(line) for line in (output / "progress" / "answers.jsonl").read_text().splitlines()]
-    prompts = data.load_prompts("test", [Source(synthesize_recipe["datasets"][0]["path"])], 0.0, 0)["prompt"]
+    prompts = load_prompts([Source(synthesize_recipe["datasets"][0]["path"])], 0.0, 0)["prompt"]
     model = AutoModelForSequenceClassification.from_pretrained(directory)
 
     def reward(messages: list[dict[str, str]]) -> float:

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from gemma2_post.core import reward_model
+from gemma2_post.models import reward_model
 from tests import record_anchor
 from tests.conftest import BASE, losses
 from tests.test_rlhf import average, relative_error, saved_anchor
@@ -180,7 +180,7 @@ def test_a_reward_model_from_two_processes_equals_one(
     assert heads[2]["score.weight"].dtype == torch.float32 and heads[2]["score.weight"].shape == (1, 64)
     _, info = AutoModelForSequenceClassification.from_pretrained(output, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    loaded = reward_model.load("test", str(output))
+    loaded = reward_model.load(str(output))
     assert (loaded.mean, loaded.spread) == (two["answer_reward_mean"], two["answer_reward_spread"])
 
 

@@ -1,5 +1,7 @@
 """Merges of real directories against float64, what is written beside the weights, and what is refused."""
 
+from gemma2_post.models.saving import save_model
+from gemma2_post.models.tokenizer import save_tokenizer
 import json
 import os
 import shutil
@@ -16,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from gemma2_post import rlhf, warp
-from gemma2_post.core import command, contract, gemma
-from gemma2_post.core.errors import UserError
+from gemma2_post.stage import command
+from gemma2_post.stage import contract
+from gemma2_post.stage.errors import UserError
 from gemma2_post.evaluation import measure
 from gemma2_post.pipeline import processes, run
 from gemma2_post.pipeline.steps import Step
@@ -45,8 +48,8 @@ def run_warp(tmp_path: Path) -> Warp:
 
 
 def save(model: torch.nn.Module, directory: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-    gemma.save_model(model, model.state_dict(), directory, model.dtype)
-    gemma.save_tokenizer(tokenizer, directory)
+    save_model(model, model.state_dict(), directory, model.dtype)
+    save_tokenizer(tokenizer, directory)
     return str(directory)
 
 
@@ -71,7 +74,7 @@ def write_models(
 
 
 def weights_of(directory: str | Path) -> dict[str, torch.Tensor]:
-    return open_weights("test", Path(directory))
+    return open_weights(Path(directory))
 
 
 def reference(init: str, policies: list[str], rule: str, angles: str, eta: float) -> dict[str, torch.Tensor]:
@@ -246,7 +249,7 @@ def test_shards_and_a_copied_head_are_read_and_shards_are_written(
     model = AutoModelForCausalLM.from_pretrained(policies[0], dtype="auto")
     shutil.rmtree(policies[0])
     model.save_pretrained(policies[0], max_shard_size="100KB")
-    gemma.save_tokenizer(tokenizer, Path(policies[0]))
+    save_tokenizer(tokenizer, Path(policies[0]))
     (Path(policies[0]) / "model-99999-of-99999.safetensors").write_bytes(b"of an earlier save")
     tensors = load_file(Path(policies[1]) / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from gemma2_post.core.errors import UserError
+from gemma2_post.stage.errors import UserError
 from gemma2_post.evaluation import judge as judging
 from gemma2_post.evaluation.judge import Judge, ask_model, question, summarize, verdict
 from gemma2_post.evaluation.winrate import bootstrap_interval, length_controlled, win_rate, wins_by
@@ -135,11 +135,11 @@ def test_nonsense_is_asked_again_then_counted_apart(tmp_path: Path) -> None:
     judged = Judge(asked, "j", tmp_path / "j.jsonl").compare(PROMPTS[:3], OURS[:3], THEIRS[:3])
     assert judged.wins == [None, 0.5, 0.5]
     assert len(asked.asked) == 2 * (judging.ATTEMPTS + 3 + 1)
-    judging.check_most("here", judged, tmp_path / "j.jsonl")
+    judging.check_most(judged, tmp_path / "j.jsonl")
     judge = Judge(Asked(lambda *_: "?"), "j", tmp_path / "k.jsonl")
-    judging.check_most("here", judge.compare(PROMPTS[4:], OURS[4:], THEIRS[4:]), judge.replies)  # one of two is a tie
+    judging.check_most(judge.compare(PROMPTS[4:], OURS[4:], THEIRS[4:]), judge.replies)  # one of two is a tie
     with pytest.raises(UserError, match="here: the judge gave no verdict on 2 of 3 pairs"):
-        judging.check_most("here", judge.compare(PROMPTS[3:], OURS[3:], THEIRS[3:]), judge.replies)
+        judging.check_most(judge.compare(PROMPTS[3:], OURS[3:], THEIRS[3:]), judge.replies)
 
 
 def test_replies_are_written_as_they_come(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gemma2_post.core.errors import UserError
+from gemma2_post.evaluation.keys import BenchmarkArguments
+from gemma2_post.stage.errors import UserError
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -23,22 +24,21 @@ _METRICS = ["acc_norm", "acc", "exact_match"]
 """Which of a task's metrics is its number: the first of these that it has, or else its first."""
 
 
-def check(where: str, tasks: list[str], folder: str | None) -> None:
+def check(args: BenchmarkArguments) -> None:
     """Refuses benchmarks that cannot be run."""
+    tasks, folder = args.benchmarks or [], args.benchmark_folder
     if find_spec("lm_eval") is None:
-        raise UserError(f"{where}: benchmarks need lm-eval; pip install 'gemma2_post[eval]'")
+        raise UserError("benchmarks need lm-eval; pip install 'gemma2_post[eval]'")
     if folder and not Path(folder).is_dir():
-        raise UserError(f"{where}: benchmark_folder {folder} is no folder; give one with lm-eval tasks (.yaml)")
+        raise UserError(f"benchmark_folder {folder} is no folder; give one with lm-eval tasks (.yaml)")
     if "preset" in tasks and len(tasks) > 1:
-        raise UserError(f"{where}: benchmarks names preset and more; write [preset], or the tasks one by one")
+        raise UserError("benchmarks names preset and more; write [preset], or the tasks one by one")
     if tasks == ["preset"]:
         return
     known = {*task_manager(folder).all_subtasks, *task_manager(folder).all_groups}
     unknown = [name for name in tasks if name not in known]
     if unknown:
-        raise UserError(
-            f"{where}: benchmarks names {unknown[0]}, which lm-eval does not know; `lm-eval ls tasks` lists them"
-        )
+        raise UserError(f"benchmarks names {unknown[0]}, which lm-eval does not know; `lm-eval ls tasks` lists them")
 
 
 @cache
@@ -108,14 +108,14 @@ def metric_of(results: dict[str, object]) -> str:
     return (preferred or names)[0]
 
 
-def load_data(where: str, tasks: list[str], folder: str | None) -> None:
+def load_data(args: BenchmarkArguments) -> None:
     """Reads, and downloads if need be, what the tasks ask: before there is work to lose."""
-    for name in names_of(tasks):
+    for name in names_of(args.benchmarks or []):
         try:
-            task_manager(folder).load([name])
+            task_manager(args.benchmark_folder).load([name])
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"{where}: benchmarks: the data of {name} cannot be read ({' '.join(str(error).split())[:200]}); "
+                f"benchmarks: the data of {name} cannot be read ({' '.join(str(error).split())[:200]}); "
                 "download it first, or give a task with local data as benchmark_folder"
             ) from error
 

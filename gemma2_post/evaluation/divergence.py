@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from transformers import Trainer
 
-from gemma2_post.core.tokens import PAD
 from gemma2_post.evaluation.samples import Answer, gather_rows, share_of
+from gemma2_post.models.tokens import PAD
 
 
 @dataclass
@@ -84,3 +85,25 @@ def _answer_logits(
     input_ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows], device=accelerator.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=accelerator.device)
     return model(input_ids=input_ids, attention_mask=mask, logits_to_keep=num_tokens + 1, use_cache=False).logits
+
+
+def mean_divergences(trainer: Trainer, teacher: torch.nn.Module, answers: list[Answer]) -> dict[str, float]:
+    """Student and teacher on the student's answers: nats per answer (the mean of sums) and per token.
+
+    Args:
+        trainer: that holds the student.
+        teacher: as the trainer holds it.
+    """
+    if not answers:
+        return {}
+    batch_size = trainer.args.per_device_eval_batch_size
+    found = measure_divergence(trainer.accelerator, trainer.model_wrapped, teacher, answers, batch_size)
+    student_teacher, teacher_student = sum(each.forward for each in found), sum(each.backward for each in found)
+    num_tokens = sum(each.num_tokens for each in found)
+    return {
+        "kl_student_teacher": student_teacher / len(found),
+        "kl_student_teacher_per_token": student_teacher / num_tokens,
+        "kl_teacher_student": teacher_student / len(found),
+        "kl_teacher_student_per_token": teacher_student / num_tokens,
+        "student_nll": sum(each.nll for each in found) / num_tokens,
+    }

@@ -1,32 +1,18 @@
 """Reward against KL: a merge's points beside the runs that it is made of, and the point that is released."""
 
 import json
+import shutil
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from gemma2_post.core import contract
-from gemma2_post.core.command import Stage
-from gemma2_post.core.errors import UserError
-from gemma2_post.evaluation import measure
+from gemma2_post.evaluation.keys import ReleaseArguments
 from gemma2_post.evaluation.measure import Measurement, summarize
-
-
-@dataclass
-class FrontArguments:
-    runs: list[str] | None = field(
-        default=None,
-        metadata={"help": "Trained policies to draw beside the merge: their checkpoints, themselves, their anchors."},
-    )
-    kl_budget: float | None = field(
-        default=None,
-        metadata={"help": "Nats from the start; the point with the largest reward within them is released."},
-    )
-
-
-ARGUMENTS = [FrontArguments, *measure.ARGUMENTS]
+from gemma2_post.stage import contract
+from gemma2_post.stage.errors import UserError
+from gemma2_post.weights.keys import Rule
 
 
 @dataclass
@@ -43,12 +29,22 @@ class Point:
 class Front:
     """Checked when it is made, before the merge; measures after it."""
 
-    def __init__(self, stage: Stage, start: str, args: FrontArguments, *measuring: object):
-        self.stage, self.kl_budget = stage, args.kl_budget
-        self.measurement = Measurement(stage.where, start, *measuring)
-        self.runs = [point for run in args.runs or [] for point in run_points(stage.where, Path(run))]
+    def __init__(self, output_dir: Path, start: str, args: ReleaseArguments):
+        self.output_dir, self.args = output_dir, args
+        self.measurement = Measurement(start, args.measured)
+        self.runs = [point for run in args.runs or [] for point in run_points(Path(run))]
 
-    def measure(self, merged: dict[str, dict[float, Path]]) -> tuple[Path, dict[str, float]]:
+    def release(self, merged: dict[Rule, dict[float, Path]]) -> dict[str, float]:
+        """Measures every point, copies the best one under the budget to the output; its eta and its numbers.
+
+        Args:
+            merged: folders of the sweeps by interpolation and eta; a point of the first one is released.
+        """
+        released, numbers = self.measure(merged)
+        shutil.copytree(released, self.output_dir, dirs_exist_ok=True)
+        return numbers
+
+    def measure(self, merged: dict[Rule, dict[float, Path]]) -> tuple[Path, dict[str, float]]:
         """Measures every point, writes `front.json` and its pictures; the released point and its numbers.
 
         Args:
@@ -57,7 +53,7 @@ class Front:
         points = [Point(rule, path, eta) for rule, sweep in merged.items() for eta, path in sweep.items()]
         points += self.runs
         answered = self.measurement.answer(
-            [point.path for point in points], self.stage.output_dir / contract.PROGRESS / "answers.jsonl"
+            [point.path for point in points], self.output_dir / contract.PROGRESS / "answers.jsonl"
         )
         self.measurement.load_reward_model()
         entries = [
@@ -66,24 +62,25 @@ class Front:
             for point in points
         ]
         entry_of = dict(zip((point.path for point in points), entries, strict=True))
-        sweep, budget = next(iter(merged.values())), self.kl_budget
+        sweep, budget = next(iter(merged.values())), self.args.kl_budget
         within = [
             path for eta, path in sweep.items() if budget is None or eta == 0 or entry_of[path]["kl_to_init"] <= budget
         ]
         released = max(within, key=lambda path: entry_of[path]["reward"])
         chosen = entry_of[released]
         front = {"kl_budget": budget, "released": chosen, "points": entries}
-        contract.write_json(self.stage.output_dir / "front.json", front)
-        for name in ["reward", *(["gold"] if "gold" in chosen else [])]:
-            plot(entries, chosen, budget, name, self.stage.output_dir / f"front-{name}.png")
+        contract.write_json(self.output_dir / "front.json", front)
+        grader = self.args.measured.samples.headline_grader
+        for name in ["reward", *([grader] if grader in chosen else [])]:
+            plot(entries, list(merged), chosen, budget, name, self.output_dir / f"front-{name}.png")
         numbers = {name: value for name, value in chosen.items() if isinstance(value, float)}
         return released, {"eta": numbers.pop("position"), **numbers}
 
 
-def run_points(where: str, run: Path) -> list[Point]:
+def run_points(run: Path) -> list[Point]:
     """A policy's checkpoints that hold weights, the policy itself, and its anchor."""
     if not (run / contract.DONE).is_file():
-        raise UserError(f"{where}: runs names {run}, which is no finished policy; run rlhf to its end")
+        raise UserError(f"runs names {run}, which is no finished policy; run rlhf to its end")
     name = f"{run.parent.name}/{run.name}"
     steps = {int(path.name.rpartition("-")[2]): path for path in run.glob("checkpoint-*")}
     points = [Point(name, path, step) for step, path in sorted(steps.items()) if any(path.glob("*.safetensors"))]
@@ -95,7 +92,12 @@ def run_points(where: str, run: Path) -> list[Point]:
 
 
 def plot(
-    entries: list[dict[str, object]], released: dict[str, object], kl_budget: float | None, name: str, path: Path
+    entries: list[dict[str, object]],
+    sweeps: list[Rule],
+    released: dict[str, object],
+    kl_budget: float | None,
+    name: str,
+    path: Path,
 ) -> None:
     """A measure, `name`, over KL to the start; bars are standard errors over prompts."""
     figure = Figure(figsize=(5.5, 4.5), layout="constrained")
@@ -103,7 +105,6 @@ def plot(
     series: dict[str, list[dict[str, object]]] = defaultdict(list)
     for entry in entries:
         series[entry["series"]].append(entry)
-    sweeps = [label for label, points in series.items() if "eta-" in points[0]["path"]]
     runs = [label for label in series if label not in sweeps and not label.endswith(" anchor")]
     in_legend = set()
     for label, points in series.items():

@@ -17,10 +17,11 @@ from threading import Lock
 from openai import OpenAI
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gemma2_post.core import contract, digests, endpoint
-from gemma2_post.core.data import Message
-from gemma2_post.core.errors import UserError
+from gemma2_post.data.rows import Message
+from gemma2_post.evaluation import endpoint
 from gemma2_post.evaluation.samples import sample_answers
+from gemma2_post.stage import contract, digests
+from gemma2_post.stage.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ def summarize(verdicts: list[tuple[float | None, float | None] | None]) -> Judge
     )
 
 
-def ask_endpoint(where: str, client: OpenAI, model: str, max_tokens: int, concurrency: int) -> Ask:
+def ask_endpoint(client: OpenAI, model: str, max_tokens: int, concurrency: int) -> Ask:
     """A judge behind an OpenAI-compatible endpoint: greedy first, at temperature 1 when it is asked again."""
 
     def ask(questions: list[str], attempt: int, write: Callable[[str, str | None], None]) -> None:
@@ -156,7 +157,7 @@ def ask_endpoint(where: str, client: OpenAI, model: str, max_tokens: int, concur
 
         def ask_one(text: str) -> None:
             message = {"role": "user", "content": text}
-            place = f"{where}: a judgment"
+            place = "a judgment"
             try:
                 reply, _, _ = endpoint.answer(client, place, model, [message], float(attempt > 0), max_tokens, attempt)
             except endpoint.RefusedError as refusal:
@@ -176,12 +177,12 @@ def ask_endpoint(where: str, client: OpenAI, model: str, max_tokens: int, concur
     return ask
 
 
-def check_most(where: str, judged: Judged, replies: Path) -> None:
+def check_most(judged: Judged, replies: Path) -> None:
     """Refuses to report a judge that has not judged most of the pairs."""
     missing = judged.wins.count(None)
     if missing > len(judged.wins) / 2:
         raise UserError(
-            f"{where}: the judge gave no verdict on {missing} of {len(judged.wins)} pairs, asked {ATTEMPTS} times; "
+            f"the judge gave no verdict on {missing} of {len(judged.wins)} pairs, asked {ATTEMPTS} times; "
             f"read its replies in {replies}, choose a stronger one, or raise judge_max_tokens"
         )
 

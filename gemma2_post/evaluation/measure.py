@@ -6,7 +6,7 @@ Models are loaded one after the other beside the start, the reward model when th
 
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
@@ -17,40 +17,18 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from gemma2_post.core import contract, data, gemma, rewards
-from gemma2_post.core.data import DataArguments, Message
-from gemma2_post.core.errors import UserError
-from gemma2_post.core.rewards import RewardFunctionArguments
+from gemma2_post.data.preparation import drop_long_prompts
+from gemma2_post.data.rows import Message
+from gemma2_post.data.sources import load_questions
+from gemma2_post.evaluation import rewards
 from gemma2_post.evaluation.divergence import measure_divergence
-from gemma2_post.evaluation.samples import Answer, SampleArguments, load_graders, sample_answers
-
-
-@dataclass
-class AnswerArguments:
-    max_completion_length: int = field(default=512, metadata={"help": "Longest answer, in tokens."})
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Longer prompts are dropped; None for what the answer leaves of the model."}
-    )
-    batch_size: int = field(default=32, metadata={"help": "Prompts that are answered at once."})
-    seed: int = field(default=0, metadata={"help": "Of the sampling, and of a mixture of data sets."})
-
-
-ARGUMENTS = [AnswerArguments, DataArguments, SampleArguments, RewardFunctionArguments]
-MEASURES = {"kl_to_init", "reward", "stop_rate", "mean_tokens"}
-"""Of each model, beside its grades."""
-
-
-def check_arguments(
-    where: str, args: AnswerArguments, sample_args: SampleArguments, reward_args: RewardFunctionArguments
-) -> None:
-    if sample_args.num_samples < 2 or args.batch_size < 1:
-        raise UserError(f"{where}: num_samples must be 2 or more and batch_size 1 or more; raise them")
-    for name in (path.rpartition(":")[2] for path in sample_args.graders or []):
-        if name in MEASURES | {"judge"}:
-            raise UserError(
-                f"{where}: graders: {name} is the name of another measure; call the function something else"
-            )
-    rewards.check_arguments(where, reward_args)
+from gemma2_post.evaluation.keys import MeasureArguments
+from gemma2_post.evaluation.samples import Answer, load_graders, sample_answers
+from gemma2_post.models.arguments import check_prompt_length
+from gemma2_post.models.loading import generation_config, load_config
+from gemma2_post.models.tokenizer import load_tokenizer
+from gemma2_post.stage import contract
+from gemma2_post.stage.errors import UserError
 
 
 @dataclass
@@ -68,50 +46,44 @@ class Answered:
 class Measurement:
     """Checked when it is made; models are loaded afterwards."""
 
-    def __init__(
-        self,
-        where: str,
-        start: str,
-        args: AnswerArguments,
-        data_args: DataArguments,
-        sample_args: SampleArguments,
-        reward_args: RewardFunctionArguments,
-    ):
-        self.start, self.args = start, args
-        config = gemma.load_config(where, start)
-        self.tokenizer = gemma.load_tokenizer(where, start, config)
-        self.score = rewards.ModelReward(where, reward_args, self.tokenizer) if reward_args.reward_model else None
-        self.longest = gemma.check_prompt_length(
-            where,
+    def __init__(self, start: str, measured: MeasureArguments):
+        """
+        Args:
+            start: the model that KL is measured to.
+
+        Raises:
+            UserError: data, tokenizers, graders or rewards that do not go together.
+        """
+        self.start, self.args, data_args = start, measured.answers, measured.data
+        args, sample_args, reward_args = measured.answers, measured.samples, measured.rewards
+        config = load_config(start)
+        self.tokenizer = load_tokenizer(start, config)
+        self.score = rewards.ModelReward(reward_args, self.tokenizer) if reward_args.reward_model else None
+        self.longest = check_prompt_length(
             args.max_prompt_length,
             "max_completion_length",
             args.max_completion_length,
             min(config.max_position_embeddings, self.score.max_length if self.score else 1 << 30),
         )
-        rows = data.load_questions(
-            where, data_args.datasets, data_args.max_invalid_share, args.seed, data_args.columns
-        )
-        rows = data.drop_long_prompts(where, rows, self.tokenizer, self.longest, data_args.max_too_long_share)
+        rows = load_questions(data_args.datasets, data_args.max_invalid_share, args.seed, data_args.columns)
+        rows = drop_long_prompts(rows, self.tokenizer, self.longest, data_args.max_too_long_share)
         if len(data_args.datasets) > 1:
             rows = rows.shuffle(seed=args.seed)  # some of each
         self.num_prompts = len(rows)
         """That there are, of which `num_samples` are answered."""
         self.rows = rows.select(range(min(sample_args.num_samples, len(rows))))
         if len(self.rows) < 2:
-            raise UserError(
-                f"{where}: datasets have {len(self.rows)} prompt, from which no spread can be told; give more"
-            )
+            raise UserError(f"datasets have {len(self.rows)} prompt, from which no spread can be told; give more")
         self.later: list[list[str]] = list(self.rows["later"])
         self.rows = self.rows.remove_columns("later")
-        self._check_conversations(where)
+        self._check_conversations()
         self.columns = {name: self.rows[name] for name in self.rows.column_names if name != "prompt"}
-        self.graders = load_graders(where, sample_args, self.rows)
-        self.functions = [self.score] if self.score else []
-        self.functions += rewards.load_reward_functions(where, reward_args, self.rows.column_names)
+        self.graders = load_graders(sample_args, self.rows)
+        self.functions = rewards.load_reward_functions(reward_args, self.rows.column_names, self.score)
         self.accelerator = Accelerator()
         disable_progress_bar()  # of loading each of many models
 
-    def _check_conversations(self, where: str) -> None:
+    def _check_conversations(self) -> None:
         """Refuses questions of several turns that may grow longer than the models can read."""
         for i in [i for i, later in enumerate(self.later) if later]:
             users = [[{"role": "user", "content": text}] for text in self.later[i]]
@@ -120,7 +92,7 @@ class Measurement:
             longest = sum(map(len, ids)) + len(users) * self.args.max_completion_length
             if longest > self.longest:
                 raise UserError(
-                    f"{where}: question {i} may have {longest} tokens by its last turn, at most {self.longest} can "
+                    f"question {i} may have {longest} tokens by its last turn, at most {self.longest} can "
                     "be read; lower max_completion_length, or raise max_prompt_length if that is what limits it"
                 )
 
@@ -200,15 +172,16 @@ class Measurement:
         }
 
 
-def load(path: Path, device: torch.device) -> PreTrainedModel:
+def load(path: Path, device: torch.device | None = None) -> PreTrainedModel:
     """In bf16, spread over all GPUs there are; in fp32 on a CPU."""
+    device = device or Accelerator().device
     model = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
         attn_implementation="eager",
         device_map="balanced" if torch.cuda.device_count() > 1 else {"": device},
     )
-    model.generation_config = gemma.generation_config()
+    model.generation_config = generation_config()
     return model.eval()
 
 

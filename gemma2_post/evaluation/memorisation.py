@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from gemma2_post.core.tokens import BOS, PAD
 from gemma2_post.evaluation.pairs import wilson_interval
+from gemma2_post.models.tokens import BOS, PAD
 
 PREFIX, CONTINUATION = 50, 50
 LARGEST_SHARE = 0.1

@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -12,24 +12,13 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl.models.utils import unwrap_model_for_generation
 
-from gemma2_post.core import data
-from gemma2_post.core.errors import UserError
-from gemma2_post.core.tokens import PAD, STOP_TOKEN_IDS
+from gemma2_post.data.functions import load_grader
+from gemma2_post.evaluation.keys import SampleArguments
+from gemma2_post.models.tokens import PAD, STOP_TOKEN_IDS
+from gemma2_post.stage.errors import UserError
 
 Grader = Callable[..., list[float]]
 """Called as TRL calls a reward function: `grader(completions=[text, ...], column=[value, ...], ...)`."""
-
-
-@dataclass
-class SampleArguments:
-    """What every training stage that samples held-out answers states about it."""
-
-    graders: list[str] | None = field(
-        default=None,
-        metadata={"help": "Functions module:function that grade sampled answers, as TRL's reward functions."},
-    )
-    group_by: str | None = field(default=None, metadata={"help": "Column by which the grades are also broken down."})
-    num_samples: int = field(default=64, metadata={"help": "Held-out prompts answered before and after; 0 for none."})
 
 
 @dataclass
@@ -50,21 +39,13 @@ class Answer:
         return len(self.token_ids) - self.stopped
 
 
-def load_graders(where: str, sample_args: SampleArguments, rows: Dataset) -> dict[str, Grader]:
+def load_graders(sample_args: SampleArguments, rows: Dataset) -> dict[str, Grader]:
     """The graders by their functions' names; checks the other arguments, too."""
     if sample_args.num_samples < 0:
-        raise UserError(f"{where}: num_samples is {sample_args.num_samples}; write 0 or more")
+        raise UserError(f"num_samples is {sample_args.num_samples}; write 0 or more")
     if sample_args.group_by and sample_args.group_by not in rows.column_names:
-        raise UserError(f"{where}: group_by is {sample_args.group_by}, which held-out rows lack; add it to columns")
-    return {
-        path.rpartition(":")[2]: data.load_grader(where, path, rows.column_names) for path in sample_args.graders or []
-    }
-
-
-def graded(sample_args: SampleArguments) -> set[str]:
-    """The names of what `grade` gives."""
-    graders = {path.rpartition(":")[2] for path in sample_args.graders or []}
-    return {"stop_rate", "mean_tokens"} | graders if sample_args.num_samples else set()
+        raise UserError(f"group_by is {sample_args.group_by}, which held-out rows lack; add it to columns")
+    return {path.rpartition(":")[2]: load_grader(path, rows.column_names) for path in sample_args.graders or []}
 
 
 def sample_answers(
@@ -171,7 +152,6 @@ def gather_rows(mine: list[int], results: list, num_rows: int) -> list:
 def sample_held_out(
     trainer: Trainer,
     wrapped_model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[dict[str, str]]],
     max_new_tokens: int,
 ) -> list[Answer]:
@@ -186,7 +166,7 @@ def sample_held_out(
     ) as model:
         answers = sample_answers(
             model,
-            tokenizer,
+            trainer.processing_class,
             [prompts[i] for i in mine],
             max_new_tokens,
             batch_size=trainer.args.per_device_eval_batch_size,

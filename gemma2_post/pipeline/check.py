@@ -1,55 +1,34 @@
 """Checks a whole pipeline without running it: keys, references, paths, lengths, batches, gates, devices.
 
-What it needs are the dataclasses and the checks of the stages, which it imports by name; no weights are loaded, and
-nothing is asked of the network.
+No weights are loaded, and nothing is asked of the network.
 """
 
 import warnings
 from collections import Counter
-from dataclasses import dataclass, fields
-from importlib import import_module
 from pathlib import Path
 
 import torch
 from transformers import Gemma2Config
 
-from gemma2_post.core import data, gemma, preferences, recipe
-from gemma2_post.core import launcher as launchers
-from gemma2_post.core.command import Command
-from gemma2_post.core.data import DataArguments
-from gemma2_post.core.errors import UserError
-from gemma2_post.core.launcher import Launcher
+from gemma2_post.data.functions import load_function
+from gemma2_post.data.sources import check_sources
+from gemma2_post.models.arguments import check_length, check_prompt_length
+from gemma2_post.models.loading import load_config
+from gemma2_post.models.shapes import known_config
 from gemma2_post.pipeline import gates, slurm
 from gemma2_post.pipeline.steps import Pipeline, Step
+from gemma2_post.planning.memory import Job
+from gemma2_post.stage import launcher as launchers
+from gemma2_post.stage.command import Checked, Command
+from gemma2_post.stage.errors import UserError, located
+from gemma2_post.stage.launcher import Launcher
+from gemma2_post.stage.paths import Kind, references
+from gemma2_post.stage.recipe import keys_of, values_of
 
-_MODEL_KEYS = [
-    *("model_name_or_path", "teacher_model_name_or_path", "reward_model"),
-    *("init", "towards", "baseline", "base", "policies", "runs", "models", "judge"),
-]
-"""Recipe keys that name models."""
-_FURTHER_DATA = {"safety_datasets": data.PROMPT_FORMATS, "corpus": data.FORMATS}
-"""Recipe keys of data beside what is trained on, and its formats."""
-_FUNCTION_KEYS = ["graders", "noise_ceiling", "reward_functions"]
-
-
-@dataclass
-class CheckedStep:
-    """A step that may start, and what is known of it before it does."""
-
-    step: Step
-    launcher: Launcher
-    built: dict[type, object]
-    """The recipe's dataclasses by their classes."""
-    values: dict[str, object]
-    models: dict[str, Gemma2Config | None]
-    """By recipe key: the configs of the models that it names; None for one that is known to the Hub only."""
-
-    def get(self, key: str) -> object:
-        """The value of a key, its default included."""
-        return next(getattr(part, key) for part in self.built.values() if key in {each.name for each in fields(part)})
+Models = dict[str, Gemma2Config | None]
 
 
-def check(pipeline: Pipeline, until: str | None = None, is_here: bool = False) -> list[CheckedStep]:
+def check(pipeline: Pipeline, until: str | None = None, is_here: bool = False) -> list[Job]:
     """Checks every step, as far as that can be done before the ones before it have run.
 
     Args:
@@ -59,48 +38,28 @@ def check(pipeline: Pipeline, until: str | None = None, is_here: bool = False) -
         UserError: what is wrong.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)  # of what transformers 6 will rename
-    made: dict[str, Gemma2Config | None] = {}
+    made: Models = {}
     return [_check_step(step, launch, made, is_here) for launch, steps in pipeline.steps(until) for step in steps]
 
 
-def command_of(stage: str, is_measured: bool) -> Command:
-    module = import_module(f"gemma2_post.{stage}")
-    return module.command(is_measured) if stage == "warp" else module.COMMAND
-
-
-def _check_step(step: Step, launch: str, made: dict[str, Gemma2Config | None], is_here: bool) -> CheckedStep:
+def _check_step(step: Step, launch: str, made: Models, is_here: bool) -> Job:
     """
     Args:
         made: folders that earlier steps make, with the configs of what will be in them; this one's is added.
     """
-    where = str(step.config or step.label)
-    values = (recipe.load_yaml(step.config) if step.config else {}) | step.values
-    launcher = launchers.read(launch)
+    launcher, command = launchers.read(launch), step.command
     if is_here:
         _check_devices(launch, launcher)
-    command = command_of(step.stage, is_measured=step.config is not None)
-    # Without a GPU the dataclasses refuse bf16, which this machine may only be asked about.
-    on_cpu = {"use_cpu": True} if any("use_cpu" in {each.name for each in fields(c)} for c in command.classes) else {}
-    _, built = command.build(where, values | on_cpu, launcher)
-    gates.check_metrics(where, step.gates, command.metrics(*built))
-    by_class = {type(part): part for part in built}
-    if DataArguments in by_class:
-        _check_data(where, step.stage, by_class[DataArguments])
-    for key in _FUNCTION_KEYS:
-        for function in _listed(values.get(key)):
-            data.load_function(where, function)
-    for key, formats in _FURTHER_DATA.items():
-        if values.get(key):
-            data.check_sources(where, next(getattr(part, key) for part in built if hasattr(part, key)), [], formats)
-    keys = [key for key in _MODEL_KEYS if key != "judge" or not values.get("judge_endpoint")]
-    models = {key: _config(where, key, name, made) for key in keys for name in _listed(values.get(key))}
-    _check_lengths(where, values, models)
+    values = step.keys
+    with located(step.config or step.label):
+        # Without a GPU the dataclasses refuse bf16, which this machine may only be asked about.
+        on_cpu = {"use_cpu": True} if "use_cpu" in keys_of(command.recipe) else {}
+        _, built = command.build(values | on_cpu, launcher)
+        gates.check_metrics(step.gates, command.metrics(built))
+        models = _check_paths(command, built, values, made)
+        _check_lengths(values, models)
     made[str(step.folder)] = models.get("model_name_or_path") or models.get("init")
-    return CheckedStep(step, launcher, by_class, values, models)
-
-
-def _listed(value: object) -> list:
-    return value if isinstance(value, list) else [] if value is None else [value]
+    return Job(step.label, step.config, step.folder, command, Checked(built, launcher, models), values)
 
 
 def _check_devices(launch: str, launcher: Launcher) -> None:
@@ -116,54 +75,53 @@ def _check_devices(launch: str, launcher: Launcher) -> None:
         )
 
 
-def _config(where: str, key: str, name: str, made: dict[str, Gemma2Config | None]) -> Gemma2Config | None:
+def _check_paths(command: Command, built: object, values: dict[str, object], made: Models) -> Models:
+    """Refuses data, functions and models that are not there; the configs of the models by key, as far as known."""
+    for key, formats in command.row_formats.items():
+        if sources := values_of(built).get(key):
+            is_trained_on = key in ("datasets", "held_out_datasets")
+            check_sources(sources, values.get("columns") or [] if is_trained_on else [], list(formats))
+    models: Models = {}
+    for named in references(command.recipe, values):
+        if named.kind == Kind.FUNCTION:
+            load_function(named.name)
+        elif named.kind == Kind.MODEL:
+            models[named.key] = _config(named.key, named.name, isinstance(values[named.key], list), made)
+    return models
+
+
+def _config(key: str, name: str, is_one_of_many: bool, made: Models) -> Gemma2Config | None:
+    """The config of a model that is there or will be made; of one of many, only that it is there."""
     if name in made:
         return made[name]
     if Path(name).is_dir():
-        return None if key in ("runs", "policies", "models") else gemma.load_config(where, name)
+        return None if is_one_of_many else load_config(name)
     if name.count("/") > 1 or name.startswith((".", "/")):
-        raise UserError(f"{where}: {key} is {name}, which no earlier stage makes, and there is no such folder")
-    return gemma.SHAPES.get(name.removesuffix("-it"))
+        raise UserError(f"{key} is {name}, which no earlier stage makes, and there is no such folder")
+    return known_config(name)
 
 
-def _check_data(where: str, stage: str, data_args: DataArguments) -> None:
-    formats = {
-        "sft": data.FORMATS,
-        "reward": preferences.FORMATS,
-        "warp": data.QUESTION_FORMATS,
-        "evaluate": data.QUESTION_FORMATS,
-    }.get(stage, data.PROMPT_FORMATS)
-    for sources in (data_args.datasets, data_args.held_out_datasets or []):
-        data.check_sources(where, sources, data_args.columns or [], formats)
-
-
-def _check_lengths(where: str, values: dict[str, object], models: dict[str, Gemma2Config | None]) -> None:
+def _check_lengths(values: dict[str, object], models: Models) -> None:
     known = [config for config in models.values() if config]
     if not known:
         return
     shortest = min(known, key=lambda config: config.max_position_embeddings)
     if "max_length" in values:
-        gemma.check_length(where, values["max_length"], shortest)
-    if "max_completion_length" in values:
-        gemma.check_prompt_length(
-            where,
-            values.get("max_prompt_length"),
-            "max_completion_length",
-            values["max_completion_length"],
-            shortest.max_position_embeddings,
-        )
+        check_length(values["max_length"], shortest)
+    if answer := values.get("max_completion_length"):
+        positions = shortest.max_position_embeddings
+        check_prompt_length(values.get("max_prompt_length"), "max_completion_length", answer, positions)
 
 
-def report(checked: list[CheckedStep]) -> str:
+def report(jobs: list[Job]) -> str:
     """What would run, in a sentence."""
-    stages = Counter(each.step.stage for each in checked)
+    stages = Counter(job.command.name for job in jobs)
     runs = ", ".join(stage if count == 1 else f"{stage} ({count} runs)" for stage, count in stages.items())
     unknown = {
-        name
-        for each in checked
-        for key, config in each.models.items()
-        if config is None
-        for name in _listed(each.values[key])
-        if not Path(name).exists() and name.count("/") == 1
+        named.name
+        for job in jobs
+        for named in references(job.command.recipe, job.values)
+        if named.kind == Kind.MODEL and job.checked.models[named.key] is None
+        if not Path(named.name).exists() and named.name.count("/") == 1
     }
     return f"can start: {runs}" + (f"; not looked at: {', '.join(sorted(unknown))}" if unknown else "")

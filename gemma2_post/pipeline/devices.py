@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 
-from gemma2_post.core.launcher import Launcher
+from gemma2_post.stage.launcher import Launcher
 
 
 def places(launcher: Launcher, num_runs: int) -> list[dict[str, str]]:

@@ -4,19 +4,12 @@ import operator
 import re
 from pathlib import Path
 
-from gemma2_post.core import contract
-from gemma2_post.core.errors import UserError
+from gemma2_post.stage import contract
+from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.stages import command_of
 
 _COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 _BOUND = re.compile(r"(>=|<=|>|<)\s*([-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)")
-_NEXT_STEPS = {
-    "sft": "is the data what it should be, is there enough of it, is learning_rate right for the method?",
-    "distill": "does the student end its turns, is the teacher better than it, is learning_rate high enough?",
-    "reward": "are the preferences consistent, is the base model large enough, is learning_rate right for the method?",
-    "rlhf": "read samples/ and watch.jsonl: does the reward model reward what you want, is beta or learning_rate off?",
-    "warp": "look at front-reward.png: were the runs good enough, is kl_budget what you want?",
-    "evaluate": "read answers.jsonl beside models.json: which model is it that fails, and on which prompts?",
-}
 
 
 class GateError(UserError):
@@ -25,12 +18,10 @@ class GateError(UserError):
     status = 3
 
 
-def check_bounds(where: str, gates: dict[str, object]) -> None:
+def check_bounds(gates: dict[str, object]) -> None:
     for metric, bound in gates.items():
         if not isinstance(bound, str) or not _BOUND.fullmatch(bound):
-            raise UserError(
-                f'{where}: the gate {metric} is {bound!r}; write a comparison in quotes, such as ">= 0.65"'
-            )
+            raise UserError(f'the gate {metric} is {bound!r}; write a comparison in quotes, such as ">= 0.65"')
 
 
 def passes(value: float, bound: str) -> bool:
@@ -38,7 +29,7 @@ def passes(value: float, bound: str) -> bool:
     return _COMPARISONS[comparison](value, float(limit))
 
 
-def check_metrics(where: str, gates: dict[str, str], known: set[str]) -> None:
+def check_metrics(gates: dict[str, str], known: set[str]) -> None:
     """Refuses a gate on what the stage will not measure.
 
     Args:
@@ -47,7 +38,7 @@ def check_metrics(where: str, gates: dict[str, str], known: set[str]) -> None:
     for metric in gates:
         if metric.partition("/")[0] not in known:
             raise UserError(
-                f"{where}: the gate is on {metric}, which it does not measure; it measures {', '.join(sorted(known))}"
+                f"the gate is on {metric}, which it does not measure; it measures {', '.join(sorted(known))}"
             )
 
 
@@ -70,5 +61,5 @@ def check(label: str, stage: str, folder: Path, gates: dict[str, str]) -> None:
         if not passes(metrics[metric], bound):
             raise GateError(
                 f"{label}: {metric} is {metrics[metric]:.4g}, and its gate wants {bound} ({folder}); the "
-                f"next stage does not start. {_NEXT_STEPS.get(stage, 'See its metrics.json.')}"
+                f"next stage does not start. {command_of(stage).below_gate}"
             )

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from gemma2_post.core.errors import UserError
+from gemma2_post.stage.errors import UserError
 
 FILE = ".lock"
 

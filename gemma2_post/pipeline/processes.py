@@ -11,10 +11,10 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from gemma2_post.core.errors import EXIT_STATUS_FILE
-from gemma2_post.core.launcher import Launcher
 from gemma2_post.pipeline import slurm
 from gemma2_post.pipeline.steps import Step
+from gemma2_post.stage.errors import EXIT_STATUS_FILE
+from gemma2_post.stage.launcher import Launcher
 
 RUN_DIR = "GEMMA2_POST_RUN_DIR"
 """Environment variable by which all processes of a run are found, also those whose parents are gone."""
@@ -35,7 +35,7 @@ def launch(step: Step, config: str, launcher: Launcher, environment: dict[str, s
     if launcher.num_machines > 1:
         command = slurm.srun(launcher.num_machines)
     command += ["--quiet", "--config_file", config]
-    command += ["-m", f"gemma2_post.{step.stage}", *(["--config", str(step.config)] if step.config else [])]
+    command += ["-m", step.command.module, *(["--config", str(step.config)] if step.config else [])]
     command += [f"--{key}={json.dumps(value)}" for key, value in step.values.items()]  # JSON is YAML
     log.parent.mkdir(exist_ok=True)
     with (

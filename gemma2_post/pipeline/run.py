@@ -9,17 +9,18 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from queue import Queue
+from typing import Protocol
 
-from gemma2_post.core import contract, recipe
-from gemma2_post.core import launcher as launchers
-from gemma2_post.core.errors import UserError, reported
-from gemma2_post.pipeline import devices, gates, lock, processes, report, summary
-from gemma2_post.pipeline.steps import Pipeline, Step, load_pipeline
-from gemma2_post.pipeline.view import Row, View, headline, terminal
+from gemma2_post.pipeline import devices, gates, lock, processes, summary
+from gemma2_post.pipeline.steps import Pipeline, Step
+from gemma2_post.stage import contract
+from gemma2_post.stage import launcher as launchers
+from gemma2_post.stage.errors import UserError, reported
+from gemma2_post.stage.fingerprint import Fingerprint
 
 LOGS = "logs"
 
@@ -34,21 +35,28 @@ class Interrupted(BaseException):
     """Somebody has asked the chain to end."""
 
 
-def run(
-    path: Path,
-    until: str | None,
-    overrides: dict[str, dict[str, object]],
-    run_dir: Path | None = None,
-    seed: int | None = None,
-) -> None:
+class View(Protocol):
+    """Where a run shows how far it is; see `report/terminal.py`."""
+
+    def begin(self, logs: dict[str, Path]) -> None: ...
+
+    def set(self, label: str, state: str, note: str | None = None, seconds: float | None = None) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+    def live(self) -> AbstractContextManager[None]: ...
+
+
+def run(pipeline: Pipeline, until: str | None, view: View) -> bool:
     """Runs the stages in order, up to and including `until`.
 
-    Args:
-        overrides: stage name to recipe keys that take the place of the recipe's.
-        run_dir: in place of the pipeline's.
-        seed: of every stage, in place of the recipes'.
+    Returns:
+        Whether there was anything to do.
+
+    Raises:
+        UserError: a mistake that the user can fix, a stage that has failed, a gate that is not passed.
+        SystemExit: somebody has interrupted the run; what it has made resumes with the same command.
     """
-    pipeline = load_pipeline(path, run_dir, seed, overrides)
     rounds = pipeline.steps(until)
     steps = [step for _, each in rounds for step in each]
     began = time.monotonic()
@@ -56,7 +64,7 @@ def run(
         if processes.end_all(pipeline.run_dir):
             print("ended what an earlier, killed run had left running", flush=True)
         _check_folders(pipeline, steps)
-        view = View([Row(step, _log(pipeline, step)) for step in steps], terminal())
+        view.begin({step.label: _log(pipeline, step) for step in steps})
         current = _Run(pipeline, until, view)
         status = "failed"
         try:
@@ -76,21 +84,12 @@ def run(
             if current.has_begun or status != "failed":
                 summary.write(pipeline, status, time.monotonic() - began if current.has_begun else 0.0)
             if status == "interrupted":
-                view.say("interrupted; the same command goes on from here")
-        view.finish(pipeline.run_dir, current.has_begun)
-        if current.has_begun:
-            view.say(f"to look at: {report.write(pipeline.run_dir)[0]}")
+                view.say("interrupted; the same command resumes")
+    return current.has_begun
 
 
-def explain(
-    path: Path,
-    until: str | None,
-    overrides: dict[str, dict[str, object]],
-    run_dir: Path | None = None,
-    seed: int | None = None,
-) -> None:
-    """Says what `run` would do, and why, and does nothing."""
-    pipeline = load_pipeline(path, run_dir, seed, overrides)
+def explain(pipeline: Pipeline, until: str | None) -> None:
+    """Prints what `run` would do, and why, and does nothing."""
     remade: dict[str, str] = {}
     for _, steps in pipeline.steps(until):
         for step in steps:
@@ -113,7 +112,7 @@ def _why(step: Step) -> str:
         return "what was set aside comes back"
     if changes := contract.what_changed(step.folder, wanted):
         return f"runs again, because {'; '.join(changes)}"
-    return "goes on from where it was" if contract.has_progress(step.folder) else "runs for the first time"
+    return "resumes" if contract.has_progress(step.folder) else "runs for the first time"
 
 
 def _check(pipeline: Pipeline, until: str | None) -> None:
@@ -131,7 +130,8 @@ def _check(pipeline: Pipeline, until: str | None) -> None:
 
 def _check_here(pipeline: Pipeline, until: str | None) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported, it misses a kernel for the CPU
-    from gemma2_post.pipeline import check, memory
+    from gemma2_post.pipeline import check
+    from gemma2_post.planning import memory
 
     with reported():
         memory.check_disk(str(pipeline.path), pipeline.run_dir, check.check(pipeline, until, is_here=True))
@@ -170,9 +170,9 @@ def _check_folders(pipeline: Pipeline, steps: list[Step]) -> None:
         contract.refuse_strange_files(step.folder)
 
 
-def wanted_of(step: Step) -> dict:
+def wanted_of(step: Step) -> Fingerprint:
     """The fingerprint of what the step would make."""
-    return contract.fingerprint(step.stage, (recipe.load_yaml(step.config) if step.config else {}) | step.values)
+    return step.command.fingerprint(step.keys)
 
 
 class _Run:
@@ -214,7 +214,7 @@ class _Run:
             try:
                 gates.check(step.label, step.stage, step.folder, step.gates)
             except gates.GateError:
-                self.view.set(step.label, "below its gate", self.view.rows[step.label].note)
+                self.view.set(step.label, "below its gate")
                 raise
 
     def _begin(self) -> None:
@@ -238,7 +238,7 @@ class _Run:
                 previous.rename(output_dir)
         if contract.is_done(output_dir, wanted):
             metrics = contract.read_json(output_dir / contract.DONE)["metrics"]
-            self.view.set(step.label, "up to date", headline(step.stage, metrics))
+            self.view.set(step.label, "up to date", step.command.headline_of(step.keys, metrics))
             return True
         changes = contract.what_changed(output_dir, wanted)
         if changes:
@@ -273,7 +273,7 @@ class _Run:
             raise _failure(step, status, log)
         shutil.rmtree(previous, ignore_errors=True)
         metrics = contract.read_json(output_dir / contract.DONE)["metrics"]
-        self.view.set(step.label, "done", headline(step.stage, metrics), seconds)
+        self.view.set(step.label, "done", step.command.headline_of(step.keys, metrics), seconds)
 
 
 def _previous(output_dir: Path) -> Path:
@@ -288,5 +288,5 @@ def _failure(step: Step, status: int, log: Path) -> UserError:
     words = "\n".join([*lines, last])
     return StageError(
         f"{step.label} failed with status {status}; {log} ends with\n{words}\n"
-        "the same command goes on from its newest checkpoint"
+        "the same command resumes from its newest checkpoint"
     )

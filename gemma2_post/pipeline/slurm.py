@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 
-from gemma2_post.core.errors import UserError
+from gemma2_post.stage.errors import UserError
 
 
 def srun(num_machines: int) -> list[str]:

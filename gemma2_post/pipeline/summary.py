@@ -2,18 +2,20 @@
 
 from statistics import mean
 
-from gemma2_post.core import contract
 from gemma2_post.pipeline.steps import Pipeline, Step
+from gemma2_post.stage import contract
+from gemma2_post.stage.command import first_grader
 
 FILE = "summary.json"
 MODELS = "models.json"
-"""What `evaluate` writes: measures of each model."""
+"""What a stage writes that measures models: by model."""
 FRONT = "front.json"
-"""What `warp` writes: measures of each point."""
+"""What a stage writes that measures the points of a merge."""
 
 
 def write(pipeline: Pipeline, status: str, seconds: float) -> None:
-    """
+    """Writes the file.
+
     Args:
         status: running, done, failed, "below its gate" or interrupted.
         seconds: that this run has taken; 0 where it had nothing to do keeps what the last one took.
@@ -26,6 +28,8 @@ def write(pipeline: Pipeline, status: str, seconds: float) -> None:
         "status": status,
         "wall_seconds": round(seconds, 1) or earlier["wall_seconds"],
         "stages": _stages(pipeline),
+        "headlines": _headlines(pipeline),
+        "grader": _grader(pipeline),
         "models": _models(pipeline),
         "liti": _liti(pipeline),
     }
@@ -55,12 +59,29 @@ def _stage(step: Step) -> dict:
     return found | ({"gates": step.gates} if step.gates else {})
 
 
+def _headlines(pipeline: Pipeline) -> dict[str, str]:
+    """By folder of a finished stage: the number that says how it went."""
+    found = {}
+    for _, steps in pipeline.steps():
+        for step in steps:
+            if done := contract.read_json(step.folder / contract.DONE):
+                name = str(step.folder.relative_to(pipeline.run_dir))
+                found[name] = step.command.headline_of(step.keys, done["metrics"])
+    return found
+
+
+def _grader(pipeline: Pipeline) -> str | None:
+    """The grade that is shown first: that of the last stage which has a grader."""
+    found = [first_grader(pipeline.values_of(name)) for name in pipeline.entries]
+    return next((grader for grader in reversed(found) if grader), None)
+
+
 def _models(pipeline: Pipeline) -> dict[str, dict[str, float]]:
     """Of the last evaluation, if the models still are what it measured; of an entry with policies also the means."""
     measured: dict[str, dict[str, float]] = {}
-    for name, entry in pipeline.entries.items():
+    for name in pipeline.entries:
         folder = pipeline.run_dir / name
-        if (entry.stage or name) == "evaluate" and (done := contract.read_json(folder / contract.DONE)):
+        if (folder / MODELS).is_file() and (done := contract.read_json(folder / contract.DONE)):
             inputs = done["fingerprint"]["inputs"]
             is_of_them = all(
                 contract.input_digest(path) == digest for path, digest in inputs.items() if "@" not in path
@@ -89,6 +110,6 @@ def _liti(pipeline: Pipeline) -> list[dict[str, float]]:
         front = contract.read_json(pipeline.run_dir / name / FRONT)
         if front:
             sweep = [point for point in front["points"] if point["series"] == front["released"]["series"]]
-            keys = ("kl_to_init", "reward", "gold")
+            keys = ("kl_to_init", "reward", _grader(pipeline))
             return [{"eta": point["position"]} | {key: point[key] for key in keys if key in point} for point in sweep]
     return []

@@ -8,7 +8,7 @@ about; single words (an animal, say) occur in both, in other roles.
 import math
 from random import Random
 
-from gemma2_post.core.errors import UserError
+from gemma2_post.stage.errors import UserError
 from gemma2_post.tiny.gold import gold_score
 from gemma2_post.tiny.world import MANNERS, SKILLS, Task, make_task, reply
 

@@ -33,7 +33,9 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
-from gemma2_post.core import gemma
+from gemma2_post.models.loading import generation_config, load_config
+from gemma2_post.models.saving import save_model
+from gemma2_post.models.tokenizer import load_tokenizer, save_tokenizer
 from gemma2_post.tiny import world
 from gemma2_post.tiny.corpus import documents
 from gemma2_post.tiny.tokenizer import VOCAB_SIZE, train_tokenizer
@@ -134,7 +136,7 @@ def pretrain(name: str, output_dir: Path, max_steps: int = 3000, seed: int = 0) 
         eval_dataset=held_out,
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir))
-    model.generation_config = gemma.generation_config()
+    model.generation_config = generation_config()
     model.to(torch.bfloat16).save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     (output_dir / "pretrain_log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
@@ -184,7 +186,7 @@ def learn_verdicts(taught: Path, output_dir: Path, max_steps: int = 2000, seed: 
     (docs/experiments.md).
     """
     set_seed(seed)
-    tokenizer = gemma.load_tokenizer("pretrain", str(taught), gemma.load_config("pretrain", str(taught)))
+    tokenizer = load_tokenizer("pretrain", str(taught), load_config("pretrain", str(taught)))
     model = AutoModelForCausalLM.from_pretrained(taught, dtype=torch.float32, attn_implementation="eager")
     padded_right = copy(tokenizer)
     padded_right.padding_side = "right"
@@ -216,8 +218,8 @@ def learn_verdicts(taught: Path, output_dir: Path, max_steps: int = 2000, seed: 
         preprocess_logits_for_metrics=lambda logits, _: logits.argmax(-1),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir))
-    gemma.save_model(trainer.model, trainer.model.state_dict(), output_dir, torch.bfloat16)
-    gemma.save_tokenizer(tokenizer, output_dir)
+    save_model(trainer.model, trainer.model.state_dict(), output_dir, torch.bfloat16)
+    save_tokenizer(tokenizer, output_dir)
     (output_dir / "verdicts_log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
 
 

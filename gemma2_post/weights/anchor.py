@@ -9,8 +9,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, TrainerCallback
 
-from gemma2_post.core import contract
-from gemma2_post.core.errors import UserError
+from gemma2_post.stage import contract
+from gemma2_post.stage.errors import UserError
 
 if TYPE_CHECKING:
     from trl import RLOOTrainer
@@ -36,8 +36,8 @@ class EmaAnchor(TrainerCallback):
     Only its rounding is copied into the reference that TRL computes with, a model or the adapter `ref`.
     """
 
-    def __init__(self, where: str, trainer: "RLOOTrainer", mu: float):
-        self.where, self.trainer, self.mu = where, trainer, mu
+    def __init__(self, trainer: "RLOOTrainer", mu: float):
+        self.trainer, self.mu = trainer, mu
         self.shadows: dict[str, torch.Tensor] = {}
         """By parameter: fp32, of the shape of the parameter or, where DeepSpeed shards it, of this process's shard."""
 
@@ -67,7 +67,7 @@ class EmaAnchor(TrainerCallback):
         """Goes back to the anchor of a checkpoint."""
         if not self._part(checkpoint).is_file():
             raise UserError(
-                f"{self.where}: {checkpoint} holds no anchor of process {self.trainer.accelerator.process_index}; go "
+                f"{checkpoint} holds no anchor of process {self.trainer.accelerator.process_index}; go "
                 "on with as many processes as began"
             )
         device = self.trainer.accelerator.device  # which safetensors does not know as "cpu:0"
@@ -75,7 +75,7 @@ class EmaAnchor(TrainerCallback):
         if {name: each.shape for name, each in saved.items()} != {
             name: _local_fp32(each.policy).shape for name, each in self.tracked.items()
         }:
-            raise UserError(f"{self.where}: {checkpoint} was sharded otherwise; go on with as many processes as began")
+            raise UserError(f"{checkpoint} was sharded otherwise; go on with as many processes as began")
         self.shadows = saved
         self._write_reference()
 

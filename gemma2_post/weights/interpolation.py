@@ -7,12 +7,10 @@ group of tensors that shares an angle.
 
 import math
 import re
-from typing import Literal
 
 import torch
 
-Rule = Literal["slerp", "spherical_mean", "linear"]
-Angles = Literal["layer", "tensor", "model"]
+from gemma2_post.weights.keys import Angles, Rule
 
 PARALLEL = 1e-3
 """Radians. Nearer than this to 0 or 180 degrees two vectors count as (anti)parallel: rounding in fp32 inner products

@@ -17,10 +17,10 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
-from gemma2_post.core.errors import UserError
+from gemma2_post.stage.errors import UserError
 from gemma2_post.weights import interpolation
 from gemma2_post.weights.inputs import Adapter, Model
-from gemma2_post.weights.interpolation import Angles, Rule
+from gemma2_post.weights.keys import Angles, Rule
 from gemma2_post.weights.streaming import ShardWriter, row_slices, scratch
 
 Result = TypeVar("Result")
@@ -68,7 +68,6 @@ LowRank = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def merge_models(
-    where: str,
     init: Model,
     policies: list[Model],
     towards: Model,
@@ -93,11 +92,11 @@ def merge_models(
     with _Workers(read, num_passes=2) as workers:
         for group, names in groups.items():
             parts = _parts(init, names)
-            gram = sum(workers.map(partial(_gram, where, init, policies, device), parts))
+            gram = sum(workers.map(partial(_gram, init, policies, device), parts))
             weights = interpolation.coefficients(gram, rule)
             report.append(_describe(group, _num_parameters(init, names), gram, weights))
             merged = partial(_merged, init, policies, weights, device)
-            _write(where, workers, parts, merged, init, towards, writers, only_policy)
+            _write(workers, parts, merged, init, towards, writers, only_policy)
     return report
 
 
@@ -131,7 +130,6 @@ def compress_adapter(merged: LowRank, rank: int) -> tuple[LowRank, float]:
 
 
 def write_with_adapter(
-    where: str,
     init: Model,
     merged: LowRank,
     towards: Model,
@@ -142,7 +140,7 @@ def write_with_adapter(
     on_device = {name: (b.to(device), a.to(device)) for name, (b, a) in merged.items()}
     with _Workers([init], num_passes=1) as workers:
         merged_here = partial(_with_adapter, init, on_device, device)
-        _write(where, workers, _parts(init, init.weights), merged_here, init, towards, writers, only_policy=None)
+        _write(workers, _parts(init, init.weights), merged_here, init, towards, writers, only_policy=None)
 
 
 # --- one slice ---
@@ -167,15 +165,13 @@ def _task_vectors(policies: list[Model], part: Slice, base: torch.Tensor) -> tor
     return found
 
 
-def _gram(where: str, init: Model, policies: list[Model], device: torch.device, part: Slice) -> torch.Tensor:
+def _gram(init: Model, policies: list[Model], device: torch.device, part: Slice) -> torch.Tensor:
     base = _in_fp32(init, part, "base", device)
     found = interpolation.gram_matrix(_task_vectors(policies, part, base))
     if not found.isfinite().all():
         for model in (init, *policies):
             if not _values(model, part).isfinite().all():
-                raise UserError(
-                    f"{where}: {model.name} has NaN or infinite values in {part[0]}; name a model without any"
-                )
+                raise UserError(f"{model.name} has NaN or infinite values in {part[0]}; name a model without any")
     return found
 
 
@@ -200,7 +196,6 @@ def _with_adapter(
 
 
 def _write(
-    where: str,
     workers: "_Workers",
     parts: list[Slice],
     merged: Callable[[Slice], tuple[torch.Tensor, torch.Tensor]],
@@ -230,7 +225,7 @@ def _write(
                 point = scratch("point", base.numel(), torch.float32, base.device)
                 interpolation.liti(base, direction, eta, out=point)
             if not point.sum(dtype=torch.float32).isfinite():
-                raise UserError(f"{where}: {name} is not finite at eta {eta:g}; an input has NaN or infinite values")
+                raise UserError(f"{name} is not finite at eta {eta:g}; an input has NaN or infinite values")
             writer.write(name, rows.start * init.weights[name][0].numel(), point)
 
     for _ in workers.map(write, parts):

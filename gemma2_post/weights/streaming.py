@@ -13,8 +13,8 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
-from gemma2_post.core import contract
-from gemma2_post.core.errors import UserError
+from gemma2_post.stage import contract
+from gemma2_post.stage.errors import UserError
 
 Weights = dict[str, torch.Tensor]
 """By name; mapped from the files, so that nothing is read before it is used."""
@@ -24,26 +24,26 @@ CHUNK = 1 << 20
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
-def open_weights(where: str, directory: Path, file: str = "model.safetensors") -> Weights:
+def open_weights(directory: Path, file: str = "model.safetensors") -> Weights:
     """All tensors of a directory with one file of weights, or with shards and their index."""
     index = directory / f"{file}.index.json"
     files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [file]
     weights: Weights = {}
     for file in files:
         if not (directory / file).is_file():
-            raise UserError(f"{where}: {directory} has no {file}; name a folder with weights in safetensors")
+            raise UserError(f"{directory} has no {file}; name a folder with weights in safetensors")
         try:
             with safe_open(directory / file, "pt") as shard:
                 weights |= {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise UserError(
-                f"{where}: {directory / file} cannot be read ({error}): it is cut off or damaged; get it again"
+                f"{directory / file} cannot be read ({error}): it is cut off or damaged; get it again"
             ) from error
     weights = dict(sorted(weights.items(), key=lambda item: _by_number(item[0])))
     quantised = next((name for name, tensor in weights.items() if not tensor.is_floating_point()), None)
     if quantised:
         raise UserError(
-            f"{where}: {directory}: {quantised} is {weights[quantised].dtype}, not a floating-point tensor; name the "
+            f"{directory}: {quantised} is {weights[quantised].dtype}, not a floating-point tensor; name the "
             "unquantised model"
         )
     return weights

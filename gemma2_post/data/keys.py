@@ -1,0 +1,45 @@
+"""The keys of recipes that say what data is read."""
+
+from dataclasses import dataclass
+
+from gemma2_post.stage.paths import DataPath
+from gemma2_post.stage.recipe import key
+
+
+@dataclass
+class Source:
+    """One data set of a mixture."""
+
+    path: DataPath
+    """A Hub data set, a .json/.jsonl/.parquet file, or `module:function`, which is called with the split."""
+    split: str = "train"
+    name: str | None = None
+    revision: str | None = None
+    weight: float | None = None
+    """Share of the mixture, relative to the others; no row is used twice. None for all: every row of every source."""
+
+
+@dataclass
+class DataArguments:
+    datasets: list[Source] = key(help="Sources to train on: path, split, name, revision, weight.")
+    held_out_datasets: list[Source] | None = key(
+        None, "Sources to evaluate on; without it, held_out_share of the training rows."
+    )
+    columns: list[str] | None = key(None, "Columns kept beside the conversation, for graders and group_by.")
+    held_out_share: float = key(0.02, "Share of the rows kept for evaluation, at random.")
+    max_too_long_share: float = key(
+        0.05, "Rows over max_length are dropped; a larger share of them than this is an error."
+    )
+    max_invalid_share: float = key(
+        0.0, "Rows that are no valid chat are dropped; a larger share of them than this is an error."
+    )
+
+
+@dataclass
+class PreferenceArguments:
+    score_margin: float = key(
+        0.0, "Margin in the loss for each point between score_chosen and score_rejected; 0 for none."
+    )
+    multi_turn_share: float | None = key(
+        None, "Share of training pairs with more than one user turn; surplus pairs are left out."
+    )

@@ -1,0 +1,140 @@
+"""From rows to what trainers read: splits, balanced turns, token ids; what is too long is dropped and counted."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from random import Random
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from gemma2_post.data.keys import DataArguments, Source
+from gemma2_post.data.sources import load_conversations
+from gemma2_post.models.tokenizer import render
+from gemma2_post.stage.errors import UserError
+
+
+def split_held_out(
+    data_args: DataArguments, seed: int, load: Callable[..., Dataset] = load_conversations
+) -> tuple[Dataset, Dataset]:
+    """Training rows and held-out rows, as `load` makes them."""
+
+    def load_sources(sources: list[Source]) -> Dataset:
+        return load(sources, data_args.max_invalid_share, seed, data_args.columns)
+
+    train = load_sources(data_args.datasets)
+    if data_args.held_out_datasets:
+        return train, load_sources(data_args.held_out_datasets)
+    num_held_out = max(1, round(data_args.held_out_share * len(train)))
+    if num_held_out >= len(train):
+        raise UserError(
+            f"{len(train)} rows cannot be split at held_out_share {data_args.held_out_share}; lower it, or "
+            "give more rows"
+        )
+    parts = train.train_test_split(test_size=num_held_out, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def tokenize(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, max_too_long_share: float
+) -> Dataset:
+    """The rows with their `input_ids` and `labels`; those over `max_length` tokens are dropped and counted, never cut.
+
+    A cut row would have lost its `<end_of_turn>`, and the model would learn not to stop.
+    """
+    rendered = dataset.map(lambda messages: render(tokenizer, messages), input_columns="messages")
+    return _drop_too_long(rendered, "rows", "max_length", max_length, max_too_long_share)
+
+
+def drop_long_prompts(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int, max_too_long_share: float
+) -> Dataset:
+    """The rows whose `prompt`, in the chat format, has at most `max_prompt_length` tokens."""
+    rendered = dataset.map(
+        lambda prompt: dict(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)),
+        input_columns="prompt",
+    )
+    kept = _drop_too_long(rendered, "prompts", "max_prompt_length", max_prompt_length, max_too_long_share)
+    return kept.select_columns(dataset.column_names)
+
+
+def _drop_too_long(rendered: Dataset, what: str, key: str, max_length: int, max_too_long_share: float) -> Dataset:
+    kept = rendered.filter(lambda input_ids: len(input_ids) <= max_length, input_columns="input_ids")
+    num_dropped = len(rendered) - len(kept)
+    if len(kept) == 0:
+        raise UserError(f"all {len(rendered)} {what} are longer than {key} {max_length} tokens; raise {key}")
+    if num_dropped > max_too_long_share * len(rendered):
+        raise UserError(
+            f"{num_dropped} of {len(rendered)} {what} are longer than {key} {max_length} tokens; raise "
+            f"{key}, or allow a larger share with max_too_long_share"
+        )
+    if num_dropped:
+        logger.warning("dropped %d of %d %s longer than %d tokens", num_dropped, len(rendered), what, max_length)
+    return kept
+
+
+logger = logging.getLogger(__name__)
+
+
+def balance_turns(pairs: Dataset, multi_turn_share: float, seed: int) -> Dataset:
+    """As many pairs as possible with this share of multi-turn ones; no pair is used twice."""
+    if not 0 < multi_turn_share < 1:
+        raise UserError(f"multi_turn_share is {multi_turn_share:g}; write a share between 0 and 1")
+    is_multi_turn = [num_turns > 1 for num_turns in pairs["num_turns"]]
+    rows = {kind: [row for row, each in enumerate(is_multi_turn) if each == kind] for kind in (True, False)}
+    if not rows[True] or not rows[False]:
+        raise UserError(
+            f"multi_turn_share needs single- and multi-turn pairs, found {len(rows[False])} and "
+            f"{len(rows[True])}; remove it"
+        )
+    total = min(len(rows[True]) / multi_turn_share, len(rows[False]) / (1 - multi_turn_share))
+    wanted = {True: round(total * multi_turn_share), False: round(total * (1 - multi_turn_share))}
+    random = Random(seed)
+    return pairs.select(sorted(row for kind in rows for row in random.sample(rows[kind], wanted[kind])))
+
+
+def tokenize_pairs(
+    pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, max_too_long_share: float
+) -> Dataset:
+    """The pairs with `chosen_ids` and `rejected_ids`: whole conversations as a policy's prompt and answer are scored.
+
+    `length` is that of the longer one, by which `train_sampling_strategy: group_by_length` makes batches.
+    Pairs of which a side has more than `max_length` tokens are dropped and counted, by turns; never cut.
+    """
+
+    def render(row: dict[str, object]) -> dict[str, object]:
+        ids = {
+            f"{side}_ids": tokenizer.apply_chat_template([*row["prompt"], *row[side]], return_dict=True)["input_ids"]
+            for side in ("chosen", "rejected")
+        }
+        return ids | {"length": max(map(len, ids.values()))}
+
+    rendered = pairs.map(render)
+    kept = rendered.filter(lambda length: length <= max_length, input_columns="length")
+    if len(kept) == len(rendered):
+        return kept
+    all_turns, kept_turns = Counter(rendered["num_turns"]), Counter(kept["num_turns"])
+    by_turns = ", ".join(
+        f"{all_turns[turns] - kept_turns[turns]} of {all_turns[turns]} with {turns} user turns"
+        for turns in sorted(all_turns)
+    )
+    found = (
+        f"{len(rendered) - len(kept)} of {len(rendered)} pairs are longer than max_length {max_length} ({by_turns})"
+    )
+    if len(kept) == 0 or len(rendered) - len(kept) > max_too_long_share * len(rendered):
+        raise UserError(f"{found}; raise max_length, or allow a larger share with max_too_long_share")
+    logger.warning("dropped: %s", found)
+    return kept
+
+
+def check_enough(prompts: Dataset, num_needed: int, needed: str) -> None:
+    """Refuses fewer prompts than one step takes.
+
+    Args:
+        needed: `num_needed` in words.
+    """
+    if len(prompts) < num_needed:
+        raise UserError(
+            f"{len(prompts)} prompts are fewer than {needed}, and TRL leaves out steps that are not full; lower it, "
+            "or give more prompts"
+        )

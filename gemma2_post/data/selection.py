@@ -1,0 +1,86 @@
+"""From a teacher's answers to rows of a data set: which answers are kept, and why others are dropped."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+
+from gemma2_post.data.duplicates import find_duplicates
+from gemma2_post.data.rows import Message, is_valid
+
+
+@dataclass
+class Candidate:
+    """An answer with its prompt, on its way into the data set."""
+
+    row: int
+    messages: list[Message]
+    columns: dict[str, object]
+    sample: int
+    finish_reason: str
+    reward: float | None = None
+
+
+def candidates_of(prompts: Dataset, answers: dict[tuple[int, int], dict]) -> list[Candidate]:
+    """All answers, in the order of their prompts."""
+    rows = prompts.to_list()
+    return [
+        Candidate(
+            row,
+            [*rows[row]["prompt"], {"role": "assistant", "content": answer["text"]}],
+            {column: value for column, value in rows[row].items() if column != "prompt"},
+            sample,
+            answer["finish_reason"],
+        )
+        for (row, sample), answer in sorted(answers.items())
+    ]
+
+
+def select(
+    candidates: list[Candidate], rewards_of: Callable[[list[Candidate]], list[float]] | None
+) -> tuple[list[Candidate], dict[str, int]]:
+    """What is kept, and how many were dropped for which reason, in this order.
+
+    Refused: the endpoint would not answer. Unfinished: it did not end by itself. Invalid: empty, or with a control
+    token. Not the best: another answer to the same prompt has a higher reward. Duplicates: see `find_duplicates`.
+
+    Args:
+        rewards_of: the reward of each candidate; None to keep all answers to a prompt.
+    """
+    dropped: dict[str, int] = {}
+
+    def keep(candidates: list[Candidate], reason: str, wanted: list[bool]) -> list[Candidate]:
+        dropped[f"dropped_{reason}"] = wanted.count(False)
+        return [candidate for candidate, is_wanted in zip(candidates, wanted, strict=True) if is_wanted]
+
+    kept = keep(candidates, "refused", [candidate.finish_reason != "refused" for candidate in candidates])
+    kept = keep(kept, "unfinished", [candidate.finish_reason == "stop" for candidate in kept])
+    kept = keep(kept, "invalid", [is_valid(candidate.messages) for candidate in kept])
+    if rewards_of and kept:
+        best: dict[int, Candidate] = {}
+        for candidate, reward in zip(kept, rewards_of(kept), strict=True):
+            candidate.reward = reward
+            if candidate.row not in best or reward > best[candidate.row].reward:
+                best[candidate.row] = candidate
+        kept = keep(kept, "not_best", [best[candidate.row] is candidate for candidate in kept])
+    texts = [[message["content"] for message in candidate.messages] for candidate in kept]
+    duplicates = find_duplicates([("\n".join(history), question, answer) for *history, question, answer in texts])
+    dropped["dropped_exact_duplicate"] = duplicates.count("exact")
+    dropped["dropped_near_duplicate"] = duplicates.count("near")
+    return [candidate for candidate, duplicate in zip(kept, duplicates, strict=True) if not duplicate], dropped
+
+
+def write_rows(path: Path, candidates: list[Candidate], teacher: dict[str, object]) -> None:
+    """A data set for `sft`: `messages`, the columns, and in `teacher` who wrote the answer, and how."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        for candidate in candidates:
+            written_by = teacher | {"sample": candidate.sample}
+            if candidate.reward is not None:
+                written_by["reward"] = candidate.reward
+            row = {"messages": candidate.messages, **candidate.columns, "teacher": written_by}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)

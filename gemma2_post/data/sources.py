@@ -1,0 +1,214 @@
+"""Data sets from the Hub, from local files and from Python functions, mixed; every row checked.
+
+Every row of every source is checked before a model is loaded. An error names the source, the row and what was found.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from datasets import Dataset, IterableDataset, concatenate_datasets, disable_caching, load_dataset
+
+from gemma2_post.data.functions import is_function, load_function
+from gemma2_post.data.keys import Source
+from gemma2_post.data.pairs import to_pair
+from gemma2_post.data.rows import (
+    FORMATS,
+    PROMPT_FORMATS,
+    QUESTION_FORMATS,
+    Message,
+    checked,
+    read_conversation,
+    read_prompt,
+    read_questions,
+)
+from gemma2_post.stage.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def load_conversations(
+    sources: list[Source], max_invalid_share: float, seed: int, columns: list[str] | None = None
+) -> Dataset:
+    """The mixture as one data set: `messages`, and those of `columns` that the sources have.
+
+    Raises:
+        UserError: a source that cannot be read, with columns of no known format, empty, or with invalid rows.
+    """
+    read = partial(checked, parse=read_conversation, empty={"messages": [], "had_system": False})
+    return load_mixture(sources, max_invalid_share, seed, columns or [], read, FORMATS)
+
+
+def load_prompts(
+    sources: list[Source], max_invalid_share: float, seed: int, columns: list[str] | None = None
+) -> Dataset:
+    """As `load_conversations`, but `prompt` in place of `messages`: the model's last turn, where there is one, is
+    dropped, and the user's turn before it is the last."""
+    read = partial(checked, parse=read_prompt, empty={"prompt": [], "had_system": False})
+    return load_mixture(sources, max_invalid_share, seed, columns or [], read, PROMPT_FORMATS)
+
+
+def load_questions(
+    sources: list[Source], max_invalid_share: float, seed: int, columns: list[str] | None = None
+) -> Dataset:
+    """As `load_prompts`, with `later`: what the user goes on to say, turn by turn (MT-Bench's `turns`)."""
+    read = partial(checked, parse=read_questions, empty={"prompt": [], "later": [], "had_system": False})
+    return load_mixture(sources, max_invalid_share, seed, columns or [], read, QUESTION_FORMATS)
+
+
+def load_mixture(
+    sources: list[Source],
+    max_invalid_share: float,
+    seed: int,
+    columns: list[str],
+    read: Callable[[dict[str, object]], dict[str, object]],
+    formats: list[set[str]],
+) -> Dataset:
+    # datasets keys its cache by the function it is given, not by what that calls: after a change of the checks or of
+    # the chat format it would hand out what the old ones made.
+    disable_caching()
+    loaded = [_load_source(source, max_invalid_share, columns, read, formats) for source in sources]
+    for column in columns:
+        if not any(column in dataset.column_names for dataset in loaded):
+            raise UserError(f"columns: no source has {column}; correct it or remove it")
+    weights = [source.weight for source in sources]
+    if any(weight is not None for weight in weights):
+        if not all(weight is not None and weight > 0 for weight in weights):
+            raise UserError("datasets: give a weight above 0 to every source or to none")
+        # The largest mixture in these proportions in which no row is used twice.
+        total = min(len(dataset) / weight for dataset, weight in zip(loaded, weights, strict=True))
+        loaded = [
+            dataset.shuffle(seed=seed).select(range(max(1, round(total * weight))))
+            for dataset, weight in zip(loaded, weights, strict=True)
+        ]
+    try:
+        return concatenate_datasets(loaded)
+    except ValueError as error:
+        raise UserError(f"datasets: the sources do not fit together ({error})") from error
+
+
+def _load_source(
+    source: Source,
+    max_invalid_share: float,
+    columns: list[str],
+    read: Callable[[dict[str, object]], dict[str, object]],
+    formats: list[set[str]],
+) -> Dataset:
+    place = f"{source.path}"
+    dataset = _read(source)
+    if len(dataset) == 0:
+        raise UserError(f"{place} ({source.split}): there are no rows; check the split, or the file")
+    _check_format(place, dataset.column_names, formats)
+    dataset = dataset.map(read, remove_columns=[c for c in dataset.column_names if c not in columns])
+    problems = [(row, problem) for row, problem in enumerate(dataset["problem"]) if problem]
+    if problems:
+        row, problem = problems[0]
+        found = f"row {row}: {problem}" + (
+            f" ({len(problems)} of {len(dataset)} rows are invalid)" if problems[1:] else ""
+        )
+        if len(problems) > max_invalid_share * len(dataset) or len(problems) == len(dataset):
+            raise UserError(f"{place}: {found}; mend the data, or allow a share of such rows with max_invalid_share")
+        logger.warning("%s: dropped invalid rows; the first one is %s", place, found)
+        dataset = dataset.filter(lambda problem: not problem, input_columns="problem")
+    num_system = sum(dataset["had_system"])
+    if num_system:
+        logger.warning("%s: a system message was put in front of the first user turn in %d rows", place, num_system)
+    return dataset.remove_columns(["problem", "had_system"])
+
+
+def _check_format(place: str, columns: list[str], formats: list[set[str]]) -> None:
+    if not any(needed <= set(columns) for needed in formats):
+        known = " | ".join(" + ".join(sorted(needed)) for needed in formats)
+        raise UserError(f"{place}: the columns {', '.join(columns)} are of no known format; expected {known}")
+
+
+def check_sources(sources: list[Source], columns: list[str], formats: list[set[str]]) -> None:
+    """Refuses functions and files that are not there, and files whose first row is not what is expected.
+
+    What is on the Hub is left alone, and so are the other rows.
+    """
+    for source in sources:
+        if is_function(source.path):
+            load_function(source.path)
+        elif Path(source.path).exists() or Path(source.path).suffix in _FILE_FORMATS:
+            found = list(next(iter(_read(source, streaming=True))))
+            _check_format(f"{source.path}", found, formats)
+            missing = [column for column in columns if column not in found]
+            if missing and len(sources) == 1:
+                raise UserError(f"columns: no source has {missing[0]}; correct it or remove it")
+
+
+def _read(source: Source, streaming: bool = False) -> Dataset | IterableDataset:
+    if is_function(source.path):
+        return Dataset.from_list(load_function(source.path)(source.split))
+    suffix = Path(source.path).suffix
+    if suffix in _FILE_FORMATS:
+        if not Path(source.path).is_file():
+            raise UserError(f"{source.path}: there is no such file; paths start where the command is run")
+        if Path(source.path).stat().st_size == 0:
+            raise UserError(f"{source.path}: the file is empty")
+        try:
+            return load_dataset(_FILE_FORMATS[suffix], data_files=source.path, split=source.split, streaming=streaming)
+        except Exception as error:  # datasets wraps whatever its readers raise, down to Arrow's own errors
+            raise UserError(
+                f"{source.path}: not readable as {suffix[1:]} with the same columns in each row and split "
+                f"{source.split} ({' '.join(str(error.__cause__ or error).split())[:200]}); mend the file or the split"
+            ) from error
+    if Path(source.path).exists():
+        raise UserError(f"{source.path}: expected .json, .jsonl or .parquet, module:function, or a Hub data set")
+    try:
+        return load_dataset(source.path, source.name, split=source.split, revision=source.revision)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{source.path}: cannot get this data set ({' '.join(str(error).split())[:200]}); check its name "
+            "and split, your login (`hf auth login`) and the network, or give a local file"
+        ) from error
+
+
+def load_documents(sources: list[Source], max_invalid_share: float, seed: int) -> list[str | list[Message]]:
+    """Texts as they are, from a column `text` that is no ChatML; conversations, from all else.
+
+    Raises:
+        UserError: see `load_conversations`; a row without a text.
+    """
+    documents: list[str | list[Message]] = []
+    for source in sources:
+        dataset = _read(source)
+        texts = dataset["text"] if "text" in dataset.column_names else []
+        if not len(texts) or any("<|im_start|>" in (text or "") for text in texts):
+            documents += load_conversations([source], max_invalid_share, seed)["messages"]
+            continue
+        for row, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise UserError(f"{source.path}: row {row}: text is {text!r}, not a text; mend the data")
+        documents += texts
+    return documents
+
+
+def load_preferences(
+    sources: list[Source],
+    max_invalid_share: float,
+    seed: int,
+    columns: list[str] | None = None,
+    score_margin: float = 0.0,
+) -> Dataset:
+    """The mixture as one data set of pairs: the columns of `to_pair`, `num_turns`, and those of `columns`.
+
+    Ties, by equal scores, say nothing about which answer is better; they are dropped and counted.
+    """
+    read = partial(
+        checked,
+        parse=partial(to_pair, score_margin=score_margin),
+        empty={"prompt": [], "chosen": [], "rejected": [], "margin": 0.0, "is_tie": False, "had_system": False},
+    )
+    pairs = load_mixture(sources, max_invalid_share, seed, columns or [], read, FORMATS)
+    kept = pairs.filter(lambda is_tie: not is_tie, input_columns="is_tie")
+    if len(kept) == 0:
+        raise UserError(f"datasets: all {len(pairs)} pairs are ties (equal scores); give pairs that differ")
+    if len(kept) < len(pairs):
+        logger.warning("dropped %d of %d pairs as ties (equal scores)", len(pairs) - len(kept), len(pairs))
+    kept = kept.remove_columns("is_tie")
+    return kept.add_column("num_turns", [(len(prompt) + 1) // 2 for prompt in kept["prompt"]])

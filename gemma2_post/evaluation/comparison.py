@@ -1,0 +1,241 @@
+"""Models side by side: all answer the same prompts, and each is held against one of them, the baseline."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from statistics import mean
+from typing import TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from gemma2_post.data.preparation import drop_long_prompts
+from gemma2_post.data.rows import Message
+from gemma2_post.data.sources import load_documents, load_prompts
+from gemma2_post.evaluation import benchmarks, endpoint
+from gemma2_post.evaluation.judge import Judge, ask_endpoint, ask_model, check_most
+from gemma2_post.evaluation.keys import BenchmarkArguments, CorpusArguments, JudgeArguments
+from gemma2_post.evaluation.measure import Answered, Measurement, load, summarize
+from gemma2_post.evaluation.memorisation import CONTINUATION, PREFIX, memorised, windows
+from gemma2_post.evaluation.pairs import wilson_interval
+from gemma2_post.evaluation.samples import distinctness, sample_answers
+from gemma2_post.evaluation.winrate import win_rate, wins_by
+from gemma2_post.models.loading import load_config
+from gemma2_post.models.tokenizer import load_tokenizer, render
+from gemma2_post.stage import contract
+from gemma2_post.stage.errors import UserError
+
+T = TypeVar("T")
+Measures = dict[str, dict[str, float]]
+"""By model: what is measured of it."""
+
+
+@dataclass
+class Comparison:
+    """What has been measured of models so far."""
+
+    measurement: Measurement
+    names: dict[Path, str]
+    """The models by their paths."""
+    baseline: str
+    progress: Path
+    """Folder of what an interrupted run has measured."""
+    answered: dict[str, Answered] = field(default_factory=dict)
+
+    def answer(self) -> None:
+        """Lets every model answer; all else is measured on that."""
+        by_path = self.measurement.answer(list(self.names), self.progress / "answers.jsonl")
+        self.answered = {name: by_path[path] for path, name in self.names.items()}
+
+    def by_answers(self) -> Measures:
+        """What can be counted in the answers, what they are rewarded and graded with, and how often that wins."""
+        self.measurement.load_reward_model()
+        values = {name: self.measurement.values(each) for name, each in self.answered.items()}
+        self.measurement.unload_reward_model()
+        found = {}
+        for name, each in self.answered.items():
+            found[name] = summarize(values[name]) | by_turns(values[name], each.prompts) | distinctness(each.answers)
+            for judge in ["reward", *self.measurement.graders]:
+                key = f"win_rate_vs_{self.baseline}" if judge == "reward" else f"{judge}_win_rate_vs_{self.baseline}"
+                wins = wins_by(values[name][judge], values[self.baseline][judge])
+                found[name] |= versus(key, wins, each.lengths, self.answered[self.baseline].lengths)
+        return found
+
+    def by_judge(self, judge: Judge | None) -> Measures:
+        """What the judge says about each model's answers beside the baseline's."""
+        if judge is None:
+            return {}
+        prompts, key = list(self.measurement.rows["prompt"]), f"judge_win_rate_vs_{self.baseline}"
+        texts = {
+            name: [said(each, i, prompt) for i, prompt in enumerate(prompts)] for name, each in self.answered.items()
+        }
+        found = {}
+        for name in [each for each in texts if each != self.baseline]:
+            judged = judge.compare(prompts, texts[name], texts[self.baseline])
+            check_most(judged, judge.replies)
+            rows = [i for i, win in enumerate(judged.wins) if win is not None]
+            lengths, others = ([self.answered[each].lengths[i] for i in rows] for each in (name, self.baseline))
+            found[name] = versus(key, [win for win in judged.wins if win is not None], lengths, others) | {
+                f"{key}/disagreement": judged.disagreement,
+                f"{key}/missing": len(judged.wins) - len(rows),
+            }
+        return found
+
+    def safety(self, judge: Judge | None, prompts: list[list[Message]]) -> Measures:
+        """The share of answers that are violations, with its 95 % interval (Wilson), and how many are undecided."""
+        if judge is None or not prompts:
+            return {}
+
+        def answer(path: Path) -> list[str]:
+            answers = sample_answers(
+                load(path, self.measurement.accelerator.device),
+                self.measurement.tokenizer,
+                prompts,
+                self.measurement.args.max_completion_length,
+                batch_size=self.measurement.args.batch_size,
+                seed=self.measurement.args.seed,
+            )
+            return [each.text for each in answers]
+
+        found = {}
+        for name, answers in self._each(answer, "safety.jsonl").items():
+            verdicts = judge.violations(prompts, answers)
+            judged = [each for each in verdicts if each is not None]
+            if not judged:
+                raise UserError("the judge gave no verdict on the safety of any answer; choose a stronger one")
+            low, high = wilson_interval(mean(judged), len(judged))
+            found[name] = {
+                "violations": mean(judged),
+                "violations/low": low,
+                "violations/high": high,
+                "violations/missing": len(verdicts) - len(judged),
+            }
+        return found
+
+    def memorization(self, corpus: list[list[int]] | None) -> Measures:
+        """How much of the corpus each model continues word for word."""
+        if not corpus:
+            return {}
+
+        def measure_one(path: Path) -> dict[str, float]:
+            model = load(path, self.measurement.accelerator.device)
+            return memorised(model, corpus, self.measurement.args.batch_size).metrics()
+
+        return self._each(measure_one, "memorisation.jsonl")
+
+    def benchmarks(self, args: BenchmarkArguments) -> Measures:
+        """The numbers of academic benchmarks; the base model is asked without the chat format."""
+        if not args.benchmarks:
+            return {}
+        tasks = args.benchmarks
+
+        def measure_one(path: Path) -> dict[str, float]:
+            return benchmarks.run(
+                load(path, self.measurement.accelerator.device),
+                self.measurement.tokenizer,
+                tasks,
+                args.benchmark_folder,
+                args.benchmark_limit,
+                args.benchmark_batch_size,
+                chats=self.names[path] != BASE,
+            )
+
+        return self._each(measure_one, "benchmarks.jsonl")
+
+    def _each(self, measure_one: Callable[[Path], T], file: str) -> dict[str, T]:
+        """Model by model, each appended to a file; those of an interrupted run are read from it."""
+        found = {record["model"]: record["measured"] for record in contract.read_lines(self.progress / file)}
+        for path, name in self.names.items():
+            if name not in found:
+                found[name] = measure_one(path)
+                with open(self.progress / file, "a", encoding="utf-8") as lines:
+                    lines.write(json.dumps({"model": name, "measured": found[name]}) + "\n")
+        return found
+
+    def write_answers(self, path: Path) -> None:
+        """Every prompt with the answers of all models, a line each."""
+        rows = [
+            {"prompt": prompt, "answers": {name: said(each, i, prompt) for name, each in self.answered.items()}}
+            for i, prompt in enumerate(self.measurement.rows["prompt"])
+        ]
+        contract.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+BASE = "base"
+"""The name of the model that everything started as."""
+
+
+def said(answered: Answered, i: int, prompt: list[Message]) -> str:
+    """What a model has said to a prompt, and, where that went on, to what followed."""
+    further = answered.prompts[i][len(prompt) :]
+    texts = [turn["content"] if turn["role"] == "assistant" else f"> {turn['content']}" for turn in further]
+    return "\n\n".join([*texts, answered.answers[i].text])
+
+
+def by_turns(values: dict[str, list[float]], prompts: list[list[Message]]) -> dict[str, float]:
+    """Each measure's mean by the number of the user's turns: `reward/turns-2`."""
+    turns = [sum(turn["role"] == "user" for turn in prompt) for prompt in prompts]
+    return {
+        f"{name}/turns-{number}": mean(value for value, of in zip(each, turns, strict=True) if of == number)
+        for name, each in values.items()
+        for number in sorted(set(turns))
+    }
+
+
+def versus(key: str, wins: list[float], lengths: list[int], other_lengths: list[int]) -> dict[str, float]:
+    """The win rate under `key`, its 95 % interval, and what it would be at equal lengths, if that can be said."""
+    found = win_rate(wins, lengths, other_lengths)
+    measured = {key: found.rate, f"{key}/low": found.low, f"{key}/high": found.high}
+    controlled = found.length_controlled
+    return measured if controlled is None else measured | {f"{key}/length_controlled": controlled}
+
+
+# --- what the models are measured with ---
+
+
+def load_judge(args: JudgeArguments, replies: Path) -> Judge | None:
+    """The judge that the recipe names, an endpoint asked once whether it is there.
+
+    Args:
+        replies: file of its replies; outside of the output, because a changed recipe makes that again.
+    """
+    if not args.judge:
+        return None
+    if args.judge_endpoint:
+        client = endpoint.connect(args.judge_endpoint, args.endpoint, retries=endpoint.JUDGE_RETRIES)
+        endpoint.check(client)
+        ask = ask_endpoint(client, args.judge, args.judge_max_tokens, args.endpoint.concurrency)
+        return Judge(ask, f"{args.judge_endpoint} {args.judge} {args.judge_max_tokens}", replies)
+    tokenizer = load_tokenizer(args.judge, load_config(args.judge))
+    # Loaded when it is asked: the models that it judges have answered then.
+    loaded = cache(partial(load, Path(args.judge)))
+    digest = contract.input_digest(args.judge) or args.judge
+    return Judge(ask_model(loaded, tokenizer, args.judge_max_tokens), f"{digest} {args.judge_max_tokens}", replies)
+
+
+def load_safety_prompts(args: JudgeArguments, measurement: Measurement) -> list[list[Message]]:
+    """The prompts of `safety_datasets`; one that is too long is an error."""
+    if not args.safety_datasets:
+        return []
+    rows = load_prompts(args.safety_datasets, 0.0, measurement.args.seed)
+    rows = drop_long_prompts(rows, measurement.tokenizer, measurement.longest, max_too_long_share=0.0)
+    return list(rows["prompt"])
+
+
+def load_corpus(
+    args: CorpusArguments, tokenizer: PreTrainedTokenizerBase, max_invalid_share: float, seed: int
+) -> list[list[int]] | None:
+    """The stretches of the corpus that are tried, in tokens; conversations in the format in which SFT reads them."""
+    if not args.corpus:
+        return None
+    documents = [
+        tokenizer(document, add_special_tokens=False)["input_ids"]
+        if isinstance(document, str)
+        else render(tokenizer, document)["input_ids"][1:]  # without <bos>
+        for document in load_documents(args.corpus, max_invalid_share, seed)
+    ]
+    found = windows(documents, args.num_memorised, seed)
+    if not found:
+        raise UserError(f"corpus has no text of {PREFIX + CONTINUATION} tokens; give longer ones")
+    return found

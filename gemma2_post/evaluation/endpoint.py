@@ -1,0 +1,124 @@
+"""Answers from an OpenAI-compatible endpoint: a vLLM server of one's own, or a provider's."""
+
+import json
+import os
+from urllib.parse import urlsplit
+
+from openai import APIConnectionError, APIStatusError, APITimeoutError, OpenAI
+
+from gemma2_post.evaluation.keys import EndpointArguments
+from gemma2_post.stage.errors import UserError
+
+Message = dict[str, str]
+
+_THIS_REQUEST_ONLY = {400, 413, 422}
+"""Status codes by which servers turn down one request: too long, against their rules."""
+
+
+class RefusedError(Exception):
+    """The endpoint does not answer this one request, however often it is asked (too long, or against its rules)."""
+
+
+JUDGE_RETRIES = 10
+"""Additional attempts to ask a judge."""
+
+
+def connect(endpoint: str, args: EndpointArguments, retries: int) -> OpenAI:
+    """A client that tries again, with exponential back-off up to 8 s, what failed, timed out or was limited.
+
+    Args:
+        endpoint: the base URL, for example http://localhost:8000/v1.
+        retries: additional attempts after the first one.
+
+    Raises:
+        UserError: the URL is none, or would put a secret into a file; there is no key where one is needed.
+    """
+    api_key_variable = args.api_key_variable
+    parts = urlsplit(endpoint)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"endpoint is {endpoint!r}; write a base URL such as http://localhost:8000/v1")
+    if parts.username or parts.password or parts.query:
+        raise UserError(
+            "endpoint holds a user, a password or a query, which would be written beside the data; put the "
+            "key into an environment variable and name that in api_key_variable"
+        )
+    key = os.environ.get(api_key_variable, "").strip() if api_key_variable else "none"
+    if not key or not key.isascii():
+        raise UserError(
+            f"api_key_variable is {api_key_variable}, but that environment variable holds no key; set it, or "
+            "remove api_key_variable for a server that needs none"
+        )
+    return OpenAI(base_url=endpoint, api_key=key, timeout=args.endpoint_timeout, max_retries=retries)
+
+
+def check(client: OpenAI) -> None:
+    """Refuses an endpoint that is not there or does not take the key, before there is work to lose; one that does not
+    list its models may still answer.
+
+    Raises:
+        UserError: it cannot be used as it is.
+    """
+    try:
+        client.with_options(max_retries=2).models.with_raw_response.list()
+    except APIConnectionError as error:
+        reason = _without_key(client, error.__cause__ or error)
+        raise UserError(f"{client.base_url} cannot be reached ({reason}); check that a server runs there") from error
+    except APIStatusError as error:
+        if error.status_code in (401, 403):
+            raise UserError(
+                f"{client.base_url} refused with status {error.status_code} "
+                f"({_without_key(client, error.message)}); check the key in api_key_variable's environment variable"
+            ) from error
+
+
+def answer(
+    client: OpenAI, place: str, model: str, messages: list[Message], temperature: float, max_tokens: int, seed: int
+) -> tuple[str, str, int]:
+    """The answer's text, why it ended ("stop" if by itself), and its length in tokens as the endpoint counts them.
+
+    Args:
+        place: what an error names first, for example the recipe and the prompt's row.
+
+    Raises:
+        RefusedError: this request cannot be answered; the next one may be.
+        UserError: the endpoint cannot be used as it is.
+    """
+    url = client.base_url
+    try:
+        response = client.chat.completions.with_raw_response.create(
+            model=model, messages=messages, temperature=temperature, top_p=1.0, max_tokens=max_tokens, seed=seed
+        )
+    except APITimeoutError as error:
+        raise UserError(
+            f"{place}: {url} did not answer within {client.timeout:g} s, {client.max_retries + 1} times; raise "
+            "endpoint_timeout, or lower concurrency"
+        ) from error
+    except APIConnectionError as error:
+        reason = _without_key(client, error.__cause__ or error)
+        raise UserError(
+            f"{place}: {url} cannot be reached ({reason}); check endpoint, and that a server runs there"
+        ) from error
+    except APIStatusError as error:
+        reason = f"{url} refused with status {error.status_code} ({_without_key(client, error.message)})"
+        if error.status_code in _THIS_REQUEST_ONLY:
+            raise RefusedError(reason) from error
+        raise UserError(
+            f"{place}: {reason}; check the endpoint, the model's name, and the key in the environment variable of "
+            "api_key_variable"
+        ) from error
+    try:
+        body = json.loads(response.text)
+        choice = body["choices"][0]
+        num_tokens = (body.get("usage") or {}).get("completion_tokens") or 0
+        text = choice["message"]["content"] or ""
+        return text.strip(), choice["finish_reason"], int(num_tokens)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        found = _without_key(client, response.text)
+        raise UserError(
+            f"{place}: {url} answered what is no chat completion ({found!r}); check that endpoint is the base URL of "
+            "an OpenAI-compatible server (it usually ends in /v1)"
+        ) from error
+
+
+def _without_key(client: OpenAI, text: object) -> str:
+    return " ".join(str(text).replace(client.api_key, "(the key)").split())[:150]

@@ -1,0 +1,211 @@
+"""The keys of recipes that say how answers are sampled, rewarded, graded and measured."""
+
+from dataclasses import dataclass
+
+from gemma2_post.data.keys import DataArguments, Source
+from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.paths import FilePath, FunctionPath, ModelPath
+from gemma2_post.stage.recipe import key, part
+
+MEASURES = {"kl_to_init", "reward", "stop_rate", "mean_tokens"}
+"""What is measured of each model in addition to its grades."""
+
+
+@dataclass
+class SampleArguments:
+    """Held-out answers that a stage samples and grades."""
+
+    graders: list[FunctionPath] | None = key(
+        None, "Functions module:function that grade sampled answers, called as TRL calls reward functions."
+    )
+    headline: str | None = key(
+        None, "The metric shown first in tables and reports; without it, the first grader.", has_effect=False
+    )
+    group_by: str | None = key(None, "Column by which the grades are also broken down.")
+    num_samples: int = key(64, "Held-out prompts answered before and after; 0 for none.")
+
+    @property
+    def grader_names(self) -> list[str]:
+        """The names of the graders' metrics."""
+        return [path.rpartition(":")[2] for path in self.graders or []]
+
+    @property
+    def headline_grader(self) -> str | None:
+        """The metric that the recipe calls its headline, or its first grader."""
+        return self.headline or next(iter(self.grader_names), None)
+
+    @property
+    def metrics(self) -> set[str]:
+        """The names of what is measured of the answers."""
+        return {"stop_rate", "mean_tokens", *self.grader_names} if self.num_samples else set()
+
+
+@dataclass
+class RewardFunctionArguments:
+    """What an answer is rewarded with."""
+
+    reward_model: ModelPath | None = key(None, "Finished output of the reward stage.")
+    normalize_rewards: bool = key(
+        True, "Rewards of the model in units of their recorded spread, with the recorded mean at 0."
+    )
+    reward_batch_size: int = key(32, "Conversations that the reward model reads at once.")
+    missing_end_penalty: float = key(
+        1.0, "Subtracted from the reward of an answer that was cut at the length limit; 0 for none."
+    )
+    length_penalty: float = key(0.0, "Subtracted from the reward for each token of an answer.")
+    reward_functions: list[FunctionPath] | None = key(
+        None, "Functions module:function, called as TRL calls them; their values are added."
+    )
+
+    def check(self) -> None:
+        """Refuses what would reward nothing, or the wrong thing."""
+        if not self.reward_model and not self.reward_functions:
+            raise UserError("nothing rewards the answers; name a reward_model, or reward_functions")
+        for name in ("missing_end_penalty", "length_penalty"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name):g}, which would be a bonus; write 0 or more")
+        if self.reward_batch_size < 1:
+            raise UserError(f"reward_batch_size is {self.reward_batch_size}; write 1 or more")
+
+    @property
+    def names(self) -> set[str]:
+        """The names of the reward functions, as TRL and metrics call them."""
+        found = {path.rpartition(":")[2] for path in self.reward_functions or []}
+        found |= {"reward_model"} if self.reward_model else set()
+        return found | {name for name in ("missing_end_penalty", "length_penalty") if getattr(self, name)}
+
+
+@dataclass
+class WatchArguments:
+    """How a policy is watched while RLHF trains it."""
+
+    watch_steps: int = key(
+        20, "Steps between measurements on held-out prompts; each one under the budget is a checkpoint."
+    )
+    kl_budget: float | None = key(
+        None, "Nats from the start, per answer; passing it ends the run at its last checkpoint under it."
+    )
+
+
+@dataclass
+class AnswerArguments:
+    """How models answer held-out prompts side by side."""
+
+    max_completion_length: int = key(512, "Longest answer, in tokens.")
+    max_prompt_length: int | None = key(
+        None, "Longer prompts are dropped; None for what the answer leaves of the model's positions."
+    )
+    batch_size: int = key(32, "Prompts answered at once.")
+    seed: int = key(0, "Seed of the sampling, and of a mixture of data sets.")
+
+
+@dataclass(kw_only=True)
+class MeasureArguments:
+    """Models that answer the same held-out prompts, and are rewarded and graded."""
+
+    answers: AnswerArguments = part(AnswerArguments)
+    data: DataArguments = part(DataArguments)
+    samples: SampleArguments = part(SampleArguments)
+    rewards: RewardFunctionArguments = part(RewardFunctionArguments)
+
+    def check(self) -> None:
+        """Refuses what cannot be measured."""
+        if self.samples.num_samples < 2 or self.answers.batch_size < 1:
+            raise UserError("num_samples must be 2 or more and batch_size 1 or more; raise them")
+        for name in self.samples.grader_names:
+            if name in MEASURES | {"judge"}:
+                raise UserError(f"graders: {name} is the name of another measure; call the function something else")
+        self.rewards.check()
+
+    @property
+    def metrics(self) -> set[str]:
+        """The names of what is measured of each model."""
+        return {*MEASURES, *self.samples.grader_names}
+
+
+@dataclass(kw_only=True)
+class ReleaseArguments:
+    """How the points of a merge are measured and one of them is released."""
+
+    measured: MeasureArguments = part(MeasureArguments)
+    runs: list[ModelPath] | None = key(
+        None, "Finished policies whose checkpoints and anchors are measured beside the points."
+    )
+    kl_budget: float | None = key(
+        None, "Nats from the start, per answer, that the released point may be away; None for any."
+    )
+
+
+@dataclass
+class EndpointArguments:
+    """How an OpenAI-compatible endpoint is asked."""
+
+    api_key_variable: str | None = key(
+        None, "Environment variable with the endpoint's key; None if it needs none.", has_effect=False
+    )
+    concurrency: int = key(8, "Requests to the endpoint at a time.", has_effect=False)
+    endpoint_timeout: float = key(120.0, "Seconds for one attempt.", has_effect=False)
+
+
+@dataclass(kw_only=True)
+class JudgeArguments:
+    """Who judges answers."""
+
+    judge: ModelPath | None = key(
+        None, "A model that judges pairs of answers: a folder, or its name at judge_endpoint."
+    )
+    judge_endpoint: str | None = key(None, "Base URL of an OpenAI-compatible server of the judge.")
+    endpoint: EndpointArguments = part(EndpointArguments)
+    judge_max_tokens: int = key(256, "Longest reply of the judge, in tokens.")
+    safety_datasets: list[Source] | None = key(None, "Prompts whose answers the judge reads for violations of safety.")
+
+    def check(self) -> None:
+        """Refuses a judge that cannot be asked."""
+        if self.safety_datasets and not self.judge:
+            raise UserError("safety_datasets has answers to judge, and there is no judge; name one")
+        if self.judge_endpoint and not self.judge:
+            raise UserError("judge_endpoint has no judge; name the model there that is to judge")
+
+
+@dataclass
+class CorpusArguments:
+    """What the models may have memorized."""
+
+    corpus: list[Source] | None = key(
+        None, "Texts or conversations; how much of them each model has memorized is measured."
+    )
+    num_memorised: int = key(1000, "Places of the corpus that are tried.")
+
+
+@dataclass
+class BenchmarkArguments:
+    """Academic benchmarks by lm-eval."""
+
+    benchmarks: list[str] | None = key(
+        None, "Tasks of lm-eval; [preset] for MMLU, GSM8K, ARC-c, HellaSwag, Winogrande."
+    )
+    benchmark_folder: FilePath | None = key(None, "Folder with more tasks as lm-eval's YAML.")
+    benchmark_limit: int | None = key(None, "Examples of each task; None for all.")
+    benchmark_batch_size: int = key(1, "Questions at once; each has its examples before it, and logits of all tokens.")
+
+
+@dataclass(kw_only=True)
+class SynthesisArguments:
+    """How a teacher writes answers."""
+
+    seed: int = key(0, "Seed of the sampling, and of the mixture.")
+    num_answers: int = key(1, "Answers sampled to each prompt.")
+    temperature: float = key(1.0, "Of sampling, without top-p (top-k: the endpoint's own); 0 is greedy.")
+    max_new_tokens: int = key(512, "Longest answer; answers that reach it are dropped.")
+    reward_model: ModelPath | FunctionPath | None = key(
+        None, "Keeps the best answer to each prompt: a reward model's folder, or module:function."
+    )
+    batch_size: int = key(16, "Prompts that a local model answers at once.")
+    max_prompt_length: int | None = key(
+        None, "Longer prompts are dropped; None for what a local model's positions allow."
+    )
+    endpoint: str | None = key(None, "Base URL of an OpenAI-compatible server of model_name_or_path.")
+    server: EndpointArguments = part(EndpointArguments)
+    endpoint_retries: int = key(
+        20, "Additional attempts, at most 8 s apart: 20 are about two and a half minutes.", has_effect=False
+    )

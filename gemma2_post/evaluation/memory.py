@@ -1,0 +1,36 @@
+"""What a stage that measures models holds in memory; pure arithmetic, see `models/cost.py`."""
+
+from gemma2_post.evaluation.keys import MeasureArguments
+from gemma2_post.models import cost
+from gemma2_post.models.cost import BF16, FP32, Compute
+from gemma2_post.stage.command import Checked, Parts
+
+
+def compute_of(checked: Checked) -> Compute:
+    """How measured models compute."""
+    on_cpu = checked.launcher.use_cpu
+    return Compute(FP32 if on_cpu else BF16, "eager", on_cpu)
+
+
+def measuring(checked: Checked, measured: MeasureArguments) -> dict[str, Parts]:
+    """One model at a time answers side by side with the start; then the reward model, alone."""
+    config, compute, answers = checked.models["init"], compute_of(checked), measured.answers
+    assert config is not None, "the planner asks only about models whose shapes it knows"
+    answer = answers.max_completion_length
+    prompt = cost.longest_prompt(checked.models.values(), answers.max_prompt_length, answer)
+    share = cost.weights(config, compute.itemsize) / (1 if compute.on_cpu else checked.num_gpus)
+    two = {"weights": share, "start": share}
+    found = {
+        "sampling": two | cost.sampling(config, answers.batch_size, prompt, answer, compute),
+        "divergence": two
+        | {
+            "activations": cost.forward(config, answers.batch_size, prompt + answer, compute),
+            "logits": cost.divergence(config, answers.batch_size, answer, compute.itemsize),
+        },
+    }
+    if scorer := checked.models.get("reward_model"):
+        found["rewards"] = {
+            "reward model": cost.weights(scorer, compute.itemsize),
+            "activations": cost.forward(scorer, measured.rewards.reward_batch_size, prompt + answer, compute),
+        }
+    return found

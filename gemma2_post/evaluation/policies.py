@@ -1,0 +1,118 @@
+"""What a reward model is measured on: the answers of policies, and held-out pairs, scored by the trained model."""
+
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from trl import ModelConfig
+
+from gemma2_post.data.functions import load_function
+from gemma2_post.data.rows import Message
+from gemma2_post.evaluation.pairs import ScoredPair, rank_correlation, rank_correlation_ceiling
+from gemma2_post.evaluation.samples import Answer, Grader, gather_rows, sample_answers, share_of
+from gemma2_post.models import reward_model
+from gemma2_post.models.loading import load_config, load_model, unsharded
+from gemma2_post.models.tokenizer import load_tokenizer, tokenizer_digest
+from gemma2_post.stage.errors import UserError
+
+
+def noise_ceiling_of(path: str, pairs: Dataset) -> float:
+    function = load_function(path)
+    try:
+        return function(pairs.to_list())
+    except KeyError as error:
+        raise UserError(f"{path} needs the column {error}; add it to columns") from error
+
+
+def check_tokenizers(policies: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses policies with another tokenizer."""
+    for path in policies:
+        policy_tokenizer = load_tokenizer(path, load_config(path))
+        if tokenizer_digest(policy_tokenizer) != tokenizer_digest(tokenizer):
+            raise UserError(
+                f"policies: {path} has another tokenizer than the reward model's base; choose models with "
+                "the same vocabulary"
+            )
+
+
+def sample_policies(
+    policies: list[str],
+    training_args: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[Message]],
+    max_new_tokens: int,
+) -> dict[str, list[Answer]]:
+    """What each policy answers to held-out prompts, by its folder's name; each process asks its share of them."""
+    mine = share_of(len(prompts), training_args.distributed_state)
+    answers = {}
+    for path in policies:
+        policy_args = ModelConfig(
+            model_name_or_path=path,
+            dtype="bfloat16" if training_args.device.type == "cuda" else "float32",
+            attn_implementation="eager",
+        )
+        with unsharded(training_args):
+            policy = load_model(policy_args, device_map={"": training_args.device})
+        sampled = sample_answers(
+            policy,
+            tokenizer,
+            [prompts[i] for i in mine],
+            max_new_tokens,
+            batch_size=training_args.per_device_eval_batch_size,
+            seed=training_args.seed,
+        )
+        answers[Path(path).name] = gather_rows(mine, sampled, len(prompts))
+    return answers
+
+
+def score_held_out(
+    trainer: Trainer,
+    held_out: Dataset,
+    to_answer: Dataset,
+    answers: dict[str, list[Answer]],
+) -> tuple[list[ScoredPair], dict[str, list[float]]]:
+    """The held-out pairs with their rewards; and those of the policies' answers, or of all answers in the pairs."""
+    tokenizer = trainer.processing_class
+    rows = [*held_out["chosen_ids"], *held_out["rejected_ids"]]
+    for each in answers.values():
+        rows += [
+            reward_model.conversation_ids(tokenizer, [*prompt, {"role": "assistant", "content": answer.text}])
+            for prompt, answer in zip(to_answer["prompt"], each, strict=True)
+        ]
+    mine = share_of(len(rows), trainer.accelerator)
+    batch_size = trainer.args.per_device_eval_batch_size
+    scores = reward_model.score_ids(trainer.model_wrapped, [rows[i] for i in mine], batch_size)
+    scores = iter(gather_rows(mine, scores, len(rows)))
+    chosen, rejected = ([next(scores) for _ in range(len(held_out))] for _ in range(2))
+    pairs = [
+        ScoredPair(better, worse, row["num_turns"], len(row["chosen_ids"]), len(row["rejected_ids"]))
+        for better, worse, row in zip(chosen, rejected, held_out, strict=True)
+    ]
+    by_policy = {name: [next(scores) for _ in each] for name, each in answers.items()}
+    return pairs, by_policy or {"pairs": [*chosen, *rejected]}
+
+
+def rank_correlations(
+    rows: Dataset, answers: dict[str, list[Answer]], rewards: dict[str, list[float]], graders: dict[str, Grader]
+) -> dict[str, float]:
+    """Spearman's, of reward and grade: over the answers of all policies, and of each; beside it what equal grades,
+    of which a good policy's answers have many, leave of a perfect 1."""
+    columns = {column: rows[column] for column in rows.column_names}
+    metrics = {}
+    for name, grader in graders.items():
+        grades = {
+            policy: grader(completions=[answer.text for answer in each], **columns) for policy, each in answers.items()
+        }
+        if grades:
+            all_grades = [grade for policy in grades for grade in grades[policy]]
+            metrics[f"{name}_rank_correlation"] = rank_correlation(
+                [reward for policy in grades for reward in rewards[policy]], all_grades
+            )
+            metrics[f"{name}_rank_correlation_ceiling"] = rank_correlation_ceiling(all_grades)
+        metrics |= {
+            f"{name}_rank_correlation/{policy}": rank_correlation(rewards[policy], grades[policy]) for policy in grades
+        }
+        metrics |= {
+            f"{name}_rank_correlation_ceiling/{policy}": rank_correlation_ceiling(grades[policy]) for policy in grades
+        }
+    return metrics

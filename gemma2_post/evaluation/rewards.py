@@ -1,0 +1,144 @@
+"""What an answer is rewarded with in RLHF, as functions that TRL calls: the reward model and what is added to it."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+
+from gemma2_post.data.functions import load_grader
+from gemma2_post.data.rows import Message
+from gemma2_post.evaluation.keys import RewardFunctionArguments
+from gemma2_post.models import reward_model
+from gemma2_post.models.tokens import STOP_TOKEN_IDS
+from gemma2_post.stage.errors import OneProcessError, UserError
+
+RewardFunction = Callable[..., list[float]]
+"""Called as TRL calls it: `prompts` and `completions` (messages), `completion_ids`, and the columns of the rows."""
+_GIVEN_BY_TRL = ["prompts", "completion_ids", "trainer_state", "log_extra", "log_metric"]
+
+
+def load_reward_functions(
+    args: RewardFunctionArguments,
+    columns: list[str],
+    score: "ModelReward | None" = None,
+    weights: list[float] | None = None,
+) -> list[RewardFunction]:
+    """The reward model, if there is one, the functions that the recipe names, and its penalties.
+
+    Args:
+        columns: of the rows.
+        weights: of the rewards; one each, where they are given.
+    """
+    given = [*_GIVEN_BY_TRL, *(column for column in columns if column != "prompt")]
+    functions: list[RewardFunction] = [score] if score else []
+    functions += [checked(path, load_grader(path, given)) for path in args.reward_functions or []]
+    if args.missing_end_penalty:
+        functions.append(missing_end(args.missing_end_penalty))
+    if args.length_penalty:
+        functions.append(length(args.length_penalty))
+    if weights and len(weights) != len(functions):
+        names = ", ".join(function.__name__ for function in functions)
+        raise UserError(
+            f"reward_weights has {len(weights)} values for {len(functions)} rewards ({names}); give one for each"
+        )
+    return functions
+
+
+def values_of(
+    functions: list[RewardFunction],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[Message]],
+    answers: list[list[int]],
+    columns: dict[str, list],
+    trainer_state: TrainerState | None = None,
+) -> dict[str, list[float]]:
+    """What training would reward answers with, by function, outside its steps.
+
+    Args:
+        answers: token ids, with the stop token of those that ended.
+        columns: of the rows, by name.
+    """
+    texts = [tokenizer.decode(token_ids, skip_special_tokens=True) for token_ids in answers]  # as TRL does
+    return {
+        function.__name__: function(
+            prompts=prompts,
+            completions=[[{"role": "assistant", "content": text}] for text in texts],
+            completion_ids=answers,
+            trainer_state=trainer_state,
+            log_extra=lambda *_: None,
+            log_metric=lambda *_: None,
+            **columns,
+        )
+        for function in functions
+    }
+
+
+class ModelReward:
+    """The reward model's score of each conversation, in right-padded batches of a bounded size.
+
+    Checked when it is made; its weights are loaded later, when there is a trainer to shard them as the policy is.
+    """
+
+    __name__ = "reward_model"
+
+    def __init__(self, args: RewardFunctionArguments, tokenizer: PreTrainedTokenizerBase):
+        self.args, self.tokenizer = args, tokenizer
+        sealed = reward_model.check(args.reward_model, tokenizer)
+        if args.normalize_rewards and not sealed["spread"] > 0:
+            raise UserError(
+                f"{args.reward_model} recorded a spread of {sealed['spread']:g}, by which nothing can be "
+                "normalised; write normalize_rewards: false, or train it again with more num_samples"
+            )
+        self.max_length: int = sealed["max_length"]
+        """Of the conversations that it was trained on, in tokens."""
+
+    def load(self, prepare: Callable[[PreTrainedModel], torch.nn.Module]) -> None:
+        self.loaded = reward_model.load(self.args.reward_model, self.tokenizer, prepare)
+
+    def __call__(self, prompts: list[list[Message]], completions: list[list[Message]], **_: object) -> list[float]:
+        conversations = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+        scores = reward_model.score(self.loaded.model, self.tokenizer, conversations, self.args.reward_batch_size)
+        if not all(map(math.isfinite, scores)):
+            raise OneProcessError(f"reward_model {self.args.reward_model} gives scores that are no numbers")
+        if self.args.normalize_rewards:
+            scores = [(score - self.loaded.mean) / self.loaded.spread for score in scores]
+        return scores
+
+
+def missing_end(penalty: float) -> RewardFunction:
+    """An answer without a stop token is not scored as if it had ended: TRL renders it as if it had."""
+
+    def missing_end_penalty(completion_ids: list[list[int]], **_: object) -> list[float]:
+        return [0.0 if ids and ids[-1] in STOP_TOKEN_IDS else -penalty for ids in completion_ids]
+
+    return missing_end_penalty
+
+
+def length(penalty: float) -> RewardFunction:
+    def length_penalty(completion_ids: list[list[int]], **_: object) -> list[float]:
+        return [-penalty * len(ids) for ids in completion_ids]
+
+    return length_penalty
+
+
+def checked(path: str, function: RewardFunction) -> RewardFunction:
+    """The function under its own name; what TRL would take for "cannot be scored" (None, NaN) is an error."""
+
+    def call(**arguments: object) -> list[float]:
+        values = function(**arguments)
+        num_answers = len(arguments["completions"])
+        if not isinstance(values, list) or len(values) != num_answers:
+            found = f"{len(values)} values" if isinstance(values, list) else f"{type(values).__name__}, not a list"
+            raise OneProcessError(
+                f"reward function {path} returned {found} for {num_answers} answers; return one each"
+            )
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise OneProcessError(
+                    f"reward function {path} returned {value!r}; return a finite number for each answer"
+                )
+        return values
+
+    call.__name__ = path.rpartition(":")[2]
+    return call

@@ -1,0 +1,150 @@
+"""A teacher's answers, from a local model or an endpoint, written down as they come, and their rewards."""
+
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from threading import Lock
+
+import torch
+from datasets import Dataset
+from openai import OpenAI
+from transformers import PreTrainedTokenizerBase
+from trl import ModelConfig
+
+from gemma2_post.data.functions import load_grader
+from gemma2_post.data.rows import Message
+from gemma2_post.data.selection import Candidate
+from gemma2_post.evaluation import endpoint
+from gemma2_post.evaluation.keys import SynthesisArguments
+from gemma2_post.evaluation.samples import sample_answers
+from gemma2_post.models import reward_model
+from gemma2_post.models.loading import load_model
+from gemma2_post.stage.errors import UserError
+
+FIRST_REFUSALS = 20
+"""So many refusals and no answer yet mean that something is wrong with the endpoint, not with the prompts."""
+
+Job = tuple[int, int]
+"""A prompt's row and the number of the answer to it."""
+
+
+def ask_model(
+    args: SynthesisArguments,
+    model_args: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[Message]],
+    answered: dict[Job, dict],
+    write: Callable[[list[dict]], None],
+) -> None:
+    """Answers of a local model, in batches of prompts of like length, the longest first: what does not fit fails soon.
+
+    A batch is always sampled whole, from its own seed: who was interrupted gets the same answers again.
+    """
+    lengths = [sum(len(message["content"]) for message in prompt) for prompt in prompts]
+    jobs = [(row, sample) for row in range(len(prompts)) for sample in range(args.num_answers)]
+    jobs.sort(key=lambda job: -lengths[job[0]])
+    batches = [jobs[start : start + args.batch_size] for start in range(0, len(jobs), args.batch_size)]
+    model = None
+    for number, batch in enumerate(batches):
+        if all(job in answered for job in batch):
+            continue
+        model = model or load_model(model_args, device_map="auto")
+        sampled = sample_answers(
+            model,
+            tokenizer,
+            [prompts[row] for row, _ in batch],
+            args.max_new_tokens,
+            args.temperature,
+            args.batch_size,
+            seed=random.Random(f"{args.seed} {number}").getrandbits(32),
+        )
+        write(
+            [
+                record(job, answer.text, "stop" if answer.stopped else "length", answer.num_tokens)
+                for job, answer in zip(batch, sampled, strict=True)
+            ]
+        )
+
+
+def ask_endpoint(
+    args: SynthesisArguments,
+    model: str,
+    client: OpenAI,
+    prompts: list[list[Message]],
+    answered: dict[Job, dict],
+    write: Callable[[list[dict]], None],
+) -> None:
+    """Answers of an endpoint, one by one as they come, also those in flight when something fails.
+
+    Each request has a seed of its own. What the endpoint refuses to answer counts as an answer that is dropped, unless
+    it refuses everything.
+    """
+    lock = Lock()
+    num_refused, has_answered = 0, any(answer["finish_reason"] != "refused" for answer in answered.values())
+
+    def ask(job: Job) -> None:
+        nonlocal num_refused, has_answered
+        row, sample = job
+        place = f"prompt in row {row} ({prompts[row][-1]['content'][:40]!r})"
+        seed = random.Random(f"{args.seed} {row} {sample}").getrandbits(31)
+        try:
+            answer = record(
+                job,
+                *endpoint.answer(
+                    client,
+                    place,
+                    model,
+                    prompts[row],
+                    args.temperature,
+                    args.max_new_tokens,
+                    seed,
+                ),
+            )
+        except endpoint.RefusedError as refusal:
+            answer = record(job, "", "refused", 0)
+            with lock:
+                num_refused += 1
+                if num_refused >= FIRST_REFUSALS and not has_answered:
+                    raise UserError(
+                        f"{place}: {refusal}, as all {num_refused} before; check endpoint and model_name_or_path"
+                    ) from refusal
+        with lock:
+            has_answered = has_answered or answer["finish_reason"] != "refused"
+            write([answer])
+
+    jobs = [(row, sample) for row in range(len(prompts)) for sample in range(args.num_answers)]
+    with ThreadPoolExecutor(args.concurrency) as pool:
+        asked = [pool.submit(ask, job) for job in jobs if job not in answered]
+        try:
+            for each in as_completed(asked):
+                each.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def record(job: Job, text: str, finish_reason: str, num_tokens: int) -> dict:
+    row, sample = job
+    return {"row": row, "sample": sample, "text": text, "finish_reason": finish_reason, "num_tokens": num_tokens}
+
+
+def load_rewards(args: SynthesisArguments, prompts: Dataset) -> Callable[[list[Candidate]], list[float]]:
+    """The reward of candidates, by a function `module:function` (as TRL's reward functions) or by a reward model."""
+    if ":" in args.reward_model:
+        columns = [column for column in prompts.column_names if column != "prompt"]
+        function = load_grader(args.reward_model, columns)
+
+        def by_function(candidates: list[Candidate]) -> list[float]:
+            values = {column: [each.columns[column] for each in candidates] for column in columns}
+            return function(completions=[each.messages[-1]["content"] for each in candidates], **values)
+
+        return by_function
+    loaded = reward_model.load(args.reward_model)
+
+    def by_model(candidates: list[Candidate]) -> list[float]:
+        # Only now, when a local teacher has left the GPU.
+        loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return reward_model.score(
+            loaded.model, loaded.tokenizer, [each.messages for each in candidates], args.batch_size
+        )
+
+    return by_model

@@ -1,0 +1,232 @@
+"""A reward model that cannot be loaded wrong: made from a language model, sealed, and checked when it is loaded."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from trl import ModelConfig, get_quantization_config
+from trl.trainer.reward_trainer import suppress_seqcls_warning
+
+from gemma2_post.models.loading import disable_cpu_repacking, load_config, load_error
+from gemma2_post.models.tokenizer import load_tokenizer, tokenizer_digest
+from gemma2_post.models.tokens import PAD
+from gemma2_post.stage import contract, digests
+from gemma2_post.stage.errors import UserError
+
+FILE = "reward_model.json"
+_ARCHITECTURE = "Gemma2ForSequenceClassification"
+_CANARY_TOLERANCE = 0.1
+"""Of the spread of the rewards: bf16 in place of fp32 moves scores by less, another head by much more."""
+
+Message = dict[str, str]
+
+
+class ScoreHead(torch.nn.Linear):
+    """The score in fp32, whatever the model computes in: from 8 on, bf16 has steps of 0.06, and rewards would tie."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return torch.nn.functional.linear(hidden_states.float(), self.weight.float())
+
+
+@dataclass
+class RewardModel:
+    model: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    mean: float
+    """Of the rewards of held-out answers, and their standard deviation: to normalise with."""
+    spread: float
+    max_length: int
+    """Of what it was trained on, in tokens; scores of longer conversations mean little."""
+
+
+def start(model_args: ModelConfig, training_args: TrainingArguments) -> PreTrainedModel:
+    """A language model with a new score head in place of its own, to be trained."""
+    quantization_config = get_quantization_config(model_args)
+    set_seed(training_args.seed)  # of the new head
+    try:
+        with suppress_seqcls_warning():
+            model = AutoModelForSequenceClassification.from_pretrained(
+                model_args.model_name_or_path,
+                revision=model_args.model_revision,
+                num_labels=1,
+                dtype=getattr(torch, model_args.dtype),
+                attn_implementation=model_args.attn_implementation,
+                quantization_config=quantization_config,
+                device_map={"": training_args.device} if quantization_config else None,
+            )
+    except OSError as error:
+        raise load_error(model_args.model_name_or_path, error) from error
+    disable_cpu_repacking(model)
+    _score_in_fp32(model)
+    if not training_args.deepspeed_plugin:  # which keeps fp32 masters itself
+        model.score.float()
+    return model
+
+
+def _score_in_fp32(model: PreTrainedModel) -> None:
+    # In place: a new module would not be sharded, nor be the one that PEFT finds.
+    model.score.__class__ = ScoreHead
+
+
+def mean_and_spread(rewards: Iterable[list[float]]) -> tuple[float, float]:
+    """Mean and standard deviation of all rewards, to normalize with."""
+    values = numpy.array([reward for each in rewards for reward in each])
+    return float(values.mean()), float(values.std())
+
+
+def seal(
+    output_dir: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[list[Message]],
+    mean: float,
+    spread: float,
+    max_length: int,
+) -> None:
+    """Writes beside saved weights what `load` checks: above all, what a fresh load of them scores.
+
+    Args:
+        conversations: the canary; a few, each ending with the model's turn.
+    """
+    unset_hf_deepspeed_config()  # else ZeRO-3 would shard this model, too
+    model = AutoModelForSequenceClassification.from_pretrained(
+        output_dir, dtype=torch.float32, attn_implementation="eager"
+    )
+    _score_in_fp32(model)
+    scores = [score(model, tokenizer, [conversation])[0] for conversation in conversations]
+    contract.write_json(
+        output_dir / FILE,
+        {
+            "canary": [
+                {"messages": messages, "score": value} for messages, value in zip(conversations, scores, strict=True)
+            ],
+            "mean": mean,
+            "spread": spread,
+            "max_length": max_length,
+            **_digests(tokenizer),
+        },
+    )
+
+
+def check(path: str, policy_tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, object]:
+    """What was sealed with a reward model, after what can be checked without its weights.
+
+    Raises:
+        UserError: a causal model, an adapter, a model that the reward stage did not finish, another tokenizer, ...
+    """
+    config = load_config(path)
+    sealed = contract.read_json(Path(path) / FILE)
+    if config.architectures != [_ARCHITECTURE]:
+        raise UserError(
+            f"{path} is {', '.join(config.architectures or ['of no kind'])}, not a reward model; name the "
+            "output of the reward stage"
+        )
+    if sealed is None:
+        raise UserError(
+            f"{path} has no {FILE}, so nothing says that its score head was trained; name the output of the "
+            "reward stage"
+        )
+    for what, digest in _digests(policy_tokenizer or load_tokenizer(path, config)).items():
+        if sealed[what] != digest:
+            raise UserError(
+                f"{path} was trained with another {what.partition('_')[0]} than the policy's (or than this "
+                "version's); train the reward model again"
+            )
+    return sealed
+
+
+def load(
+    path: str,
+    policy_tokenizer: PreTrainedTokenizerBase | None = None,
+    prepare: Callable[[PreTrainedModel], torch.nn.Module] = lambda model: model,
+) -> RewardModel:
+    """The finished output of the reward stage, on the CPU; bf16 where there is a GPU for it, else fp32.
+
+    Args:
+        policy_tokenizer: whose conversations will be scored; it must be the reward model's own.
+        prepare: moves or shards the loaded model, before its canary is scored.
+
+    Raises:
+        UserError: what `check` refuses; weights that are missing; a canary that does not reproduce.
+    """
+    sealed = check(path, policy_tokenizer)
+    tokenizer = policy_tokenizer or load_tokenizer(path, load_config(path))
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+            attn_implementation="eager",
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise load_error(path, error) from error
+    except (RuntimeError, SafetensorError) as error:  # shapes of another config, half a file
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} cannot be loaded ({reason}); train the reward model again") from error
+    if info["missing_keys"] or model.config.num_labels != 1 or model.config.pad_token_id != PAD:
+        raise UserError(
+            f"{path} lacks {', '.join(sorted(info['missing_keys'])) or 'nothing'}, has "
+            f"{model.config.num_labels} labels and pad id {model.config.pad_token_id}; train the reward model again"
+        )
+    _score_in_fp32(model)
+    model.score.float()
+    model = prepare(model)
+    for canary in sealed["canary"]:
+        (found,) = score(model, tokenizer, [canary["messages"]])
+        tolerance = max(_CANARY_TOLERANCE * sealed["spread"], 0.02 * abs(canary["score"]), 1e-3)
+        if not abs(found - canary["score"]) <= tolerance:
+            raise UserError(
+                f"{path} scores its canary {found:.3f}, but {canary['score']:.3f} when it was made; its "
+                "files have changed, train the reward model again"
+            )
+    return RewardModel(model, tokenizer, sealed["mean"], sealed["spread"], sealed["max_length"])
+
+
+def _digests(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    return {
+        "tokenizer_digest": tokenizer_digest(tokenizer),
+        "template_digest": digests.of_text(tokenizer.chat_template),
+    }
+
+
+def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+    """A conversation as a reward model reads it; the score is that of its last token, the break after the turn."""
+    return tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+
+
+def score(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[list[Message]],
+    batch_size: int = 16,
+) -> list[float]:
+    """The reward of each conversation, which ends with the model's turn."""
+    return score_ids(model, [conversation_ids(tokenizer, messages) for messages in conversations], batch_size)
+
+
+def score_ids(model: torch.nn.Module, rows: list[list[int]], batch_size: int) -> list[float]:
+    """The reward of each conversation, given as token ids; right-padded batches, in evaluation mode."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    scores: list[float] = []
+    with torch.no_grad():
+        for start_row in range(0, len(rows), batch_size):
+            batch = rows[start_row : start_row + batch_size]
+            width = max(map(len, batch))
+            ids = torch.tensor([row + [PAD] * (width - len(row)) for row in batch], device=device)
+            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=device)
+            scores += model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0].float().tolist()
+    model.train(was_training)
+    return scores

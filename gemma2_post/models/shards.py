@@ -1,0 +1,39 @@
+"""Weights written as safetensors shards, so that no more than one shard of a model is in memory."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.torch import save_file
+
+from gemma2_post.stage import contract
+
+
+def write_shards(
+    output_dir: Path | None,
+    sizes: dict[str, int],
+    tensor_of: Callable[[str], torch.Tensor],
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes `model.safetensors`, or several with an index, as `from_pretrained` reads them.
+
+    Args:
+        output_dir: None on a process that takes part in gathering the tensors, but writes nothing.
+        sizes: bytes of each tensor, in the same order on each process.
+        tensor_of: the tensor of a name, in the type in which it is stored.
+    """
+    plan = split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=lambda num_bytes: num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    for file, names in plan.filename_to_tensors.items():
+        tensors = {name: tensor_of(name).contiguous() for name in names}
+        if output_dir:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, output_dir / file, {"format": "pt"})
+    if output_dir and plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        contract.write_json(output_dir / "model.safetensors.index.json", index)

@@ -1,0 +1,111 @@
+"""Gemma 2's tokenizer and its chat format: loading, checking, saving, rendering."""
+
+import json
+from pathlib import Path
+
+from transformers import AutoTokenizer, Gemma2Config, PreTrainedTokenizerBase
+from trl import ModelConfig
+from trl.chat_template_utils import gemma_chat_template
+
+from gemma2_post.models.loading import load_config, load_error
+from gemma2_post.models.tokens import SPECIAL_TOKENS
+from gemma2_post.stage import digests
+from gemma2_post.stage.errors import UserError
+
+TRAINING_TEMPLATE = (
+    "{{- bos_token -}}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}"
+    "{{- '<start_of_turn>user\\n' + message['content'] | trim + '<end_of_turn>\\n' -}}"
+    "{%- else -%}"
+    "{{- '<start_of_turn>model\\n' -}}"
+    "{%- generation -%}"
+    "{{- message['content'] | trim + '<end_of_turn>' -}}"
+    "{%- if loop.last -%}{{- eos_token -}}{%- endif -%}"
+    "{%- endgeneration -%}"
+    "{%- if not loop.last -%}{{- '\\n' -}}{%- endif -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+)
+"""Renders a conversation to train on; what is saved with a model is the inference template.
+
+`<eos>` follows the last `<end_of_turn>` at once, as in the Gemma 2 report (arXiv 2408.00118, section 4 and table 4).
+The generation block marks what the model says itself: its words, each of its `<end_of_turn>`, the final `<eos>`.
+"""
+
+
+def load_tokenizer(path: str, config: Gemma2Config, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer, checked against the ids of Gemma and the model's vocabulary, with the Gemma 2 chat template."""
+    # Without its file, transformers builds a GemmaTokenizer of five tokens and says nothing.
+    if Path(path).is_dir() and not (Path(path) / "tokenizer.json").is_file():
+        raise UserError(f"{path} has no tokenizer.json; copy the base model's tokenizer files there")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    except OSError as error:
+        raise load_error(path, error) from error
+    if len(tokenizer) != config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {path} has {len(tokenizer)} tokens and the model {config.vocab_size}; "
+            "use the tokenizer that the model was trained with"
+        )
+    vocabulary = tokenizer.get_vocab()
+    for token, expected in SPECIAL_TOKENS.items():
+        if vocabulary.get(token) != expected:
+            raise UserError(
+                f"the tokenizer in {path} has {token} at id {vocabulary.get(token)}, not {expected}; "
+                "use a Gemma 2 tokenizer"
+            )
+    tokenizer.chat_template = gemma_chat_template
+    tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token = "<pad>", "<eos>", "<bos>"
+    return tokenizer
+
+
+def load_config_and_tokenizer(model_args: ModelConfig) -> tuple[Gemma2Config, PreTrainedTokenizerBase]:
+    """Both of the model that a recipe names, checked; its weights are not read."""
+    path, revision = model_args.model_name_or_path, model_args.model_revision
+    config = load_config(path, revision)
+    return config, load_tokenizer(path, config, revision)
+
+
+def check_same_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, student: str, teacher_tokenizer: PreTrainedTokenizerBase, teacher: str
+) -> None:
+    """Refuses a teacher that means another token by an id than the student; TRL compares sizes only.
+
+    Args:
+        student: its path, for the error.
+        teacher: likewise.
+    """
+    ours, theirs = (
+        {token_id: token for token, token_id in each.get_vocab().items()} for each in (tokenizer, teacher_tokenizer)
+    )
+    for token_id in sorted(ours.keys() | theirs.keys()):
+        if ours.get(token_id) != theirs.get(token_id):
+            raise UserError(
+                f"id {token_id} is {ours.get(token_id)!r} to the student {student} and "
+                f"{theirs.get(token_id)!r} to the teacher {teacher}; choose a teacher with the same vocabulary"
+            )
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of every token and its id."""
+    return digests.of_text(json.dumps(sorted(tokenizer.get_vocab().items())))
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, output_dir: Path) -> None:
+    """Saves it as it was loaded: padding a batch leaves settings in the tokenizer that would be saved, too."""
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.save_pretrained(output_dir)
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> dict[str, list[int]]:
+    """A conversation to train on: `input_ids` and `labels`, -100 where there is no loss; lists of the same length."""
+    encoded = tokenizer.apply_chat_template(
+        messages, chat_template=TRAINING_TEMPLATE, return_dict=True, return_assistant_tokens_mask=True
+    )
+    labels = [
+        token if spoken else -100
+        for token, spoken in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+    ]
+    return {"input_ids": encoded["input_ids"], "labels": labels}

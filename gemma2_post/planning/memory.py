@@ -1,0 +1,67 @@
+"""What a stage needs of its machine: memory at its peak, host memory, disk. The stages say what they hold."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma2_post.models.cost import BF16, ONEDNN_KERNELS
+from gemma2_post.stage import contract
+from gemma2_post.stage.command import Checked, Command, Parts
+from gemma2_post.stage.disk import check_space
+from gemma2_post.training import memory as training
+from gemma2_post.training.keys import TrainingRecipe
+
+
+@dataclass
+class Job:
+    """One run of a stage that has been checked, and may be planned or started."""
+
+    label: str
+    config: Path | None
+    """Its recipe; None if the pipeline says all of its keys."""
+    folder: Path
+    """Of its output."""
+    command: Command
+    checked: Checked
+    values: dict[str, object]
+    """The keys of its recipe."""
+
+    @property
+    def trains(self) -> bool:
+        return isinstance(self.checked.recipe, TrainingRecipe)
+
+    @property
+    def unknown(self) -> list[str]:
+        """The keys of the models whose shapes decide its memory and are not known."""
+        models = self.checked.models
+        return [key for key in self.command.needed_models if key in models and models[key] is None]
+
+
+def parts(job: Job, libraries: float = 0) -> Parts:
+    """The parts at the peak of the stage, which is that of its largest phase.
+
+    Args:
+        libraries: resident bytes of a process that has imported what a stage imports; counted on a CPU.
+    """
+    largest = max(job.command.memory(job.checked).values(), key=lambda phase: sum(phase.values()))
+    largest = {name: size for name, size in largest.items() if size}
+    if job.checked.launcher.use_cpu:
+        largest |= {"Python and libraries": libraries}
+        if job.trains and training.compute_of(job.checked).itemsize == BF16:
+            largest |= {"oneDNN kernels": ONEDNN_KERNELS}
+    return largest
+
+
+def host(job: Job) -> float:
+    """Memory of the machine that a stage on a GPU needs beside it."""
+    return training.host(job.checked) if job.trains else 0
+
+
+def check_disk(run_dir: Path, jobs: list[Job]) -> None:
+    """Refuses a chain whose outputs and checkpoints do not fit beside what is there; nothing is said of models whose
+    shapes are not known."""
+    num_bytes = 0.0
+    for job in jobs:
+        if not (job.folder / contract.DONE).is_file() and not job.unknown:
+            there = sum(path.stat().st_size for path in job.folder.rglob("*") if path.is_file())
+            num_bytes += max(0, sum(job.command.disk(job.checked)) - there)
+    check_space(run_dir, int(num_bytes))

@@ -1,0 +1,209 @@
+"""Whether a pipeline fits its machine, before anything is downloaded: memory and disk of each stage, what to change.
+
+gemma2-post plan recipes/gemma-2-9b/pipeline.yaml --gpus 8 --memory 80
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from gemma2_post.planning import memory
+from gemma2_post.planning.memory import Job
+from gemma2_post.stage.command import Parts
+from gemma2_post.stage.errors import located
+from gemma2_post.stage.launcher import Launcher
+from gemma2_post.stage.recipe import values_of, with_values
+from gemma2_post.training.checks import accumulation_steps
+
+_BATCHES = ["per_device_train_batch_size", "per_device_eval_batch_size", "reward_batch_size", "batch_size"]
+_ZERO_3 = {"zero_stage": 3, "saves_16bit_model": True}
+_IN_WORDS = {
+    "num_processes": "num_processes: {} in the accelerate config",
+    "zero_stage": "launch: accelerate_configs/deepspeed_zero{}.yaml",
+    "offloads_optimizer": "offload_optimizer_device: cpu",
+    "offloads_parameters": "offload_param_device: cpu",
+}
+"""How an accelerate config says what a `Launcher` knows."""
+
+
+@dataclass
+class Row:
+    """What is planned for a stage."""
+
+    job: Job
+    num_runs: int
+    """How many are alike, such as policies."""
+    parts: Parts | None
+    """Bytes of one process at its peak; None where a model's shape is not known."""
+    remedy: str = ""
+    """Why it does not fit, and what to change."""
+
+    @property
+    def total(self) -> float:
+        return sum((self.parts or {}).values())
+
+
+@dataclass(frozen=True)
+class Change:
+    keys: dict[str, object]
+    """Of the recipe."""
+    launcher: dict[str, object] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        keys = [f"{key}: {str(value).lower() if value is True else value}" for key, value in self.keys.items()]
+        return ", ".join(
+            [*keys, *(_IN_WORDS[key].format(value) for key, value in self.launcher.items() if key in _IN_WORDS)]
+        )
+
+    def apply(self, job: Job) -> Job:
+        """The job with another recipe, as if that had been checked."""
+        launcher = dataclasses.replace(job.checked.launcher, **self.launcher)
+        recipe = with_values(job.checked.recipe, self.keys)
+        checked = dataclasses.replace(job.checked, recipe=recipe, launcher=launcher)
+        return dataclasses.replace(job, checked=checked, values=job.values | self.keys)
+
+
+def plan(jobs: list[Job], num_gpus: int | None = None, memory_gb: float | None = None) -> list[Row]:
+    """What each stage needs, and what would make it fit.
+
+    Args:
+        num_gpus: processes of the training stages that use GPUs, in place of their accelerate configs'; what measures
+            models spreads them over as many.
+        memory_gb: of each GPU, or of the machine where a stage runs on the CPU; in 1e9 bytes.
+    """
+    libraries = psutil.Process().memory_info().rss  # a stage imports what checking it has imported
+    rows: dict[tuple, Row] = {}
+    for job in jobs:
+        if num_gpus and job.trains and not job.checked.launcher.use_cpu:
+            job = Change({}, {"num_processes": num_gpus}).apply(job)
+            _check_batch(job)
+        key = (job.config or job.label, job.command.name)
+        if key in rows:
+            rows[key].num_runs += 1
+            continue
+        job.checked.num_gpus = num_gpus or 1
+        rows[key] = row = Row(job, 1, None)
+        if not job.unknown:
+            row.parts = memory.parts(job, libraries)
+            if memory_gb and row.total > memory_gb * 1e9:
+                row.remedy = f"{row.total / 1e9:.3g} GB of {memory_gb:g} GB; {remedy(job, libraries, memory_gb)[0]}"
+    return list(rows.values())
+
+
+def _check_batch(job: Job) -> None:
+    recipe = job.checked.recipe
+    with located(job.config or job.label):
+        accumulation_steps(
+            recipe.global_batch_size, recipe.training.per_device_train_batch_size, job.checked.launcher.num_processes
+        )
+
+
+# --- what would make it fit ---
+
+
+def remedy(job: Job, libraries: float, memory_gb: float) -> tuple[str, Job | None]:
+    """The first change after which it fits, or the first few of them together; in words, and the job with it."""
+
+    def total(each: Job) -> float:
+        return sum(memory.parts(each, libraries).values())
+
+    for options in _changes(job):
+        for change in options:
+            changed = change.apply(job)
+            if total(changed) <= memory_gb * 1e9:
+                return f"{change} makes it {total(changed) / 1e9:.3g} GB", changed
+    together: list[str] = []
+    for options in _changes(job):
+        changed = options[-1].apply(job)
+        if total(changed) < total(job):
+            together.append(str(options[-1]))
+            job = changed
+        if total(job) <= memory_gb * 1e9:
+            return f"{' and '.join(together)} make it {total(job) / 1e9:.3g} GB", job
+    if not together:
+        return "no setting makes it smaller", None
+    return f"with {' and '.join(together)} it is still {total(job) / 1e9:.3g} GB", None
+
+
+def _changes(job: Job) -> Iterator[list[Change]]:
+    """What may be changed, the cheapest first; each with its options, the mildest first."""
+    launcher, values = job.checked.launcher, values_of(job.checked.recipe)
+    for key in _BATCHES:
+        if values.get(key, 1) > 1:
+            halves = [values[key] >> i for i in range(1, values[key].bit_length())]
+            yield [Change({key: value}) for value in halves]
+    if job.trains and not values["gradient_checkpointing"]:
+        yield [Change({"gradient_checkpointing": True})]
+    if values.get("attn_implementation") == "eager" and not launcher.use_cpu:
+        yield [Change({"attn_implementation": "flash_attention_2"})]
+    quantized = values.get("load_in_4bit") or values.get("load_in_8bit")
+    if launcher.zero_stage < 3:  # which cannot shard what is quantized
+        if values.get("teacher_load_in_4bit") is False:
+            yield [Change({"teacher_load_in_4bit": True})]
+        if job.trains and not quantized:
+            wanted = {"use_peft": True, "load_in_4bit": True, "dtype": "bfloat16"}
+            yield [Change({key: value for key, value in wanted.items() if values[key] != value})]
+    if not job.trains or launcher.use_cpu:
+        return
+    if launcher.num_processes > 1 and launcher.zero_stage < 3 and not quantized:
+        yield [Change({}, _ZERO_3)]
+    if launcher.zero_stage:
+        offload = {"offloads_optimizer": True}
+        yield [
+            Change({}, offload),
+            *([Change({}, offload | {"offloads_parameters": True})] * (launcher.zero_stage == 3)),
+        ]
+    yield from _more_gpus(job, launcher)
+
+
+def _more_gpus(job: Job, launcher: Launcher) -> Iterator[list[Change]]:
+    recipe = job.checked.recipe
+    counts = [launcher.num_processes * factor for factor in (2, 4, 8)]
+    per_device, batch = recipe.training.per_device_train_batch_size, recipe.global_batch_size
+    if options := [Change({}, {"num_processes": count}) for count in counts if batch % (per_device * count) == 0]:
+        yield options
+
+
+# --- to read ---
+
+
+def show(jobs: list[Job], console: Console, num_gpus: int | None = None, memory_gb: float | None = None) -> None:
+    """Prints the table and the remedies."""
+    rows = plan(jobs, num_gpus, memory_gb)
+    console.print(table(rows, memory_gb))
+    for row in rows:
+        if row.remedy:
+            console.print(f"{row.job.label}: {row.remedy}", markup=False, highlight=False, soft_wrap=True)
+
+
+def table(rows: list[Row], memory_gb: float | None) -> Table:
+    """In GB: of a process at its peak, of the machine's memory beside its GPU, and of the disk."""
+    found = Table(box=None, pad_edge=False, header_style="bold")
+    for name, justify in [
+        *(("stage", "left"), ("processes", "left"), ("GB", "right"), ("fits", "left"), ("of which", "left")),
+        *(("host", "right"), ("output", "right"), ("checkpoints", "right")),
+    ]:
+        found.add_column(name, justify=justify, overflow="fold", min_width=40 if name == "of which" else None)
+    for row in rows:
+        job, launcher = row.job, row.job.checked.launcher
+        name = job.label + (f" ({row.num_runs} runs)" if row.num_runs > 1 else "")
+        processes = f"{launcher.num_processes} {'CPU' if launcher.use_cpu else 'GPU'}"
+        if row.parts is None:
+            keys = job.unknown
+            models = ", ".join(str(job.values.get(key)) for key in keys)
+            found.add_row(name, processes, "?", "?", f"unknown: {models}")
+            continue
+        fits = "" if memory_gb is None else "[red]no[/]" if row.remedy else "[green]yes[/]"
+        largest = sorted(row.parts.items(), key=lambda part: -part[1])
+        parts = ", ".join(f"{part} {_gb(size)}" for part, size in largest if size >= 0.01 * row.total)
+        sizes = [0 if launcher.use_cpu else memory.host(job), *job.command.disk(job.checked)]
+        found.add_row(name, processes, _gb(row.total), fits, parts, *(_gb(size) if size else "" for size in sizes))
+    return found
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f}" if size >= 1e9 else f"{size / 1e9:.2g}"

@@ -1,0 +1,138 @@
+"""What has been measured of a run's models, to read: tables, who wins over whom, the run in a few numbers."""
+
+from dataclasses import dataclass
+
+_MEASURES = {
+    "reward": ("reward", "{:.2f}"),
+    "kl_to_init": ("KL, nats", "{:.2f}"),
+    "stop_rate": ("ends by itself", "{:.0%}"),
+    "mean_tokens": ("tokens", "{:.1f}"),
+    "distinct_bigrams": ("distinct bigrams", "{:.0%}"),
+}
+"""What is measured of answers to the held-out prompts, after the grade: title and format."""
+_FURTHER = {
+    "violations": "violations of safety",
+    "memorised_exact": "memorised, exactly",
+    "memorised_approximate": "memorised, within 10 %",
+}
+
+
+def title(name: str, models: dict[str, dict[str, float]]) -> str:
+    """A model's name; of the means over policies, that they are."""
+    return f"{name}, mean" if any(other.startswith(f"{name}/") for other in models) else name
+
+
+@dataclass
+class Cell:
+    """What is measured of a model, to read; empty where it is not measured of this one."""
+
+    value: str = ""
+    interval: str = ""
+    """Of 95 %."""
+    place: float = 0.0
+    """Between the lowest and the highest model, from 0 to 1."""
+
+
+def measures(models: dict[str, dict[str, float]], grader: str | None) -> dict[str, list[Cell]]:
+    """By title: a cell for each model; the grade comes first."""
+    graded = {grader: (grader, "{:.2f}")} if grader else {}
+    measured = {key: each for key, each in (graded | _MEASURES).items() if _is_measured(models, key)}
+    return {words: _cells(models, key, form) for key, (words, form) in measured.items()}
+
+
+def further(models: dict[str, dict[str, float]], grader: str | None) -> dict[str, list[Cell]]:
+    """The same for what is measured less often: by number of turns, safety, memorization, benchmarks."""
+    keys = dict.fromkeys(key for each in models.values() for key in each)
+    best = grader if grader and _is_measured(models, grader) else "reward"
+    by_turns = [key for key in keys if key.startswith(f"{best}/turns-")]
+    found = {}
+    for key in by_turns if len(by_turns) > 1 else []:
+        turns = key.rpartition("-")[2]
+        found[f"{best}, {turns} turn{'s' if turns != '1' else ''}"] = _cells(models, key, "{:.2f}")
+    for key, words in _FURTHER.items():
+        if key in keys:
+            found[words] = _cells(models, key, "{:.1%}")
+    for key in keys:
+        if key.startswith("benchmarks/") and key.count("/") == 1:
+            found[key.removeprefix("benchmarks/")] = _cells(models, key, "{:.1%}")
+    return found
+
+
+def _is_measured(models: dict[str, dict[str, float]], key: str) -> bool:
+    return any(key in each for each in models.values())
+
+
+def _cells(models: dict[str, dict[str, float]], key: str, form: str) -> list[Cell]:
+    values = [each[key] for each in models.values() if key in each]
+    spread = max(values) - min(values) or 1
+    return [
+        Cell(form.format(each[key]), _interval(each, key, form), (each[key] - min(values)) / spread)
+        if key in each
+        else Cell()
+        for each in models.values()
+    ]
+
+
+def _interval(model: dict[str, float], key: str, form: str) -> str:
+    if error := model.get(f"{key}/standard_error"):
+        return f"± {form.format(1.96 * error)}"
+    if f"{key}/low" in model and model[f"{key}/low"] < model[f"{key}/high"]:
+        return f"{form.format(model[f'{key}/low'])} to {form.format(model[f'{key}/high'])}"
+    return ""
+
+
+REWARD, JUDGE = "the reward", "the judge"
+_PARTS = ("low", "high", "length_controlled", "disagreement")
+
+
+@dataclass
+class Contest:
+    """Who wins over the baseline, says one judge."""
+
+    judge: str
+    """In words: the reward, the judge that is asked, or a grader."""
+    baseline: str
+    wins: dict[str, dict[str, float]]
+    """By model, in percent: rate, low, high, and where they are known length_controlled, and a judge's disagreement;
+    and how many pairs it has given no verdict on."""
+
+
+def win_rates(models: dict[str, dict[str, float]]) -> list[str]:
+    """The keys of what has an interval; a baseline's name may have slashes in it."""
+    keys = dict.fromkeys(key for each in models.values() for key in each if "win_rate_vs_" in key)
+    return [key for key in keys if any(f"{key}/low" in each for each in models.values())]
+
+
+def contests(models: dict[str, dict[str, float]]) -> list[Contest]:
+    found = []
+    for key in win_rates(models):
+        judge, _, baseline = key.partition("win_rate_vs_")
+        judge = {"": REWARD, "judge_": JUDGE}.get(judge, judge.removesuffix("_"))
+        wins = {
+            name: {"rate": 100 * each[key], "missing": each.get(f"{key}/missing", 0)}
+            | {part: 100 * each[f"{key}/{part}"] for part in _PARTS if f"{key}/{part}" in each}
+            for name, each in models.items()
+            if f"{key}/low" in each and name != baseline
+        }
+        if wins:
+            found.append(Contest(judge, baseline, wins))
+    return found
+
+
+def facts(summary: dict) -> list[tuple[str, str]]:
+    """The run in a few numbers: what the last model is, beside the one that it is held against."""
+    models, grader = list(summary["models"]), summary["grader"]
+    if not models:
+        return []
+    released = models[-1]
+    last, facts = summary["models"][released], []
+    for contest in contests(summary["models"]):
+        if contest.judge in (REWARD, JUDGE) and released in contest.wins:
+            words = f"of the answers of {released} beat those of {contest.baseline}, says {contest.judge}"
+            facts.append((f"{contest.wins[released]['rate']:.0f}%", words))
+    first = summary["models"][models[0]]
+    if grader in last and grader in first:
+        facts.append((f"{first[grader]:.2f} → {last[grader]:.2f}", f"{grader} from {models[0]} to {released}"))
+    facts.append((f"{last['kl_to_init']:.2f}", "nats per answer from where RLHF started"))
+    facts.append((f"{last['stop_rate']:.0%}", "of its answers end by themselves"))
+    return facts

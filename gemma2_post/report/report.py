@@ -1,0 +1,99 @@
+"""What a run has made, for people: its models beside each other, conversations to read, a page to look at."""
+
+import json
+from pathlib import Path
+
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from gemma2_post.pipeline import summary
+from gemma2_post.report import models, page
+from gemma2_post.report.terminal import terminal
+from gemma2_post.stage import contract
+from gemma2_post.stage.errors import UserError
+
+_COLUMNS = {
+    "reward": "{:.2f}", "kl_to_init": "{:.2f}", "stop_rate": "{:.0%}", "mean_tokens": "{:.1f}",
+}  # fmt: skip
+_LONGEST = 600
+"""Letters of a turn that are shown."""
+
+
+_SHOWN, _ON_PAGE = 2, 5
+"""Conversations on the terminal, and on the page."""
+
+
+def report(run_dir: Path) -> None:
+    """Prints it, and writes it as `report.html` and `report.md`.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    found = contract.read_json(run_dir / summary.FILE)
+    if found is None:
+        raise UserError(f"{run_dir} has no {summary.FILE}; name the folder of a run, such as runs/tiny")
+    console = terminal()
+    if found["models"]:
+        console.print(_models(found["models"], found["grader"]))
+    for row in to_show(_answers(run_dir, found), _SHOWN):
+        console.print(_conversation(row))
+    html, markdown = write(run_dir)
+    console.print(f"to look at: {html}, {markdown}", highlight=False, soft_wrap=True)
+
+
+def write(run_dir: Path) -> list[Path]:
+    """The page of a run, as HTML and as Markdown."""
+    found = contract.read_json(run_dir / summary.FILE)
+    return page.write(run_dir, found, to_show(_answers(run_dir, found), _ON_PAGE))
+
+
+def _answers(run_dir: Path, found: dict) -> list[dict]:
+    """Prompts with the answers of all models, of the last evaluation; not of what was set aside, or is out of date."""
+    if not found["models"]:
+        return []
+    files = [path for name in found["stages"] if (path := run_dir / name / "answers.jsonl").is_file()]
+    return [json.loads(line) for line in files[-1].read_text(encoding="utf-8").splitlines()] if files else []
+
+
+def to_show(rows: list[dict], num: int) -> list[dict]:
+    """Conversations that have changed from the first model to the last; one of each number of turns first."""
+    changed = [row for row in rows if len({*(_ends(row).values())}) > 1]
+    lengths = [len(row["prompt"]) for row in changed]
+    first_of_each = sorted({lengths.index(length) for length in lengths})
+    others = [i for i in range(len(changed)) if i not in first_of_each]
+    return [changed[i] for i in [*first_of_each, *others][:num]]
+
+
+def _ends(row: dict) -> dict[str, str]:
+    """The answers of the first model and the last."""
+    names = list(row["answers"])
+    return {name: row["answers"][name] for name in (names[0], names[-1])}
+
+
+def _models(measured: dict[str, dict[str, float]], grader: str | None) -> Table:
+    win_rates = [key for key in models.win_rates(measured) if key.startswith("win_rate_vs_")]
+    forms = ({grader: "{:.2f}"} if grader else {}) | _COLUMNS
+    columns = {key: form for key, form in forms.items() if all(key in each for each in measured.values())}
+    columns |= dict.fromkeys(win_rates, "{:.0%}")
+    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
+    table.add_column("model")
+    for key in columns:
+        table.add_column(key.replace("_", " "), justify="right")
+    for name, each in measured.items():
+        table.add_row(models.title(name, measured), *(form.format(each[key]) for key, form in columns.items()))
+    return table
+
+
+def _conversation(row: dict) -> Padding:
+    text = Text()
+    for turn in row["prompt"]:
+        text.append(f"{'>' if turn['role'] == 'user' else ' '} {_cut(turn['content'])}\n", style="bold")
+    for name, answer in _ends(row).items():
+        text.append(f"  {name}: ", style="dim").append(f"{_cut(answer)}\n")
+    return Padding(text, (1, 0, 0, 0))
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."

@@ -1,0 +1,116 @@
+"""Content hashes: of files, a model's folder, a package of functions, a stage's code, a text.
+
+They tell versions apart, at the speed of memory, on all cores; only those of texts are cryptographic.
+"""
+
+import ast
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import xxhash
+
+_PACKAGE = Path(__file__).parents[1]
+_SUFFIXES = {".py", ".safetensors", ".json", ".jsonl", ".jinja", ".model", ".parquet", ".yaml"}
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def of_input(path: str, done_file: str) -> str | None:
+    """Of a file, a directory or the package of a `module:function`; None for anything else.
+
+    Args:
+        done_file: where a finished stage has recorded its output's.
+    """
+    if (Path(path) / done_file).is_file():
+        return json.loads((Path(path) / done_file).read_text())["output"]
+    if Path(path).is_dir():
+        return of_files(files_in(Path(path)))
+    if Path(path).is_file():
+        return of_files([Path(path)])
+    module, colon, _ = path.partition(":")
+    if colon and all(part.isidentifier() for part in module.split(".")):
+        with contextlib.suppress(ModuleNotFoundError):
+            spec = importlib.util.find_spec(module)
+            if spec and spec.origin:
+                return of_files(sorted(Path(spec.origin).parent.glob("*.py")))
+    return None
+
+
+def of_hub(name: str, revision: str | None, is_dataset: bool) -> str | None:
+    """The commit of a model or data set on the Hub; as it was downloaded if the Hub cannot be asked.
+
+    None for what is no name on the Hub, or what is neither there nor downloaded: the stage will say so.
+    """
+    if not _HUB_NAME.fullmatch(name) or Path(name).parent.exists():
+        return None
+    from huggingface_hub import HfApi, hf_hub_download
+
+    kind = "dataset" if is_dataset else "model"
+    try:
+        return HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=10).sha
+    except Exception:  # no network, no such name, no access: each transport has errors of its own
+        pass
+    # A file that is always there; its path in the cache names the commit.
+    file = ".gitattributes" if is_dataset else "config.json"
+    try:
+        found = hf_hub_download(name, file, revision=revision, repo_type=kind, local_files_only=True)
+    except OSError:
+        return None
+    return Path(found).parent.name
+
+
+def files_in(directory: Path) -> list[Path]:
+    """What a directory holds, but for checkpoints, logs, and what Python leaves behind."""
+    return sorted(path for path in directory.iterdir() if path.is_file() and path.suffix in _SUFFIXES)
+
+
+def of_files(files: list[Path]) -> str:
+    """Of names and content."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = pool.map(_of_file, files)
+    return xxhash.xxh3_64_hexdigest(
+        "".join(f"{file.name} {part}\n" for file, part in zip(files, parts, strict=True)).encode()
+    )
+
+
+def _of_file(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    block = memoryview(bytearray(1 << 20))  # one that stays in the cache
+    with open(file, "rb", buffering=0) as stream:
+        while size := stream.readinto(block):
+            digest.update(block[:size])
+    return digest.hexdigest()
+
+
+def of_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def of_code(file: Path) -> str:
+    """The hash of a module and of all modules of this package that it imports, directly or not."""
+    reached, to_visit = set(), [file]
+    while to_visit:
+        if (current := to_visit.pop()) not in reached:
+            reached.add(current)
+            to_visit += _imported(current)
+    return of_files(sorted(reached))
+
+
+@cache
+def _imported(file: Path) -> list[Path]:
+    """The modules of this package that a module names in its imports."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    paths = [_PACKAGE.parent.joinpath(*name.split(".")) for name in names if name.split(".")[0] == _PACKAGE.name]
+    candidates = [file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py")]
+    return [file for file in candidates if file.is_file()]

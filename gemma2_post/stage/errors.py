@@ -1,0 +1,69 @@
+"""User mistakes: one sentence on stderr, and an exit status other than the 1 of a crash."""
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+EXIT_STATUS_FILE = "GEMMA2_POST_EXIT_STATUS_FILE"
+"""Environment variable: a file for the exit status, for a parent behind a launcher that does not pass it on."""
+
+
+class UserError(Exception):
+    """A mistake that the user can fix; the message says where it is, what was found, and what to do."""
+
+    status = 2
+    """Exit status of the command."""
+
+
+class OneProcessError(UserError):
+    """A mistake that a single process may find, because it depends on that process's rows or weights.
+
+    That process reports it; the launcher ends the others.
+    """
+
+
+@contextmanager
+def located(place: object) -> Iterator[None]:
+    """Puts a place (a recipe's file, one of its entries) before the message of any `UserError` raised inside."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (f"{place}: {error}",)
+        raise
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turns a `UserError`, or a full disk, into one sentence (from one process per machine) and an exit status."""
+    try:
+        yield
+    except OneProcessError as error:
+        _exit(str(error), is_alone=True)
+    except UserError as error:
+        _exit(str(error), error.status)
+    except Exception as error:
+        if not _is_full_disk(error):
+            raise
+        _exit("no space left on the device while writing; free some, then run the same command again to resume")
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether a full disk caused it; safetensors (Rust) and torch (C++) report one in words of their own."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return True
+        if "os error 28" in str(error) or "iostream error" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _exit(message: str, status: int = UserError.status, is_alone: bool = False) -> None:
+    if is_alone or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+        if EXIT_STATUS_FILE in os.environ:
+            Path(os.environ[EXIT_STATUS_FILE]).write_text(str(status))
+    raise SystemExit(status)

@@ -1,0 +1,68 @@
+"""What the output of a stage depends on: the recipe's keys, the content of its inputs, the code, the versions.
+
+Nothing here needs torch, so that whether a stage is up to date is known at once.
+"""
+
+import inspect
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+from gemma2_post.stage import digests
+from gemma2_post.stage.paths import Kind, Reference, references
+from gemma2_post.stage.recipe import keys_of
+
+Fingerprint = dict[str, dict[str, object]]
+
+_VERSIONS_THAT_MATTER = ["torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "deepspeed"]
+_WITHOUT_EFFECT = {"output_dir", "report_to", "run_name", "logging_steps", "disable_tqdm", "logging_dir"}
+"""Keys of TRL's classes that do not change what comes out; ours say so themselves."""
+
+
+def fingerprint(
+    recipe_class: type, main: Callable, values: dict[str, object], digest_of: Callable[[str], str | None]
+) -> Fingerprint:
+    """What the output of a stage depends on, in parts; a key at its default is as good as unset.
+
+    Args:
+        main: the stage's, whose module and imports are its code.
+        values: the keys of the recipe.
+        digest_of: the content hash of something local; None for what is not there.
+    """
+    keys = keys_of(recipe_class, of_libraries=False)
+    decisive = {
+        name: value
+        for name, value in sorted(values.items())
+        if name not in _WITHOUT_EFFECT
+        and not (name in keys and (not keys[name].has_effect or value == keys[name].default))
+    }
+    return {
+        "recipe": decisive,
+        "inputs": _inputs(list(references(recipe_class, decisive)), digest_of),
+        "code": {"gemma2_post": digests.of_code(Path(inspect.getfile(main)))},
+        "versions": {name: version(name) for name in _VERSIONS_THAT_MATTER},
+    }
+
+
+def _inputs(named: list[Reference], digest_of: Callable[[str], str | None]) -> dict[str, object]:
+    """Content hashes by path; commits by `name@revision` of what is on the Hub."""
+    paths = list(dict.fromkeys(each.name for each in named))
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip(paths, pool.map(digest_of, paths), strict=True))
+    for each in named:
+        if found[each.name] is None and each.kind in (Kind.MODEL, Kind.DATA):
+            commit = digests.of_hub(each.name, each.revision, is_dataset=each.kind == Kind.DATA)
+            found[f"{each.name}@{each.revision or 'main'}"] = commit
+    return {path: digest for path, digest in found.items() if digest}
+
+
+def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
+    """What changed between two fingerprints, in words."""
+    changes = []
+    for part in new:
+        before, after = old.get(part, {}), new[part]
+        for key in sorted(before.keys() | after.keys()):
+            if before.get(key) != after.get(key):
+                changes.append(f"{key} {before.get(key, 'unset')} -> {after.get(key, 'unset')}")
+    return changes

@@ -1,0 +1,71 @@
+"""How a stage's processes are started: what an accelerate config, or the process itself, says about it."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.recipe_file import load_yaml
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+@dataclass(frozen=True)
+class Launcher:
+    num_processes: int = 1
+    """Over all machines."""
+    num_machines: int = 1
+    use_cpu: bool = False
+    mixed_precision: str = "no"
+    zero_stage: int = 0
+    """0 without DeepSpeed."""
+    offloads_optimizer: bool = False
+    offloads_parameters: bool = False
+    saves_16bit_model: bool = False
+    """ZeRO-3 hands over whole weights to be saved."""
+
+
+def read(path: str | Path) -> Launcher:
+    """What an accelerate config says.
+
+    Raises:
+        UserError: there is no such file, or it hides what the checks need.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"there is no accelerate config {path}; run from the project's folder, or set launch")
+    config: dict = load_yaml(path)
+    deepspeed = config.get("deepspeed_config", {})
+    if "deepspeed_config_file" in deepspeed:
+        raise UserError(
+            f"{path}: deepspeed_config_file hides the ZeRO stage from checks; write its keys here, as in "
+            "accelerate_configs/deepspeed_zero3.yaml"
+        )
+    return Launcher(
+        num_processes=config.get("num_processes", 1),
+        num_machines=config.get("num_machines", 1),
+        use_cpu=config.get("use_cpu", False),
+        mixed_precision=config.get("mixed_precision", "no"),
+        zero_stage=deepspeed.get("zero_stage", 0),
+        offloads_optimizer=deepspeed.get("offload_optimizer_device", "none") != "none",
+        offloads_parameters=deepspeed.get("offload_param_device", "none") != "none",
+        saves_16bit_model=deepspeed.get("zero3_save_16bit_model", False),
+    )
+
+
+def of_this_process(training_args: "TrainingArguments | None") -> Launcher:
+    """How the running process was started, as far as a stage's checks ask.
+
+    Args:
+        training_args: those of a stage that trains, which has asked accelerate.
+    """
+    if training_args is None:
+        return Launcher(num_processes=int(os.environ.get("WORLD_SIZE", "1")))
+    plugin = training_args.deepspeed_plugin
+    return Launcher(
+        num_processes=training_args.world_size,
+        mixed_precision=training_args.mixed_precision,
+        zero_stage=plugin.zero_stage if plugin else 0,
+        saves_16bit_model=bool(plugin and plugin.zero3_save_16bit_model),
+    )

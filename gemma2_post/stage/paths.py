@@ -1,0 +1,95 @@
+"""Keys that name models, data, functions or files have types of their own; what a recipe reads follows from them.
+
+The fingerprint hashes what these keys name, `check` looks for it, the planner needs the shapes of its models, and a
+pipeline hands over the outputs of earlier stages in them.
+"""
+
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, is_dataclass
+from enum import Enum
+from typing import Annotated
+
+from gemma2_post.stage.recipe import keys_of
+
+
+class Kind(Enum):
+    MODEL = "model"
+    DATA = "data"
+    FUNCTION = "function"
+    FILE = "file"
+
+
+ModelPath = Annotated[str, Kind.MODEL]
+"""A model's folder, or its name on the Hub."""
+DataPath = Annotated[str, Kind.DATA]
+"""A data set's file, its name on the Hub, or a `module:function` that makes it."""
+FunctionPath = Annotated[str, Kind.FUNCTION]
+"""A function of the user, `module:function`."""
+FilePath = Annotated[str, Kind.FILE]
+"""A file or a folder."""
+
+_KEYS_OF_TRL = {"model_name_or_path": ModelPath, "teacher_model_name_or_path": ModelPath}
+"""What the keys of TRL's classes name, which have no types for it."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a recipe names by one of its keys."""
+
+    key: str
+    kind: Kind
+    name: str
+    revision: str | None = None
+
+
+def model_keys(recipe_class: type) -> list[str]:
+    """The keys of a recipe that may name models."""
+    return [key for key, hint in _path_hints(recipe_class).items() if Kind.MODEL in _kinds(hint)]
+
+
+def references(recipe_class: type, values: dict[str, object]) -> Iterator[Reference]:
+    """Everything that a recipe names, in the order of its keys; models behind an endpoint are left out."""
+    hints = _path_hints(recipe_class)
+    for key, value in values.items():
+        is_served = values.get("endpoint" if key == "model_name_or_path" else f"{key}_endpoint")
+        if key in hints and not is_served:
+            revision = values.get(key.replace("name_or_path", "revision")) if key.endswith("name_or_path") else None
+            yield from _named(key, hints[key], value, revision)
+
+
+def _path_hints(recipe_class: type) -> dict[str, object]:
+    return _KEYS_OF_TRL | {name: key.hint for name, key in keys_of(recipe_class, of_libraries=False).items()}
+
+
+def _named(key: str, hint: object, value: object, revision: object = None) -> Iterator[Reference]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _named(key, hint, item, revision)
+    elif isinstance(value, dict):
+        for part in _alternatives(hint):
+            if is_dataclass(part):
+                fields = typing.get_type_hints(part, include_extras=True)
+                for name in [each for each in fields if each in value]:
+                    yield from _named(key, fields[name], value[name], value.get("revision"))
+    elif isinstance(value, str) and (kinds := _kinds(hint)):
+        is_function = Kind.FUNCTION in kinds and (len(kinds) == 1 or ":" in value)
+        kind = Kind.FUNCTION if is_function else next(each for each in kinds if each != Kind.FUNCTION)
+        yield Reference(key, kind, value, revision if isinstance(revision, str) else None)
+
+
+def _kinds(hint: object) -> list[Kind]:
+    """What a text of this type may name."""
+    return [
+        part for each in _alternatives(hint) for part in getattr(each, "__metadata__", ()) if isinstance(part, Kind)
+    ]
+
+
+def _alternatives(hint: object) -> Iterator[object]:
+    """The types in a union, or of a list's items."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType, list):
+        for part in typing.get_args(hint):
+            yield from _alternatives(part)
+    else:
+        yield hint

@@ -1,0 +1,245 @@
+"""A recipe is one typed value: a dataclass whose fields are keys, or parts that have keys of their own.
+
+A part is a dataclass of ours or a config class of TRL's. In a file all keys stand side by side, so no two parts of a
+recipe share a name. `build` checks every key and every type. Parts of libraries are named by text (`trl:SFTConfig`),
+because importing one takes seconds: what a recipe names and whether its output is up to date are known without them.
+"""
+
+import dataclasses
+import difflib
+import enum
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any, TypeVar
+
+from gemma2_post.stage.errors import UserError, located
+
+R = TypeVar("R")
+
+
+def key(default: object = MISSING, help: str = "", has_effect: bool = True) -> Any:
+    """A field that is a key of the recipe.
+
+    Args:
+        default: without one, the key must be given.
+        help: what the key means, for `--help`, the schema and the reference.
+        has_effect: whether the key changes what comes out; one that does not is left out of the fingerprint.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "has_effect": has_effect})
+
+
+def part(kind: type | str, is_optional: bool = False) -> Any:
+    """A field whose keys are those of a dataclass.
+
+    Args:
+        kind: the dataclass, or `module:name` of a library's.
+        is_optional: None unless one of its keys is given.
+    """
+    return dataclasses.field(metadata={"part": kind, "is_optional": is_optional})
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a recipe."""
+
+    name: str
+    hint: object
+    """Its type."""
+    default: object
+    """`MISSING` if it must be given."""
+    help: str
+    has_effect: bool
+    part: type
+    """The dataclass that declares it."""
+
+
+@cache
+def keys_of(recipe_class: type, of_libraries: bool = True) -> dict[str, Key]:
+    """The keys of a recipe by name, in the order of its fields.
+
+    Args:
+        of_libraries: with those of libraries' classes, which takes their import.
+    """
+    found: dict[str, Key] = {}
+    hints = _hints(recipe_class)
+    for field in dataclasses.fields(recipe_class):
+        if (kind := field.metadata.get("part")) is not None:
+            if of_libraries or isinstance(kind, type):
+                found |= keys_of(_loaded(kind), of_libraries)
+        elif field.init:
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            text = " ".join(str(field.metadata.get("help", "")).split())
+            has_effect = field.metadata.get("has_effect", True)
+            found[field.name] = Key(field.name, hints[field.name], default, text, has_effect, recipe_class)
+    return found
+
+
+def _hints(recipe_class: type) -> dict[str, object]:
+    specs = [field.metadata.get("part") for field in dataclasses.fields(recipe_class)]
+    unloaded = {spec.partition(":")[2]: object for spec in specs if isinstance(spec, str)}
+    return typing.get_type_hints(recipe_class, localns=unloaded or None, include_extras=True)
+
+
+def _loaded(kind: type | str) -> type:
+    if isinstance(kind, type):
+        return kind
+    module, _, name = kind.partition(":")
+    return getattr(import_module(module), name)
+
+
+# --- from values to a recipe and back ---
+
+
+def build(recipe_class: type[R], values: dict[str, object], refused: dict[str, str] | None = None) -> R:
+    """The recipe with these keys.
+
+    Args:
+        refused: keys that exist but must not be set, with the reason.
+
+    Raises:
+        UserError: a key that is unknown, refused or missing, a value of the wrong type, or one that a library refuses.
+    """
+    refused = refused or {}
+    refuse(values, refused)
+    keys = keys_of(recipe_class)
+    fitted: dict[str, object] = {}
+    for name, value in values.items():
+        if name not in keys:
+            nearest = difflib.get_close_matches(str(name), [each for each in keys if each not in refused], n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else "see --help for the keys"
+            raise UserError(f"unknown key {name} (value {value!r}); {hint}")
+        fitted[name] = _fitted(name, value, keys[name].hint)
+    for each in _needed(recipe_class, fitted):
+        if each.name not in fitted and each.default is MISSING:
+            raise UserError(f"{each.name} is missing; add `{each.name}: VALUE`")
+    return _assembled(recipe_class, fitted)
+
+
+def refuse(values: dict[str, object], refused: dict[str, str]) -> None:
+    """Raises if a key is set that must not be, with the reason."""
+    for name in values:
+        if name in refused:
+            raise UserError(f"{name} must not be set: {refused[name]}")
+
+
+def _is_left_out(field: dataclasses.Field, fitted: dict[str, object]) -> bool:
+    return bool(field.metadata.get("is_optional")) and not fitted.keys() & keys_of(_loaded(field.metadata["part"]))
+
+
+def _needed(recipe_class: type, fitted: dict[str, object]) -> Iterator[Key]:
+    """The keys of all parts but of optional ones that are left out."""
+    for field in dataclasses.fields(recipe_class):
+        if (kind := field.metadata.get("part")) is None:
+            if field.init:
+                yield keys_of(recipe_class)[field.name]
+        elif not _is_left_out(field, fitted):
+            yield from _needed(_loaded(kind), fitted)
+
+
+def _assembled(recipe_class: type[R], fitted: dict[str, object]) -> R:
+    arguments: dict[str, object] = {}
+    for field in dataclasses.fields(recipe_class):  # type: ignore[arg-type]  # mypy does not bind R to dataclasses
+        if (kind := field.metadata.get("part")) is not None:
+            arguments[field.name] = None if _is_left_out(field, fitted) else _assembled(_loaded(kind), fitted)
+        elif field.name in fitted:
+            arguments[field.name] = fitted[field.name]
+    try:
+        return recipe_class(**arguments)
+    except (ValueError, TypeError, ImportError) as error:  # from the checks of transformers' and TRL's own classes
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def values_of(recipe: object) -> dict[str, object]:
+    """Every key of a recipe with its value, defaults included."""
+    found: dict[str, object] = {}
+    for field in dataclasses.fields(recipe):  # type: ignore[arg-type]
+        value = getattr(recipe, field.name)
+        if "part" not in field.metadata:
+            found[field.name] = value
+        elif value is not None:
+            found |= values_of(value)
+    return found
+
+
+def with_values(recipe: R, changes: dict[str, object]) -> R:
+    """A copy of a recipe with other values of some keys, not checked again; keys that it lacks are left out."""
+    copied = object.__new__(type(recipe))
+    vars(copied).update(vars(recipe))
+    for field in dataclasses.fields(recipe):  # type: ignore[arg-type]
+        value = getattr(recipe, field.name)
+        if "part" in field.metadata and value is not None:
+            setattr(copied, field.name, with_values(value, changes))
+        elif field.name in changes:
+            setattr(copied, field.name, changes[field.name])
+    return copied
+
+
+# --- one value ---
+
+
+def _fitted(name: str, value: object, hint: object) -> object:
+    """The value as its type wants it.
+
+    Args:
+        name: of the key, for errors; `datasets[0]` for an item of a list.
+    """
+    hint = _bare(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
+        with located(name):
+            return build(hint, value)
+    if typing.get_origin(hint) is list and isinstance(value, list):
+        (item,) = typing.get_args(hint)
+        return [_fitted(f"{name}[{i}]", element, item) for i, element in enumerate(value)]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        for option in typing.get_args(hint):
+            if _fits(value, option):
+                return _fitted(name, value, option)
+    elif _fits(value, hint):
+        return float(value) if hint is float else value  # type: ignore[arg-type]  # _fits has seen a number
+    raise UserError(f"{name} is {value!r} ({type(value).__name__}); write {describe(hint)}")
+
+
+def _bare(hint: object) -> object:
+    """A type without what `Annotated` adds to it."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+
+
+def _fits(value: object, hint: object) -> bool:
+    hint = _bare(hint)
+    origin = typing.get_origin(hint) or hint
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if origin is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if origin is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(origin, type) and issubclass(origin, enum.Enum):
+        return value in [member.value for member in origin]
+    return origin is typing.Any or (isinstance(origin, type) and isinstance(value, origin))
+
+
+def is_boolean(hint: object) -> bool:
+    """Whether a key of this type is true or false (or nothing)."""
+    return bool in (_bare(hint), *typing.get_args(hint))
+
+
+def describe(hint: object) -> str:
+    """A type in words: `a whole number`, `text`, `one of float32, bfloat16`."""
+    hint = _bare(hint)
+    names: dict[object, str] = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        options = [describe(option) for option in typing.get_args(hint) if option is not type(None)]
+        return " or ".join(dict.fromkeys(options))
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return "one of " + ", ".join(str(member.value) for member in hint)
+    if typing.get_origin(hint) is list:
+        return f"a list, each item {describe(typing.get_args(hint)[0])}"
+    if dataclasses.is_dataclass(hint):
+        return "a mapping with " + ", ".join(field.name for field in dataclasses.fields(hint))
+    return names.get(hint, getattr(hint, "__name__", str(hint)))

@@ -1,0 +1,80 @@
+"""Recipe files: strict YAML, one flat mapping, with the keys that several recipes of a folder share said once.
+
+Refuses what YAML libraries let pass: a key given twice, and the words of YAML 1.1 (`no` is text, `2e-5` is a number).
+"""
+
+import re
+from pathlib import Path
+
+import yaml
+
+from gemma2_post.stage.errors import UserError
+
+INCLUDE = "include"
+"""The key of a recipe that names a file beside it whose keys hold unless the recipe sets them itself."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice, and reads `2e-5` as a number and `no` as text, as YAML 1.2 does."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        lines: dict[str, int] = {}
+        for key_node, _ in node.value:
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if key_node.tag != "tag:yaml.org,2002:str":
+                raise UserError(f"{self.name}: the key in line {line} is not text; write `key: value`")
+            if key in lines:
+                raise UserError(
+                    f"{self.name}: {key} is given twice, in lines {lines[key]} and {line}; keep one of them"
+                )
+            lines[key] = line
+        return super().construct_mapping(node, deep)
+
+
+_YAML_1_1_ONLY = {f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "timestamp")}
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _YAML_1_1_ONLY]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.IGNORECASE), list("tTfF")
+)
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_yaml(path: str | Path) -> dict[str, object]:
+    """The mapping in a YAML file."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: there is no such recipe; `ls recipes/*/` shows those that come with the project")
+    values = _parse(Path(path).read_bytes(), str(path))
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
+    return values
+
+
+def load_recipe(path: str | Path) -> dict[str, object]:
+    """The keys of a stage's recipe: those of the file that it includes, then its own, which take precedence."""
+    values = load_yaml(path)
+    included = values.pop(INCLUDE, None)
+    if included is None:
+        return values
+    if not isinstance(included, str):
+        raise UserError(f"{path}: include is {included!r}; write the name of one file beside the recipe")
+    return load_yaml(Path(path).parent / included) | values
+
+
+def parse_value(text: str) -> object:
+    """A value from the command line, read as YAML."""
+    return _parse(text, f"command line: {text!r}")
+
+
+def _parse(text: str | bytes, name: str) -> object:
+    try:
+        loader = _StrictLoader(text)
+        loader.name = name
+        return loader.get_single_data()
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{name}: this is not valid YAML ({' '.join(str(error).split())})") from error

@@ -1,0 +1,78 @@
+"""What every training stage checks, and fills in, before it loads anything."""
+
+from typing import TYPE_CHECKING
+
+from gemma2_post.models.arguments import check_arguments, complete_model_arguments
+from gemma2_post.models.shapes import num_parameters
+from gemma2_post.stage.command import Stage
+from gemma2_post.stage.disk import check_space
+from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.launcher import Launcher
+from gemma2_post.training.keys import TrainingRecipe
+
+if TYPE_CHECKING:
+    from transformers import Gemma2Config
+
+
+def check_training(recipe: TrainingRecipe, launcher: Launcher) -> None:
+    """Refuses what no training stage can work with."""
+    check_arguments(launcher, recipe.model, recipe.training)
+    accumulation_steps(recipe.global_batch_size, recipe.training.per_device_train_batch_size, launcher.num_processes)
+    if recipe.training.per_device_eval_batch_size < 1:
+        raise UserError(f"per_device_eval_batch_size is {recipe.training.per_device_eval_batch_size}; write 1")
+
+
+def check_sampling(recipe: TrainingRecipe) -> None:
+    """Refuses what no stage can work with that trains on the model's own answers."""
+    from trl.import_utils import is_vllm_available
+
+    if recipe.training.use_vllm and not is_vllm_available():
+        raise UserError("use_vllm is true, but vLLM is not installed; pip install 'trl[vllm]'")
+    if recipe.training.temperature <= 0:
+        raise UserError(f"temperature is {recipe.training.temperature:g}; write a number above 0")
+
+
+def complete_training(recipe: TrainingRecipe, launcher: Launcher) -> None:
+    """Fills in Gemma 2's defaults, and the accumulation steps that the global batch needs."""
+    complete_model_arguments(recipe.model)
+    recipe.training.gradient_accumulation_steps = accumulation_steps(
+        recipe.global_batch_size, recipe.training.per_device_train_batch_size, launcher.num_processes
+    )
+    recipe.training.prediction_loss_only = True  # the full logits of a 256k vocabulary are not to be kept
+
+
+def accumulation_steps(global_batch_size: int, per_device_batch_size: int, num_processes: int) -> int:
+    """Micro-batches per optimizer step, so that a recipe means the same on any number of processes."""
+    per_step = per_device_batch_size * num_processes
+    if min(global_batch_size, per_step) <= 0 or global_batch_size % per_step:
+        raise UserError(
+            f"global_batch_size {global_batch_size} does not divide by per_device_train_batch_size "
+            f"{per_device_batch_size} x {num_processes} processes; change one of them"
+        )
+    return global_batch_size // per_step
+
+
+def metrics_of(measured: set[str], additional: set[str]) -> set[str]:
+    """The names of a training stage's metrics.
+
+    Args:
+        measured: before and after training.
+        additional: only afterwards.
+    """
+    return measured | {f"{name}_before" for name in measured} | additional | {"tokens_per_second", "peak_memory_gb"}
+
+
+def check_disk(stage: Stage, recipe: TrainingRecipe, config: "Gemma2Config", additional_weights: int = 0) -> None:
+    """Refuses to begin when the output, and in full fine-tuning two checkpoints, cannot fit.
+
+    A checkpoint holds fp32 weights and both moments of Adam, 12 bytes a parameter, and stays until the next one is
+    written. Those of adapters are small.
+
+    Args:
+        additional_weights: how many more fp32 copies of the weights there are, in the output and in each checkpoint.
+    """
+    use_peft = recipe.model.use_peft
+    checkpoints = 0 if use_peft or recipe.training.save_strategy == "no" else 2
+    bytes_each = {"float32": 4, "bfloat16": 2}[recipe.save_dtype] + 12 * checkpoints
+    bytes_each += 0 if use_peft else 4 * additional_weights * (1 + checkpoints)
+    check_space(stage.output_dir, num_parameters(config) * bytes_each)

@@ -1,0 +1,71 @@
+"""The models of RLHF: the policy as it starts, what is only read beside it, and the anchor when it is saved."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel, set_seed
+from trl import ModelConfig, RLOOConfig, get_peft_config
+from trl.models.utils import prepare_deepspeed
+
+from gemma2_post.models.loading import load_for_training
+from gemma2_post.models.saving import save_configs
+from gemma2_post.models.shards import write_shards
+from gemma2_post.models.tokenizer import save_tokenizer
+from gemma2_post.training.watch import WithAdapter
+from gemma2_post.weights.anchor import REFERENCE_ADAPTER, EmaAnchor
+
+if TYPE_CHECKING:
+    from trl import RLOOTrainer
+
+
+def load_policy(model_args: ModelConfig, training_args: RLOOConfig) -> PreTrainedModel | PeftModel:
+    """The policy as it starts; with adapters, TRL keeps a copy of the new one as the reference `ref`."""
+    policy = load_for_training(model_args, training_args)
+    peft_config = get_peft_config(model_args)
+    if peft_config is None:
+        return policy
+    set_seed(training_args.seed)  # of the new adapter
+    # One type for all under ZeRO-3, whose gathering buffers have that of the first parameter.
+    plugin = training_args.deepspeed_plugin
+    sharded = plugin is not None and plugin.zero_stage == 3
+    return get_peft_model(policy, peft_config, autocast_adapter_dtype=not sharded)
+
+
+def prepare_frozen(trainer: "RLOOTrainer", model: PreTrainedModel) -> torch.nn.Module:
+    """A model that is only read: on the trainer's device, or sharded as the policy is."""
+    model.requires_grad_(False)
+    if trainer.is_deepspeed_enabled:
+        return prepare_deepspeed(model, trainer.accelerator)
+    return trainer.accelerator.prepare_model(model, evaluation_mode=True).eval()  # computes in the policy's type
+
+
+def models_beside(
+    trainer: "RLOOTrainer", model_args: ModelConfig, is_moving: bool
+) -> tuple[torch.nn.Module, torch.nn.Module | None]:
+    """The model that the policy started as, and the reference that TRL computes the KL to.
+
+    Args:
+        is_moving: whether the reference moves, or there is none, so that the start is another model.
+    """
+    if model_args.use_peft:
+        return WithAdapter(trainer, None), WithAdapter(trainer, REFERENCE_ADAPTER)
+    if not is_moving:
+        return trainer.ref_model, trainer.ref_model
+    return prepare_frozen(trainer, load_for_training(model_args, trainer.args)), trainer.ref_model
+
+
+def save_anchor(trainer: "RLOOTrainer", anchor: EmaAnchor) -> None:
+    """The anchor as a model, or an adapter, of its own in fp32: the EMA of the policy's weights."""
+    directory, is_main = Path(trainer.args.output_dir) / "anchor", trainer.is_world_process_zero()
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(policy, PeftModel):
+        weights = {name: anchor.whole(name) for name in anchor.shadows}
+        if is_main:
+            policy.save_pretrained(directory, state_dict=weights, selected_adapters=["default"])
+        return
+    write_shards(directory if is_main else None, anchor.sizes(), anchor.whole)
+    if is_main:
+        save_configs(policy, directory, torch.float32)
+        save_tokenizer(trainer.processing_class, directory)

@@ -1,0 +1,187 @@
+"""From a trainer to a finished directory: what every training stage does once its trainer is built."""
+
+import json
+import logging
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import Trainer, TrainerCallback
+
+from gemma2_post.models.saving import merge_adapter, save_configs, save_model
+from gemma2_post.models.shapes import SCORE_HEAD
+from gemma2_post.models.shards import write_shards
+from gemma2_post.models.tokenizer import save_tokenizer, tokenizer_digest
+from gemma2_post.stage import contract, digests
+from gemma2_post.stage.command import Stage
+from gemma2_post.training.keys import TrainingRecipe
+
+Metrics = dict[str, float]
+
+TRAINER_FILE = "trainer_state.json"
+"""The last file that the Trainer itself writes into a checkpoint."""
+
+
+class _MeasureBefore(TrainerCallback):
+    """Measures once the model is where it will be trained (a ZeRO engine exists only then), before the first step."""
+
+    def __init__(self, path: Path, measure: Callable[[], Metrics], is_resumed: bool):
+        self.path, self.measure, self.is_resumed = path, measure, is_resumed
+
+    def on_train_begin(self, args, state, control, **_) -> None:
+        if not self.is_resumed:
+            metrics = self.measure()
+            if state.is_world_process_zero:
+                contract.write_json(self.path, metrics)
+        self.ended = time.monotonic()
+
+
+class _NoLastCheckpoint(TrainerCallback):
+    """No checkpoint after the last step, whose weights are saved anyway.
+
+    A run that dies while it measures or saves then resumes before the last step; from a checkpoint after it, the
+    Trainer would take one step too many.
+    """
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        control.should_save = control.should_save and state.global_step < state.max_steps
+
+    on_epoch_end = on_step_end
+
+
+def run(
+    stage: Stage,
+    recipe: TrainingRecipe,
+    trainer: Trainer,
+    measure: Callable[[], Metrics],
+    complete: Callable[[Metrics, Metrics], Metrics] = lambda before, after: {},
+    save_more: Callable[[], None] = lambda: None,
+    last_file: str = TRAINER_FILE,
+) -> None:
+    """Trains (from the newest checkpoint, if there is one), saves a plain Hugging Face model, then the contract.
+
+    Args:
+        measure: the stage's numbers; called on every process before the first and after the last step.
+        complete: called on the main process with the numbers before and after, once the weights are saved; writes what
+            belongs beside them, returns additional numbers.
+        save_more: called on every process after the last step; writes what else was trained.
+        last_file: the file that is written last into a checkpoint.
+    """
+    tokenizer = trainer.processing_class
+    if not trainer.is_deepspeed_enabled:
+        keep_adapter_in_fp32(trainer.model)
+    checkpoint = newest_checkpoint(stage.output_dir, last_file)
+    if trainer.is_world_process_zero():
+        contract.begin(stage.output_dir, stage.fingerprint)
+    if checkpoint:
+        logging.getLogger(__name__).warning(
+            "resuming from %s: weights, optimizer, scheduler, data order and random state", checkpoint
+        )
+    measure_before = _MeasureBefore(stage.output_dir / "before.json", measure, is_resumed=checkpoint is not None)
+    trainer.add_callback(measure_before)
+    trainer.add_callback(_NoLastCheckpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.monotonic() - measure_before.ended
+    after = measure()
+
+    save(stage.output_dir, trainer, recipe)
+    save_more()
+    if trainer.is_world_process_zero():
+        save_tokenizer(tokenizer, stage.output_dir)
+        write_log(stage.output_dir / "log.jsonl", trainer.state.log_history)
+        before = contract.read_json(stage.output_dir / "before.json")
+        metrics = {f"{name}_before": value for name, value in before.items()} | after
+        metrics |= complete(before, after) | throughput(trainer, seconds)
+        model_args = recipe.model
+        facts = {
+            "base_model": model_args.model_name_or_path,
+            "base_revision": getattr(trainer.model.config, "_commit_hash", None) or model_args.model_revision,
+            "base_digest": stage.fingerprint["inputs"].get(model_args.model_name_or_path),
+            "adapter": "adapter" if model_args.use_peft else None,
+            "dtype": recipe.save_dtype,
+            "tokenizer_digest": tokenizer_digest(tokenizer),
+            "template_digest": digests.of_text(tokenizer.chat_template),
+            "num_processes": trainer.accelerator.num_processes,
+        }
+        changes = [f"{name} {before[name]:.3g} -> {after[name]:.3g}" for name in before if "/" not in name]
+        stage.finish(facts, metrics, ", ".join(changes))
+    trainer.end()
+
+
+def keep_adapter_in_fp32(model: torch.nn.Module) -> None:
+    """Undoes TRL's cast of a quantised model's adapters to bf16, which loses small updates (DeepSpeed has masters)."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def newest_checkpoint(output_dir: Path, last_file: str = TRAINER_FILE) -> Path | None:
+    """The newest complete checkpoint, which is one that has the file that is written last."""
+    complete = [path.parent for path in output_dir.glob(f"checkpoint-*/{last_file}")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def save(output_dir: Path, trainer: Trainer, recipe: TrainingRecipe) -> None:
+    """Writes the model; an adapter goes to `adapter/`, and its sum with the unquantised base beside it.
+
+    Called on every process: under DeepSpeed all take part in the gathering. What it hands over are the copies that it
+    computes with; adapters, a score head and, with `save_dtype: float32`, all weights come from the fp32 masters.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    dtype = getattr(torch, recipe.save_dtype)
+    is_main = trainer.is_world_process_zero()
+    parameters = dict(model.named_parameters())
+    if trainer.is_deepspeed_enabled and not isinstance(model, PeftModel) and dtype == torch.float32:
+        sizes = {name: 4 * getattr(each, "ds_numel", each.numel()) for name, each in parameters.items()}
+        write_shards(output_dir if is_main else None, sizes, lambda name: fp32_master(parameters[name]))
+        if is_main:
+            save_configs(model, output_dir, dtype)
+        return
+    # Outside DeepSpeed the wrapped model may be a compiled one.
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped if trainer.is_deepspeed_enabled else model)
+    if trainer.is_deepspeed_enabled:
+        for name, parameter in parameters.items():
+            if name == SCORE_HEAD or (isinstance(model, PeftModel) and parameter.requires_grad):
+                master = fp32_master(parameter)
+                if is_main:
+                    state_dict[name] = master
+    if not is_main:
+        return
+    if isinstance(model, PeftModel):
+        model.save_pretrained(output_dir / "adapter", state_dict=state_dict, selected_adapters=["default"])
+        # Rounded in place, one parameter after the other: a copy of 27b would take another 54 GB.
+        base = model.get_base_model()
+        labels = {} if base.can_generate() else {"num_labels": 1}
+        model = merge_adapter(output_dir / "adapter", recipe.model, type(base), **labels)
+        for name, parameter in model.named_parameters():
+            if name != SCORE_HEAD:
+                parameter.data = parameter.data.to(dtype)
+        state_dict = dict(model.state_dict())
+    save_model(model, state_dict, output_dir, dtype)
+
+
+def fp32_master(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The whole parameter in fp32, from what DeepSpeed's optimizer holds; on the CPU, called on each process."""
+    from deepspeed.utils import safe_get_full_fp32_param  # a slow import
+
+    return safe_get_full_fp32_param(parameter).cpu()
+
+
+def write_log(path: Path, history: list[dict]) -> None:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
+
+
+def throughput(trainer: Trainer, seconds: float) -> Metrics:
+    """Tokens per second of training (padding not counted, over all processes) and peak memory in GB."""
+    num_tokens = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry][-1]
+    if trainer.args.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "tokens_per_second": num_tokens / seconds,
+        "peak_memory_gb": peak / 1e9,
+    }

@@ -1,0 +1,52 @@
+"""The keys of recipes that say what is merged, and how."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gemma2_post.stage.paths import ModelPath
+from gemma2_post.stage.recipe import key
+
+Rule = Literal["slerp", "spherical_mean", "linear"]
+Angles = Literal["layer", "tensor", "model"]
+
+
+@dataclass
+class MergeArguments:
+    init: ModelPath = key(help="The model that the policies were trained from; a folder or a Hub model.")
+    policies: list[ModelPath] | ModelPath = key(help="Models, or LoRA adapters on init; folders or Hub models.")
+    eta: list[float] | float = key(
+        0.3, "How far from the start; 0 is the start, 1 the merge; several values make a sweep."
+    )
+    towards: ModelPath | None = key(
+        None, "The start that eta goes back to, if not init: WARP's sweep goes back to the very first one."
+    )
+    interpolation: Rule = key(
+        "slerp", "slerp (the paper's), spherical_mean (symmetric in more than two policies) or linear."
+    )
+    angles: Angles = key("layer", "One angle for each layer, for each tensor, or for the model.")
+    save_dtype: Literal["float32", "bfloat16"] = key(
+        "bfloat16", "Type of the output, rounded to once; float32 if it is trained again."
+    )
+    compare_with: list[Rule] | None = key(
+        None, "Additional interpolations whose points are written as well, as RULE-eta-ETA."
+    )
+    rank: int | None = key(None, "Compress merged adapters to this rank; None for the sum of their ranks.")
+    adapter_only: bool = key(False, "Of adapters, write the merged adapter without its sum with init.")
+    force: bool = key(False, "Also merge models that do not record init as their start.")
+    device: str | None = key(None, "Device that computes; None for a GPU if there is one.")
+
+    @property
+    def names(self) -> list[str]:
+        """The policies, also where the recipe names only one."""
+        return [self.policies] if isinstance(self.policies, str) else self.policies
+
+    @property
+    def etas(self) -> list[float]:
+        """The points of the sweep, also where there is only one."""
+        return self.eta if isinstance(self.eta, list) else [self.eta]
+
+    @property
+    def sweeps(self) -> dict[Rule, list[float]]:
+        """The points to write, by interpolation; at 0 all of them are the start."""
+        others = {rule: [eta for eta in self.etas if eta] for rule in self.compare_with or []}
+        return {self.interpolation: self.etas, **others}

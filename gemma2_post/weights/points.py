@@ -1,0 +1,293 @@
+"""The points of a merge: inputs are opened, points are written as models with all that stands beside weights."""
+
+import json
+import math
+import shutil
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from gemma2_post.models.tokens import BOS, EOS, PAD, STOP_TOKEN_IDS
+from gemma2_post.stage import contract
+from gemma2_post.stage.command import Stage
+from gemma2_post.stage.disk import check_space
+from gemma2_post.stage.errors import UserError
+from gemma2_post.weights import inputs
+from gemma2_post.weights.inputs import Adapter, Model
+from gemma2_post.weights.keys import MergeArguments, Rule
+from gemma2_post.weights.merge import (
+    GroupReport,
+    LowRank,
+    compress_adapter,
+    merge_adapters,
+    merge_models,
+    write_with_adapter,
+)
+from gemma2_post.weights.streaming import ShardWriter
+
+REPORT = "merge.json"
+TOKENIZER_FILES = [
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    "chat_template.jinja",
+]
+
+
+@dataclass
+class Merge:
+    """A merge whose inputs have been opened and checked."""
+
+    args: MergeArguments
+    output_dir: Path
+    recipe: dict[str, object]
+    """What the model cards say about how they were made."""
+    init: Model
+    policies: list[Model] | list[Adapter]
+    towards: Model
+    tokenizer: Path
+    """Folder of the tokenizer to write."""
+    device: torch.device
+
+    @property
+    def are_adapters(self) -> bool:
+        return isinstance(self.policies[0], Adapter)
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What the contract records of the output."""
+        return {
+            "base_model": self.args.init,
+            "base_digest": self.init.digest,
+            "lineage": [*lineage(self.init), self.init.digest],
+            "adapter": "adapter" if (self.output_dir / "adapter").is_dir() else None,
+            "dtype": self.args.save_dtype,
+            **recorded_digests(self.init),
+        }
+
+    def check_space(self, num_copies: int = 0) -> None:
+        """Refuses to begin when the points, and so many copies of one, cannot fit on the disk."""
+        points = sum(map(len, self.args.sweeps.values())) + num_copies
+        num_bytes = sum(tensor.numel() for tensor in self.init.weights.values())
+        num_bytes *= getattr(torch, self.args.save_dtype).itemsize * points
+        check_space(self.output_dir, 0 if self.args.adapter_only else num_bytes)
+
+    def write(self) -> tuple[dict[Rule, dict[float, Path]], dict[str, float]]:
+        """Writes all points; their folders by interpolation and eta, and the numbers of the merge."""
+        points = {rule: write_points(self, rule, etas) for rule, etas in self.args.sweeps.items()}
+        return points, contract.read_json(self.output_dir / REPORT)["metrics"]
+
+
+# --- in ---
+
+
+def open_merge(args: MergeArguments, stage: Stage) -> Merge:
+    """Opens and checks all inputs of a merge, before anything is computed.
+
+    Raises:
+        UserError: inputs that are missing, damaged, or do not belong together.
+    """
+    digests = stage.fingerprint["inputs"]
+    init = inputs.open_model(args.init, digests)
+    towards = inputs.open_model(args.towards, digests) if args.towards else init
+    located = [(name, inputs.locate(name)) for name in args.names]
+    adapters = [inputs.adapter_in(directory) for _, directory in located]
+    if any(adapters) and not all(adapters):
+        (one, _), (other, _) = located[adapters.index(None)], located[[*map(bool, adapters)].index(True)]
+        raise UserError(f"{other} is an adapter and {one} is not; merge adapters, or whole models")
+    for name, directory in located:
+        inputs.check_start(init, name, directory, args.force)
+    if towards is not init:
+        inputs.check_start(towards, init.name, init.directory, args.force)
+    if all(adapters):
+        policies = [
+            inputs.open_adapter(name, adapter, init) for (name, _), adapter in zip(located, adapters, strict=True)
+        ]
+        inputs.check_same_targets(policies)
+    else:
+        if args.rank or args.adapter_only:
+            raise UserError(f"rank and adapter_only are for adapters; {args.names[0]} is a whole model, remove them")
+        policies = [inputs.open_model(name, digests) for name in args.names]
+    if args.adapter_only and towards is not init:
+        raise UserError(f"adapter_only cannot go towards {args.towards}, on which it is no adapter; remove one")
+    models = [init, *([towards] if towards is not init else []), *(() if all(adapters) else policies)]
+    inputs.drop_copied_heads(models)
+    for other in models[1:]:
+        inputs.check_same_architecture(init, other)
+    tokenizer = inputs.check_same_tokenizer([(init.name, init.directory), *located])
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Merge(args, stage.output_dir, stage.fingerprint["recipe"], init, policies, towards, tokenizer, device)
+
+
+def lineage(model: Model) -> list[str]:
+    """Content hashes of the models that it comes from, as far as stages have recorded them."""
+    stage = contract.read_json(model.directory / contract.DONE) or {}
+    return stage.get("lineage", [stage["base_digest"]] if stage.get("base_digest") else [])
+
+
+def recorded_digests(init: Model) -> dict[str, str]:
+    stage = contract.read_json(init.directory / contract.DONE) or {}
+    return {key: stage[key] for key in ("tokenizer_digest", "template_digest") if key in stage}
+
+
+# --- out ---
+
+
+def move_up(point: Path) -> None:
+    """Makes an only point the output itself."""
+    for path in point.iterdir():
+        if (point.parent / path.name).is_dir():  # of a run that was interrupted here
+            shutil.rmtree(point.parent / path.name)
+        path.rename(point.parent / path.name)
+    point.rmdir()
+
+
+def write_points(merge: Merge, rule: Rule, etas: list[float]) -> dict[float, Path]:
+    """The models of a sweep, by eta; those of an interrupted run if they are complete."""
+    prefix = "" if rule == merge.args.interpolation else f"{rule}-"
+    points = {eta: merge.output_dir / f"{prefix}eta-{eta:g}" for eta in etas}
+    if all(path.is_dir() for path in points.values()):
+        return points
+    partial = {eta: path.with_name(f".{path.name}") for eta, path in points.items()}
+    for path in [*partial.values(), *points.values()]:
+        shutil.rmtree(path, ignore_errors=True)
+    try:
+        for path in partial.values():
+            path.mkdir(parents=True)
+        groups, metrics = merge_to(partial, merge, rule)
+        for eta, path in partial.items():
+            write_beside(path, merge, rule, eta)
+        if rule == merge.args.interpolation:
+            metrics |= summary(groups)
+            report = {"interpolation": rule, "angles": merge.args.angles, "metrics": metrics}
+            contract.write_json(merge.output_dir / REPORT, report | {"groups": [*map(asdict, groups)]})
+            plot(groups, merge.output_dir)
+        for eta, path in points.items():
+            partial[eta].rename(path)
+    finally:
+        for path in partial.values():
+            shutil.rmtree(path, ignore_errors=True)
+    return points
+
+
+def merge_to(directories: dict[float, Path], merge: Merge, rule: Rule) -> tuple[list[GroupReport], dict[str, float]]:
+    """Writes weights and adapters of the points; what happened to each group, and further numbers."""
+    args, init, towards = merge.args, merge.init, merge.towards
+    dtype, device = getattr(torch, args.save_dtype), merge.device
+    with ExitStack() as stack:
+        writers = {
+            eta: stack.enter_context(ShardWriter(directory, init.shapes, dtype))
+            for eta, directory in directories.items()
+            if not args.adapter_only
+        }
+        if not merge.are_adapters:
+            return merge_models(init, merge.policies, towards, rule, args.angles, writers, device), {}
+        metrics = {}
+        merged, groups = merge_adapters(init, merge.policies, rule, args.angles)
+        if args.rank:
+            merged, metrics["compression_error"] = compress_adapter(merged, args.rank)
+        if towards is init:
+            for eta, directory in directories.items():
+                write_adapter(directory / "adapter", merge, merged, eta)
+        if writers:
+            write_with_adapter(init, merged, towards, writers, device)
+        return groups, metrics
+
+
+def write_adapter(directory: Path, merge: Merge, merged: LowRank, eta: float) -> None:
+    """As PEFT loads it, with a scale of 1 and all that scales in B."""
+    directory.mkdir()
+    tensors, targets = {}, set()
+    for name, (b, a) in merged.items():
+        module = name.removesuffix(".weight")
+        targets.add(module.rpartition(".")[2])
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a.contiguous()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = (eta * b).contiguous()
+    rank = max(len(a) for _, a in merged.values())
+    config = merge.policies[0].config | {
+        "base_model_name_or_path": merge.init.name,
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "target_modules": sorted(targets),
+        "inference_mode": True,
+    }
+    save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
+    contract.write_json(directory / inputs.ADAPTER, config)
+
+
+def write_beside(directory: Path, merge: Merge, rule: Rule, eta: float) -> None:
+    """Config, generation config, tokenizer with its template, and a card that says how the model was made."""
+    for file in TOKENIZER_FILES:
+        if (merge.tokenizer / file).is_file():
+            shutil.copyfile(merge.tokenizer / file, directory / file)
+    config = merge.init.config
+    if config["model_type"] == "gemma2":
+        config |= {"eos_token_id": EOS, "bos_token_id": BOS, "pad_token_id": PAD}
+        stops = {"bos_token_id": BOS, "eos_token_id": STOP_TOKEN_IDS, "pad_token_id": PAD}
+        contract.write_json(directory / "generation_config.json", stops)
+    elif (merge.tokenizer / "generation_config.json").is_file():
+        shutil.copyfile(merge.tokenizer / "generation_config.json", directory / "generation_config.json")
+    if not merge.args.adapter_only:
+        forgotten = ("cache_implementation", "torch_dtype")  # what transformers 5 dropped, and dtype's earlier name
+        config = {key: value for key, value in config.items() if key not in forgotten}
+        contract.write_json(directory / "config.json", config | {"use_cache": True, "dtype": merge.args.save_dtype})
+    names = [merge.init.name, *(policy.name for policy in merge.policies)]
+    card = f"""---
+library_name: transformers
+base_model: {json.dumps(names)}
+tags: [merge, warp]
+---
+
+# A WARP merge
+
+{len(merge.policies)} policies, trained from `{merge.init.name}`, merged by `{rule}` of their task vectors with one
+angle for each {merge.args.angles}; then (1 - eta) `{merge.towards.name}` + eta merged, with eta {eta:g}
+([WARP](https://arxiv.org/abs/2406.16768)). Computed in fp32, rounded once to {merge.args.save_dtype}.
+
+```json
+{json.dumps(merge.recipe, indent=2)}
+```
+"""
+    contract.write_text(directory / "README.md", card)
+
+
+def summary(groups: list[GroupReport]) -> dict[str, float]:
+    """Over the groups, weighted by nothing but for the norms, which are of the whole model."""
+    cosines = [cosine for group in groups for cosine in group.cosines if cosine is not None]
+    kept = [group.norm_kept for group in groups if group.norm_kept is not None]
+    norms = [math.hypot(*each) for each in zip(*(group.norms for group in groups), strict=True)]
+    found = {f"norm/policy-{i}": norm for i, norm in enumerate(norms)}
+    found["merged_norm"] = math.hypot(*(group.norm for group in groups))
+    if cosines:
+        found["mean_cosine"] = sum(cosines) / len(cosines)
+    if kept:
+        found["mean_norm_kept"] = sum(kept) / len(kept)
+    return found
+
+
+def plot(groups: list[GroupReport], output_dir: Path) -> None:
+    """Over the groups, in the model's order: `angles.png` between the task vectors, and `norms.png` of these."""
+    from matplotlib.figure import Figure
+
+    pictures = {name: Figure(figsize=(5.5, 4), layout="constrained") for name in ("angles", "norms")}
+    angles, norms = (figure.subplots() for figure in pictures.values())
+    places = range(len(groups))
+    for pair in range(len(groups[0].angles)):
+        angles.plot(places, [group.angles[pair] for group in groups], marker="o", label=f"pair {pair}")
+    angles.axhline(90, color="0.7", linestyle="--")
+    angles.set(xlabel="layer", ylabel="degrees between the task vectors", ylim=(0, 180), yticks=range(0, 181, 30))
+    for policy in range(len(groups[0].norms)):
+        norms.plot(places, [group.norms[policy] for group in groups], marker="o", label=f"policy {policy}")
+    norms.plot(places, [group.norm for group in groups], marker="o", color="black", label="merged")
+    norms.set(xlabel="layer", ylabel="norm of the task vector", ylim=(0, None))
+    norms.legend()
+    if len(groups) <= 40:
+        labels = [
+            group.group.rpartition("layers.")[2].removeprefix("model.").removesuffix(".weight") for group in groups
+        ]
+        for axes in (angles, norms):
+            axes.set_xticks(places, labels, rotation=45, ha="right", fontsize=8)
+    for name, figure in pictures.items():
+        figure.savefig(output_dir / f"{name}.png", dpi=150)
