@@ -19,7 +19,7 @@ from gemma2_post.pipeline import devices, gates, lock, processes, summary
 from gemma2_post.pipeline.steps import Pipeline, Step
 from gemma2_post.stage import contract
 from gemma2_post.stage import launcher as launchers
-from gemma2_post.stage.errors import UserError, reported
+from gemma2_post.stage.errors import UserError, located, reported
 from gemma2_post.stage.fingerprint import Fingerprint
 
 LOGS = "logs"
@@ -134,7 +134,9 @@ def _check_here(pipeline: Pipeline, until: str | None) -> None:
     from gemma2_post.planning import memory
 
     with reported():
-        memory.check_disk(str(pipeline.path), pipeline.run_dir, check.check(pipeline, until, is_here=True))
+        jobs = check.check(pipeline, until, is_here=True)
+        with located(pipeline.path):
+            memory.check_disk(pipeline.run_dir, jobs)
 
 
 @contextmanager

@@ -75,7 +75,10 @@ def plan(jobs: list[Job], num_gpus: int | None = None, memory_gb: float | None =
             models spreads them over as many.
         memory_gb: of each GPU, or of the machine where a stage runs on the CPU; in 1e9 bytes.
     """
-    libraries = psutil.Process().memory_info().rss  # a stage imports what checking it has imported
+    from gemma2_post.evaluation import comparison, front  # noqa: F401 - what stages import is part of their memory
+    from gemma2_post.training import run, watch  # noqa: F401
+
+    libraries = psutil.Process().memory_info().rss
     rows: dict[tuple, Row] = {}
     for job in jobs:
         if num_gpus and job.trains and not job.checked.launcher.use_cpu:
