@@ -8,7 +8,6 @@ Both train the same weights with the same batches; neither evaluates or saves wh
 one prompt at the end of rlhf. There the stage also updates its anchor, which the bare script leaves where it is.
 """
 
-from gemma2_post.models.tokenizer import render
 import argparse
 import json
 import statistics
@@ -18,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from gemma2_post.models.tokenizer import render
 
 if TYPE_CHECKING:
     from trl import DistillationTrainer, RLOOTrainer, SFTTrainer

@@ -1,10 +1,5 @@
 """A random two-layer Gemma 2, a recipe that trains it in seconds, and the stage's real `main` to run it with."""
 
-from gemma2_post.models.loading import load_config
-from gemma2_post.models.saving import save_model
-from gemma2_post.models.tokenizer import load_tokenizer
-from gemma2_post.models.tokenizer import save_tokenizer
-from gemma2_post.models.tokens import PAD
 import json
 import os
 from collections.abc import Callable
@@ -25,8 +20,11 @@ from transformers import (
 
 from gemma2_post import distill, reward, rlhf, sft
 from gemma2_post.models import reward_model
+from gemma2_post.models.loading import load_config
+from gemma2_post.models.saving import save_model
+from gemma2_post.models.tokenizer import load_tokenizer, save_tokenizer
+from gemma2_post.models.tokens import PAD
 from gemma2_post.stage.command import Command
-from gemma2_post.stage.command import refuse_foreign_output
 from gemma2_post.tiny.data import preferences, prompts
 
 BASE, TEACHER = "gemma2_post/tiny/models/base", "gemma2_post/tiny/models/teacher"
@@ -227,11 +225,10 @@ def run_stage(file: Path, command: Command, values: dict[str, object]) -> Path:
     What it has measured is what it says that it measures.
     """
     file.write_text(yaml.safe_dump(values))
-    stage, built = command.parse(["--config", str(file)])
-    refuse_foreign_output(stage)
-    command.main(stage, *built)
+    stage, recipe = command.parse(["--config", str(file)])
+    command.run(stage, recipe)
     metrics = json.loads((stage.output_dir / "stage.json").read_text())["metrics"]
-    assert {name for name in metrics if "/" not in name} <= command.metrics(*built)
+    assert {name for name in metrics if "/" not in name} <= command.metrics(recipe)
     return stage.output_dir
 
 

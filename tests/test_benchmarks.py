@@ -1,6 +1,5 @@
 """Academic benchmarks through lm-eval, on tasks whose data is a local file."""
 
-from gemma2_post.models.loading import load_config
 import json
 import sys
 from pathlib import Path
@@ -10,9 +9,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from gemma2_post.stage.errors import UserError
-from gemma2_post.models.tokens import BOS
 from gemma2_post.evaluation import benchmarks
+from gemma2_post.models.loading import load_config
+from gemma2_post.models.tokens import BOS
+from gemma2_post.stage.errors import UserError
 from tests.conftest import TEACHER
 
 lm_eval = pytest.importorskip("lm_eval")

@@ -12,54 +12,52 @@ from huggingface_hub import constants
 from transformers import Gemma2Config
 from trl import ModelConfig, SFTConfig
 
-from gemma2_post.stage import contract
-from gemma2_post.stage import digests
+from gemma2_post.stage import contract, digests
 from gemma2_post.stage.command import Stage
-from gemma2_post.stage.errors import UserError
-from gemma2_post.stage.errors import reported
-from gemma2_post.training.keys import StageArguments
+from gemma2_post.stage.errors import UserError, reported
 from gemma2_post.training.checks import check_disk
+from gemma2_post.training.keys import StageArguments
 
 RECIPE = {"learning_rate": 1e-3, "output_dir": "a", "logging_steps": 1}
 
 
 def test_output_folder_and_logging_do_not_change_the_fingerprint_and_the_rest_does() -> None:
-    same = contract.fingerprint("sft", RECIPE | {"output_dir": "b", "logging_steps": 5})
-    assert same == contract.fingerprint("sft", RECIPE)
-    other = contract.fingerprint("sft", RECIPE | {"learning_rate": 2e-3})
-    assert contract.differences(same, other) == ["learning_rate 0.001 -> 0.002"]
+    same = sft.COMMAND.fingerprint(RECIPE | {"output_dir": "b", "logging_steps": 5})
+    assert same == sft.COMMAND.fingerprint(RECIPE)
+    other = sft.COMMAND.fingerprint(RECIPE | {"learning_rate": 2e-3})
+    assert differences(same, other) == ["learning_rate 0.001 -> 0.002"]
 
 
 def test_the_content_of_inputs_counts(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("{}\n")
-    before = contract.fingerprint("sft", {"datasets": [{"path": str(file)}]})
-    assert contract.fingerprint("sft", {"datasets": [{"path": str(file)}]}) == before
+    before = sft.COMMAND.fingerprint({"datasets": [{"path": str(file)}]})
+    assert sft.COMMAND.fingerprint({"datasets": [{"path": str(file)}]}) == before
     file.write_text("{ }\n")
-    (change,) = contract.differences(before, contract.fingerprint("sft", {"datasets": [{"path": str(file)}]}))
+    (change,) = differences(before, sft.COMMAND.fingerprint({"datasets": [{"path": str(file)}]}))
     assert change.startswith(f"{file} {before['inputs'][str(file)]} -> ")
 
 
 def test_a_function_counts_with_its_whole_package() -> None:
-    inputs = contract.fingerprint("sft", {"datasets": [{"path": "gemma2_post.tiny.data:demonstrations"}]})["inputs"]
+    inputs = sft.COMMAND.fingerprint({"datasets": [{"path": "gemma2_post.tiny.data:demonstrations"}]})["inputs"]
     expected = digests.of_files(sorted(Path("gemma2_post/tiny").glob("*.py")))
     assert inputs == {"gemma2_post.tiny.data:demonstrations": expected}
 
 
 def test_a_finished_stage_hands_its_recorded_hash_to_the_next(tmp_path: Path) -> None:
-    wanted = contract.fingerprint("sft", RECIPE)
+    wanted = sft.COMMAND.fingerprint(RECIPE)
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     assert not contract.is_done(tmp_path, wanted)
     contract.begin(tmp_path, wanted)
     contract.finish(tmp_path, "sft", wanted, 1.0, {"dtype": "float32"}, {"held_out_nll": 1.0})
     assert contract.is_done(tmp_path, wanted) and not (tmp_path / contract.BEGUN).exists()
     recorded = json.loads((tmp_path / "stage.json").read_text())["output"]
-    assert contract.fingerprint("sft", {"model_name_or_path": str(tmp_path)})["inputs"] == {str(tmp_path): recorded}
+    assert sft.COMMAND.fingerprint({"model_name_or_path": str(tmp_path)})["inputs"] == {str(tmp_path): recorded}
 
 
 def test_a_claim_without_a_checkpoint_holds_nothing_back_and_foreign_files_do(tmp_path: Path) -> None:
-    wanted = contract.fingerprint("sft", RECIPE)
-    contract.begin(tmp_path / "claimed", contract.fingerprint("sft", {"learning_rate": 5}))
+    wanted = sft.COMMAND.fingerprint(RECIPE)
+    contract.begin(tmp_path / "claimed", sft.COMMAND.fingerprint({"learning_rate": 5}))
     assert contract.what_changed(tmp_path / "claimed", wanted) == []
     (tmp_path / "thesis.docx").write_text("do not touch")
     with pytest.raises(UserError, match="holds files that no stage has made"):
@@ -113,7 +111,7 @@ def test_up_to_date_and_help_need_no_torch(tmp_path: Path) -> None:
     pipeline = tmp_path / "pipeline.yaml"
     pipeline.write_text(f"run_dir: {tmp_path}/run\nlaunch: {launch}\nstages:\n  sft: {{recipe: sft.yaml}}\n")
     output = tmp_path / "run" / "sft"
-    wanted = contract.fingerprint("sft", {"learning_rate": 1e-3})
+    wanted = sft.COMMAND.fingerprint({"learning_rate": 1e-3})
     contract.begin(output, wanted)
     contract.finish(output, "sft", wanted, 1.0, {}, {})
     (tmp_path / "torch.py").write_text("raise ImportError('torch must not be imported')\n")
@@ -132,9 +130,9 @@ def test_a_folder_of_tasks_counts_by_its_content(tmp_path: Path, monkeypatch: py
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "sums.yaml").write_text("task: sums")
     recipe = {"output_dir": "out", "benchmark_folder": "tasks"}
-    before = contract.fingerprint("evaluate", recipe)
+    before = evaluate.COMMAND.fingerprint(recipe)
     (tmp_path / "tasks" / "sums.yaml").write_text("task: sums\nnum_fewshot: 1")
-    assert contract.differences(before, contract.fingerprint("evaluate", recipe))
+    assert differences(before, evaluate.COMMAND.fingerprint(recipe))
 
 
 def test_what_is_on_the_hub_counts_with_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +156,7 @@ def test_what_is_on_the_hub_counts_with_its_commit(tmp_path: Path, monkeypatch: 
         "datasets": [{"path": "someone/data"}],
         "held_out_datasets": [{"path": "someone/data", "revision": "v2"}, {"path": "someone/unknown"}],
     }
-    assert contract.fingerprint("distill", recipe)["inputs"] == {
+    assert distill.COMMAND.fingerprint(recipe)["inputs"] == {
         "someone/model@v2": "2" * 40,
         "someone/data@main": "1" * 40,
         "someone/data@v2": "2" * 40,

@@ -1,10 +1,5 @@
 """Conversations of every format become the same messages, and what is wrong with a row is said with its number."""
 
-from gemma2_post.data.preparation import split_held_out
-from gemma2_post.data.preparation import tokenize
-from gemma2_post.data.rows import to_messages
-from gemma2_post.data.sources import load_conversations
-from gemma2_post.models.tokenizer import render
 import json
 import logging
 from collections.abc import Callable
@@ -15,8 +10,11 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import pack_dataset
 
-from gemma2_post.data.keys import DataArguments
-from gemma2_post.data.keys import Source
+from gemma2_post.data.keys import DataArguments, Source
+from gemma2_post.data.preparation import split_held_out, tokenize
+from gemma2_post.data.rows import to_messages
+from gemma2_post.data.sources import load_conversations
+from gemma2_post.models.tokenizer import render
 from gemma2_post.stage.errors import UserError
 
 USER, MODEL = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
@@ -61,8 +59,7 @@ def test_every_format_becomes_the_same_messages(row: dict, tmp_path: Path) -> No
 
 def test_the_input_of_alpaca_follows_its_instruction() -> None:
     assert (
-        to_messages({"instruction": "Translate.", "input": "Ja", "output": "Yes"})[0]["content"]
-        == "Translate.\n\nJa"
+        to_messages({"instruction": "Translate.", "input": "Ja", "output": "Yes"})[0]["content"] == "Translate.\n\nJa"
     )
 
 
@@ -190,9 +187,7 @@ def test_a_mixture_has_its_proportions_and_uses_no_row_twice(tmp_path: Path) -> 
     for name, num_rows, weight in (("a", 20, 1.0), ("b", 60, 2.0)):
         rows = [{"messages": [{"role": "user", "content": f"{name} {i}"}, MODEL]} for i in range(num_rows)]
         sources.append(Source(write(tmp_path / f"{name}.jsonl", rows), weight=weight))
-    mixed = [
-        messages[0]["content"] for messages in load_conversations(sources, 0.0, seed=0)["messages"]
-    ]
+    mixed = [messages[0]["content"] for messages in load_conversations(sources, 0.0, seed=0)["messages"]]
     assert len(mixed) == len(set(mixed)) == 60
     assert sum(text.startswith("a") for text in mixed) == 20
     sources[0].weight = None

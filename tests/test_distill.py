@@ -1,7 +1,5 @@
 """Distillation: the loss is its formula, the stage trains on the student's own ended answers, mistakes are refused."""
 
-from gemma2_post.data.keys import Source
-from gemma2_post.data.sources import load_prompts
 import copy
 import json
 import shutil
@@ -25,6 +23,8 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.import_utils import is_vllm_available
 
 from gemma2_post import distill
+from gemma2_post.data.keys import Source
+from gemma2_post.data.sources import load_prompts
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher

@@ -1,7 +1,5 @@
 """Evaluation: models beside each other on the same prompts, and against one of them."""
 
-from gemma2_post.models.saving import save_model
-from gemma2_post.models.tokenizer import save_tokenizer
 import json
 import shutil
 from collections.abc import Callable
@@ -12,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from gemma2_post import evaluate
-from gemma2_post.data.keys import DataArguments
-from gemma2_post.data.keys import Source
+from gemma2_post.data.keys import DataArguments, Source
+from gemma2_post.models.saving import save_model
+from gemma2_post.models.tokenizer import save_tokenizer
 from gemma2_post.stage.errors import UserError
 from gemma2_post.tiny.data import prompts
 from tests.conftest import BASE, TEACHER, run_stage, write_prompts

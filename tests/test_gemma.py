@@ -1,14 +1,5 @@
 """The Gemma 2 facts: the chat format token by token, the tokenizer's ids, the soft-caps, how models load."""
 
-from gemma2_post.models.arguments import check_arguments
-from gemma2_post.models.loading import disable_cpu_repacking
-from gemma2_post.models.loading import load_config
-from gemma2_post.models.loading import load_model
-from gemma2_post.models.saving import save_model
-from gemma2_post.models.shapes import num_parameters
-from gemma2_post.models.tokenizer import gemma_chat_template
-from gemma2_post.models.tokenizer import load_tokenizer
-from gemma2_post.models.tokenizer import render
 import json
 import shutil
 from pathlib import Path
@@ -24,6 +15,11 @@ from transformers import (
 )
 from trl import ModelConfig, SFTConfig, get_peft_config
 
+from gemma2_post.models.arguments import check_arguments
+from gemma2_post.models.loading import disable_cpu_repacking, load_config, load_model
+from gemma2_post.models.saving import save_model
+from gemma2_post.models.shapes import num_parameters
+from gemma2_post.models.tokenizer import gemma_chat_template, load_tokenizer, render
 from gemma2_post.stage import launcher
 from gemma2_post.stage.errors import UserError
 
@@ -83,9 +79,7 @@ def test_the_cropped_gemma_tokenizer_renders_its_golden_ids(real_data: Path) -> 
     folder = real_data / "tokenizer" / "standin-gemma2"
     golden = json.loads((folder / "gemma_golden_ids.json").read_text())
     cropped = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer_gemma_cropped.json"), bos_token="<bos>")
-    assert (
-        json.loads((folder / "tokenizer_config_gemma.json").read_text())["chat_template"] == gemma_chat_template
-    )
+    assert json.loads((folder / "tokenizer_config_gemma.json").read_text())["chat_template"] == gemma_chat_template
     chat = golden["cropped_chat"]
     rendered = cropped.apply_chat_template(
         chat["messages"], chat_template=gemma_chat_template, add_generation_prompt=True

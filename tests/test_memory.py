@@ -1,7 +1,5 @@
 """The planner's arithmetic, against real models: on torch's meta device, and small ones whose tensors are counted."""
 
-from gemma2_post.models.shapes import SHAPES
-from gemma2_post.models.shapes import num_parameters
 import shutil
 from pathlib import Path
 
@@ -10,15 +8,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from gemma2_post.stage.errors import UserError
-from gemma2_post.pipeline import check
-from gemma2_post.planning import memory
-from gemma2_post.planning import plan
-from gemma2_post.pipeline import steps
+from gemma2_post.models.shapes import SHAPES, num_parameters
+from gemma2_post.pipeline import check, steps
 from gemma2_post.pipeline.check import CheckedStep
-from gemma2_post.planning.memory import Adapted
-from gemma2_post.planning.memory import Compute
+from gemma2_post.planning import memory, plan
+from gemma2_post.planning.memory import Adapted, Compute
 from gemma2_post.planning.plan import Change
+from gemma2_post.stage.errors import UserError
 from tests.conftest import random_model
 
 GB = 1e9

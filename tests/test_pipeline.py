@@ -12,12 +12,11 @@ from threading import Barrier
 import pytest
 import yaml
 
-from gemma2_post.stage import contract
-from gemma2_post.stage.errors import UserError
-from gemma2_post.stage.errors import reported
-from gemma2_post.stage.launcher import Launcher
 from gemma2_post.pipeline import devices, gates, lock, processes, run
 from gemma2_post.pipeline.steps import Step, load_pipeline
+from gemma2_post.stage import contract
+from gemma2_post.stage.errors import UserError, reported
+from gemma2_post.stage.launcher import Launcher
 from tests.conftest import TEACHER
 
 CPU_CONFIG = "accelerate_configs/cpu.yaml"

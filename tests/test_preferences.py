@@ -9,13 +9,12 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from gemma2_post.data.rows import InvalidRow
 from gemma2_post.data.keys import Source
-from gemma2_post.stage.errors import UserError
-from gemma2_post.data.preparation import balance_turns
-from gemma2_post.data.sources import load_preferences
 from gemma2_post.data.pairs import to_pair
-from gemma2_post.data.preparation import tokenize_pairs
+from gemma2_post.data.preparation import balance_turns, tokenize_pairs
+from gemma2_post.data.rows import InvalidRow
+from gemma2_post.data.sources import load_preferences
+from gemma2_post.stage.errors import UserError
 
 Row = dict[str, object]
 

@@ -1,6 +1,5 @@
 """Recipes are strict: what is misspelt, doubled, of the wrong type or not to be set is refused with its place."""
 
-from gemma2_post.models.shapes import LORA_TARGET_MODULES
 import dataclasses
 import re
 from pathlib import Path
@@ -8,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from gemma2_post import sft
+from gemma2_post.data.keys import DataArguments, Source
+from gemma2_post.models.shapes import LORA_TARGET_MODULES
 from gemma2_post.stage import recipe
 from gemma2_post.stage.command import Stage
-from gemma2_post.data.keys import DataArguments
-from gemma2_post.data.keys import Source
 from gemma2_post.stage.errors import UserError
 from gemma2_post.training.checks import accumulation_steps
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from gemma2_post.report.page import curve
+from gemma2_post.report.report import report, to_show
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
-from gemma2_post.report.page import curve
-from gemma2_post.report.report import report
-from gemma2_post.report.report import to_show
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

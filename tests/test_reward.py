@@ -1,9 +1,5 @@
 """The reward stage on a small random model, and its loader: what must be equal is equal, the rest is refused."""
 
-from gemma2_post.models.saving import save_model
-from gemma2_post.models.tokenizer import gemma_chat_template
-from gemma2_post.models.tokenizer import save_tokenizer
-from gemma2_post.models.tokens import PAD
 import json
 import shutil
 import sys
@@ -28,11 +24,14 @@ from transformers import (
 from trl import RewardTrainer
 
 from gemma2_post import reward
-from gemma2_post.stage import contract
-from gemma2_post.models import reward_model
-from gemma2_post.stage.errors import UserError
 from gemma2_post.evaluation.pairs import ScoredPair, measure_pairs, rank_correlation, rank_correlation_ceiling
 from gemma2_post.evaluation.samples import sample_answers
+from gemma2_post.models import reward_model
+from gemma2_post.models.saving import save_model
+from gemma2_post.models.tokenizer import gemma_chat_template, save_tokenizer
+from gemma2_post.models.tokens import PAD
+from gemma2_post.stage import contract
+from gemma2_post.stage.errors import UserError
 from gemma2_post.tiny.data import noise_ceiling
 from gemma2_post.tiny.gold import gold
 from tests.conftest import BASE, TEACHER, losses

@@ -1,6 +1,5 @@
 """RLHF: an anchor that is the exact average, a reward that says what it means, runs that stop where they should."""
 
-from gemma2_post.models.loading import load_for_training
 import json
 import shutil
 import sys
@@ -15,10 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerC
 from trl import RLOOTrainer
 
 from gemma2_post import rlhf
-from gemma2_post.stage import contract
 from gemma2_post.evaluation import rewards
-from gemma2_post.stage.errors import UserError
 from gemma2_post.evaluation.samples import Answer
+from gemma2_post.models.loading import load_for_training
+from gemma2_post.stage import contract
+from gemma2_post.stage.errors import UserError
 from gemma2_post.training.watch import distinctness
 from tests.conftest import TEACHER, write_prompts
 from tests.test_bad_input import with_model, with_values
@@ -190,7 +190,7 @@ def test_policies_differ_by_seed_and_order_of_prompts_and_write_their_own_folder
     recipes = [json.loads((output / "stage.json").read_text())["fingerprint"]["recipe"] for output in (first, second)]
     assert recipes[0] | {"policy": 1} == recipes[1]
     for policy in ({}, {"policy": 0}):  # policy 0 is what a recipe without one makes
-        assert contract.fingerprint("rlhf", rlhf_recipe | policy) == contract.fingerprint("rlhf", rlhf_recipe)
+        assert rlhf.COMMAND.fingerprint(rlhf_recipe | policy) == rlhf.COMMAND.fingerprint(rlhf_recipe)
 
 
 def test_a_policy_with_adapters_is_its_base_plus_the_exact_adapter_in_fp32(run_rlhf: Run, rlhf_recipe: Recipe) -> None:

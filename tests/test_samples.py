@@ -6,9 +6,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from gemma2_post.models.tokens import PAD
-from gemma2_post.models.tokens import STOP_TOKEN_IDS
 from gemma2_post.evaluation.samples import Answer, grade, sample_answers
+from gemma2_post.models.tokens import PAD, STOP_TOKEN_IDS
 from tests.conftest import TEACHER
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("Hi", "What is 3 plus 5? Please add.", "And plus 2?")]

@@ -1,6 +1,5 @@
 """The whole SFT stage on a small random model: what must be equal is equal, what must be refused is refused."""
 
-from gemma2_post.models.tokenizer import gemma_chat_template
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from gemma2_post.models.tokenizer import gemma_chat_template
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
 from tests.conftest import losses

@@ -1,12 +1,12 @@
 """Weights that are written shard by shard are read by transformers as they were."""
 
-from gemma2_post.models.saving import save_configs
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from gemma2_post.models.saving import save_configs
 from gemma2_post.models.shards import write_shards
 from tests.conftest import random_model
 

@@ -6,12 +6,11 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from gemma2_post import sft
-from gemma2_post.stage import launcher
-from gemma2_post.stage import recipe
 from gemma2_post.data.functions import load_function
-from gemma2_post.stage.errors import UserError
 from gemma2_post.pipeline.check import command_of
 from gemma2_post.pipeline.steps import load_pipeline
+from gemma2_post.stage import launcher, recipe
+from gemma2_post.stage.errors import UserError
 from gemma2_post.tiny.data import noise_ceiling, preferences
 
 PIPELINES = sorted(Path("recipes").glob("*/pipeline.yaml"))

@@ -14,9 +14,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from gemma2_post.stage.errors import EXIT_STATUS_FILE
-from gemma2_post.stage.errors import UserError
 from gemma2_post.pipeline import slurm
+from gemma2_post.stage.errors import EXIT_STATUS_FILE, UserError
 from tests.conftest import losses
 
 SRUN = f"""#!{sys.executable}

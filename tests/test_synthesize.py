@@ -1,7 +1,5 @@
 """Teacher-written data: from a local model and from an endpoint, interrupted and resumed, selected and counted."""
 
-from gemma2_post.data.sources import load_conversations
-from gemma2_post.data.sources import load_prompts
 import json
 import shutil
 import sys
@@ -17,9 +15,10 @@ import yaml
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from gemma2_post import synthesize
-from gemma2_post.stage import contract
-from gemma2_post.data.keys import Source
 from gemma2_post.data.duplicates import find_duplicates
+from gemma2_post.data.keys import Source
+from gemma2_post.data.sources import load_conversations, load_prompts
+from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
 from gemma2_post.synthesize import Candidate, select
 from gemma2_post.tiny.gold import gold

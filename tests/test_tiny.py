@@ -11,8 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 
 from gemma2_post.data.rows import check_messages
-from gemma2_post.models.tokens import END_OF_TURN
 from gemma2_post.evaluation.samples import grade, sample_answers
+from gemma2_post.models.tokens import END_OF_TURN
 from gemma2_post.tiny import data, gold, world
 from gemma2_post.tiny.pretrain import VERDICTS, JudgedAnswers, learn_verdicts, new_model, pretrain
 from gemma2_post.tiny.tokenizer import train_tokenizer

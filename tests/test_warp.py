@@ -1,7 +1,5 @@
 """Merges of real directories against float64, what is written beside the weights, and what is refused."""
 
-from gemma2_post.models.saving import save_model
-from gemma2_post.models.tokenizer import save_tokenizer
 import json
 import os
 import shutil
@@ -18,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from gemma2_post import rlhf, warp
-from gemma2_post.stage import command
-from gemma2_post.stage import contract
-from gemma2_post.stage.errors import UserError
 from gemma2_post.evaluation import measure
+from gemma2_post.models.saving import save_model
+from gemma2_post.models.tokenizer import save_tokenizer
 from gemma2_post.pipeline import processes, run
 from gemma2_post.pipeline.steps import Step
+from gemma2_post.stage import command, contract
+from gemma2_post.stage.errors import UserError
 from gemma2_post.weights import interpolation, merge, streaming
 from gemma2_post.weights.streaming import ShardWriter, open_weights
 from tests.conftest import TEACHER, random_model, run_stage

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from gemma2_post.stage.errors import UserError
 from gemma2_post.evaluation import judge as judging
 from gemma2_post.evaluation.judge import Judge, ask_model, question, summarize, verdict
 from gemma2_post.evaluation.winrate import bootstrap_interval, length_controlled, win_rate, wins_by
+from gemma2_post.stage.errors import UserError
 from tests.conftest import TEACHER
 
 

@@ -10,17 +10,21 @@ from gemma2_post.stage.recipe import key
 class Source:
     """One data set of a mixture."""
 
-    path: DataPath
-    """A Hub data set, a .json/.jsonl/.parquet file, or `module:function`, which is called with the split."""
-    split: str = "train"
-    name: str | None = None
-    revision: str | None = None
-    weight: float | None = None
-    """Share of the mixture, relative to the others; no row is used twice. None for all: every row of every source."""
+    path: DataPath = key(
+        help="A Hub data set, a .json/.jsonl/.parquet file, or module:function, which is called with the split."
+    )
+    split: str = key("train", "Split of a Hub data set; argument of a function.")
+    name: str | None = key(None, "Configuration of a Hub data set.")
+    revision: str | None = key(None, "Branch, tag or commit of a Hub data set.")
+    weight: float | None = key(
+        None, "Share of the mixture, relative to the others; no row is used twice. None: every row of every source."
+    )
 
 
 @dataclass
 class DataArguments:
+    """The data that is read."""
+
     datasets: list[Source] = key(help="Sources to train on: path, split, name, revision, weight.")
     held_out_datasets: list[Source] | None = key(
         None, "Sources to evaluate on; without it, held_out_share of the training rows."
@@ -37,6 +41,8 @@ class DataArguments:
 
 @dataclass
 class PreferenceArguments:
+    """How preference pairs are read."""
+
     score_margin: float = key(
         0.0, "Margin in the loss for each point between score_chosen and score_rejected; 0 for none."
     )

@@ -204,7 +204,7 @@ def load_preferences(
         parse=partial(to_pair, score_margin=score_margin),
         empty={"prompt": [], "chosen": [], "rejected": [], "margin": 0.0, "is_tie": False, "had_system": False},
     )
-    pairs = load_mixture(sources, max_invalid_share, seed, columns or [], read, FORMATS)
+    pairs = load_mixture(sources, max_invalid_share, seed, columns or [], read, PAIR_FORMATS)
     kept = pairs.filter(lambda is_tie: not is_tie, input_columns="is_tie")
     if len(kept) == 0:
         raise UserError(f"datasets: all {len(pairs)} pairs are ties (equal scores); give pairs that differ")

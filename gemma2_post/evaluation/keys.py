@@ -13,7 +13,7 @@ MEASURES = {"kl_to_init", "reward", "stop_rate", "mean_tokens"}
 
 @dataclass
 class SampleArguments:
-    """Held-out answers that a stage samples and grades."""
+    """The held-out answers that are sampled and graded."""
 
     graders: list[FunctionPath] | None = key(
         None, "Functions module:function that grade sampled answers, called as TRL calls reward functions."
@@ -169,7 +169,7 @@ class JudgeArguments:
 
 @dataclass
 class CorpusArguments:
-    """What the models may have memorized."""
+    """The corpus that models may have memorized."""
 
     corpus: list[Source] | None = key(
         None, "Texts or conversations; how much of them each model has memorized is measured."

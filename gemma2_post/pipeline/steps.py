@@ -15,26 +15,29 @@ from gemma2_post.stage.recipe_file import load_recipe, load_yaml
 from gemma2_post.stage.stages import STAGES, command_of
 
 
-@dataclass
+@dataclass(kw_only=True)
 class StageEntry:
-    recipe: str
-    """A file beside the pipeline recipe."""
-    stage: str | None = None
-    """Which stage it is, if its name does not say so."""
-    launch: str | None = None
-    """Its accelerate config; without it, the pipeline's."""
-    num_policies: int | None = None
-    """How many times it runs, as policy 0, 1, ...; each writes a folder of its own."""
-    gates: dict[str, str] = field(default_factory=dict)
-    """Metric to bound, such as ">= 0.65": what its output, or each policy's, must reach before the next starts."""
-    merges: str | None = None
-    """For a merge: the earlier stage whose policies it merges, if its recipe's policies do not say so."""
-    iterations: int | None = None
-    """For a merge: how often policies are trained, each time from a point on the way to the last merge (WARP's I)."""
-    next_eta: float = 0.3
-    """For a merge: which point that is (WARP's eta)."""
+    """A stage of the chain; its other keys name, by key of its recipe, the earlier stages whose outputs it reads."""
+
+    recipe: str = recipe.key(help="The stage's recipe, a file beside the pipeline recipe.")
+    stage: str | None = recipe.key(None, "Which stage it is, if its name does not say so.")
+    launch: str | None = recipe.key(None, "Its accelerate config; without it, the pipeline's.")
+    num_policies: int | None = recipe.key(
+        None, "How many times it runs, as policy 0, 1, ...; each writes a folder of its own."
+    )
+    gates: dict[str, str] | None = recipe.key(
+        None, 'Metric to bound, such as ">= 0.65": what its output must reach before the next stage starts.'
+    )
+    merges: str | None = recipe.key(
+        None, "For a merge: the earlier stage whose policies it merges, if its recipe's policies do not say so."
+    )
+    iterations: int | None = recipe.key(
+        None,
+        "For a merge: how often policies are trained, each time from a point on the way to the last merge (WARP's I).",
+    )
+    next_eta: float = recipe.key(0.3, "For a merge: which point that is (WARP's eta).")
     reads: dict[str, str | list[str]] = field(default_factory=dict)
-    """By key of its recipe: the earlier stages whose outputs it names. Written as keys of the entry itself."""
+    """By key of its recipe: the stages that its other keys name."""
 
 
 MODEL = "model"
@@ -42,12 +45,12 @@ MODEL = "model"
 
 
 @dataclass
-class _File:
+class PipelineRecipe:
     """The keys of a pipeline recipe."""
 
-    run_dir: str
-    launch: str
-    stages: dict[str, dict]
+    run_dir: str = recipe.key(help="Folder of the run; each stage writes a folder of its own in it.")
+    launch: str = recipe.key(help="Accelerate config of the stages.")
+    stages: dict[str, dict] = recipe.key(help="The stages by name, in their order.")
 
 
 @dataclass
@@ -189,7 +192,7 @@ def load_pipeline(
         overrides: stage name to keys that take the place of its recipe's.
     """
     with located(path):
-        file = recipe.build(_File, load_yaml(path))
+        file = recipe.build(PipelineRecipe, load_yaml(path))
         if not file.stages:
             raise UserError("stages is empty; name one, for example `sft: {recipe: sft.yaml}`")
         entries = {name: _entry(name, values) for name, values in file.stages.items()}
@@ -208,7 +211,7 @@ def load_pipeline(
         for name, entry in entries.items():
             with located(name):
                 _check_references(pipeline, name)
-                gates.check_bounds(entry.gates)
+                gates.check_bounds(entry.gates or {})
             if entry.merges or entry.iterations is not None:
                 _check_merge(pipeline, name)
         folders = Counter(str(step.folder) for _, steps in pipeline.steps() for step in steps)
@@ -286,7 +289,7 @@ def rounds(pipeline: Pipeline, name: str) -> Iterator[tuple[str, list[Step]]]:
         yield pipeline.launch_of(name), _policies(pipeline, name, name, 0)
     else:
         values = pipeline.references_of(name) | pipeline.overrides.get(name, {}) | {"output_dir": str(output)}
-        step = Step(name, pipeline.stage_of(name), output, pipeline.config_of(name), values, entry.gates)
+        step = Step(name, pipeline.stage_of(name), output, pipeline.config_of(name), values, entry.gates or {})
         yield pipeline.launch_of(name), [step]
 
 
@@ -307,7 +310,7 @@ def _policies(pipeline: Pipeline, name: str, output: str, first: int, model: str
             folder / f"policy-{number}",
             pipeline.config_of(name),
             values | {"policy": number},
-            entry.gates,
+            entry.gates or {},
         )
         for number in range(first, first + (entry.num_policies or 0))
     ]
@@ -342,7 +345,7 @@ def _warp_rounds(pipeline: Pipeline, name: str) -> Iterator[tuple[str, list[Step
         values["reward_model"] = references["reward_model"]
     output = pipeline.run_dir / name
     values |= pipeline.overrides.get(name, {}) | {"output_dir": str(output)}
-    yield launch, [Step(name, stage, output, pipeline.config_of(name), values, entry.gates)]
+    yield launch, [Step(name, stage, output, pipeline.config_of(name), values, entry.gates or {})]
 
 
 def _folders(steps: list[Step]) -> list[str]:

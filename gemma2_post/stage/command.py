@@ -13,6 +13,7 @@ from gemma2_post.stage.command_line import read
 from gemma2_post.stage.errors import UserError, located, reported
 from gemma2_post.stage.fingerprint import Fingerprint
 from gemma2_post.stage.launcher import Launcher
+from gemma2_post.stage.paths import with_policies
 from gemma2_post.stage.reference import describe_keys
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ class Command(Generic[R]):
             return key is not None and recipe.is_boolean(key.hint)
 
         where, values = read(arguments, self.needs_config, is_boolean)
+        values = with_policies(self.recipe, values)
         with located(where):
             output_dir, built = self.build(values)
         return Stage(self.name, where, output_dir, self.fingerprint(values)), built

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 from gemma2_post.stage.recipe import keys_of
@@ -57,6 +58,22 @@ def references(recipe_class: type, values: dict[str, object]) -> Iterator[Refere
         if key in hints and not is_served:
             revision = values.get(key.replace("name_or_path", "revision")) if key.endswith("name_or_path") else None
             yield from _named(key, hints[key], value, revision)
+
+
+def with_policies(recipe_class: type, values: dict[str, object]) -> dict[str, object]:
+    """The keys of a recipe, where a folder that holds policies, in a list of models, stands for all of them."""
+    found = dict(values)
+    for key in model_keys(recipe_class):
+        if isinstance(named := values.get(key), list):
+            found[key] = [path for each in named for path in _policies_in(each)]
+    return found
+
+
+def _policies_in(name: object) -> list:
+    if isinstance(name, str) and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        policies = sorted(Path(name).glob("policy-*"), key=lambda path: int(path.name.removeprefix("policy-")))
+        return [str(path) for path in policies] or [name]
+    return [name]
 
 
 def _path_hints(recipe_class: type) -> dict[str, object]:

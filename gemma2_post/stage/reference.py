@@ -26,19 +26,23 @@ def describe_keys(recipe_class: type, refused: Mapping[str, str]) -> str:
 def grouped(recipe_class: type, refused: Mapping[str, str]) -> dict[str, list[Key]]:
     """The keys that may be set, by a title for the class that declares them; the project's own come first."""
     groups: dict[str, list[Key]] = {}
-    for key in keys_of(recipe_class).values():
+    for key in sorted(keys_of(recipe_class).values(), key=is_of_library):
         if key.name not in refused:
-            groups.setdefault(_title(key.part, recipe_class), []).append(key)
-    return dict(sorted(groups.items(), key=lambda group: " of " in group[0]))
+            groups.setdefault(_title(key, recipe_class), []).append(key)
+    return groups
 
 
-def _title(part: type, recipe_class: type) -> str:
-    library = part.__module__.partition(".")[0]
-    if library in ("trl", "transformers"):
-        return f"keys of {part.__name__} ({library})"
-    documentation = (part.__doc__ or "").splitlines()
-    is_written = documentation and not documentation[0].startswith(f"{part.__name__}(")
-    return documentation[0].rstrip(".").lower() if is_written and part is not recipe_class else "keys of this stage"
+def is_of_library(key: Key) -> bool:
+    """Whether a class of a library's declares the key."""
+    return key.part.__module__.partition(".")[0] in ("trl", "transformers")
+
+
+def _title(key: Key, recipe_class: type) -> str:
+    if is_of_library(key):
+        return f"Keys of {key.part.__name__} ({key.part.__module__.partition('.')[0]})"
+    if issubclass(recipe_class, key.part):
+        return "Keys of this stage"
+    return (key.part.__doc__ or key.part.__name__).splitlines()[0].rstrip(".")
 
 
 def type_and_default(key: Key) -> str:

@@ -12,6 +12,8 @@ Angles = Literal["layer", "tensor", "model"]
 
 @dataclass
 class MergeArguments:
+    """What is merged, and how."""
+
     init: ModelPath = key(help="The model that the policies were trained from; a folder or a Hub model.")
     policies: list[ModelPath] | ModelPath = key(help="Models, or LoRA adapters on init; folders or Hub models.")
     eta: list[float] | float = key(
