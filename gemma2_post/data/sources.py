@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets, disable_cac
 
 from gemma2_post.data.functions import is_function, load_function
 from gemma2_post.data.keys import Source
-from gemma2_post.data.pairs import to_pair
+from gemma2_post.data.pairs import PAIR_FORMATS, to_pair
 from gemma2_post.data.rows import (
     FORMATS,
     PROMPT_FORMATS,

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemma2_post.pipeline import gates
-from gemma2_post.stage import recipe
 from gemma2_post.stage.command import Command
 from gemma2_post.stage.errors import UserError, located
 from gemma2_post.stage.paths import model_keys
+from gemma2_post.stage.recipe import build, key
 from gemma2_post.stage.recipe_file import load_recipe, load_yaml
 from gemma2_post.stage.stages import STAGES, command_of
 
@@ -19,23 +19,23 @@ from gemma2_post.stage.stages import STAGES, command_of
 class StageEntry:
     """A stage of the chain; its other keys name, by key of its recipe, the earlier stages whose outputs it reads."""
 
-    recipe: str = recipe.key(help="The stage's recipe, a file beside the pipeline recipe.")
-    stage: str | None = recipe.key(None, "Which stage it is, if its name does not say so.")
-    launch: str | None = recipe.key(None, "Its accelerate config; without it, the pipeline's.")
-    num_policies: int | None = recipe.key(
+    recipe: str = key(help="The stage's recipe, a file beside the pipeline recipe.")
+    stage: str | None = key(None, "Which stage it is, if its name does not say so.")
+    launch: str | None = key(None, "Its accelerate config; without it, the pipeline's.")
+    num_policies: int | None = key(
         None, "How many times it runs, as policy 0, 1, ...; each writes a folder of its own."
     )
-    gates: dict[str, str] | None = recipe.key(
+    gates: dict[str, str] | None = key(
         None, 'Metric to bound, such as ">= 0.65": what its output must reach before the next stage starts.'
     )
-    merges: str | None = recipe.key(
+    merges: str | None = key(
         None, "For a merge: the earlier stage whose policies it merges, if its recipe's policies do not say so."
     )
-    iterations: int | None = recipe.key(
+    iterations: int | None = key(
         None,
         "For a merge: how often policies are trained, each time from a point on the way to the last merge (WARP's I).",
     )
-    next_eta: float = recipe.key(0.3, "For a merge: which point that is (WARP's eta).")
+    next_eta: float = key(0.3, "For a merge: which point that is (WARP's eta).")
     reads: dict[str, str | list[str]] = field(default_factory=dict)
     """By key of its recipe: the stages that its other keys name."""
 
@@ -48,9 +48,9 @@ MODEL = "model"
 class PipelineRecipe:
     """The keys of a pipeline recipe."""
 
-    run_dir: str = recipe.key(help="Folder of the run; each stage writes a folder of its own in it.")
-    launch: str = recipe.key(help="Accelerate config of the stages.")
-    stages: dict[str, dict] = recipe.key(help="The stages by name, in their order.")
+    run_dir: str = key(help="Folder of the run; each stage writes a folder of its own in it.")
+    launch: str = key(help="Accelerate config of the stages.")
+    stages: dict[str, dict] = key(help="The stages by name, in their order.")
 
 
 @dataclass
@@ -107,27 +107,27 @@ class Pipeline:
         entry, values = self.entries[name], self.values_of(name)
         if entry.merges:
             yield "merges", entry.merges
-        for key, names in entry.reads.items():
-            yield from ((key, other) for other in (names if isinstance(names, list) else [names]))
-        for key in model_keys(command_of(self.stage_of(name)).recipe):
-            if key not in entry.reads and not (key == "model_name_or_path" and MODEL in entry.reads):
-                for value in _listed(values.get(key)):
+        for read, names in entry.reads.items():
+            yield from ((read, other) for other in (names if isinstance(names, list) else [names]))
+        for read in model_keys(command_of(self.stage_of(name)).recipe):
+            if read not in entry.reads and not (read == "model_name_or_path" and MODEL in entry.reads):
+                for value in _listed(values.get(read)):
                     if other := self.named_by(value):
-                        yield key, other
+                        yield read, other
 
     def references_of(self, name: str) -> dict[str, object]:
         """The recipe's keys that name outputs of earlier stages, with their folders in this run."""
         entry, values = self.entries[name], self.values_of(name)
         found: dict[str, object] = {}
-        for key in model_keys(command_of(self.stage_of(name)).recipe):
-            if any(map(self.named_by, _listed(values.get(key)))):
-                found[key] = self._moved(values[key])
-        for key, names in entry.reads.items():
-            key = "model_name_or_path" if key == MODEL else key
+        for read in model_keys(command_of(self.stage_of(name)).recipe):
+            if any(map(self.named_by, _listed(values.get(read)))):
+                found[read] = self._moved(values[read])
+        for read, names in entry.reads.items():
+            read = "model_name_or_path" if read == MODEL else read
             if isinstance(names, list):
-                found[key] = [folder for other in names for folder in self.outputs_of(other)]
+                found[read] = [folder for other in names for folder in self.outputs_of(other)]
             else:
-                found[key] = str(self.run_dir / names)
+                found[read] = str(self.run_dir / names)
         return found
 
     def _moved(self, value: object) -> object:
@@ -192,7 +192,7 @@ def load_pipeline(
         overrides: stage name to keys that take the place of its recipe's.
     """
     with located(path):
-        file = recipe.build(PipelineRecipe, load_yaml(path))
+        file = build(PipelineRecipe, load_yaml(path))
         if not file.stages:
             raise UserError("stages is empty; name one, for example `sft: {recipe: sft.yaml}`")
         entries = {name: _entry(name, values) for name, values in file.stages.items()}
@@ -229,11 +229,11 @@ def _entry(name: str, values: dict[str, object]) -> StageEntry:
         if (stage := values.get("stage") or name) not in STAGES:
             raise UserError(f"there is no stage {stage}; write stage: and one of {', '.join(STAGES)}")
         names = [MODEL, *model_keys(command_of(str(stage)).recipe)]
-        reads = {key: value for key, value in values.items() if key in names}
-        for key, value in reads.items():
+        reads = {read: value for read, value in values.items() if read in names}
+        for read, value in reads.items():
             if not all(isinstance(each, str) for each in _listed(value)):
-                raise UserError(f"{key} is {value!r}; write the name of an earlier stage, or a list of names")
-        return recipe.build(StageEntry, {key: values[key] for key in values if key not in reads} | {"reads": reads})
+                raise UserError(f"{read} is {value!r}; write the name of an earlier stage, or a list of names")
+        return build(StageEntry, {read: values[read] for read in values if read not in reads} | {"reads": reads})
 
 
 def _listed(value: object) -> list:
@@ -243,14 +243,14 @@ def _listed(value: object) -> list:
 def _check_references(pipeline: Pipeline, name: str) -> None:
     names = list(pipeline.entries)
     earlier = names[: names.index(name)]
-    for key, other in pipeline.reads_of(name):
+    for read, other in pipeline.reads_of(name):
         if other not in names:
-            raise UserError(f"{key} names {other}, which is no stage of it; it has {', '.join(names)}")
+            raise UserError(f"{read} names {other}, which is no stage of it; it has {', '.join(names)}")
         if other not in earlier:
             raise UserError(
-                f"{key} names {other}, which waits for {name} itself; break the circle"
+                f"{read} names {other}, which waits for {name} itself; break the circle"
                 if _waits_for(pipeline, other, name)
-                else f"{key} names {other}, which comes later; put it before {name}"
+                else f"{read} names {other}, which comes later; put it before {name}"
             )
 
 
@@ -325,7 +325,7 @@ def _warp_rounds(pipeline: Pipeline, name: str) -> Iterator[tuple[str, list[Step
     entry, launch, stage = pipeline.entries[name], pipeline.launch_of(name), pipeline.stage_of(name)
     merged = pipeline.merged_by(name)
     num_policies, config = pipeline.entries[merged].num_policies, pipeline.values_of(name)
-    how = {key: config[key] for key in ("interpolation", "angles") if key in config}
+    how = {read: config[read] for read in ("interpolation", "angles") if read in config}
     references = pipeline.references_of(merged)
     first = references.get("model_name_or_path") or pipeline.values_of(merged)["model_name_or_path"]
     start, policies = first, _folders(_policies(pipeline, merged, merged, 0))
