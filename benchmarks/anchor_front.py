@@ -44,15 +44,16 @@ def train(
 def train_with_copies() -> None:
     """The RLHF stage, its average replaced by a copy every 1 / mu steps."""
     from gemma2_post import rlhf
+    from gemma2_post.weights import anchor
 
-    class PeriodicCopy(rlhf.EmaAnchor):
+    class PeriodicCopy(anchor.EmaAnchor):
         def on_step_end(self, args, state, control, **further) -> None:
             if state.global_step % round(1 / self.mu) == 0:
                 mu, self.mu = self.mu, 1.0
                 super().on_step_end(args, state, control, **further)
                 self.mu = mu
 
-    rlhf.EmaAnchor = PeriodicCopy
+    anchor.EmaAnchor = PeriodicCopy
     rlhf.COMMAND.launch()
 
 

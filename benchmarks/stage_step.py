@@ -18,8 +18,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma2_post.models.tokenizer import render
-
 if TYPE_CHECKING:
     from trl import DistillationTrainer, RLOOTrainer, SFTTrainer
 
@@ -57,6 +55,7 @@ def bare_sft(max_steps: int, output_dir: str) -> "SFTTrainer":
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
+    from gemma2_post.models.tokenizer import render
     from gemma2_post.tiny.data import demonstrations
 
     base = "gemma2_post/tiny/models/base"

@@ -23,8 +23,8 @@ def chat(path: str, prompt: str | None, load: str | None, temperature: float, ma
         load: "4bit" or "8bit" through bitsandbytes; None for bf16 on a GPU and fp32 without one.
         temperature: 0 for the most likely answer.
     """
-    config = load_config("chat", path)
-    tokenizer = load_tokenizer("chat", path, config)
+    config = load_config(path)
+    tokenizer = load_tokenizer(path, config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
         path,

@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 from trl import RLOOTrainer
 
 from gemma2_post import rlhf
-from gemma2_post.stage.recipe import load_yaml
+from gemma2_post.stage.recipe_file import load_yaml
+from gemma2_post.training import run as training
 from gemma2_post.training.run import fp32_master
 from gemma2_post.training.watch import WithAdapter
 
@@ -46,11 +47,11 @@ class Record(TrainerCallback):
 
 if __name__ == "__main__":
     path = Path(load_yaml(Path(sys.argv[sys.argv.index("--config") + 1]))["output_dir"]).with_name("record.pt")
-    run = rlhf.run
+    run = training.run
 
     def record_and_run(*arguments: object, **further: object) -> None:
-        arguments[3].add_callback(Record(arguments[3], path))
+        arguments[2].add_callback(Record(arguments[2], path))
         run(*arguments, **further)
 
-    rlhf.run = record_and_run
+    training.run = record_and_run
     rlhf.COMMAND.launch()

@@ -10,9 +10,10 @@ import yaml
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from gemma2_post.evaluation import benchmarks
+from gemma2_post.evaluation.keys import BenchmarkArguments
 from gemma2_post.models.loading import load_config
 from gemma2_post.models.tokens import BOS
-from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.errors import UserError, located
 from tests.conftest import TEACHER
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -85,21 +86,21 @@ def test_the_teacher_passes_and_is_asked_with_one_bos(
 
 def test_what_cannot_be_run_is_said_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="benchmark_folder nowhere is no folder"):
-        benchmarks.check(["preset"], "nowhere")
+        benchmarks.check(BenchmarkArguments(["preset"], "nowhere"))
     with pytest.raises(UserError, match="names preset and more"):
-        benchmarks.check(["preset", "mmlu"], None)
+        benchmarks.check(BenchmarkArguments(["preset", "mmlu"]))
     with pytest.raises(UserError, match="benchmarks names tiny_chioce, which lm-eval does not know"):
-        benchmarks.check(["tiny_chioce"], str(folder))
+        benchmarks.check(BenchmarkArguments(["tiny_chioce"], str(folder)))
     with pytest.raises(UserError, match="benchmarks names ai2_arc, which lm-eval does not know"):
-        benchmarks.check(["ai2_arc"], str(folder))  # a tag: its tasks have no number in common
-    benchmarks.check(["tiny_choice"], str(folder))
+        benchmarks.check(BenchmarkArguments(["ai2_arc"], str(folder)))  # a tag: its tasks have no number in common
+    benchmarks.check(BenchmarkArguments(["tiny_choice"], str(folder)))
     (folder / "sums.jsonl").unlink()
-    with pytest.raises(UserError, match="here: benchmarks: the data of tiny_choice cannot be read"):
-        benchmarks.load_data(["tiny_choice"], str(folder))
+    with pytest.raises(UserError, match="here: benchmarks: the data of tiny_choice cannot be read"), located("here"):
+        benchmarks.load_data(BenchmarkArguments(["tiny_choice"], str(folder)))
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr(benchmarks, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install 'gemma2_post\[eval\]'"):
-        benchmarks.check(["preset"], None)
+        benchmarks.check(BenchmarkArguments(["preset"]))
 
 
 @pytest.mark.parametrize(

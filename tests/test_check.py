@@ -26,7 +26,7 @@ def test_a_shipped_pipeline_can_start(path: Path) -> None:
     checked = check(load_pipeline(path))
     assert time.process_time() - began < 5
     assert report(checked).startswith("can start: sft, ")
-    unknown = {key for each in checked for key, config in each.models.items() if config is None}
+    unknown = {key for each in checked for key, config in each.checked.models.items() if config is None}
     assert unknown <= {"policies", "runs", "models"}
 
 
@@ -135,7 +135,7 @@ def test_the_number_of_processes_is_that_of_the_launcher(pipeline: Path, tmp_pat
         (tmp_path / "cpus.yaml").write_text(f"use_cpu: true\nnum_processes: {num_processes}\n")
         with_entry(pipeline, launch=str(tmp_path / "cpus.yaml"))
         _, distill = check(load_pipeline(pipeline, overrides={"distill": {"per_device_train_batch_size": 2}}))
-        assert distill.get("gradient_accumulation_steps") * 2 * num_processes == 8
+        assert distill.checked.recipe.training.gradient_accumulation_steps * 2 * num_processes == 8
     (tmp_path / "cpus.yaml").write_text("use_cpu: true\nnum_processes: 3\n")
     with pytest.raises(UserError, match="8 does not divide by per_device_train_batch_size 2 x 3 processes"):
         check(load_pipeline(pipeline, overrides={"distill": {"per_device_train_batch_size": 2}}))

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 from transformers import Gemma2Config
-from trl import ModelConfig, SFTConfig
 
+from gemma2_post import distill, evaluate, sft
 from gemma2_post.stage import contract, digests
 from gemma2_post.stage.command import Stage
 from gemma2_post.stage.errors import UserError, reported
+from gemma2_post.stage.fingerprint import differences
+from gemma2_post.stage.recipe import build
 from gemma2_post.training.checks import check_disk
-from gemma2_post.training.keys import StageArguments
 
 RECIPE = {"learning_rate": 1e-3, "output_dir": "a", "logging_steps": 1}
 
@@ -93,13 +94,18 @@ def test_other_errors_keep_their_traceback() -> None:
         raise OSError(errno.EACCES, "denied")
 
 
+def built(recipe_class: type[sft.Recipe], **values: object) -> sft.Recipe:
+    needed = {"datasets": [{"path": "a.jsonl"}], "global_batch_size": 8, "use_cpu": True}
+    return build(recipe_class, needed | values)
+
+
 def test_too_little_room_is_refused_before_training(tmp_path: Path) -> None:
     stage = Stage("sft", "sft.yaml", tmp_path / "not" / "there", {})
     enormous = Gemma2Config(num_hidden_layers=100_000)
     with pytest.raises(
         UserError, match=r"no space left on the device for the output \(.* MB free, about .* MB needed\)"
     ):
-        check_disk(stage, StageArguments(8), SFTConfig(str(tmp_path), use_cpu=True), ModelConfig(), enormous)
+        check_disk(stage, built(sft.Recipe, output_dir=str(tmp_path)), enormous)
 
 
 def test_up_to_date_and_help_need_no_torch(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import pack_dataset
 
+from gemma2_post.data import rows
 from gemma2_post.data.keys import DataArguments, Source
 from gemma2_post.data.preparation import split_held_out, tokenize
 from gemma2_post.data.rows import to_messages
 from gemma2_post.data.sources import load_conversations
 from gemma2_post.models.tokenizer import render
-from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.errors import UserError, located
 
 USER, MODEL = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
 CHAT = [USER, MODEL]
@@ -35,7 +36,7 @@ def numbered(start: int, end: int) -> list[dict]:
 
 
 def refusal(path: str, max_invalid_share: float = 0.0) -> str:
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as refused, located("recipe"):
         load(path, max_invalid_share)
     return str(refused.value)
 
@@ -105,7 +106,7 @@ INVALID = {
 def test_an_invalid_row_is_refused_with_source_row_and_finding(messages: list, message: str, tmp_path: Path) -> None:
     # One row alone, since Arrow itself may refuse to read rows of different types from one file.
     path = write(tmp_path / "rows.jsonl", [{"messages": messages}])
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as refused, located("recipe"):
         load(path)
     assert str(refused.value).startswith(f"recipe: {path}: row 0: ") and message in str(refused.value)
 
@@ -303,7 +304,10 @@ def test_a_function_without_rows_is_refused(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("weight", [0.0, -1.0])
 def test_a_weight_must_be_above_0(weight: float, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", numbered(0, 4))
-    with pytest.raises(UserError, match=r"^recipe: datasets: give a weight above 0 to every source or to none"):
+    with (
+        pytest.raises(UserError, match=r"^recipe: datasets: give a weight above 0 to every source or to none"),
+        located("recipe"),
+    ):
         load_conversations([Source(path, weight=1.0), Source(path, weight=weight)], 0.0, seed=0)
 
 
@@ -311,7 +315,7 @@ def test_held_out_datasets_take_the_place_of_the_share_and_one_row_cannot_be_spl
     paths = [write(tmp_path / f"{i}.jsonl", numbered(i, i + 1)) for i in range(2)]
     train, held_out = split_held_out(DataArguments([Source(paths[0])], [Source(paths[1])]), seed=0)
     assert train.to_list() == numbered(0, 1) and held_out.to_list() == numbered(1, 2)
-    with pytest.raises(UserError, match=r"^recipe: 1 rows cannot be split"):
+    with pytest.raises(UserError, match=r"^recipe: 1 rows cannot be split"), located("recipe"):
         split_held_out(DataArguments([Source(paths[0])]), seed=0)
 
 
@@ -330,7 +334,7 @@ def test_packing_does_not_bring_back_what_an_earlier_code_made(
         ]
 
     before = packed()
-    monkeypatch.setattr(data, "fold_system", lambda messages: [{**turn, "content": "new"} for turn in messages])
+    monkeypatch.setattr(rows, "fold_system", lambda messages: [{**turn, "content": "new"} for turn in messages])
     assert packed() != before
 
 

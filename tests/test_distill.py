@@ -26,9 +26,11 @@ from gemma2_post import distill
 from gemma2_post.data.keys import Source
 from gemma2_post.data.sources import load_prompts
 from gemma2_post.stage import contract
-from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.errors import UserError, located
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.tiny.data import prompts
+from gemma2_post.training import run as training
+from gemma2_post.training.watch import StopIfAnswersAreCut
 from tests.conftest import BASE, TEACHER, losses, random_model
 from tests.test_bad_input import MODEL, USER, make_adapter, with_rows, with_values
 
@@ -170,13 +172,13 @@ def test_between_the_two_kls_the_loss_shrinks_with_its_weight(
 @pytest.fixture
 def trainers(monkeypatch: pytest.MonkeyPatch) -> list[DistillationTrainer]:
     """The trainers of the runs that follow."""
-    seen, run = [], distill.run
+    seen, run = [], training.run
 
     def run_and_remember(*arguments: object) -> None:
-        seen.append(arguments[3])
+        seen.append(arguments[2])
         run(*arguments)
 
-    monkeypatch.setattr(distill, "run", run_and_remember)
+    monkeypatch.setattr(training, "run", run_and_remember)
     return seen
 
 
@@ -379,7 +381,7 @@ def test_the_share_of_cut_answers_is_that_of_the_first_twenty_steps_however_ofte
 
     TRL logs the mean over the steps since the last log; the end of the training is logged, too.
     """
-    callback = distill.StopIfAnswersAreCut(16)
+    callback = StopIfAnswersAreCut(16)
     state, control = TrainerState(max_steps=max_steps), TrainerControl()
     found = None
     for step in range(1, max_steps + 1):
@@ -528,5 +530,8 @@ def test_a_mistake_is_one_sentence_with_status_2_and_touches_nothing(
 def test_a_quantised_teacher_is_refused_under_zero_3_and_only_there(key: str, distill_recipe: Recipe) -> None:
     values = distill_recipe | {key: True, "teacher_dtype": "bfloat16"}
     distill.COMMAND.build(values, Launcher(zero_stage=2))
-    with pytest.raises(UserError, match=r"^recipe: a quantised teacher cannot be sharded by ZeRO-3"):
+    with (
+        pytest.raises(UserError, match=r"^recipe: a quantised teacher cannot be sharded by ZeRO-3"),
+        located("recipe"),
+    ):
         distill.COMMAND.build(values, Launcher(zero_stage=3, saves_16bit_model=True))

@@ -10,9 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from gemma2_post import evaluate
-from gemma2_post.data.keys import DataArguments, Source
+from gemma2_post.data.keys import Source
+from gemma2_post.evaluation import comparison
+from gemma2_post.evaluation.keys import CorpusArguments
 from gemma2_post.models.saving import save_model
 from gemma2_post.models.tokenizer import save_tokenizer
+from gemma2_post.stage import recipe
 from gemma2_post.stage.errors import UserError
 from gemma2_post.tiny.data import prompts
 from tests.conftest import BASE, TEACHER, run_stage, write_prompts
@@ -241,20 +244,20 @@ def test_a_corpus_of_conversations_is_in_the_format_that_sft_reads(
 ) -> None:
     chatml = "<|im_start|>user\nSay it.<|im_end|>\n<|im_start|>assistant\n" + "it is so " * 40 + "<|im_end|>"
     (tmp_path / "chatml.jsonl").write_text(json.dumps({"text": chatml}) + "\n")
-    args = evaluate.EvaluateArguments("out", "init", [], "", corpus=[Source(str(tmp_path / "chatml.jsonl"))])
-    windows = evaluate.load_corpus(args, DataArguments(datasets=[]), tokenizer, seed=0)
+    args = CorpusArguments([Source(str(tmp_path / "chatml.jsonl"))])
+    windows = comparison.load_corpus(args, tokenizer, max_invalid_share=0.0, seed=0)
     text = tokenizer.decode(windows[0])
     assert text.startswith("<start_of_turn>user\nSay it.<end_of_turn>\n<start_of_turn>model\nit is so")
     (tmp_path / "chatml.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
     with pytest.raises(UserError, match="row 1: text is None, not a text"):
-        evaluate.load_corpus(args, DataArguments(datasets=[]), tokenizer, seed=0)
+        comparison.load_corpus(args, tokenizer, max_invalid_share=0.0, seed=0)
 
 
 def test_what_an_interrupted_evaluation_has_measured_is_not_measured_again(
     evaluate_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[str] = []
-    run = evaluate.memorised
+    run = comparison.memorised
 
     def breaks_down(*arguments: object) -> object:
         if len(measured) == 2:
@@ -264,7 +267,7 @@ def test_what_an_interrupted_evaluation_has_measured_is_not_measured_again(
 
     (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": "the owl and the bear " * 60}) + "\n")
     values = evaluate_recipe | {"corpus": [{"path": str(tmp_path / "corpus.jsonl")}], "num_memorised": 2}
-    monkeypatch.setattr(evaluate, "memorised", breaks_down)
+    monkeypatch.setattr(comparison, "memorised", breaks_down)
     with pytest.raises(KeyboardInterrupt):
         run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values)
     measured.append("by the run that goes on")
@@ -311,13 +314,13 @@ def test_models_are_named_by_what_they_do_not_share(tmp_path: Path) -> None:
     for name in ("sft", "rlhf/policy-0"):
         (tmp_path / name).mkdir(parents=True)
     folders = [str(tmp_path / "sft"), str(tmp_path / "rlhf" / "policy-0")]
-    args = evaluate.EvaluateArguments(
-        str(tmp_path / "evaluate"), "init", [*folders, "google/gemma-2-2b-it"], folders[0], base=BASE
-    )
-    assert list(evaluate.names_of(args).values()) == ["base", "sft", "rlhf/policy-0", "google/gemma-2-2b-it"]
-    args.models.append(str(tmp_path / "base"))
+    values = {"output_dir": str(tmp_path / "evaluate"), "init": "init", "baseline": folders[0], "base": BASE}
+    values |= {"models": [*folders, "google/gemma-2-2b-it"], "datasets": []}
+    built = recipe.build(evaluate.Recipe, values)
+    assert list(evaluate.names_of(built).values()) == ["base", "sft", "rlhf/policy-0", "google/gemma-2-2b-it"]
+    built.models.append(str(tmp_path / "base"))
     with pytest.raises(UserError, match="two of the models are called base"):
-        evaluate.names_of(args)
+        evaluate.names_of(built)
 
 
 def test_a_model_with_another_tokenizer_is_refused(evaluate_recipe: Recipe, tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    Gemma2Config,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 from trl import ModelConfig, SFTConfig, get_peft_config
 
-from gemma2_post.models.arguments import check_arguments
+from gemma2_post.models.arguments import check_arguments, complete_model_arguments
 from gemma2_post.models.loading import disable_cpu_repacking, load_config, load_model
 from gemma2_post.models.saving import save_model
 from gemma2_post.models.shapes import num_parameters
@@ -36,7 +37,7 @@ def any_tokenizer(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizer
     if request.param == "tiny":
         return tokenizer
     directory = request.getfixturevalue("real_data") / "tokenizer" / "standin-gemma2"
-    config = gemma.Gemma2Config(vocab_size=2048)
+    config = Gemma2Config(vocab_size=2048)
     return load_tokenizer(str(directory), config)
 
 
@@ -90,7 +91,7 @@ def test_the_cropped_gemma_tokenizer_renders_its_golden_ids(real_data: Path) -> 
 def test_the_stand_in_tokenizer_gives_the_published_ids_of_gemma(real_data: Path) -> None:
     """Those of the golden vectors whose ids are all below 473, where the stand-in is Gemma's own vocabulary."""
     folder = real_data / "tokenizer" / "standin-gemma2"
-    standin = load_tokenizer(str(folder), gemma.Gemma2Config(vocab_size=2048))
+    standin = load_tokenizer(str(folder), Gemma2Config(vocab_size=2048))
     vectors = json.loads((folder / "gemma_golden_ids.json").read_text())["encode"]
     vectors = [vector for vector in vectors if max(vector["ids"]) < 473]
     assert len(vectors) == 4
@@ -109,7 +110,7 @@ def test_a_tokenizer_without_its_file_is_refused_before_transformers_makes_one_u
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has 1024 tokens and the model 2048"):
-        load_tokenizer(str(model_dir), gemma.Gemma2Config(vocab_size=2048))
+        load_tokenizer(str(model_dir), Gemma2Config(vocab_size=2048))
     moved = shutil.copytree(model_dir, tmp_path / "moved")
     text = (moved / "tokenizer.json").read_text()
     for old, new in (("<end_of_turn>", "<swap>"), ("<unused7>", "<end_of_turn>"), ("<swap>", "<unused7>")):
@@ -202,7 +203,7 @@ def test_combinations_that_cannot_work_are_refused_with_the_remedy(
     model_args = ModelConfig(model_name_or_path="google/gemma-2-2b", **model)
     training_args = SFTConfig(str(tmp_path), use_cpu=True, **training)
     with pytest.raises(UserError, match=message):
-        check_arguments(launcher.of(training_args), model_args, training_args)
+        check_arguments(launcher.of_this_process(training_args), model_args, training_args)
 
 
 def test_lora_is_on_q_k_v_o_unless_the_recipe_names_others(tmp_path: Path) -> None:
@@ -210,7 +211,8 @@ def test_lora_is_on_q_k_v_o_unless_the_recipe_names_others(tmp_path: Path) -> No
         model_name_or_path="google/gemma-2-2b", use_peft=True, dtype="bfloat16", load_in_4bit=True
     )
     training_args = SFTConfig(str(tmp_path), use_cpu=True)
-    check_arguments(launcher.of(training_args), model_args, training_args)
+    check_arguments(launcher.of_this_process(training_args), model_args, training_args)
+    complete_model_arguments(model_args)
     assert get_peft_config(model_args).target_modules == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert model_args.attn_implementation == "eager"
 
@@ -220,7 +222,7 @@ def test_fp16_does_not_come_in_through_accelerate(tmp_path: Path, monkeypatch: p
     model_args = ModelConfig(model_name_or_path="google/gemma-2-2b")
     training_args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False)
     with pytest.raises(UserError, match="bf16 is false, but accelerate was started with mixed precision fp16"):
-        check_arguments(launcher.of(training_args), model_args, training_args)
+        check_arguments(launcher.of_this_process(training_args), model_args, training_args)
 
 
 def test_a_directory_that_cannot_be_loaded_is_not_mistaken_for_a_gated_model(model_dir: Path, tmp_path: Path) -> None:

@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from gemma2_post.models.shapes import SHAPES, num_parameters
+from gemma2_post import rlhf
+from gemma2_post.models import cost
+from gemma2_post.models.cost import Adapted, Compute
+from gemma2_post.models.shapes import SHAPES, known_config, linear_shapes, num_parameters
 from gemma2_post.pipeline import check, steps
-from gemma2_post.pipeline.check import CheckedStep
 from gemma2_post.planning import memory, plan
-from gemma2_post.planning.memory import Adapted, Compute
+from gemma2_post.planning.memory import Job
 from gemma2_post.planning.plan import Change
 from gemma2_post.stage.errors import UserError
 from tests.conftest import random_model
@@ -22,24 +25,28 @@ ROWS, LENGTH = 3, 64
 TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
 
 
-def checked(size: str, stage: str, **values: object) -> CheckedStep:
+def checked(size: str, stage: str, **values: object) -> Job:
     """A stage of a shipped pipeline, with other keys."""
     path = Path(f"recipes/gemma-2-{size}/pipeline.yaml")
     pipeline = steps.load_pipeline(path, overrides={stage: values} if values else {})
-    return next(each for each in check.check(pipeline, until=stage) if each.step.stage == stage)
+    return next(each for each in check.check(pipeline, until=stage) if each.command.name == stage)
 
 
-def total(each: CheckedStep) -> float:
+def total(each: Job) -> float:
     return sum(memory.parts(each).values())
+
+
+def phases(each: Job) -> dict[str, dict[str, float]]:
+    return each.command.memory(each.checked)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_parameters_are_those_of_the_model(name: str) -> None:
-    config = SHAPES[name]
+    config = known_config(name)
     with torch.device("meta"):
         model = Gemma2ForCausalLM(config)
     assert num_parameters(config) == model.num_parameters()
-    assert memory.weights(config, memory.BF16) == 2 * model.num_parameters()
+    assert cost.weights(config, cost.BF16) == 2 * model.num_parameters()
     shapes = {
         key: tuple(reversed(module.weight.shape))
         for key, module in [
@@ -48,19 +55,19 @@ def test_parameters_are_those_of_the_model(name: str) -> None:
         ]
         if key.endswith("_proj")
     }
-    assert memory.linear_shapes(config) == shapes
+    assert linear_shapes(config) == shapes
     adapted = get_peft_model(model, LoraConfig(r=16, target_modules=list(TARGETS)))
     trained = sum(each.numel() for each in adapted.parameters() if each.requires_grad)
-    assert memory.adapter_parameters(config, 16, list(TARGETS)) == trained
+    assert cost.adapter_parameters(config, 16, list(TARGETS)) == trained
 
 
 def test_27b_in_4_bits() -> None:
     """Matrices at 4 + 32 / 64 bits a weight, embedding and norms in bf16: 17.0 GB."""
-    config = SHAPES["google/gemma-2-27b"]
+    config = known_config("google/gemma-2-27b")
     linear = 46 * (2 * 4608 * 128 * (32 + 16) + 3 * 4608 * 36864)
     others = num_parameters(config) - linear
-    assert memory.weights(config, 2, "4bit") == linear * 4.5 / 8 + 2 * others == pytest.approx(17.0 * GB, rel=0.01)
-    assert memory.weights(config, 2, "4bit", nested=True) == pytest.approx(linear * 4.127 / 8 + 2 * others, rel=1e-3)
+    assert cost.weights(config, 2, "4bit") == linear * 4.5 / 8 + 2 * others == pytest.approx(17.0 * GB, rel=0.01)
+    assert cost.weights(config, 2, "4bit", nested=True) == pytest.approx(linear * 4.127 / 8 + 2 * others, rel=1e-3)
 
 
 def saved_bytes(model: torch.nn.Module) -> int:
@@ -92,11 +99,11 @@ def test_saved_activations_are_those_of_a_forward_pass(checkpoints: bool, dtype:
         peft_config = LoraConfig(r=8, target_modules=list(TARGETS))
         model = get_peft_model(model, peft_config)
         model.enable_input_require_grads()  # as TRL does for gradient checkpointing
-        adapted = Adapted(8, TARGETS, memory.FP32)
+        adapted = Adapted(8, TARGETS, cost.FP32)
     if checkpoints:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     compute = Compute(dtype.itemsize)
-    expected = memory.saved(config, ROWS, LENGTH, compute, checkpoints, adapted)
+    expected = cost.saved(config, ROWS, LENGTH, compute, checkpoints, adapted)
     assert saved_bytes(model) == pytest.approx(expected, rel=0.05)
 
 
@@ -104,18 +111,18 @@ def test_cache_is_that_of_the_model() -> None:
     model = random_model(300, num_hidden_layers=4, sliding_window=1000)
     cache = model(torch.randint(4, 300, (3, 20)), use_cache=True).past_key_values
     held = sum(each.nbytes for layer in cache.layers for each in (layer.keys, layer.values))
-    assert memory.kv_cache(model.config, 3, 20, memory.FP32) == held
+    assert cost.kv_cache(model.config, 3, 20, cost.FP32) == held
     sliding = Gemma2Config(num_hidden_layers=2, sliding_window=10)
-    assert memory.kv_cache(sliding, 1, 20, 2) == 2 * (10 + 20) * sliding.num_key_value_heads * sliding.head_dim * 2
+    assert cost.kv_cache(sliding, 1, 20, 2) == 2 * (10 + 20) * sliding.num_key_value_heads * sliding.head_dim * 2
 
 
 def test_zero_divides_what_it_shards() -> None:
     """Of 9.24 billion parameters in bf16: 12 bytes each of optimizer over all processes from stage 1, gradients from
     stage 2, weights from stage 3."""
-    parameters = num_parameters(SHAPES["google/gemma-2-9b"])
+    parameters = num_parameters(known_config("google/gemma-2-9b"))
     zero_3 = checked("9b", "sft")
     found = {
-        (stage, n): memory.phases(Change({}, {"zero_stage": stage, "num_processes": n}).apply(zero_3))["training step"]
+        (stage, n): phases(Change({}, {"zero_stage": stage, "num_processes": n}).apply(zero_3))["training step"]
         for stage in (2, 3)
         for n in (8, 16)
     }
@@ -125,19 +132,19 @@ def test_zero_divides_what_it_shards() -> None:
     assert found[3, 8]["gradients"] - found[3, 16]["gradients"] == pytest.approx(2 * parameters / 16)
     assert found[3, 8]["activations"] == found[3, 16]["activations"]
     assert not found[2, 8]["gathered"] and found[3, 8]["gathered"]
-    sampling = memory.phases(zero_3)["sampling"]
+    sampling = phases(zero_3)["sampling"]
     assert sampling["gathered"] == 2 * parameters  # whole, on each process
-    offloaded = memory.phases(Change({}, {"offloads_optimizer": True}).apply(zero_3))["training step"]
+    offloaded = phases(Change({}, {"offloads_optimizer": True}).apply(zero_3))["training step"]
     assert not offloaded["optimizer"]
 
 
 def test_frozen_models_of_rlhf() -> None:
     """All weights: reference, start and fp32 shadow beside the policy; with LoRA only the adapter once more."""
-    parameters = num_parameters(SHAPES["google/gemma-2-9b"])
-    held = memory.frozen(checked("9b", "rlhf"))
+    parameters = num_parameters(known_config("google/gemma-2-9b"))
+    held = rlhf.frozen(checked("9b", "rlhf").checked)
     assert held["anchor"] == pytest.approx((4 + 2) * parameters / 8)
     assert held["start"] == pytest.approx(2 * parameters / 8)
-    small = memory.frozen(checked("2b", "rlhf"))
+    small = rlhf.frozen(checked("2b", "rlhf").checked)
     assert small["anchor"] < 0.1 * GB and "start" not in small
 
 
@@ -171,29 +178,29 @@ def test_a_recipe_key_of_a_remedy_has_the_effect_that_was_promised() -> None:
 def test_more_gpus_and_what_is_not_known() -> None:
     step = checked("9b", "sft")
     (eight,), (sixteen,) = (plan.plan([step], num_gpus=n) for n in (8, 16))
-    assert sixteen.checked.launcher.num_processes == 16 and sixteen.total < eight.total
+    assert sixteen.job.checked.launcher.num_processes == 16 and sixteen.total < eight.total
     step = checked("2b", "sft", model_name_or_path="someone/else")
     (row,) = plan.plan([step], memory_gb=80)
-    assert row.parts is None and memory.unknown(step) == ["model_name_or_path"]
-    plan.show([step], memory_gb=80)
+    assert row.parts is None and step.unknown == ["model_name_or_path"]
+    plan.show([step], Console(), memory_gb=80)
 
 
 def test_a_cpu_run_counts_its_libraries() -> None:
     for row in plan.plan(check.check(steps.load_pipeline(Path("recipes/tiny/pipeline.yaml")))):
         assert row.parts["Python and libraries"] > 0.3 * GB
-    plan.show([row.checked])
+    plan.show([row.job], Console())
 
 
 def test_a_chain_that_does_not_fit_on_the_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All its outputs and checkpoints together, but for those that are there."""
     run_dir = tmp_path / "run"
     chain = check.check(steps.load_pipeline(Path("recipes/gemma-2-2b/pipeline.yaml"), run_dir))
-    needed = int(sum(sum(memory.disk(each)) for each in chain))
+    needed = int(sum(sum(each.command.disk(each.checked)) for each in chain))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
     memory.check_disk(run_dir, chain)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1000))
-    with pytest.raises(UserError, match=rf"here: .*no space left .* about {needed / 1e6:,.0f} MB needed"):
+    with pytest.raises(UserError, match=rf"no space left .* about {needed / 1e6:,.0f} MB needed"):
         memory.check_disk(run_dir, chain)
     (run_dir / "sft").mkdir(parents=True)
     (run_dir / "sft" / "model.safetensors").write_bytes(b"0" * 1000)

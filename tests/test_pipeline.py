@@ -12,6 +12,7 @@ from threading import Barrier
 import pytest
 import yaml
 
+from gemma2_post import cli
 from gemma2_post.pipeline import devices, gates, lock, processes, run
 from gemma2_post.pipeline.steps import Step, load_pipeline
 from gemma2_post.stage import contract
@@ -302,7 +303,7 @@ def test_a_failed_gate_stops_before_the_next_stage_with_a_status_of_its_own(
     ran = stand_in_stages(monkeypatch, accuracy=0.8)
     for is_again in (False, True):
         with pytest.raises(SystemExit) as exit, reported():
-            run.run(path, None, {}, tmp_path / "run")
+            cli.run(path, None, {}, tmp_path / "run")
         assert exit.value.code == 3 and ran == ["sft"]
         captured = capsys.readouterr()
         assert "error: sft: accuracy is 0.8, and its gate wants >= 0.9" in captured.err
@@ -352,7 +353,7 @@ def test_a_change_makes_what_follows_from_it_and_nothing_else(
 
     def explained() -> dict[str, str]:
         capsys.readouterr()
-        run.explain(path, None, {}, tmp_path / "run")
+        cli.say_what_would_run(path, None, {}, tmp_path / "run")
         return dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
 
     assert explained() == {
@@ -363,21 +364,21 @@ def test_a_change_makes_what_follows_from_it_and_nothing_else(
         "rlhf policy 1": "runs after distill, reward",
     }
     assert not (tmp_path / "run").exists()
-    run.run(path, None, {}, tmp_path / "run")
+    cli.run(path, None, {}, tmp_path / "run")
     assert [*ran[:3], *sorted(ran[3:])] == ["sft", "distill", "reward", *policies]  # the policies at the same time
     assert set(explained().values()) == {"up to date"}
 
     ran.clear()
     (tmp_path / "rlhf.yaml").write_text("beta: 0.2")
     assert explained()["rlhf policy 1"] == "runs again, because beta unset -> 0.2"
-    run.run(path, None, {}, tmp_path / "run")
+    cli.run(path, None, {}, tmp_path / "run")
     assert sorted(ran) == policies
 
     ran.clear()
     (tmp_path / "reward.yaml").write_text("max_steps: 2")
     found = explained()
     assert found["distill"] == "up to date" and found["rlhf policy 0"] == "runs after reward"
-    run.run(path, "reward", {}, tmp_path / "run")
+    cli.run(path, "reward", {}, tmp_path / "run")
     assert ran == ["reward"]
 
 
@@ -413,7 +414,7 @@ def test_a_summary_says_what_was_made(tmp_path: Path, monkeypatch: pytest.Monkey
         return status
 
     monkeypatch.setattr(processes, "launch", launch)
-    run.run(path, None, {}, folder)
+    cli.run(path, None, {}, folder)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["run"] == "run" and summary["status"] == "done" and summary["wall_seconds"] >= 0
     done = {"status": "done", "wall_seconds": 1.0, "metrics": {"reward": 0.5}}
@@ -443,7 +444,7 @@ def test_a_summary_has_no_measures_of_models_that_are_gone(tmp_path: Path, monke
 
     monkeypatch.setattr(processes, "launch", launch)
     for steps, until, expected in [(1, None, measured), (2, "sft", {}), (2, None, measured)]:
-        run.run(path, until, {"sft": {"max_steps": steps}}, tmp_path / "run")
+        cli.run(path, until, {"sft": {"max_steps": steps}}, tmp_path / "run")
         assert json.loads((tmp_path / "run" / "summary.json").read_text())["models"] == expected
 
 
@@ -477,7 +478,8 @@ def test_a_stage_that_fails_says_how_it_ended_and_where_more_is(recipe: dict[str
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM], ids=str)
 def test_an_interrupted_run_ends_its_stages_and_goes_on_later(which: signal.Signals, tmp_path: Path) -> None:
     program = (
-        "import subprocess, sys; from pathlib import Path; from gemma2_post.stage.errors import reported\n"
+        "import subprocess, sys; from pathlib import Path; from gemma2_post import cli\n"
+        "from gemma2_post.stage.errors import reported\n"
         "from gemma2_post.pipeline import processes, run\n"
         "run._check = lambda *_: None\n"
         "def launch(step, config, launcher, environment, run_dir, log):\n"
@@ -487,7 +489,7 @@ def test_an_interrupted_run_ends_its_stages_and_goes_on_later(which: signal.Sign
         "    return subprocess.run(['sleep', '60'], env=variables, start_new_session=True).returncode\n"
         "processes.launch = launch\n"
         f"folder = Path({str(tmp_path)!r})\n"
-        "with reported(): run.run(folder / 'pipeline.yaml', None, {}, folder / 'run')"
+        "with reported(): cli.run(folder / 'pipeline.yaml', None, {}, folder / 'run')"
     )
     write_pipeline(tmp_path, {"rlhf": {"recipe": "rlhf.yaml", "num_policies": 3}})
     chain = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
@@ -495,7 +497,7 @@ def test_an_interrupted_run_ends_its_stages_and_goes_on_later(which: signal.Sign
         time.sleep(0.05)
     chain.send_signal(which)
     printed, _ = chain.communicate(timeout=20)
-    assert chain.returncode == 130 and "interrupted; the same command goes on from here" in printed
+    assert chain.returncode == 130 and "interrupted; the same command resumes" in printed
     assert not processes.of_run(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
     assert not (tmp_path / "run" / "rlhf" / "policy-2").exists()  # on two cores, it had not begun, and does not now
@@ -561,11 +563,11 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
 def test_the_folder_of_another_pipeline_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in_stages(monkeypatch)
     path = write_pipeline(tmp_path, {"sft": {"recipe": "sft.yaml"}})
-    run.run(path, None, {}, tmp_path / "run")
+    cli.run(path, None, {}, tmp_path / "run")
     (tmp_path / "other").mkdir()
     other = write_pipeline(tmp_path / "other", {"sft": {"recipe": "sft.yaml"}})
     with pytest.raises(UserError, match=f"{tmp_path}/run is the folder of {path}; give another --run_dir"):
-        run.run(other, None, {}, tmp_path / "run")
+        cli.run(other, None, {}, tmp_path / "run")
 
 
 def test_files_that_no_stage_has_made_are_found_before_anything_starts(
@@ -576,7 +578,7 @@ def test_files_that_no_stage_has_made_are_found_before_anything_starts(
     (tmp_path / "run" / "distill").mkdir(parents=True)
     (tmp_path / "run" / "distill" / "thesis.txt").write_text("")
     with pytest.raises(UserError, match="distill: holds files that no stage has made"):
-        run.run(path, None, {}, tmp_path / "run")
+        cli.run(path, None, {}, tmp_path / "run")
     assert ran == []
 
 
@@ -631,7 +633,7 @@ def test_steps_of_a_round_run_at_the_same_time_each_in_its_place(
     monkeypatch.setattr(processes, "launch", launch)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     path = write_pipeline(tmp_path, {"rlhf": {"recipe": "rlhf.yaml", "num_policies": 2}})
-    run.run(path, None, {}, tmp_path / "run")
+    cli.run(path, None, {}, tmp_path / "run")
     assert seen == ["1", "1"]
 
 

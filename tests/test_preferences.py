@@ -14,7 +14,7 @@ from gemma2_post.data.pairs import to_pair
 from gemma2_post.data.preparation import balance_turns, tokenize_pairs
 from gemma2_post.data.rows import InvalidRow
 from gemma2_post.data.sources import load_preferences
-from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.errors import UserError, located
 
 Row = dict[str, object]
 
@@ -189,7 +189,7 @@ def test_a_row_that_is_no_pair_is_refused_by_its_number(
     columns = rows[-1].keys()
     file = tmp_path / "pairs.parquet"
     Dataset.from_list([{column: row.get(column) for column in columns} for row in rows]).to_parquet(file)
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as refused, located("recipe"):
         load_preferences([Source(str(file))], 0.0, seed=0)
     assert str(refused.value).startswith(f"recipe: {file}: row {len(rows) - 1}: {message}")
 
@@ -239,7 +239,10 @@ def test_ties_are_dropped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureF
         pairs = load(tmp_path, rows, score_margin=0.5)
     assert pairs["margin"] == [0.5, 1.0] and "is_tie" not in pairs.column_names
     assert "dropped 2 of 4 pairs as ties (equal scores)" in caplog.text
-    with pytest.raises(UserError, match=r"^recipe: datasets: all 2 pairs are ties \(equal scores\); give pairs that"):
+    with (
+        pytest.raises(UserError, match=r"^recipe: datasets: all 2 pairs are ties \(equal scores\); give pairs that"),
+        located("recipe"),
+    ):
         load(tmp_path, [rows[0], rows[2]])
 
 
@@ -286,7 +289,7 @@ def test_the_largest_mixture_with_this_share_of_multi_turn_pairs(
     ],
 )
 def test_a_share_that_cannot_be_is_refused(num_turns: list[int], share: float, message: str) -> None:
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as refused, located("recipe"):
         balance_turns(pairs_of_turns(*num_turns), share, seed=0)
     assert str(refused.value) == f"recipe: {message}"
 
@@ -323,7 +326,7 @@ def test_long_pairs_are_dropped_by_turns_and_none_is_cut(
         kept = tokenize_pairs(Dataset.from_list(rows), tokenizer, longest, 0.5)
     assert kept.to_list() == [whole[i] for i in (0, 3, 5)]
     assert f"dropped: {found}" in caplog.text
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as refused, located("recipe"):
         tokenize_pairs(Dataset.from_list(rows), tokenizer, longest, 0.49)
     assert str(refused.value) == f"recipe: {found}; raise max_length, or allow a larger share with max_too_long_share"
     with pytest.raises(UserError, match="6 of 6 pairs are longer than max_length 3 "):

@@ -1,17 +1,18 @@
 """Recipes are strict: what is misspelt, doubled, of the wrong type or not to be set is refused with its place."""
 
-import dataclasses
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from gemma2_post import sft
 from gemma2_post.data.keys import DataArguments, Source
-from gemma2_post.models.shapes import LORA_TARGET_MODULES
-from gemma2_post.stage import recipe
+from gemma2_post.models.arguments import LORA_TARGET_MODULES
+from gemma2_post.stage import command_line, recipe_file
 from gemma2_post.stage.command import Stage
 from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.recipe import keys_of, values_of
 from gemma2_post.training.checks import accumulation_steps
 
 TINY = "recipes/tiny/sft.yaml"
@@ -23,7 +24,7 @@ def written(folder: Path, text: str) -> str:
     return str(file)
 
 
-def parsed(config: str, *overrides: str) -> tuple[Stage, tuple]:
+def parsed(config: str, *overrides: str) -> tuple[Stage, sft.Recipe]:
     return sft.COMMAND.parse(["--config", config, *overrides])
 
 
@@ -66,8 +67,8 @@ def test_numbers_and_words_are_read_as_in_yaml_1_2(tmp_path: Path) -> None:
         "'true'": "true",
     }  # fmt: skip
     file = written(tmp_path, "".join(f"key{i}: {text}\n" for i, text in enumerate(readings)))
-    from_file = list(recipe.load_yaml(file).values())
-    from_command_line = [recipe.parse_value(text) for text in readings]
+    from_file = list(recipe_file.load_recipe(file).values())
+    from_command_line = [recipe_file.parse_value(text) for text in readings]
     expected = list(readings.values())
     assert from_file == from_command_line == expected
     # 1 == True == 1.0 in Python, so that equality alone would not see a wrong type.
@@ -110,11 +111,11 @@ def test_a_file_that_is_no_yaml_mapping_is_refused_with_its_name(content: bytes,
 )
 def test_a_command_line_that_makes_no_sense_is_refused(arguments: list[str], found: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(found)}"):
-        recipe.read(arguments)
+        command_line.read(arguments)
 
 
 def test_the_command_line_overrides_the_file_and_counts_in_the_fingerprint() -> None:
-    stage, (training_args, _, data_args, *_) = parsed(
+    stage, built = parsed(
         TINY,
         "--learning_rate=1e-4",
         "--output_dir",
@@ -124,10 +125,10 @@ def test_the_command_line_overrides_the_file_and_counts_in_the_fingerprint() -> 
         "--datasets",
         "[{path: a.jsonl}]",
     )
-    assert training_args.learning_rate == stage.fingerprint["recipe"]["learning_rate"] == 1e-4
-    assert stage.output_dir == Path("elsewhere") and training_args.save_strategy == "no"
-    assert data_args.datasets == [Source(path="a.jsonl")]
-    assert stage.where == TINY and training_args.warmup_steps == 20
+    assert built.training.learning_rate == stage.fingerprint["recipe"]["learning_rate"] == 1e-4
+    assert stage.output_dir == Path("elsewhere") and built.training.save_strategy == "no"
+    assert built.data.datasets == [Source(path="a.jsonl")]
+    assert stage.where == TINY and built.training.warmup_steps == 20
 
 
 # --- keys and types ---
@@ -176,9 +177,9 @@ def test_a_value_of_the_wrong_type_is_refused_with_file_key_and_value(
 
 
 def test_a_whole_number_does_for_a_float_and_becomes_one() -> None:
-    _, (training_args, *_) = parsed(TINY, "--learning_rate", "1", "--num_train_epochs", "2")
-    assert (training_args.learning_rate, type(training_args.learning_rate)) == (1.0, float)
-    assert type(training_args.num_train_epochs) is float
+    _, built = parsed(TINY, "--learning_rate", "1", "--num_train_epochs", "2")
+    assert (built.training.learning_rate, type(built.training.learning_rate)) == (1.0, float)
+    assert type(built.training.num_train_epochs) is float
 
 
 @pytest.mark.parametrize(
@@ -199,16 +200,15 @@ def test_a_mistake_in_a_source_is_refused_with_its_place_in_the_list(sources: st
 
 @pytest.mark.parametrize("key", ["datasets", "global_batch_size"])
 def test_a_missing_key_is_named(key: str, tmp_path: Path) -> None:
-    lines = Path(TINY).read_text().splitlines()
-    del lines[(begin := lines.index(next(line for line in lines if line.startswith(key)))) : begin + 2]
-    file = written(tmp_path, "\n".join(lines))
+    values = recipe_file.load_recipe(TINY)
+    del values[key]
+    file = written(tmp_path, yaml.safe_dump(values))
     assert refusal(file) == f"{file}: {key} is missing; add `{key}: VALUE`"
 
 
 @pytest.mark.parametrize("key", sft.COMMAND.refused)
 def test_a_key_that_must_not_be_set_is_refused_with_the_reason(key: str) -> None:
-    fields = {field.name for cls in sft.COMMAND.classes for field in dataclasses.fields(cls)}
-    assert key in fields, "nobody can set this key, so it need not be refused"
+    assert key in keys_of(sft.Recipe), "nobody can set this key, so it need not be refused"
     assert refusal(TINY, f"--{key}", "1") == f"{TINY}: {key} must not be set: {sft.COMMAND.refused[key]}"
 
 
@@ -228,8 +228,8 @@ def test_what_the_classes_of_transformers_refuse_is_a_mistake_of_the_user(key: s
 
 
 def test_accumulation_follows_from_the_global_batch_size() -> None:
-    _, (training_args, *_) = parsed(TINY, "--per_device_train_batch_size", "8")
-    assert training_args.gradient_accumulation_steps == 4
+    _, built = parsed(TINY, "--per_device_train_batch_size", "8")
+    assert built.training.gradient_accumulation_steps == 4
     assert accumulation_steps(64, 8, num_processes=4) == 2
 
 
@@ -243,13 +243,13 @@ def test_a_batch_that_cannot_be_divided_is_refused(global_batch: int, per_device
 
 
 def test_the_tiny_recipe_gives_the_values_of_its_file() -> None:
-    values = recipe.load_yaml(TINY)
+    values = recipe_file.load_recipe(TINY)
     stage, built = parsed(TINY)
     demonstrations = "gemma2_post.tiny.data:demonstrations"
-    found = {name: value for part in built for name, value in vars(part).items()}
+    found = values_of(built)
     assert found["report_to"] == [] and values.pop("report_to") == "none"  # as transformers spells it
     sources = {key: [Source(**source) for source in values.pop(key)] for key in ("datasets", "held_out_datasets")}
-    assert built[2] == DataArguments(**sources, columns=["skill", "answer"])
+    assert built.data == DataArguments(**sources, columns=["skill", "answer"])
     assert sources["held_out_datasets"] == [Source(demonstrations, split="held_out")]
     assert {key: found[key] for key in values} == values and len(values) > 20
     assert found["gradient_accumulation_steps"] == 1 and found["lora_target_modules"] == LORA_TARGET_MODULES

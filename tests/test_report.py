@@ -43,6 +43,7 @@ def run_dir(tmp_path: Path) -> Path:
         "warp": values | {"gold": 1.25, "gold/standard_error": 0.1, "gold/turns-1": 1.5} | judged,
     }
     summary = {"run": "tiny", "recipe": "pipeline.yaml", "status": "done", "wall_seconds": 125.0}
+    summary |= {"grader": "gold", "headlines": {"sft": "gold 0.6 -> 1.1"}}
     (folder / "summary.json").write_text(json.dumps(summary | {"stages": stages, "models": models, "liti": []}))
     rows = [
         {"prompt": [{"role": "user", "content": prompt}], "answers": {"sft": before, "warp": after}}

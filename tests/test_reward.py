@@ -31,9 +31,10 @@ from gemma2_post.models.saving import save_model
 from gemma2_post.models.tokenizer import gemma_chat_template, save_tokenizer
 from gemma2_post.models.tokens import PAD
 from gemma2_post.stage import contract
-from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.errors import UserError, located
 from gemma2_post.tiny.data import noise_ceiling
 from gemma2_post.tiny.gold import gold
+from gemma2_post.training import run as training
 from tests.conftest import BASE, TEACHER, losses
 from tests.test_bad_input import MODEL, USER, make_adapter, with_model, with_rows, with_values
 from tests.test_distill import add_a_token, metrics_of, same_weights, swap_two_tokens
@@ -62,13 +63,13 @@ class Start:
 @pytest.fixture
 def starts(monkeypatch: pytest.MonkeyPatch) -> list[Start]:
     """Of the runs that follow."""
-    seen, run = [], reward.run
+    seen, run = [], training.run
 
     def remember_and_run(*arguments: object) -> None:
-        seen.append(Start(arguments[3]))
+        seen.append(Start(arguments[2]))
         run(*arguments)
 
-    monkeypatch.setattr(reward, "run", remember_and_run)
+    monkeypatch.setattr(training, "run", remember_and_run)
     return seen
 
 
@@ -507,7 +508,7 @@ def test_what_is_no_finished_reward_model_is_refused(
 ) -> None:
     directory = make_reward_model(model_dir, tokenizer, tmp_path / "reward")
     change(directory)
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as refused, located("recipe"):
         reward_model.load(str(directory))
     assert str(refused.value).startswith("recipe: ") and str(directory) in str(refused.value)
     assert message in str(refused.value) and "\n" not in str(refused.value)

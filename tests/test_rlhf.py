@@ -15,11 +15,11 @@ from trl import RLOOTrainer
 
 from gemma2_post import rlhf
 from gemma2_post.evaluation import rewards
-from gemma2_post.evaluation.samples import Answer
+from gemma2_post.evaluation.samples import Answer, distinctness
 from gemma2_post.models.loading import load_for_training
-from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
-from gemma2_post.training.watch import distinctness
+from gemma2_post.training import policy as policies
+from gemma2_post.training import run as training
 from tests.conftest import TEACHER, write_prompts
 from tests.test_bad_input import with_model, with_values
 from tests.test_distill import metrics_of, same_weights, swap_two_tokens
@@ -61,15 +61,15 @@ def average(points: list[dict[str, torch.Tensor]], mu: float) -> dict[str, torch
 @pytest.fixture
 def trajectories(monkeypatch: pytest.MonkeyPatch) -> list[Trajectory]:
     """Of the runs that follow."""
-    seen, run = [], rlhf.run
+    seen, run = [], training.run
 
     def remember_and_run(*arguments: object, **further: object) -> None:
-        trainer = arguments[3]
+        trainer = arguments[2]
         seen.append(Trajectory(trainer))
         trainer.add_callback(seen[-1])
         run(*arguments, **further)
 
-    monkeypatch.setattr(rlhf, "run", remember_and_run)
+    monkeypatch.setattr(training, "run", remember_and_run)
     return seen
 
 
@@ -136,12 +136,12 @@ def test_a_policy_that_is_not_its_reference_is_stopped_at_the_first_step(
     run_rlhf: Run, rlhf_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def changed_policy(*arguments: object) -> torch.nn.Module:
-        policy = load_for_training(*(arguments[i] for i in (0, 2, 1)))
+        policy = load_for_training(*arguments)
         with torch.no_grad():
             policy.model.norm.weight += 0.5
         return policy
 
-    monkeypatch.setattr(rlhf, "load_policy", changed_policy)
+    monkeypatch.setattr(policies, "load_policy", changed_policy)
     with pytest.raises(
         UserError, match=r"before the first update the policy is .* nats a token away from its reference"
     ):
@@ -316,13 +316,13 @@ def test_weights_that_explode_stop_the_run_and_the_last_good_checkpoint_is_named
             if state.global_step == 1:
                 optimizer.param_groups[0]["lr"] = 3e38
 
-    run = rlhf.run
+    run = training.run
 
     def explode_and_run(*arguments: object, **further: object) -> None:
-        arguments[3].add_callback(Explode())
+        arguments[2].add_callback(Explode())
         run(*arguments, **further)
 
-    monkeypatch.setattr(rlhf, "run", explode_and_run)
+    monkeypatch.setattr(training, "run", explode_and_run)
     with pytest.raises(UserError, match=r"weights are NaN or infinite at step 2; the last good .* is checkpoint-1 in"):
         run_rlhf(rlhf_recipe | {"watch_steps": 1, "max_steps": 4})
 
@@ -430,7 +430,7 @@ def test_a_mistake_is_one_sentence_with_status_2_before_the_policy_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    monkeypatch.setattr(rlhf, "load_policy", lambda *_: pytest.fail("the policy was loaded"))
+    monkeypatch.setattr(policies, "load_policy", lambda *_: pytest.fail("the policy was loaded"))
     file = tmp_path / "bad.yaml"
     values = {key: value for key, value in change(rlhf_recipe, tmp_path).items() if value is not None}
     file.write_text(yaml.safe_dump(values))

@@ -7,28 +7,30 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from gemma2_post import sft
 from gemma2_post.data.functions import load_function
-from gemma2_post.pipeline.check import command_of
 from gemma2_post.pipeline.steps import load_pipeline
-from gemma2_post.stage import launcher, recipe
+from gemma2_post.stage import launcher
 from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.recipe_file import load_recipe
+from gemma2_post.stage.stages import command_of
 from gemma2_post.tiny.data import noise_ceiling, preferences
 
 PIPELINES = sorted(Path("recipes").glob("*/pipeline.yaml"))
 RECIPES = sorted(set(Path("recipes").glob("*/*.yaml")) - set(PIPELINES))
+SHARED = sorted(Path("recipes").glob("*/data/*.yaml"))
 
 
 def test_every_recipe_is_tested_here() -> None:
     assert len(RECIPES) == 28 and len(PIPELINES) == 4
-    assert sorted(Path("recipes").rglob("*.yaml")) == sorted([*RECIPES, *PIPELINES])
+    assert sorted(Path("recipes").rglob("*.yaml")) == sorted([*RECIPES, *PIPELINES, *SHARED])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=str)
 def test_a_shipped_recipe_passes_its_own_stage(path: Path) -> None:
     """Also as a launcher would start it that no pipeline names: 27b with all weights is for two machines."""
-    values = recipe.load_yaml(path)
+    values = load_recipe(path)
     stage = path.stem.partition("-")[0]
     assert values["output_dir"] == f"runs/{path.parent.name}/{path.stem}"
-    command = command_of(stage, is_measured=True)
+    command = command_of(stage)
     trains = stage in ("sft", "distill", "reward", "rlhf")
     on_cpu = {"use_cpu": True} if trains else {}
     if trains and not values.get("use_peft") and values["dtype"] == "bfloat16":
@@ -41,14 +43,14 @@ def test_a_shipped_recipe_passes_its_own_stage(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.stem == "rlhf"], ids=str)
 def test_a_reward_model_has_read_conversations_as_long_as_it_will_score(path: Path) -> None:
-    values, reward_values = recipe.load_yaml(path), recipe.load_yaml(path.with_name("reward.yaml"))
+    values, reward_values = load_recipe(path), load_recipe(path.with_name("reward.yaml"))
     assert values["reward_model"] == reward_values["output_dir"]
     assert values["max_prompt_length"] + values["max_completion_length"] <= reward_values["max_length"]
 
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.stem == "distill"], ids=str)
 def test_a_student_is_distilled_on_the_prompts_that_it_was_fine_tuned_on(path: Path) -> None:
-    values, sft_values = recipe.load_yaml(path), recipe.load_yaml(path.with_name("sft.yaml"))
+    values, sft_values = load_recipe(path), load_recipe(path.with_name("sft.yaml"))
     assert values["datasets"] == sft_values["datasets"]
     assert values["held_out_datasets"] == sft_values["held_out_datasets"]
     assert values["model_name_or_path"] == sft_values["output_dir"]
@@ -57,12 +59,12 @@ def test_a_student_is_distilled_on_the_prompts_that_it_was_fine_tuned_on(path: P
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.stem == "reward"], ids=str)
 def test_what_a_reward_recipe_names_is_there_and_its_policies_are_made_before_it(path: Path) -> None:
     """And of the tiny world all columns are kept that its functions read."""
-    values = recipe.load_yaml(path)
+    values = load_recipe(path)
     for function in [*values.get("graders", []), *filter(None, [values.get("noise_ceiling")])]:
         assert load_function(function)
     for policy in values.get("policies", []):
         assert Path(policy).parent == Path(values["output_dir"]).parent
-        made_by = recipe.load_yaml(path.with_name(f"{Path(policy).name}.yaml"))
+        made_by = load_recipe(path.with_name(f"{Path(policy).name}.yaml"))
         assert made_by["output_dir"] == policy
     if path.parent.name == "tiny":
         rows = preferences("held_out")[:20]
@@ -72,7 +74,8 @@ def test_what_a_reward_recipe_names_is_there_and_its_policies_are_made_before_it
 
 def test_the_27b_recipe_is_the_well_known_one() -> None:
     arguments = ["--config", "recipes/gemma-2-27b/sft.yaml", "--use_cpu", "true"]
-    _, (training_args, model_args, data_args, *_) = sft.COMMAND.parse(arguments)
+    _, recipe = sft.COMMAND.parse(arguments)
+    training_args, model_args, data_args = recipe.training, recipe.model, recipe.data
     assert (model_args.lora_r, model_args.lora_alpha, model_args.load_in_4bit) == (16, 32, True)
     assert model_args.lora_target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
     assert (model_args.attn_implementation, model_args.dtype) == ("eager", "bfloat16")
@@ -87,20 +90,13 @@ def test_a_shipped_pipeline_names_recipes_stages_and_launchers_that_exist(path: 
     pipeline = load_pipeline(path)
     assert pipeline.run_dir == Path(f"runs/{path.parent.name}")
     for name, entry in pipeline.entries.items():
-        values = recipe.load_yaml(path.parent / entry.recipe)
-        own_model = values.get("model_name_or_path", values.get("init"))
-        assert entry.model is None or own_model == f"{pipeline.run_dir}/{entry.model}"
-        if entry.merges:
-            trained = pipeline.entries[entry.merges]
-            assert own_model == f"{pipeline.run_dir}/{trained.model}"
-            assert values["reward_model"] == f"{pipeline.run_dir}/{trained.reward_model}"
-        if entry.models:
-            outputs = [f"{pipeline.run_dir}/{each}" for each in entry.models]
-            assert [model.partition("/policy-")[0] for model in dict.fromkeys(values["models"])] == [
-                output for output in outputs for _ in range(2 if output.endswith("/rlhf") else 1)
-            ]
         assert (path.parent / entry.recipe).is_file() and Path(f"gemma2_post/{name}.py").is_file()
         assert Path(entry.launch or pipeline.launch).is_file()
+    read = {name: {other for _, other in pipeline.reads_of(name)} for name in pipeline.entries}
+    assert read["distill"] == {"sft"} and read["reward"] == {"sft", "distill"}
+    assert read["rlhf"] == {"distill", "reward"} and read["warp"] == {"distill", "rlhf", "reward"}
+    assert read["evaluate"] == {"sft", "distill", "reward", "rlhf", "warp"}
+    assert pipeline.merged_by("warp") == "rlhf"
 
 
 def test_every_accelerate_config_is_read_by_accelerate_and_saves_what_it_shards() -> None:

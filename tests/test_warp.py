@@ -15,15 +15,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
-from gemma2_post import rlhf, warp
+from gemma2_post import cli, rlhf, warp
 from gemma2_post.evaluation import measure
 from gemma2_post.models.saving import save_model
 from gemma2_post.models.tokenizer import save_tokenizer
-from gemma2_post.pipeline import processes, run
+from gemma2_post.pipeline import processes
 from gemma2_post.pipeline.steps import Step
-from gemma2_post.stage import command, contract
+from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
-from gemma2_post.weights import interpolation, merge, streaming
+from gemma2_post.weights import interpolation, points, streaming
 from gemma2_post.weights.streaming import ShardWriter, open_weights
 from tests.conftest import TEACHER, random_model, run_stage
 
@@ -38,9 +38,8 @@ def run_warp(tmp_path: Path) -> Warp:
     def run(name: str = "merged", **keys: object) -> Path:
         values = {"output_dir": str(tmp_path / name), "force": True} | keys
         arguments = [f"--{key}={json.dumps(value)}" for key, value in values.items()]
-        stage, built = warp.command(is_measured=False).parse(arguments)
-        command.refuse_foreign_output(stage)
-        warp.main(stage, *built)
+        stage, recipe = warp.COMMAND.parse(arguments)
+        warp.COMMAND.run(stage, recipe)
         return stage.output_dir
 
     return run
@@ -258,7 +257,7 @@ def test_shards_and_a_copied_head_are_read_and_shards_are_written(
         def __init__(self, *arguments: object) -> None:
             super().__init__(*arguments, shard_bytes=100_000)
 
-    monkeypatch.setattr(warp, "ShardWriter", SmallShards)
+    monkeypatch.setattr(points, "ShardWriter", SmallShards)
     output = run_warp("other", init=init, policies=policies, save_dtype="float32")
     index = json.loads((output / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
@@ -291,13 +290,13 @@ def test_what_a_kill_leaves_is_made_again_and_the_result_is_the_same(
     init, policies = write_models(tmp_path, tokenizer, 2)
     keys = {"init": init, "policies": policies, "eta": [0.3, 1]}
     expected = weights_of(run_warp("undisturbed", **keys) / "eta-0.3")
-    write_beside = warp.write_beside
-    monkeypatch.setattr(warp, "write_beside", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    write_beside = points.write_beside
+    monkeypatch.setattr(points, "write_beside", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run_warp(**keys)
     output = tmp_path / "merged"
     assert not (output / "eta-0.3").exists() and not (output / "stage.json").exists()
-    monkeypatch.setattr(warp, "write_beside", write_beside)
+    monkeypatch.setattr(points, "write_beside", write_beside)
     run_warp(**keys)
     found = weights_of(output / "eta-0.3")
     assert all(torch.equal(found[name], each) for name, each in expected.items())
@@ -440,7 +439,7 @@ def measured(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Recipe:
 
 
 def run_front(recipe: Recipe, file: Path) -> Path:
-    return run_stage(file, warp.command(is_measured=True), recipe)
+    return run_stage(file, warp.COMMAND, recipe)
 
 
 def test_the_front_is_measured_and_the_best_point_under_the_budget_is_released(
@@ -483,11 +482,11 @@ def test_an_interrupted_front_samples_no_answer_twice(
     answers = Path(measured["output_dir"]) / "progress" / "answers.jsonl"
     with open(answers, "a") as file:
         file.write('{"point": "half a li')
-    merged = merge.merge_models
-    monkeypatch.setattr(merge, "merge_models", lambda *_: pytest.fail("merged again"))
+    merged = points.merge_models
+    monkeypatch.setattr(points, "merge_models", lambda *_: pytest.fail("merged again"))
     output = run_front(measured, tmp_path / "warp.yaml")
     assert len(sampled) == 3 + 3 and len(json.loads((output / "front.json").read_text())["points"]) == 5
-    monkeypatch.setattr(merge, "merge_models", merged)
+    monkeypatch.setattr(points, "merge_models", merged)
     undisturbed = run_front(measured | {"output_dir": str(tmp_path / "once")}, tmp_path / "warp.yaml")
     one, other = (json.loads((each / "front.json").read_text())["points"] for each in (output, undisturbed))
     for each, expected in zip(one, other, strict=True):
@@ -510,7 +509,7 @@ def test_an_interrupted_front_samples_no_answer_twice(
 def test_a_front_that_cannot_be_measured_is_refused_before_the_merge(
     change: Recipe, message: str, measured: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge, "merge_models", lambda *_: pytest.fail("merged"))
+    monkeypatch.setattr(points, "merge_models", lambda *_: pytest.fail("merged"))
     recipe = {key: value for key, value in (measured | change).items() if value is not None}
     with pytest.raises(UserError) as error:
         run_front(recipe, tmp_path / "warp.yaml")
@@ -546,15 +545,13 @@ def test_the_loop_is_one_entry_of_a_pipeline_and_each_run_a_folder(
         arguments = [*(["--config", str(step.config)] if step.config else [])]
         arguments += [f"--{key}={json.dumps(value)}" for key, value in step.values.items()]
         if step.stage == "rlhf":
-            stage, built = rlhf.COMMAND.parse(arguments)
-            rlhf.main(stage, *built)
+            rlhf.main(*rlhf.COMMAND.parse(arguments))
         else:
-            stage, built = warp.command(is_measured=step.config is not None).parse(arguments)
-            warp.main(stage, *built)
+            warp.main(*warp.COMMAND.parse(arguments))
         return 0
 
     monkeypatch.setattr(processes, "launch", launch)
-    run.run(path, None, {})
+    cli.run(path, None, {})
     folder = tmp_path / "run"
     done = {str(each.parent.relative_to(folder)) for each in folder.rglob("stage.json")}
     assert done == {*("rlhf/policy-0", "rlhf/policy-1", "warp-1", "rlhf-2/policy-2", "rlhf-2/policy-3", "warp")}
@@ -573,7 +570,7 @@ def test_the_loop_is_one_entry_of_a_pipeline_and_each_run_a_folder(
 
     capsys.readouterr()
     monkeypatch.setattr(processes, "launch", lambda *_: pytest.fail("ran again"))
-    run.run(path, None, {})
+    cli.run(path, None, {})
     assert capsys.readouterr().out.count("up to date") == 6
 
 
@@ -703,7 +700,7 @@ def test_a_mistake_is_one_sentence_and_nothing_is_left_or_touched(
     arguments = [f"--{key}={json.dumps(value).replace('NaN', '.nan')}" for key, value in values.items()]
     monkeypatch.setattr(sys, "argv", ["warp", *arguments])
     with pytest.raises(SystemExit) as exit:
-        warp.command(is_measured=False).launch()
+        warp.COMMAND.launch()
     assert exit.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in line

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from gemma2_post.evaluation import judge as judging
 from gemma2_post.evaluation.judge import Judge, ask_model, question, summarize, verdict
 from gemma2_post.evaluation.winrate import bootstrap_interval, length_controlled, win_rate, wins_by
-from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.errors import UserError, located
 from tests.conftest import TEACHER
 
 
@@ -138,7 +138,7 @@ def test_nonsense_is_asked_again_then_counted_apart(tmp_path: Path) -> None:
     judging.check_most(judged, tmp_path / "j.jsonl")
     judge = Judge(Asked(lambda *_: "?"), "j", tmp_path / "k.jsonl")
     judging.check_most(judge.compare(PROMPTS[4:], OURS[4:], THEIRS[4:]), judge.replies)  # one of two is a tie
-    with pytest.raises(UserError, match="here: the judge gave no verdict on 2 of 3 pairs"):
+    with pytest.raises(UserError, match="here: the judge gave no verdict on 2 of 3 pairs"), located("here"):
         judging.check_most(judge.compare(PROMPTS[3:], OURS[3:], THEIRS[3:]), judge.replies)
 
 

@@ -13,6 +13,8 @@ from gemma2_post.data.sources import load_conversations
 from gemma2_post.models.tokenizer import render
 from gemma2_post.stage.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 
 def split_held_out(
     data_args: DataArguments, seed: int, load: Callable[..., Dataset] = load_conversations
@@ -71,9 +73,6 @@ def _drop_too_long(rendered: Dataset, what: str, key: str, max_length: int, max_
     if num_dropped:
         logger.warning("dropped %d of %d %s longer than %d tokens", num_dropped, len(rendered), what, max_length)
     return kept
-
-
-logger = logging.getLogger(__name__)
 
 
 def balance_turns(pairs: Dataset, multi_turn_share: float, seed: int) -> Dataset:

@@ -113,7 +113,7 @@ def ask_endpoint(
             write([answer])
 
     jobs = [(row, sample) for row in range(len(prompts)) for sample in range(args.num_answers)]
-    with ThreadPoolExecutor(args.concurrency) as pool:
+    with ThreadPoolExecutor(args.server.concurrency) as pool:
         asked = [pool.submit(ask, job) for job in jobs if job not in answered]
         try:
             for each in as_completed(asked):

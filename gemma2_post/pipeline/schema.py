@@ -6,10 +6,9 @@ import types
 import typing
 from pathlib import Path
 
-from gemma2_post.pipeline.steps import MODEL, PipelineRecipe, StageEntry
+from gemma2_post.pipeline.steps import PipelineRecipe, StageEntry, names_of_models
 from gemma2_post.stage import contract
 from gemma2_post.stage.command import Command
-from gemma2_post.stage.paths import model_keys
 from gemma2_post.stage.recipe import Key, describe, keys_of
 from gemma2_post.stage.recipe_file import INCLUDE
 from gemma2_post.stage.reference import grouped, is_of_library, spelled, type_and_default
@@ -51,13 +50,12 @@ def schema_of(command: Command) -> Schema:
 
 def pipeline_schema() -> Schema:
     """What a pipeline recipe may say; every stage's keys that name models may name earlier stages."""
-    names = dict.fromkeys([MODEL, *(key for name in STAGES for key in model_keys(command_of(name).recipe))])
     reference = {
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
         "description": "The earlier stage, or stages, whose output this key of its recipe names.",
     }
     entry = {key.name: _property(key) for key in keys_of(StageEntry).values() if key.name != "reads"}
-    entries = _mapping("a stage", entry | dict.fromkeys(names, reference)) | {"required": ["recipe"]}
+    entries = _mapping("a stage", entry | dict.fromkeys(names_of_models(), reference)) | {"required": ["recipe"]}
     properties = {key.name: _property(key) for key in keys_of(PipelineRecipe).values()}
     properties["stages"] = {"type": "object", "additionalProperties": entries, "minProperties": 1}
     return _mapping("gemma2_post: a pipeline", properties) | {"required": list(properties)}

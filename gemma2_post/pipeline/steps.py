@@ -228,12 +228,16 @@ def _entry(name: str, values: dict[str, object]) -> StageEntry:
             raise UserError(f"the entry is {values!r}; write a mapping, for example `{{recipe: sft.yaml}}`")
         if (stage := values.get("stage") or name) not in STAGES:
             raise UserError(f"there is no stage {stage}; write stage: and one of {', '.join(STAGES)}")
-        names = [MODEL, *model_keys(command_of(str(stage)).recipe)]
-        reads = {read: value for read, value in values.items() if read in names}
+        reads = {read: value for read, value in values.items() if read in names_of_models()}
         for read, value in reads.items():
             if not all(isinstance(each, str) for each in _listed(value)):
                 raise UserError(f"{read} is {value!r}; write the name of an earlier stage, or a list of names")
         return build(StageEntry, {read: values[read] for read in values if read not in reads} | {"reads": reads})
+
+
+def names_of_models() -> list[str]:
+    """The keys by which an entry may name earlier stages: those of every stage's recipe that name models."""
+    return list(dict.fromkeys([MODEL, *(key for name in STAGES for key in model_keys(command_of(name).recipe))]))
 
 
 def _listed(value: object) -> list:

@@ -186,7 +186,7 @@ def learn_verdicts(taught: Path, output_dir: Path, max_steps: int = 2000, seed: 
     (docs/experiments.md).
     """
     set_seed(seed)
-    tokenizer = load_tokenizer("pretrain", str(taught), load_config("pretrain", str(taught)))
+    tokenizer = load_tokenizer(str(taught), load_config(str(taught)))
     model = AutoModelForCausalLM.from_pretrained(taught, dtype=torch.float32, attn_implementation="eager")
     padded_right = copy(tokenizer)
     padded_right.padding_side = "right"
