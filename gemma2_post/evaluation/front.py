@@ -138,7 +138,7 @@ def plot(
                 color=colour,
             )  # fmt: skip
     axes.plot(
-        released["kl_to_init"], released[name], marker="*", markersize=18, color="gold", markeredgecolor="black",
+        released["kl_to_init"], released[name], marker="*", markersize=18, color="#ffd700", markeredgecolor="black",
         linestyle="none", label=f"released (eta {released['position']:g})", zorder=5,
     )  # fmt: skip
     if kl_budget is not None:

@@ -166,7 +166,7 @@ class Command(Generic[R]):
         return fingerprint.fingerprint(self.recipe, self.main, values, contract.input_digest)
 
     def headline_of(self, values: dict[str, object], metrics: dict[str, float]) -> str:
-        """The number that matters, before and after: `gold 0.606 -> 1.09`.
+        """The number that matters, before and after: `accuracy 0.57 -> 0.82`.
 
         Args:
             values: the keys of the recipe.
