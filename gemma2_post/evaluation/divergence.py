@@ -39,11 +39,7 @@ def _at_least_fp32(tensor: torch.Tensor) -> torch.dtype:
 
 
 def measure_divergence(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    other: torch.nn.Module,
-    answers: list[Answer],
-    batch_size: int,
+    accelerator: Accelerator, model: torch.nn.Module, other: torch.nn.Module, answers: list[Answer], batch_size: int
 ) -> list[Divergence]:
     """Both divergences of each answer; each process takes its share of them.
 

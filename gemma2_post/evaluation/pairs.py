@@ -41,11 +41,7 @@ def measure_pairs(pairs: list[ScoredPair]) -> dict[str, float]:
     """
     right = numpy.array([_is_right(pair) for pair in pairs])
     low, high = wilson_interval(right.mean(), len(right))
-    metrics = {
-        "accuracy": right.mean(),
-        "accuracy_low": low,
-        "accuracy_high": high,
-    }
+    metrics = {"accuracy": right.mean(), "accuracy_low": low, "accuracy_high": high}
     for name, groups in {"turns": _by_turns(pairs), "length": _by_length(pairs)}.items():
         metrics |= {f"accuracy/{name}/{group}": right[rows].mean() for group, rows in groups.items()}
     multi_turn = numpy.array([pair.num_turns > 1 for pair in pairs])

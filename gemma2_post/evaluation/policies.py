@@ -66,10 +66,7 @@ def sample_policies(
 
 
 def score_held_out(
-    trainer: Trainer,
-    held_out: Dataset,
-    to_answer: Dataset,
-    answers: dict[str, list[Answer]],
+    trainer: Trainer, held_out: Dataset, to_answer: Dataset, answers: dict[str, list[Answer]]
 ) -> tuple[list[ScoredPair], dict[str, list[float]]]:
     """The held-out pairs with their rewards; and those of the policies' answers, or of all answers in the pairs."""
     tokenizer = trainer.processing_class

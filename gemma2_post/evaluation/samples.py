@@ -150,19 +150,14 @@ def gather_rows(mine: list[int], results: list, num_rows: int) -> list:
 
 
 def sample_held_out(
-    trainer: Trainer,
-    wrapped_model: torch.nn.Module,
-    prompts: list[list[dict[str, str]]],
-    max_new_tokens: int,
+    trainer: Trainer, wrapped_model: torch.nn.Module, prompts: list[list[dict[str, str]]], max_new_tokens: int
 ) -> list[Answer]:
     """Answers at temperature 1 of a model as the trainer holds it; each process samples its share of the prompts."""
     if not prompts:
         return []
     mine = share_of(len(prompts), trainer.accelerator)
     with unwrap_model_for_generation(
-        wrapped_model,
-        trainer.accelerator,
-        gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+        wrapped_model, trainer.accelerator, gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs
     ) as model:
         answers = sample_answers(
             model,

@@ -89,16 +89,7 @@ def ask_endpoint(
         seed = random.Random(f"{args.seed} {row} {sample}").getrandbits(31)
         try:
             answer = record(
-                job,
-                *endpoint.answer(
-                    client,
-                    place,
-                    model,
-                    prompts[row],
-                    args.temperature,
-                    args.max_new_tokens,
-                    seed,
-                ),
+                job, *endpoint.answer(client, place, model, prompts[row], args.temperature, args.max_new_tokens, seed)
             )
         except endpoint.RefusedError as refusal:
             answer = record(job, "", "refused", 0)

@@ -139,12 +139,7 @@ def backward_working(config: "Gemma2Config", rows: int, length: int, compute: Co
 
 
 def saved(
-    config: "Gemma2Config",
-    rows: int,
-    length: int,
-    compute: Compute,
-    checkpoints: bool,
-    adapted: Adapted | None = None,
+    config: "Gemma2Config", rows: int, length: int, compute: Compute, checkpoints: bool, adapted: Adapted | None = None
 ) -> float:
     """What a forward pass keeps for the backward pass, up to the last hidden state, masks not counted: with gradient
     checkpointing the input of each layer only."""
@@ -155,12 +150,7 @@ def saved(
 
 
 def backward(
-    config: "Gemma2Config",
-    rows: int,
-    length: int,
-    compute: Compute,
-    checkpoints: bool,
-    adapted: Adapted | None = None,
+    config: "Gemma2Config", rows: int, length: int, compute: Compute, checkpoints: bool, adapted: Adapted | None = None
 ) -> float:
     """What the backward pass needs beside that; with gradient checkpointing a layer is computed again first."""
     again = saved_by_layer(config, rows, length, compute, adapted) if checkpoints else 0

@@ -44,7 +44,7 @@ def schema_of(command: Command) -> Schema:
     }
     needed = [key.name for key in _always_needed(command.recipe)]
     return _mapping(f"gemma2_post: {command.name}", properties) | {
-        "anyOf": [{"required": [*dict.fromkeys([*needed, "output_dir"])]}, {"required": [INCLUDE]}],
+        "anyOf": [{"required": [*dict.fromkeys([*needed, "output_dir"])]}, {"required": [INCLUDE]}]
     }
 
 

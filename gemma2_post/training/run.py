@@ -181,7 +181,4 @@ def throughput(trainer: Trainer, seconds: float) -> Metrics:
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {
-        "tokens_per_second": num_tokens / seconds,
-        "peak_memory_gb": peak / 1e9,
-    }
+    return {"tokens_per_second": num_tokens / seconds, "peak_memory_gb": peak / 1e9}

@@ -133,10 +133,7 @@ class Watch(TrainerCallback):
         step = self.trainer.state.global_step if self.kept_step is None else self.kept_step
         if not self.curve or self.curve[-1]["step"] != step:
             answers = sample_held_out(
-                self.trainer,
-                self.trainer.model_wrapped,
-                self.rows["prompt"],
-                self.trainer.args.max_completion_length,
+                self.trainer, self.trainer.model_wrapped, self.rows["prompt"], self.trainer.args.max_completion_length
             )
             rewards = self._rewards(answers)
             metrics = self._divergences(answers) | grade(answers, self.rows, self.graders) | distinctness(answers)

@@ -130,11 +130,7 @@ def compress_adapter(merged: LowRank, rank: int) -> tuple[LowRank, float]:
 
 
 def write_with_adapter(
-    init: Model,
-    merged: LowRank,
-    towards: Model,
-    writers: dict[float, ShardWriter],
-    device: torch.device,
+    init: Model, merged: LowRank, towards: Model, writers: dict[float, ShardWriter], device: torch.device
 ) -> None:
     """Writes each point (1 - eta) towards + eta (init + B A), whose product is formed by rows."""
     on_device = {name: (b.to(device), a.to(device)) for name, (b, a) in merged.items()}
