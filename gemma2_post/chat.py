@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TextStreamer
 
 from gemma2_post.models.loading import disable_cpu_repacking, generation_config, load_config
 from gemma2_post.models.tokenizer import load_tokenizer
+from gemma2_post.stage.errors import located
 
 _QUANTIZATION = {
     "4bit": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16),
@@ -23,8 +24,8 @@ def chat(path: str, prompt: str | None, load: str | None, temperature: float, ma
         load: "4bit" or "8bit" through bitsandbytes; None for bf16 on a GPU and fp32 without one.
         temperature: 0 for the most likely answer.
     """
-    config = load_config(path)
-    tokenizer = load_tokenizer(path, config)
+    with located("chat"):
+        tokenizer = load_tokenizer(path, load_config(path))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
         path,

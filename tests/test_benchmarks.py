@@ -137,12 +137,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     gsm8k = [{"question": f"What is {a} plus {b}?", "answer": f"That makes 9.\n#### {a + b}"} for a, b in sums]
     choices = {"text": ["It is Rome.", "It is Tokyo."], "label": ["A", "B"]}
     arc = {"question": "What is the capital of Japan?", "choices": choices, "answerKey": "B"}
-    hellaswag = {
-        "activity_label": "Sums",
-        "ctx_a": "Ann is asked for 3 plus 5.",
-        "ctx_b": "she",
-        "label": "1",
-    }
+    hellaswag = {"activity_label": "Sums", "ctx_a": "Ann is asked for 3 plus 5.", "ctx_b": "she", "label": "1"}
     hellaswag |= {"ctx": "Ann is asked for 3 plus 5. she", "endings": ["says 7.", "says 8.", "sings.", "goes."]}
     winogrande = {
         "sentence": "The owl is small because _ is young.",

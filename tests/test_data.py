@@ -244,7 +244,7 @@ def test_turns_and_a_system_message_survive_in_every_format(
     folded = [{"role": "user", "content": "Be kind.\n\nHi"}, *chat[1:]]
     assert load(path)["messages"] == [folded, chat, folded]
     assert [record.getMessage() for record in caplog.records] == [
-        f"recipe: {path}: a system message was put in front of the first user turn in 2 rows"
+        f"{path}: a system message was put in front of the first user turn in 2 rows"
     ]
 
 

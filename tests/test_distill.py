@@ -12,13 +12,7 @@ import torch
 import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2ForCausalLM,
-    PreTrainedTokenizerBase,
-    TrainerControl,
-    TrainerState,
-)
+from transformers import AutoModelForCausalLM, Gemma2ForCausalLM, PreTrainedTokenizerBase, TrainerControl, TrainerState
 from trl import DistillationConfig, DistillationTrainer
 from trl.import_utils import is_vllm_available
 
@@ -308,10 +302,7 @@ def test_a_prompt_is_the_same_as_messages_as_text_and_in_a_conversation(tmp_path
 
 
 def test_prompts_longer_than_allowed_are_dropped(
-    run_distill: Run,
-    distill_recipe: Recipe,
-    trainers: list[DistillationTrainer],
-    tokenizer: PreTrainedTokenizerBase,
+    run_distill: Run, distill_recipe: Recipe, trainers: list[DistillationTrainer], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     chats = [row["prompt"] for row in prompts("train")[:24]]
     lengths = [len(ids) for ids in tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]]
@@ -371,8 +362,7 @@ def test_a_student_that_does_not_stop_is_stopped_and_leaves_no_finished_output(
 
 
 @pytest.mark.parametrize(
-    ("last_share", "max_steps", "stops_at"),
-    [(0.7, 100, 20), (0.6, 100, None), (0.7, 20, 20), (1.0, 10, 10)],
+    ("last_share", "max_steps", "stops_at"), [(0.7, 100, 20), (0.6, 100, None), (0.7, 20, 20), (1.0, 10, 10)]
 )
 def test_the_share_of_cut_answers_is_that_of_the_first_twenty_steps_however_often_they_are_logged(
     last_share: float, max_steps: int, stops_at: int | None

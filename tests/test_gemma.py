@@ -25,11 +25,7 @@ from gemma2_post.stage import launcher
 from gemma2_post.stage.errors import UserError
 
 SINGLE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Sure! "}]
-MULTI = [
-    *SINGLE,
-    {"role": "user", "content": "What is 3 plus 5?"},
-    {"role": "assistant", "content": "It is 8."},
-]
+MULTI = [*SINGLE, {"role": "user", "content": "What is 3 plus 5?"}, {"role": "assistant", "content": "It is 8."}]
 
 
 @pytest.fixture(params=["tiny", "stand-in"])

@@ -62,11 +62,7 @@ def test_slerp_keeps_the_norm_and_linear_loses_what_lemma_2_says(cosine: float) 
 
 @pytest.mark.parametrize(
     ("num", "expected"),
-    [
-        (3, [0.612, 0.612, 0.500]),
-        (4, [0.566, 0.566, 0.462, 0.383]),
-        (5, [0.538, 0.538, 0.439, 0.364, 0.309]),
-    ],
+    [(3, [0.612, 0.612, 0.500]), (4, [0.566, 0.566, 0.462, 0.383]), (5, [0.538, 0.538, 0.439, 0.364, 0.309])],
 )
 def test_the_papers_successive_rule_weighs_orthogonal_policies_unequally(num: int, expected: list[float]) -> None:
     """Equation 26: with W = 90 degrees each step multiplies the earlier by cos(90 / m) and adds sin(90 / m)."""

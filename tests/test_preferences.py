@@ -49,11 +49,7 @@ SINGLE = {
     "two conversations": {"chosen": [HI, BYE], "rejected": [HI, GO]},
     "a prompt and two conversations": {"prompt": "Hi", "chosen": [HI, BYE], "rejected": [HI, GO]},
     "an empty prompt and two conversations": {"prompt": "", "chosen": [HI, BYE], "rejected": [HI, GO]},
-    "ShareGPT": {
-        "conversations": sharegpt(HI),
-        "chosen": sharegpt(BYE)[0],
-        "rejected": sharegpt(GO)[0],
-    },
+    "ShareGPT": {"conversations": sharegpt(HI), "chosen": sharegpt(BYE)[0], "rejected": sharegpt(GO)[0]},
     "ShareGPT with lists of one answer": {
         "conversations": sharegpt(HI),
         "chosen": sharegpt(BYE),
@@ -73,11 +69,7 @@ MULTI = {
         "chosen": [HI, HELLO, AGAIN, BYE],
         "rejected": [HI, HELLO, AGAIN, GO],
     },
-    "ShareGPT": {
-        "conversations": sharegpt(HI, HELLO, AGAIN),
-        "chosen": sharegpt(BYE)[0],
-        "rejected": sharegpt(GO)[0],
-    },
+    "ShareGPT": {"conversations": sharegpt(HI, HELLO, AGAIN), "chosen": sharegpt(BYE)[0], "rejected": sharegpt(GO)[0]},
     "transcripts": {
         "chosen": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: And now?\n\nAssistant: Goodbye!",
         "rejected": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: And now?\n\nAssistant: Go away.",

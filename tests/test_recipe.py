@@ -131,6 +131,45 @@ def test_the_command_line_overrides_the_file_and_counts_in_the_fingerprint() -> 
     assert stage.where == TINY and built.training.warmup_steps == 20
 
 
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--use_peft"], {"use_peft": True}),
+        (["--no_bf16"], {"bf16": False}),
+        (["--use_peft", "--load_in_4bit", "--bf16"], {"use_peft": True, "load_in_4bit": True, "bf16": True}),
+        (["--bf16", "false", "--use_peft=true"], {"use_peft": True, "bf16": False}),
+        (["--no_gradient_checkpointing", "--seed", "3"], {"gradient_checkpointing": False, "seed": 3}),
+    ],
+    ids=str,
+)
+def test_a_boolean_key_needs_no_value(arguments: list[str], found: dict[str, object]) -> None:
+    stage, _ = parsed(TINY, *arguments)
+    assert {key: stage.fingerprint["recipe"][key] for key in found} == found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--learning_rate"], "command line: --learning_rate has no value; write --learning_rate VALUE"),
+        (["--no_learning_rate"], "command line: --no_learning_rate has no value"),
+        (["--no_such"], "command line: --no_such has no value"),
+        (["--use_peft", "--no_use_peft"], "command line: --use_peft is given twice; keep one of them"),
+        (["--use_peft", "maybe"], f"{TINY}: use_peft is 'maybe' (str); write true or false"),
+    ],
+    ids=str,
+)
+def test_only_a_boolean_key_needs_no_value(arguments: list[str], found: str) -> None:
+    assert refusal(TINY, *arguments).startswith(found)
+
+
+def test_a_recipe_includes_a_file_beside_it_and_its_own_keys_take_precedence(tmp_path: Path) -> None:
+    (tmp_path / "shared.yaml").write_text("seed: 1\nmax_length: 8\n")
+    file = written(tmp_path, "include: shared.yaml\nseed: 2\n")
+    assert recipe_file.load_recipe(file) == {"seed": 2, "max_length": 8}
+    assert refusal(written(tmp_path, "include: nowhere.yaml\n")).startswith(f"{tmp_path}/nowhere.yaml: there is no")
+    assert refusal(written(tmp_path, "include: [shared.yaml]\n")).startswith(f"{file}: include is ['shared.yaml']")
+
+
 # --- keys and types ---
 
 

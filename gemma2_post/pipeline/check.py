@@ -85,6 +85,10 @@ def _check_paths(command: Command, built: object, values: dict[str, object], mad
     for named in references(command.recipe, values):
         if named.kind == Kind.FUNCTION:
             load_function(named.name)
+        elif named.kind == Kind.FILE and not Path(named.name).exists():
+            raise UserError(
+                f"{named.key} is {named.name}, and there is no such file; paths start where the command is run"
+            )
         elif named.kind == Kind.MODEL:
             models[named.key] = _config(named.key, named.name, isinstance(values[named.key], list), made)
     return models

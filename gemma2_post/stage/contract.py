@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from gemma2_post.stage import digests
 from gemma2_post.stage.errors import UserError
@@ -30,8 +31,14 @@ def input_digest(path: str) -> str | None:
     return digests.of_input(path, DONE)
 
 
-def read_json(path: Path) -> dict | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The content of a JSON file; None if there is no such file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def read_done(folder: Path) -> dict[str, Any]:
+    """The stage file of a finished stage."""
+    return json.loads((folder / DONE).read_text(encoding="utf-8"))
 
 
 def read_lines(path: Path) -> list[dict]:

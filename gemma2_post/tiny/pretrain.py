@@ -36,6 +36,7 @@ from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 from gemma2_post.models.loading import generation_config, load_config
 from gemma2_post.models.saving import save_model
 from gemma2_post.models.tokenizer import load_tokenizer, save_tokenizer
+from gemma2_post.stage.errors import located
 from gemma2_post.tiny import world
 from gemma2_post.tiny.corpus import documents
 from gemma2_post.tiny.tokenizer import VOCAB_SIZE, train_tokenizer
@@ -186,7 +187,8 @@ def learn_verdicts(taught: Path, output_dir: Path, max_steps: int = 2000, seed: 
     (docs/experiments.md).
     """
     set_seed(seed)
-    tokenizer = load_tokenizer(str(taught), load_config(str(taught)))
+    with located("pretrain"):
+        tokenizer = load_tokenizer(str(taught), load_config(str(taught)))
     model = AutoModelForCausalLM.from_pretrained(taught, dtype=torch.float32, attn_implementation="eager")
     padded_right = copy(tokenizer)
     padded_right.padding_side = "right"
