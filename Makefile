@@ -5,11 +5,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help setup test lint demo pipeline synthesize sft distill reward rlhf warp evaluate chat serve
+.PHONY: help setup test test-quick lint demo pipeline synthesize sft distill reward rlhf warp evaluate chat serve
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
 setup: $(INSTALLED) ## make .venv with everything in it (the other targets do it themselves, once)
 
@@ -21,9 +21,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 test: $(INSTALLED) ## run the tests, two at a time
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
+test-quick: $(INSTALLED) ## run the tests that take a moment each: after every edit
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+
 lint: $(INSTALLED) ## check format and style
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 demo: $(INSTALLED) ## the whole chain in the tiny world, on a CPU in minutes; then what came out of it
 	@$(BIN)/gemma2-post run recipes/tiny/pipeline.yaml --report $(ARGS)

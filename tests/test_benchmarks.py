@@ -60,6 +60,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_teacher_passes_and_is_asked_with_one_bos(
     folder: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,6 +85,7 @@ def test_the_teacher_passes_and_is_asked_with_one_bos(
     assert not any("<start_of_turn>" in tokenizer.decode(ids) for ids in seen)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_run_is_said_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="benchmark_folder nowhere is no folder"):
         benchmarks.check(BenchmarkArguments(["preset"], "nowhere"))
@@ -166,6 +168,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_preset_is_what_the_tables_say(
     published: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,7 @@ def test_a_shipped_pipeline_can_start(path: Path) -> None:
     assert unknown <= {"policies", "runs", "models"}
 
 
+@pytest.mark.slow
 def test_check_is_a_command_that_takes_several_pipelines() -> None:
     began = os.times()
     finished = gemma2_post("check", *map(str, PIPELINES))
@@ -96,6 +97,7 @@ def test_what_is_wrong_with_a_later_stage_is_known_before_the_first_one_starts(
     assert message in str(error.value) and str(error.value).startswith(f"{tmp_path}/distill.yaml: ")
 
 
+@pytest.mark.slow
 def test_a_run_is_checked_before_it_begins(pipeline: Path, tmp_path: Path) -> None:
     finished = gemma2_post("run", str(pipeline), "--set", "distill.learning_rate=fast")
     assert finished.returncode == 2 and "distill.yaml: learning_rate is 'fast'" in finished.stderr

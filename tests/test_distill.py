@@ -184,6 +184,7 @@ def same_weights(first: Path, second: Path) -> bool:
     return (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_comes_nearer_to_the_teacher_and_writes_every_measure(
     run_distill: Run, distill_recipe: Recipe
 ) -> None:
@@ -214,6 +215,7 @@ def test_full_fine_tuning_comes_nearer_to_the_teacher_and_writes_every_measure(
     assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == [1, 107]
 
 
+@pytest.mark.slow
 def test_the_teachers_grade_is_measured_and_the_closed_part_of_the_gap(
     run_distill: Run, distill_recipe: Recipe
 ) -> None:
@@ -239,6 +241,7 @@ def test_a_student_that_is_its_teacher_is_at_distance_zero(run_distill: Run, dis
     assert metrics["student_nll_before"] > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher_load_in_4bit", [True, False])
 def test_qlora_on_the_teachers_own_weights_is_at_distance_zero_if_the_teacher_is_in_4_bit_too(
     teacher_load_in_4bit: bool, run_distill: Run, distill_recipe: Recipe
@@ -314,6 +317,7 @@ def test_prompts_longer_than_allowed_are_dropped(
     assert list(trainers[0].train_dataset["prompt"]) == kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [{}, QLORA], ids=["full", "qlora"])
 def test_resumed_equals_uninterrupted(
     method: Recipe, run_distill: Run, distill_recipe: Recipe, tmp_path: Path
@@ -336,6 +340,7 @@ def test_resumed_equals_uninterrupted(
     assert json.loads((resumed / "stage.json").read_text())["output"] == stage["output"]
 
 
+@pytest.mark.slow
 def test_eight_prompts_at_once_are_two_prompts_four_times(
     run_distill: Run, distill_recipe: Recipe, tmp_path: Path
 ) -> None:

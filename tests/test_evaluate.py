@@ -179,6 +179,7 @@ def test_a_question_that_is_no_list_of_turns_is_named_by_its_row(evaluate_recipe
 # --- a judge behind an endpoint, safety, memorisation ---
 
 
+@pytest.mark.slow
 def test_a_judge_behind_an_endpoint_is_asked_once(
     evaluate_recipe: Recipe, tmp_path: Path, serve: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +254,7 @@ def test_a_corpus_of_conversations_is_in_the_format_that_sft_reads(
         comparison.load_corpus(args, tokenizer, max_invalid_share=0.0, seed=0)
 
 
+@pytest.mark.slow
 def test_what_an_interrupted_evaluation_has_measured_is_not_measured_again(
     evaluate_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +279,7 @@ def test_what_an_interrupted_evaluation_has_measured_is_not_measured_again(
     assert all("memorised_exact/high" in each for each in models.values())
 
 
+@pytest.mark.slow
 def test_memorisation_is_measured_over_a_corpus(evaluate_recipe: Recipe, tmp_path: Path) -> None:
     words = "the owl and the bear went up the hill and said that it is late and that it is good ".split()
     text = " ".join(words * 20)

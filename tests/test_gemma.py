@@ -128,6 +128,7 @@ def test_an_adapter_another_architecture_and_an_unknown_model_are_refused(model_
         load_config("google/gemma-2-2b")
 
 
+@pytest.mark.slow
 def test_the_attention_soft_cap_is_real(model_dir: Path) -> None:
     """With large scores, eager attention without the cap gives other logits; flex_attention with it, the same."""
     ids = torch.arange(110, 140)[None]

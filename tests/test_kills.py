@@ -9,6 +9,8 @@ import yaml
 
 from benchmarks.kills import disturb, made_by, run_command
 
+pytestmark = pytest.mark.slow
+
 Recipe = dict[str, object]
 
 

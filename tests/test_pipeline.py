@@ -28,6 +28,7 @@ def gemma2_post(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+@pytest.mark.slow
 def test_run_makes_a_stage_once_and_again_when_its_recipe_changes(recipe: dict[str, object], tmp_path: Path) -> None:
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(recipe))
     pipeline = tmp_path / "pipeline.yaml"
@@ -60,6 +61,7 @@ def test_run_makes_a_stage_once_and_again_when_its_recipe_changes(recipe: dict[s
     assert not output.with_name("sft.previous").exists()
 
 
+@pytest.mark.slow
 def test_a_stage_gets_the_output_of_the_one_that_it_names(
     recipe: dict[str, object], distill_recipe: dict[str, object], tmp_path: Path
 ) -> None:
@@ -451,6 +453,7 @@ def test_a_summary_has_no_measures_of_models_that_are_gone(tmp_path: Path, monke
 # --- failing, and being interrupted ---
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_says_how_it_ended_and_where_more_is(recipe: dict[str, object], tmp_path: Path) -> None:
     """A mistake that only the stage can find is its own sentence, with status 2; anything else the end of its log."""
     (tmp_path / "grader.py").write_text(
@@ -638,11 +641,16 @@ def test_steps_of_a_round_run_at_the_same_time_each_in_its_place(
 
 
 @pytest.mark.parametrize("load", [[], ["--load", "8bit"], ["--load", "4bit"]], ids=["fp32", "8bit", "4bit"])
-def test_chat_answers_a_prompt(load: list[str]) -> None:
-    answer = gemma2_post("chat", "gemma2_post/tiny/models/teacher", "--prompt", "What is 3 plus 5?", *load)
-    assert answer.returncode == 0 and "8" in answer.stdout
+def test_chat_answers_a_prompt(
+    load: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["chat", "gemma2_post/tiny/models/teacher", "--prompt", "What is 3 plus 5?", *load]
+    monkeypatch.setattr(sys, "argv", ["gemma2-post", *arguments])
+    cli.main()
+    assert "8" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_chat_remembers_the_conversation_and_ends_with_the_input() -> None:
     lines = "My name is Anna.\nWhat is my name?\n\nWhat is the capital of Japan?\n"
     command = [sys.executable, "-m", "gemma2_post.cli", "chat", "gemma2_post/tiny/models/teacher"]
@@ -662,7 +670,11 @@ def test_chat_remembers_the_conversation_and_ends_with_the_input() -> None:
         (("chat", "nowhere"), "cannot get nowhere"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_sentence(arguments: tuple[str, ...], message: str) -> None:
-    finished = gemma2_post(*arguments)
-    assert finished.returncode == 2
-    assert message in next(line for line in finished.stderr.splitlines() if line.startswith("error: "))
+def test_a_mistake_on_the_command_line_is_one_sentence(
+    arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gemma2-post", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert message in next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))

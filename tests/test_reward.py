@@ -105,6 +105,8 @@ def make_reward_model(
 # --- what comes out ---
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 def test_the_score_head_is_trained_and_saved_in_fp32(
     method: Recipe, run_reward: Run, reward_recipe: Recipe, model_dir: Path, starts: list[Start]
@@ -140,6 +142,7 @@ def test_the_score_head_is_trained_and_saved_in_fp32(
     assert isinstance(reward_model.load(str(output)).model.score, reward_model.ScoreHead)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [LORA, QLORA], ids=["lora", "qlora"])
 def test_a_merged_adapter_is_the_adapter_on_the_unquantised_base(
     method: Recipe, run_reward: Run, reward_recipe: Recipe, model_dir: Path, tokenizer: PreTrainedTokenizerBase
@@ -162,6 +165,7 @@ def test_a_merged_adapter_is_the_adapter_on_the_unquantised_base(
     )
 
 
+@pytest.mark.slow
 def test_4_bit_weights_are_not_repacked_when_they_are_measured(
     run_reward: Run, reward_recipe: Recipe, starts: list[Start]
 ) -> None:
@@ -172,6 +176,7 @@ def test_4_bit_weights_are_not_repacked_when_they_are_measured(
     assert type(model.base_model.model.score.modules_to_save["default"]) is reward_model.ScoreHead
 
 
+@pytest.mark.slow
 def test_the_head_follows_from_the_seed_alone(
     run_reward: Run, reward_recipe: Recipe, tmp_path: Path, starts: list[Start]
 ) -> None:
@@ -185,6 +190,7 @@ def test_the_head_follows_from_the_seed_alone(
 # --- what is measured ---
 
 
+@pytest.mark.slow
 def test_everything_that_is_measured_is_what_the_saved_model_says(
     run_reward: Run, reward_recipe: Recipe, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -245,6 +251,7 @@ def test_without_policies_rewards_are_normalised_with_the_answers_of_the_pairs(
     assert not any("rank_correlation" in name or "noise_ceiling" in name for name in metrics)
 
 
+@pytest.mark.slow
 def test_a_reward_does_not_depend_on_padding_on_the_batch_or_on_being_saved(
     run_reward: Run, reward_recipe: Recipe, tokenizer: PreTrainedTokenizerBase, starts: list[Start]
 ) -> None:
@@ -292,6 +299,7 @@ def test_the_score_is_in_fp32_whatever_the_model_computes_in(
 # --- training ---
 
 
+@pytest.mark.slow
 def test_the_first_loss_is_bradley_terry_with_margin_and_centring(
     run_reward: Run, reward_recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, starts: list[Start]
 ) -> None:
@@ -320,6 +328,7 @@ def test_the_first_loss_is_bradley_terry_with_margin_and_centring(
     assert first == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [{}, QLORA], ids=["full", "qlora"])
 def test_resumed_equals_uninterrupted(method: Recipe, run_reward: Run, reward_recipe: Recipe, tmp_path: Path) -> None:
     changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear"}
@@ -341,6 +350,7 @@ def test_resumed_equals_uninterrupted(method: Recipe, run_reward: Run, reward_re
     assert json.loads((resumed / "stage.json").read_text())["output"] == stage["output"]
 
 
+@pytest.mark.slow
 def test_eight_pairs_at_once_are_two_pairs_four_times(run_reward: Run, reward_recipe: Recipe, tmp_path: Path) -> None:
     together = run_reward(reward_recipe)
     apart = run_reward(reward_recipe | {"per_device_train_batch_size": 2, "output_dir": str(tmp_path / "apart")})
@@ -368,6 +378,7 @@ def test_turns_are_balanced_and_long_pairs_left_out(
     assert [sum(turns[row] > 1 for row in used), len(used)] == [3, 12]
 
 
+@pytest.mark.slow
 def test_harmless_transcripts_train_with_the_stand_in_gemma_tokenizer(
     run_reward: Run, reward_recipe: Recipe, model_dir: Path, real_data: Path, tmp_path: Path
 ) -> None:

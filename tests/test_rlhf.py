@@ -88,6 +88,7 @@ def saved_anchor(output: Path, method: Recipe) -> dict[str, torch.Tensor]:
 # --- the anchor ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 def test_the_anchor_is_the_closed_form_of_the_average_and_so_is_the_reference(
     method: Recipe, run_rlhf: Run, rlhf_recipe: Recipe, trajectories: list[Trajectory]
@@ -110,6 +111,7 @@ def test_the_anchor_is_the_closed_form_of_the_average_and_so_is_the_reference(
     assert relative_error({name: each.detach() for name, each in reference.items()}, expected) < 1e-6
 
 
+@pytest.mark.slow
 def test_the_anchor_begins_at_the_start_and_the_policy_leaves_both(run_rlhf: Run, rlhf_recipe: Recipe) -> None:
     output = run_rlhf(rlhf_recipe | {"max_steps": 3, "learning_rate": 1e-3, "anchor_mu": 0.5})
     metrics = metrics_of(output)
@@ -120,11 +122,13 @@ def test_the_anchor_begins_at_the_start_and_the_policy_leaves_both(run_rlhf: Run
     assert AutoModelForCausalLM.from_pretrained(output / "anchor", dtype="auto").dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_a_fixed_anchor_is_the_start_and_nothing_else_is_loaded_or_saved(run_rlhf: Run, rlhf_recipe: Recipe) -> None:
     output = run_rlhf(rlhf_recipe | {"anchor": "start"})
     assert "kl_to_anchor" not in metrics_of(output) and not (output / "anchor").exists()
 
 
+@pytest.mark.slow
 def test_without_an_anchor_nothing_holds_the_policy_and_its_distance_is_still_measured(
     run_rlhf: Run, rlhf_recipe: Recipe
 ) -> None:
@@ -148,6 +152,7 @@ def test_a_policy_that_is_not_its_reference_is_stopped_at_the_first_step(
         run_rlhf(rlhf_recipe | {"anchor": "start"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [{}, METHODS["QLoRA"]], ids=["full", "QLoRA"])
 def test_resumed_equals_uninterrupted_anchor_included(
     method: Recipe, run_rlhf: Run, rlhf_recipe: Recipe, tmp_path: Path, trajectories: list[Trajectory]
@@ -170,6 +175,7 @@ def test_resumed_equals_uninterrupted_anchor_included(
     assert relative_error(second, average(trajectories[0].points, 0.3)) < 1e-6
 
 
+@pytest.mark.slow
 def test_in_bf16_the_start_is_computed_as_the_policy_is(
     run_rlhf: Run, rlhf_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +187,7 @@ def test_in_bf16_the_start_is_computed_as_the_policy_is(
 # --- policies ---
 
 
+@pytest.mark.slow
 def test_policies_differ_by_seed_and_order_of_prompts_and_write_their_own_folders(
     run_rlhf: Run, rlhf_recipe: Recipe
 ) -> None:
@@ -193,6 +200,7 @@ def test_policies_differ_by_seed_and_order_of_prompts_and_write_their_own_folder
         assert rlhf.COMMAND.fingerprint(rlhf_recipe | policy) == rlhf.COMMAND.fingerprint(rlhf_recipe)
 
 
+@pytest.mark.slow
 def test_a_policy_with_adapters_is_its_base_plus_the_exact_adapter_in_fp32(run_rlhf: Run, rlhf_recipe: Recipe) -> None:
     output = run_rlhf(rlhf_recipe | METHODS["QLoRA"])
     adapter = load_file(output / "adapter" / "adapter_model.safetensors")
@@ -253,6 +261,7 @@ def test_what_a_reward_function_may_not_return(returned: Callable, message: str)
         rewards.checked("module:mine", mine)(completions=[[]] * 8)
 
 
+@pytest.mark.slow
 def test_a_python_function_rewards_as_in_trl(run_rlhf: Run, rlhf_recipe: Recipe) -> None:
     values = {key: value for key, value in rlhf_recipe.items() if key != "reward_model"}
     output = run_rlhf(values | {"reward_functions": ["gemma2_post.tiny.gold:gold"], "missing_end_penalty": 0.0})
@@ -263,6 +272,7 @@ def test_a_python_function_rewards_as_in_trl(run_rlhf: Run, rlhf_recipe: Recipe)
 # --- watching ---
 
 
+@pytest.mark.slow
 def test_what_is_watched_is_written_with_answers_to_read(run_rlhf: Run, rlhf_recipe: Recipe) -> None:
     output = run_rlhf(rlhf_recipe | {"watch_steps": 1, "graders": ["gemma2_post.tiny.gold:gold"], "max_steps": 2})
     curve = [json.loads(line) for line in (output / "watch.jsonl").read_text().splitlines()]
@@ -275,6 +285,7 @@ def test_what_is_watched_is_written_with_answers_to_read(run_rlhf: Run, rlhf_rec
     assert curve[-1]["reward"] == pytest.approx(sum(sample["reward"] for sample in samples) / 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [{}, METHODS["LoRA"]], ids=["full", "LoRA"])
 def test_a_run_that_passes_its_budget_ends_at_the_last_checkpoint_under_it(
     method: Recipe, run_rlhf: Run, rlhf_recipe: Recipe, tmp_path: Path, trajectories: list[Trajectory]
@@ -294,6 +305,7 @@ def test_a_run_that_passes_its_budget_ends_at_the_last_checkpoint_under_it(
     assert relative_error(saved_anchor(output, method), average(trajectories[0].points[:passed], 0.5)) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_passed_at_once_says_so(run_rlhf: Run, rlhf_recipe: Recipe) -> None:
     with pytest.raises(UserError, match="kl_budget 1e-09 is passed at the first measurement"):
         run_rlhf(rlhf_recipe | {"kl_budget": 1e-9, "watch_steps": 1})
@@ -306,6 +318,7 @@ def test_a_policy_that_never_ends_is_stopped_before_the_first_step(
         run_rlhf(rlhf_recipe | {"model_name_or_path": str(model_dir), "max_completion_length": 3})
 
 
+@pytest.mark.slow
 def test_weights_that_explode_stop_the_run_and_the_last_good_checkpoint_is_named(
     run_rlhf: Run, rlhf_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,8 @@ from openai import APIConnectionError, OpenAI
 
 from tests.conftest import TEACHER
 
+pytestmark = pytest.mark.slow
+
 QUESTION = [{"role": "user", "content": "What is 3 plus 5?"}]
 
 

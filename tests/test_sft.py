@@ -50,6 +50,7 @@ def test_full_fine_tuning_moves_nearly_every_weight_and_writes_the_contract(
     assert json.loads((output / "config.json").read_text())["dtype"] == "float32"
 
 
+@pytest.mark.slow
 def test_bf16_output_is_the_fp32_one_rounded_once(run_sft: Run, recipe: Recipe, tmp_path: Path) -> None:
     exact = load_file(run_sft(recipe) / "model.safetensors")
     rounded = load_file(
@@ -94,6 +95,7 @@ def test_what_is_saved_loads_without_us_and_answers_in_the_chat_format(
     assert text == "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"
 
 
+@pytest.mark.slow
 def test_eight_rows_at_once_are_one_row_eight_times(run_sft: Run, recipe: Recipe, tmp_path: Path) -> None:
     together = run_sft(recipe)
     apart = run_sft(recipe | {"per_device_train_batch_size": 1, "output_dir": str(tmp_path / "apart")})
@@ -103,6 +105,7 @@ def test_eight_rows_at_once_are_one_row_eight_times(run_sft: Run, recipe: Recipe
         torch.testing.assert_close(first[name], second[name], atol=2e-4, rtol=0)  # a fifth of one Adam step of 1e-3
 
 
+@pytest.mark.slow
 def test_packed_equals_unpacked(run_sft: Run, recipe: Recipe, tmp_path: Path) -> None:
     """All rows fit into one packed row, so both runs take the same single step on the same tokens."""
     from tests.conftest import write_rows
@@ -118,6 +121,7 @@ def test_packed_equals_unpacked(run_sft: Run, recipe: Recipe, tmp_path: Path) ->
     assert losses(packed) == pytest.approx(losses(unpacked), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(run_sft: Run, recipe: Recipe, tmp_path: Path) -> None:
     values = recipe | {
         "max_steps": 4,
@@ -143,6 +147,7 @@ def test_resumed_equals_uninterrupted(run_sft: Run, recipe: Recipe, tmp_path: Pa
     assert json.loads((resumed / "stage.json").read_text())["output"] == stage["output"]
 
 
+@pytest.mark.slow
 def test_a_run_that_died_after_its_last_step_ends_with_the_same_weights(
     run_sft: Run, recipe: Recipe, tmp_path: Path
 ) -> None:
@@ -175,6 +180,7 @@ def test_checkpoints_of_another_recipe_are_not_resumed(run_sft: Run, recipe: Rec
         run_sft(recipe)
 
 
+@pytest.mark.slow
 def test_real_conversations_train_with_the_stand_in_gemma_tokenizer(
     run_sft: Run, recipe: Recipe, model_dir: Path, real_data: Path, tmp_path: Path
 ) -> None:

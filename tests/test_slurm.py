@@ -62,6 +62,7 @@ def on_two_machines(values: dict[str, object], folder: Path) -> subprocess.Compl
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("allocation")
 def test_two_machines_equal_one(
     run_sft: Callable[[dict[str, object]], Path], recipe: dict[str, object], tmp_path: Path
@@ -78,6 +79,7 @@ def test_two_machines_equal_one(
     assert all(torch.isfinite(each).all() for each in weights.values())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("allocation")
 def test_a_mistake_in_the_recipe_ends_both_machines_with_its_sentence_and_status(
     recipe: dict[str, object], tmp_path: Path

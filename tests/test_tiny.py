@@ -126,6 +126,7 @@ def test_the_best_possible_preference_accuracy_is_known_and_below_one() -> None:
     assert agreed / len(rows) == pytest.approx(ceiling, abs=2 * (ceiling * (1 - ceiling) / len(rows)) ** 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "most_parameters"), [("base", 1_500_000), ("teacher", 6_000_000)])
 def test_a_shipped_model_has_everything_that_makes_it_a_gemma_2(
     name: str, most_parameters: int, tokenizer: PreTrainedTokenizerBase
@@ -154,6 +155,7 @@ def test_the_shipped_tokenizer_is_the_one_that_the_script_makes(tokenizer: PreTr
     assert tokenizer("Tell me: 12 + ~?")["input_ids"].count(3) == 0 and 3 in tokenizer("ü")["input_ids"]
 
 
+@pytest.mark.slow
 def test_pretraining_leaves_the_rows_of_control_tokens_as_they_were_drawn(tmp_path: Path) -> None:
     pretrain("base", tmp_path / "base", max_steps=2)
     set_seed(0)
@@ -183,6 +185,7 @@ def test_wrong_answers_in_pretraining_may_be_any_word_of_their_kind() -> None:
     assert len(world.wrong_words("city", False)) < len(world.KINDS["city"])
 
 
+@pytest.mark.slow
 def test_the_shipped_teacher_tells_right_from_wrong_on_held_out_content(tokenizer: PreTrainedTokenizerBase) -> None:
     model = AutoModelForCausalLM.from_pretrained(MODELS / "teacher", dtype=torch.float32)
     rows = list(islice(JudgedAnswers(tokenizer, held_out=True, seed=7), 240))
@@ -194,6 +197,7 @@ def test_the_shipped_teacher_tells_right_from_wrong_on_held_out_content(tokenize
     assert hits / len(rows) > 0.95
 
 
+@pytest.mark.slow
 def test_reading_verdicts_writes_a_model_and_its_curve(tmp_path: Path) -> None:
     learn_verdicts(MODELS / "teacher", tmp_path / "teacher", max_steps=2)
     assert json.loads((tmp_path / "teacher" / "verdicts_log.json").read_text())[-1]["step"] == 2
@@ -209,6 +213,7 @@ def greedy_metrics(name: str, tokenizer: PreTrainedTokenizerBase, num_rows: int)
     return grade(answers, rows, {"gold": gold.gold, "accuracy": gold.accuracy})
 
 
+@pytest.mark.slow
 def test_the_teacher_is_right_and_kind_on_held_out_prompts(tokenizer: PreTrainedTokenizerBase) -> None:
     metrics = greedy_metrics("teacher", tokenizer, 480)
     assert metrics["accuracy"] >= 0.95 and metrics["stop_rate"] == 1.0 and metrics["gold"] > 1.4

@@ -113,6 +113,7 @@ def gemma2_post(toy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_a_stage_of_a_module_and_a_line_runs_in_a_pipeline(toy: Path) -> None:
     pipeline = str(toy / "pipeline.yaml")
     planned = gemma2_post(toy, "plan", pipeline)

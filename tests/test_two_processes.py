@@ -19,6 +19,8 @@ from tests import record_anchor
 from tests.conftest import BASE, losses
 from tests.test_rlhf import average, relative_error, saved_anchor
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[[dict[str, object]], Path]
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "dtype": "bfloat16", "learning_rate": 1e-2}

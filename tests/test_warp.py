@@ -382,6 +382,7 @@ def test_adapters_of_different_modules_are_refused(
 # --- outputs of our own stages ---
 
 
+@pytest.mark.slow
 def test_policies_of_rlhf_merge_without_a_word(
     run_rlhf: Callable[[Recipe], Path],
     rlhf_recipe: Recipe,
@@ -465,6 +466,7 @@ def test_the_front_is_measured_and_the_best_point_under_the_budget_is_released(
     assert all((output / name).stat().st_size > 1000 for name in ("front-reward.png", "front-gold.png"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_front_samples_no_answer_twice(
     measured: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -519,6 +521,7 @@ def test_a_front_that_cannot_be_measured_is_refused_before_the_merge(
 # --- the loop ---
 
 
+@pytest.mark.slow
 def test_the_loop_is_one_entry_of_a_pipeline_and_each_run_a_folder(
     rlhf_recipe: Recipe,
     measured: Recipe,

@@ -3,6 +3,7 @@
 Nothing here imports torch: with everything up to date the answer comes at once.
 """
 
+import gc
 import logging
 import shutil
 import signal
@@ -129,6 +130,7 @@ def _check(pipeline: Pipeline, until: str | None) -> None:
 
 
 def _check_here(pipeline: Pipeline, until: str | None) -> None:
+    gc.disable()  # of a process that imports much and ends soon
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported, it misses a kernel for the CPU
     from gemma2_post.pipeline import check
     from gemma2_post.planning import memory

@@ -1,12 +1,13 @@
-"""A stage as a command: its recipe, its checks, what it does, and every fact that others ask of it."""
+"""A stage as a command: its recipe, its checks, its main function, and the facts that other code needs about it."""
 
+import gc
 import inspect
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic
 
 from gemma2_post.stage import contract, fingerprint, launcher, recipe
 from gemma2_post.stage.command_line import read
@@ -14,16 +15,16 @@ from gemma2_post.stage.errors import UserError, located, reported
 from gemma2_post.stage.fingerprint import Fingerprint
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.paths import with_policies
+from gemma2_post.stage.recipe import R
 from gemma2_post.stage.reference import describe_keys
 
 if TYPE_CHECKING:
     from transformers import Gemma2Config
 
-R = TypeVar("R")
 Parts = dict[str, float]
-"""Bytes by what they hold."""
+"""Memory in bytes, by what it holds."""
 GRADER = "{grader}"
-"""In a headline or a curve: the recipe's first grader, or the metric that its key `headline` names."""
+"""Placeholder in a headline or a curve: the recipe's first grader, or the metric that its key `headline` names."""
 
 
 @dataclass
@@ -32,13 +33,13 @@ class Stage:
 
     name: str
     where: str
-    """The recipe's file, which errors name first."""
+    """The recipe's file; error messages begin with it."""
     output_dir: Path
     fingerprint: Fingerprint
     began: float = field(default_factory=time.monotonic)
 
     def finish(self, facts: dict[str, object], metrics: dict[str, float], summary: str = "") -> None:
-        """Marks the output as done, and says so; see `contract.finish`."""
+        """Marks the output as done and prints a line; see `contract.finish`."""
         seconds = time.monotonic() - self.began
         contract.finish(self.output_dir, self.name, self.fingerprint, seconds, facts, metrics)
         print(f"{self.output_dir}: done in {seconds:.0f} s" + (f"; {summary}" if summary else ""))
@@ -46,67 +47,69 @@ class Stage:
 
 @dataclass(frozen=True)
 class Curve:
-    """What the report draws of a stage over its steps."""
+    """A curve over a stage's steps, for the report."""
 
     file: str
-    """Of the stage's output, a record a line."""
+    """File in the stage's output, one JSON record per line."""
     key: str
     title: str
 
 
 @dataclass
 class Checked(Generic[R]):
-    """A recipe that may start, and what its checks have found."""
+    """A recipe that has passed its checks, and what they found."""
 
     recipe: R
     launcher: Launcher
     models: "dict[str, Gemma2Config | None]"
-    """By key: the configs of the models that it names; None for one that only the Hub knows."""
+    """Configs of the models that it names, by key; None if a config is only on the Hub."""
     num_gpus: int = 1
-    """Over which a stage of one process spreads each model."""
+    """GPUs over which a single-process stage spreads each model."""
 
 
 @dataclass(frozen=True)
 class Command(Generic[R]):
-    """A stage as a command, and its facts: what is to be known of a stage stands here and nowhere else."""
+    """A stage as a command, and all facts about the stage; they are stated here and nowhere else."""
 
     name: str
     recipe: type[R]
     main: Callable[[Stage, R], None]
     metrics: Callable[[R], set[str]]
-    """The names of what it will measure; without those broken down, such as `accuracy/names`."""
+    """Names of the metrics it will measure, without breakdowns such as `accuracy/names`."""
     check: Callable[[R, Launcher], None]
-    """Refuses what cannot work together."""
+    """Refuses combinations that cannot work."""
     complete: Callable[[R, Launcher], None] = lambda recipe, launcher: None
     """Fills in what follows from the recipe and the launcher."""
     implied: Callable[[dict[str, object]], dict[str, object]] = lambda values: {}
-    """Keys that follow from the recipe's keys, and take their place."""
+    """Keys that follow from the recipe's keys and override them."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Keys that must not be set, with the reason."""
     needs_config: bool = True
-    """Whether keys must come from a file; without it, they may come from the command line alone."""
+    """Whether a recipe file is required; if not, the command line can give all keys."""
     row_formats: Mapping[str, Sequence[set[str]]] = field(default_factory=dict)
-    """By key that names data: the columns that make a row of it, one set for each known format."""
+    """For each key that names data: the columns that a row needs, one set per known format."""
     headline: Sequence[str] = ()
-    """The metric that says how the stage went: the first of these that it has measured."""
+    """The metrics that can say how the stage went; the first one that was measured is used."""
     below_gate: str = "See its metrics.json."
-    """What to look at when a gate is not passed."""
+    """What to look at when a gate fails."""
     curves: Sequence[Curve] = ()
     pictures: Mapping[str, str] = field(default_factory=dict)
-    """Files of its output that the report shows, and what each of them says."""
+    """Image files in its output that the report shows, with their captions."""
     needed_models: Sequence[str] = ("model_name_or_path",)
-    """The keys of the models whose shapes decide its memory."""
+    """Keys of the models whose shapes determine its memory."""
     memory: Callable[[Checked[R]], dict[str, Parts]] = lambda checked: {"working": {}}
-    """What one process holds in each phase."""
+    """Memory of one process in each phase."""
     disk: Callable[[Checked[R]], tuple[float, float]] = lambda checked: (0, 0)
-    """Bytes of its output, and of the most checkpoints that exist at once."""
+    """Bytes of its output, and the most bytes that its checkpoints take at once."""
 
     @property
     def documentation(self) -> str:
+        """The docstring of the stage's module."""
         return inspect.getdoc(inspect.getmodule(self.main)) or ""
 
     @property
     def module(self) -> str:
+        """The full name of the stage's module."""
         return self.main.__module__
 
     def launch(self) -> None:
@@ -115,14 +118,17 @@ class Command(Generic[R]):
             print(self.documentation, describe_keys(self.recipe, self.refused), sep="\n\n")
             return
         with reported():
+            gc.disable()  # an eighth of the start: imports make half a million objects that stay
             stage, recipe = self.parse(sys.argv[1:])
+            gc.freeze()
+            gc.enable()
             if contract.is_done(stage.output_dir, stage.fingerprint):
                 print(f"{stage.output_dir} is up to date")
                 return
             self.run(stage, recipe)
 
     def parse(self, arguments: Sequence[str]) -> tuple[Stage, R]:
-        """The stage and its recipe, every key and combination checked; nothing is loaded."""
+        """The stage and its recipe, with every key and combination checked; loads no models and no data."""
 
         def is_boolean(name: str) -> bool:
             key = recipe.keys_of(self.recipe).get(name)
@@ -135,10 +141,10 @@ class Command(Generic[R]):
         return Stage(self.name, where, output_dir, self.fingerprint(values)), built
 
     def build(self, values: dict[str, object], launched_by: Launcher | None = None) -> tuple[Path, R]:
-        """The folder of the output, and the recipe, checked and completed.
+        """The output folder and the recipe, checked and completed.
 
         Args:
-            launched_by: what will start it, if that is not what has started this process.
+            launched_by: How the stage will be started, if not as this process was.
         """
         recipe.refuse(values, self.refused)
         more = self.implied(values)
@@ -152,7 +158,7 @@ class Command(Generic[R]):
         return Path(str((values | more)["output_dir"])), built
 
     def run(self, stage: Stage, built: R) -> None:
-        """Runs a checked recipe; a folder with the output, or the checkpoints, of another recipe is refused."""
+        """Runs a checked recipe; refuses a folder with the output or checkpoints of another recipe."""
         with located(stage.where):
             if changes := contract.what_changed(stage.output_dir, stage.fingerprint):
                 raise UserError(
@@ -162,14 +168,14 @@ class Command(Generic[R]):
             self.main(stage, built)
 
     def fingerprint(self, values: dict[str, object]) -> Fingerprint:
-        """What the output depends on, with these keys."""
+        """What the output depends on, given these keys."""
         return fingerprint.fingerprint(self.recipe, self.main, values, contract.input_digest)
 
     def headline_of(self, values: dict[str, object], metrics: dict[str, float]) -> str:
-        """The number that matters, before and after: `accuracy 0.57 -> 0.82`.
+        """The most important metric, before and after: `accuracy 0.57 -> 0.82`.
 
         Args:
-            values: the keys of the recipe.
+            values: The keys of the recipe.
         """
         for name in (each.format(grader=first_grader(values)) for each in self.headline):
             if name in metrics:
@@ -179,7 +185,7 @@ class Command(Generic[R]):
 
 
 def first_grader(values: dict[str, object]) -> str | None:
-    """What a recipe calls its headline, or the name of its first grader."""
+    """The value of the recipe's key `headline`, or the name of its first grader."""
     if values.get("headline"):
         return str(values["headline"])
     graders = values.get("graders")

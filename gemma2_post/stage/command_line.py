@@ -5,19 +5,17 @@ from collections.abc import Callable, Sequence
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.recipe_file import load_recipe, parse_value
 
-COMMAND_LINE = "command line"
-
 
 def read(
     arguments: Sequence[str], needs_config: bool = True, is_boolean: Callable[[str], bool] = lambda key: False
 ) -> tuple[str, dict[str, object]]:
-    """The name that errors give first (the recipe's file), and the merged keys, not yet checked.
+    """The place that errors name first (the recipe's file), and the merged keys, not yet checked.
 
-    Several values after a key are a list: `--eta 0 0.3 1`. A boolean key needs no value: `--use_peft`, `--no_bf16`.
+    Several values after a key make a list: `--eta 0 0.3 1`. A boolean key needs no value: `--use_peft`, `--no_bf16`.
 
     Args:
-        needs_config: whether there must be a file; without one, errors name the command line.
-        is_boolean: whether a key is true or false; asked only about keys without a value.
+        needs_config: Whether a file is required; without one, errors name the command line.
+        is_boolean: Whether a key is true or false; called only for keys without a value.
     """
     values: dict[str, object] = {}
     config = None
@@ -49,4 +47,4 @@ def read(
             config = texts[0]
     if config is None and needs_config:
         raise UserError("command line: --config is missing; write --config recipes/tiny/sft.yaml, for example")
-    return (config, load_recipe(config) | values) if config else (COMMAND_LINE, values)
+    return (config, load_recipe(config) | values) if config else ("command line", values)

@@ -1,6 +1,6 @@
-"""Content hashes: of files, a model's folder, a package of functions, a stage's code, a text.
+"""Content hashes of files, model folders, packages of functions, a stage's code, and texts.
 
-They tell versions apart, at the speed of memory, on all cores; only those of texts are cryptographic.
+They tell versions apart at memory speed, on all cores; only the hashes of texts are cryptographic.
 """
 
 import ast
@@ -22,10 +22,10 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def of_input(path: str, done_file: str) -> str | None:
-    """Of a file, a directory or the package of a `module:function`; None for anything else.
+    """Hash of a file, a directory, or the package of a `module:function`; None for anything else.
 
     Args:
-        done_file: where a finished stage has recorded its output's.
+        done_file: Name of the file in which a finished stage has recorded the hash of its output.
     """
     if (Path(path) / done_file).is_file():
         return json.loads((Path(path) / done_file).read_text())["output"]
@@ -43,9 +43,9 @@ def of_input(path: str, done_file: str) -> str | None:
 
 
 def of_hub(name: str, revision: str | None, is_dataset: bool) -> str | None:
-    """The commit of a model or data set on the Hub; as it was downloaded if the Hub cannot be asked.
+    """Commit of a model or data set on the Hub; of the cached download if the Hub cannot be reached.
 
-    None for what is no name on the Hub, or what is neither there nor downloaded: the stage will say so.
+    None if it is not a Hub name, or is neither on the Hub nor in the cache; the stage itself reports that.
     """
     if not _HUB_NAME.fullmatch(name) or Path(name).parent.exists():
         return None
@@ -54,9 +54,9 @@ def of_hub(name: str, revision: str | None, is_dataset: bool) -> str | None:
     kind = "dataset" if is_dataset else "model"
     try:
         return HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=10).sha
-    except Exception:  # no network, no such name, no access: each transport has errors of its own
+    except Exception:  # no network, no such name, no access: each transport has its own errors
         pass
-    # A file that is always there; its path in the cache names the commit.
+    # This file is always there, and its path in the cache contains the commit.
     file = ".gitattributes" if is_dataset else "config.json"
     try:
         found = hf_hub_download(name, file, revision=revision, repo_type=kind, local_files_only=True)
@@ -66,12 +66,12 @@ def of_hub(name: str, revision: str | None, is_dataset: bool) -> str | None:
 
 
 def files_in(directory: Path) -> list[Path]:
-    """What a directory holds, but for checkpoints, logs, and what Python leaves behind."""
+    """The files of a directory that count: no checkpoints, no logs, nothing that Python leaves behind."""
     return sorted(path for path in directory.iterdir() if path.is_file() and path.suffix in _SUFFIXES)
 
 
 def of_files(files: list[Path]) -> str:
-    """Of names and content."""
+    """Hash of the names and contents of files."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = pool.map(_of_file, files)
     return xxhash.xxh3_64_hexdigest(
@@ -81,7 +81,7 @@ def of_files(files: list[Path]) -> str:
 
 def _of_file(file: Path) -> str:
     digest = xxhash.xxh3_128()
-    block = memoryview(bytearray(1 << 20))  # one that stays in the cache
+    block = memoryview(bytearray(1 << 20))  # small enough to stay in the CPU cache
     with open(file, "rb", buffering=0) as stream:
         while size := stream.readinto(block):
             digest.update(block[:size])
@@ -89,12 +89,14 @@ def _of_file(file: Path) -> str:
 
 
 def of_text(text: str) -> str:
+    """The first 16 hex digits of the SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def of_code(file: Path) -> str:
-    """The hash of a module and of all modules of this package that it imports, directly or not."""
-    reached, to_visit = set(), [file]
+    """Hash of a module and of all modules of this package that it imports, directly or indirectly."""
+    reached: set[Path] = set()
+    to_visit = [file]
     while to_visit:
         if (current := to_visit.pop()) not in reached:
             reached.add(current)
@@ -104,7 +106,7 @@ def of_code(file: Path) -> str:
 
 @cache
 def _imported(file: Path) -> list[Path]:
-    """The modules of this package that a module names in its imports."""
+    """The modules of this package that a module imports directly."""
     names: list[str] = []
     for node in ast.walk(ast.parse(file.read_bytes())):
         if isinstance(node, ast.ImportFrom) and node.module:

@@ -1,4 +1,4 @@
-"""Room on the disk, checked before the work."""
+"""Disk space, checked before the work starts."""
 
 import shutil
 from pathlib import Path
@@ -7,7 +7,7 @@ from gemma2_post.stage.errors import UserError
 
 
 def check_space(output_dir: Path, num_bytes: int) -> None:
-    """Refuses to begin when what will be written cannot fit."""
+    """Raises a `UserError` if `num_bytes` do not fit on the disk of `output_dir`."""
     existing = next(parent for parent in [output_dir, *output_dir.absolute().parents] if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < num_bytes:

@@ -1,4 +1,4 @@
-"""User mistakes: one sentence on stderr, and an exit status other than the 1 of a crash."""
+"""User mistakes: one sentence on stderr, and an exit status that differs from the 1 of a crash."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 EXIT_STATUS_FILE = "GEMMA2_POST_EXIT_STATUS_FILE"
-"""Environment variable: a file for the exit status, for a parent behind a launcher that does not pass it on."""
+"""Environment variable with the path of a file for the exit status, which some launchers do not pass on."""
 
 
 class UserError(Exception):
@@ -19,15 +19,15 @@ class UserError(Exception):
 
 
 class OneProcessError(UserError):
-    """A mistake that a single process may find, because it depends on that process's rows or weights.
+    """A mistake that a single process may find because it depends on that process's rows or weights.
 
-    That process reports it; the launcher ends the others.
+    That process reports it; the launcher stops the others.
     """
 
 
 @contextmanager
 def located(place: object) -> Iterator[None]:
-    """Puts a place (a recipe's file, one of its entries) before the message of any `UserError` raised inside."""
+    """Prefixes the message of any `UserError` raised inside with a place, such as a recipe's file or a key."""
     try:
         yield
     except UserError as error:
@@ -37,7 +37,7 @@ def located(place: object) -> Iterator[None]:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turns a `UserError`, or a full disk, into one sentence (from one process per machine) and an exit status."""
+    """Turns a `UserError` or a full disk into one sentence (one process per machine prints it) and an exit status."""
     try:
         yield
     except OneProcessError as error:
@@ -51,7 +51,7 @@ def reported() -> Iterator[None]:
 
 
 def _is_full_disk(error: BaseException | None) -> bool:
-    """Whether a full disk caused it; safetensors (Rust) and torch (C++) report one in words of their own."""
+    """Whether a full disk caused the error; safetensors (Rust) and torch (C++) report one in their own words."""
     while error is not None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return True

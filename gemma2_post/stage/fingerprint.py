@@ -1,6 +1,6 @@
-"""What the output of a stage depends on: the recipe's keys, the content of its inputs, the code, the versions.
+"""What the output of a stage depends on: the recipe's keys, the contents of its inputs, the code, library versions.
 
-Nothing here needs torch, so that whether a stage is up to date is known at once.
+Nothing here imports torch, so checking whether a stage is up to date is instant.
 """
 
 import inspect
@@ -17,18 +17,18 @@ Fingerprint = dict[str, dict[str, object]]
 
 _VERSIONS_THAT_MATTER = ["torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "deepspeed"]
 _WITHOUT_EFFECT = {"output_dir", "report_to", "run_name", "logging_steps", "disable_tqdm", "logging_dir"}
-"""Keys of TRL's classes that do not change what comes out; ours say so themselves."""
+"""Keys of TRL's classes that do not affect the output; our own keys say so with `has_effect=False`."""
 
 
 def fingerprint(
     recipe_class: type, main: Callable, values: dict[str, object], digest_of: Callable[[str], str | None]
 ) -> Fingerprint:
-    """What the output of a stage depends on, in parts; a key at its default is as good as unset.
+    """What the output of a stage depends on, in parts; one of our keys at its default counts as unset.
 
     Args:
-        main: the stage's, whose module and imports are its code.
-        values: the keys of the recipe.
-        digest_of: the content hash of something local; None for what is not there.
+        main: The stage's main function; its module and that module's imports are the code.
+        values: The keys of the recipe.
+        digest_of: Returns the content hash of something local, or None if it does not exist.
     """
     keys = keys_of(recipe_class, of_libraries=False)
     decisive = {
@@ -46,7 +46,7 @@ def fingerprint(
 
 
 def _inputs(named: list[Reference], digest_of: Callable[[str], str | None]) -> dict[str, object]:
-    """Content hashes by path; commits by `name@revision` of what is on the Hub."""
+    """Content hashes by path, and commits of what is on the Hub by `name@revision`."""
     paths = list(dict.fromkeys(each.name for each in named))
     with ThreadPoolExecutor() as pool:
         found = dict(zip(paths, pool.map(digest_of, paths), strict=True))
@@ -59,10 +59,9 @@ def _inputs(named: list[Reference], digest_of: Callable[[str], str | None]) -> d
 
 def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
     """What changed between two fingerprints, in words."""
-    changes = []
-    for part in new:
-        before, after = old.get(part, {}), new[part]
-        for key in sorted(before.keys() | after.keys()):
-            if before.get(key) != after.get(key):
-                changes.append(f"{key} {before.get(key, 'unset')} -> {after.get(key, 'unset')}")
-    return changes
+    return [
+        f"{key} {before.get(key, 'unset')} -> {after.get(key, 'unset')}"
+        for before, after in ((old.get(part, {}), new[part]) for part in new)
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]

@@ -1,9 +1,9 @@
-"""How a stage's processes are started: what an accelerate config, or the process itself, says about it."""
+"""How a stage's processes are started, from an accelerate config or from the running process."""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.recipe_file import load_yaml
@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Launcher:
+    """The settings of accelerate that a stage's checks and estimates need."""
+
     num_processes: int = 1
-    """Over all machines."""
+    """Total over all machines."""
     num_machines: int = 1
     use_cpu: bool = False
     mixed_precision: str = "no"
@@ -24,18 +26,18 @@ class Launcher:
     offloads_optimizer: bool = False
     offloads_parameters: bool = False
     saves_16bit_model: bool = False
-    """ZeRO-3 hands over whole weights to be saved."""
+    """Whether ZeRO-3 gathers the full weights for saving."""
 
 
 def read(path: str | Path) -> Launcher:
-    """What an accelerate config says.
+    """The settings in an accelerate config.
 
     Raises:
-        UserError: there is no such file, or it hides what the checks need.
+        UserError: The file does not exist, or refers to a DeepSpeed config that would hide settings from the checks.
     """
     if not Path(path).is_file():
         raise UserError(f"there is no accelerate config {path}; run from the project's folder, or set launch")
-    config: dict = load_yaml(path)
+    config: dict[str, Any] = load_yaml(path)
     deepspeed = config.get("deepspeed_config", {})
     if "deepspeed_config_file" in deepspeed:
         raise UserError(
@@ -55,10 +57,10 @@ def read(path: str | Path) -> Launcher:
 
 
 def of_this_process(training_args: "TrainingArguments | None") -> Launcher:
-    """How the running process was started, as far as a stage's checks ask.
+    """How the running process was started; only what a stage's checks need.
 
     Args:
-        training_args: those of a stage that trains, which has asked accelerate.
+        training_args: The arguments of a stage that trains; they hold accelerate's settings.
     """
     if training_args is None:
         return Launcher(num_processes=int(os.environ.get("WORLD_SIZE", "1")))

@@ -1,7 +1,7 @@
-"""Keys that name models, data, functions or files have types of their own; what a recipe reads follows from them.
+"""Types for keys that name models, data, functions or files; what a recipe reads follows from these types.
 
 The fingerprint hashes what these keys name, `check` looks for it, the planner needs the shapes of its models, and a
-pipeline hands over the outputs of earlier stages in them.
+pipeline uses these keys to pass on the outputs of earlier stages.
 """
 
 import types
@@ -16,6 +16,8 @@ from gemma2_post.stage.recipe import keys_of
 
 
 class Kind(Enum):
+    """What a key can name."""
+
     MODEL = "model"
     DATA = "data"
     FUNCTION = "function"
@@ -23,21 +25,21 @@ class Kind(Enum):
 
 
 ModelPath = Annotated[str, Kind.MODEL]
-"""A model's folder, or its name on the Hub."""
+"""A model's folder or its name on the Hub."""
 DataPath = Annotated[str, Kind.DATA]
-"""A data set's file, its name on the Hub, or a `module:function` that makes it."""
+"""A data set's file, its name on the Hub, or a `module:function` that creates it."""
 FunctionPath = Annotated[str, Kind.FUNCTION]
-"""A function of the user, `module:function`."""
+"""A user's function, `module:function`."""
 FilePath = Annotated[str, Kind.FILE]
 """A file or a folder."""
 
 _KEYS_OF_TRL = {"model_name_or_path": ModelPath, "teacher_model_name_or_path": ModelPath}
-"""What the keys of TRL's classes name, which have no types for it."""
+"""Types for those keys of TRL's classes that name something; TRL declares them as plain text."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a recipe names by one of its keys."""
+    """Something that a recipe names with one of its keys."""
 
     key: str
     kind: Kind
@@ -46,12 +48,12 @@ class Reference:
 
 
 def model_keys(recipe_class: type) -> list[str]:
-    """The keys of a recipe that may name models."""
+    """The keys of a recipe that can name models."""
     return [key for key, hint in _path_hints(recipe_class).items() if Kind.MODEL in _kinds(hint)]
 
 
 def references(recipe_class: type, values: dict[str, object]) -> Iterator[Reference]:
-    """Everything that a recipe names, in the order of its keys; models behind an endpoint are left out."""
+    """Everything that a recipe names, in the order of its keys, except models behind an endpoint."""
     hints = _path_hints(recipe_class)
     for key, value in values.items():
         is_served = values.get("endpoint" if key == "model_name_or_path" else f"{key}_endpoint")
@@ -61,7 +63,7 @@ def references(recipe_class: type, values: dict[str, object]) -> Iterator[Refere
 
 
 def with_policies(recipe_class: type, values: dict[str, object]) -> dict[str, object]:
-    """The keys of a recipe, where a folder that holds policies, in a list of models, stands for all of them."""
+    """The keys of a recipe; in lists of models, each folder of policies is replaced by the policies in it."""
     found = dict(values)
     for key in model_keys(recipe_class):
         if isinstance(named := values.get(key), list):
@@ -69,7 +71,7 @@ def with_policies(recipe_class: type, values: dict[str, object]) -> dict[str, ob
     return found
 
 
-def _policies_in(name: object) -> list:
+def _policies_in(name: object) -> list[object]:
     if isinstance(name, str) and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         policies = sorted(Path(name).glob("policy-*"), key=lambda path: int(path.name.removeprefix("policy-")))
         return [str(path) for path in policies] or [name]
@@ -97,14 +99,14 @@ def _named(key: str, hint: object, value: object, revision: object = None) -> It
 
 
 def _kinds(hint: object) -> list[Kind]:
-    """What a text of this type may name."""
+    """What a text of this type can name."""
     return [
         part for each in _alternatives(hint) for part in getattr(each, "__metadata__", ()) if isinstance(part, Kind)
     ]
 
 
 def _alternatives(hint: object) -> Iterator[object]:
-    """The types in a union, or of a list's items."""
+    """The types in a union or of a list's items, recursively; otherwise the type itself."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType, list):
         for part in typing.get_args(hint):
             yield from _alternatives(part)

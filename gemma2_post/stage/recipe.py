@@ -1,8 +1,8 @@
-"""A recipe is one typed value: a dataclass whose fields are keys, or parts that have keys of their own.
+"""A recipe is one typed value: a dataclass whose fields are keys, or parts that have their own keys.
 
-A part is a dataclass of ours or a config class of TRL's. In a file all keys stand side by side, so no two parts of a
-recipe share a name. `build` checks every key and every type. Parts of libraries are named by text (`trl:SFTConfig`),
-because importing one takes seconds: what a recipe names and whether its output is up to date are known without them.
+A part is one of our dataclasses or one of TRL's config classes. In a file all keys are on one level, so no two parts
+of a recipe share a key. `build` checks every key and every type. Library parts are given as text (`trl:SFTConfig`)
+because importing one takes seconds; what a recipe names, and whether its output is up to date, is known without them.
 """
 
 import dataclasses
@@ -10,24 +10,27 @@ import difflib
 import enum
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gemma2_post.stage.errors import UserError, located
 
-R = TypeVar("R")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+R = TypeVar("R", bound="DataclassInstance")
 
 
 def key(default: object = MISSING, help: str = "", has_effect: bool = True) -> Any:
     """A field that is a key of the recipe.
 
     Args:
-        default: without one, the key must be given.
-        help: what the key means, for `--help`, the schema and the reference.
-        has_effect: whether the key changes what comes out; one that does not is left out of the fingerprint.
+        default: The default value; without one, the key is required.
+        help: What the key means, for `--help`, the schema and the reference.
+        has_effect: Whether the key affects the output; if not, the fingerprint leaves it out.
     """
     return dataclasses.field(default=default, metadata={"help": help, "has_effect": has_effect})
 
@@ -36,8 +39,8 @@ def part(kind: type | str, is_optional: bool = False) -> Any:
     """A field whose keys are those of a dataclass.
 
     Args:
-        kind: the dataclass, or `module:name` of a library's.
-        is_optional: None unless one of its keys is given.
+        kind: The dataclass, or `module:name` for one of a library's.
+        is_optional: Whether the part is None unless one of its keys is given.
     """
     return dataclasses.field(metadata={"part": kind, "is_optional": is_optional})
 
@@ -50,7 +53,7 @@ class Key:
     hint: object
     """Its type."""
     default: object
-    """`MISSING` if it must be given."""
+    """`MISSING` if the key is required."""
     help: str
     has_effect: bool
     part: type
@@ -62,7 +65,7 @@ def keys_of(recipe_class: type, of_libraries: bool = True) -> dict[str, Key]:
     """The keys of a recipe by name, in the order of its fields.
 
     Args:
-        of_libraries: with those of libraries' classes, which takes their import.
+        of_libraries: Whether to include the keys of libraries' classes, which must be imported for this.
     """
     found: dict[str, Key] = {}
     hints = _hints(recipe_class)
@@ -94,14 +97,14 @@ def _loaded(kind: type | str) -> type:
 # --- from values to a recipe and back ---
 
 
-def build(recipe_class: type[R], values: dict[str, object], refused: dict[str, str] | None = None) -> R:
+def build(recipe_class: type[R], values: dict[str, object], refused: Mapping[str, str] | None = None) -> R:
     """The recipe with these keys.
 
     Args:
-        refused: keys that exist but must not be set, with the reason.
+        refused: Keys that exist but must not be set, with the reason.
 
     Raises:
-        UserError: a key that is unknown, refused or missing, a value of the wrong type, or one that a library refuses.
+        UserError: A key is unknown, refused or missing, or a value has the wrong type or is refused by a library.
     """
     refused = refused or {}
     refuse(values, refused)
@@ -119,8 +122,8 @@ def build(recipe_class: type[R], values: dict[str, object], refused: dict[str, s
     return _assembled(recipe_class, fitted)
 
 
-def refuse(values: dict[str, object], refused: dict[str, str]) -> None:
-    """Raises if a key is set that must not be, with the reason."""
+def refuse(values: dict[str, object], refused: Mapping[str, str]) -> None:
+    """Raises a `UserError` with the reason if a key is set that must not be."""
     for name in values:
         if name in refused:
             raise UserError(f"{name} must not be set: {refused[name]}")
@@ -131,7 +134,7 @@ def _is_left_out(field: dataclasses.Field, fitted: dict[str, object]) -> bool:
 
 
 def _needed(recipe_class: type, fitted: dict[str, object]) -> Iterator[Key]:
-    """The keys of all parts but of optional ones that are left out."""
+    """The keys of all parts, except optional parts that are left out."""
     for field in dataclasses.fields(recipe_class):
         if (kind := field.metadata.get("part")) is None:
             if field.init:
@@ -142,7 +145,7 @@ def _needed(recipe_class: type, fitted: dict[str, object]) -> Iterator[Key]:
 
 def _assembled(recipe_class: type[R], fitted: dict[str, object]) -> R:
     arguments: dict[str, object] = {}
-    for field in dataclasses.fields(recipe_class):  # type: ignore[arg-type]  # mypy does not bind R to dataclasses
+    for field in dataclasses.fields(recipe_class):
         if (kind := field.metadata.get("part")) is not None:
             arguments[field.name] = None if _is_left_out(field, fitted) else _assembled(_loaded(kind), fitted)
         elif field.name in fitted:
@@ -153,10 +156,10 @@ def _assembled(recipe_class: type[R], fitted: dict[str, object]) -> R:
         raise UserError(" ".join(str(error).split())) from error
 
 
-def values_of(recipe: object) -> dict[str, object]:
-    """Every key of a recipe with its value, defaults included."""
+def values_of(recipe: "DataclassInstance") -> dict[str, object]:
+    """All keys of a recipe with their values, including defaults."""
     found: dict[str, object] = {}
-    for field in dataclasses.fields(recipe):  # type: ignore[arg-type]
+    for field in dataclasses.fields(recipe):
         value = getattr(recipe, field.name)
         if "part" not in field.metadata:
             found[field.name] = value
@@ -166,10 +169,10 @@ def values_of(recipe: object) -> dict[str, object]:
 
 
 def with_values(recipe: R, changes: dict[str, object]) -> R:
-    """A copy of a recipe with other values of some keys, not checked again; keys that it lacks are left out."""
-    copied = object.__new__(type(recipe))
+    """A copy of a recipe with other values for some keys, not checked again; ignores keys that it does not have."""
+    copied: R = object.__new__(type(recipe))
     vars(copied).update(vars(recipe))
-    for field in dataclasses.fields(recipe):  # type: ignore[arg-type]
+    for field in dataclasses.fields(recipe):
         value = getattr(recipe, field.name)
         if "part" in field.metadata and value is not None:
             setattr(copied, field.name, with_values(value, changes))
@@ -182,10 +185,10 @@ def with_values(recipe: R, changes: dict[str, object]) -> R:
 
 
 def _fitted(name: str, value: object, hint: object) -> object:
-    """The value as its type wants it.
+    """The value converted to its type.
 
     Args:
-        name: of the key, for errors; `datasets[0]` for an item of a list.
+        name: Name of the key, for errors; `datasets[0]` for an item of a list.
     """
     hint = _bare(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
@@ -204,7 +207,7 @@ def _fitted(name: str, value: object, hint: object) -> object:
 
 
 def _bare(hint: object) -> object:
-    """A type without what `Annotated` adds to it."""
+    """The type inside an `Annotated`; any other type as it is."""
     return typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
 
 
@@ -223,7 +226,7 @@ def _fits(value: object, hint: object) -> bool:
 
 
 def is_boolean(hint: object) -> bool:
-    """Whether a key of this type is true or false (or nothing)."""
+    """Whether a key of this type is true or false (or none)."""
     return bool in (_bare(hint), *typing.get_args(hint))
 
 

@@ -1,6 +1,6 @@
-"""Recipe files: strict YAML, one flat mapping, with the keys that several recipes of a folder share said once.
+"""Recipe files: strict YAML, one flat mapping; recipes in a folder can include the keys they share from one file.
 
-Refuses what YAML libraries let pass: a key given twice, and the words of YAML 1.1 (`no` is text, `2e-5` is a number).
+Unlike YAML libraries, refuses duplicate keys and reads values as YAML 1.2 does (`no` is text, `2e-5` is a number).
 """
 
 import re
@@ -11,11 +11,11 @@ import yaml
 from gemma2_post.stage.errors import UserError
 
 INCLUDE = "include"
-"""The key of a recipe that names a file beside it whose keys hold unless the recipe sets them itself."""
+"""Key that names a file in the same folder, whose keys apply unless the recipe sets them itself."""
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, and reads `2e-5` as a number and `no` as text, as YAML 1.2 does."""
+    """Safe YAML loader with these rules."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         lines: dict[str, int] = {}
@@ -56,7 +56,7 @@ def load_yaml(path: str | Path) -> dict[str, object]:
 
 
 def load_recipe(path: str | Path) -> dict[str, object]:
-    """The keys of a stage's recipe: those of the file that it includes, then its own, which take precedence."""
+    """The keys of a stage's recipe: the keys of the file that it includes, overridden by its own."""
     values = load_yaml(path)
     included = values.pop(INCLUDE, None)
     if included is None:

@@ -1,4 +1,4 @@
-"""What a recipe's keys are, in words: for `--help`, and for the reference in the documentation."""
+"""The keys of a recipe in words, for `--help` and the reference in the documentation."""
 
 import dataclasses
 import textwrap
@@ -24,7 +24,7 @@ def describe_keys(recipe_class: type, refused: Mapping[str, str]) -> str:
 
 
 def grouped(recipe_class: type, refused: Mapping[str, str]) -> dict[str, list[Key]]:
-    """The keys that may be set, by a title for the class that declares them; the project's own come first."""
+    """The allowed keys, grouped by a title for the class that declares them; the project's own come first."""
     groups: dict[str, list[Key]] = {}
     for key in sorted(keys_of(recipe_class).values(), key=is_of_library):
         if key.name not in refused:
@@ -33,7 +33,7 @@ def grouped(recipe_class: type, refused: Mapping[str, str]) -> dict[str, list[Ke
 
 
 def is_of_library(key: Key) -> bool:
-    """Whether a class of a library's declares the key."""
+    """Whether a library's class declares the key."""
     return key.part.__module__.partition(".")[0] in ("trl", "transformers")
 
 

@@ -1,4 +1,4 @@
-"""The stages by name, with their modules. A new stage is a module and a line here."""
+"""The stages by name, with their modules. To add a stage, write its module and add a line here."""
 
 from importlib import import_module
 
@@ -16,5 +16,5 @@ STAGES = {
 
 
 def command_of(stage: str) -> Command:
-    """A stage's command; its module imports nothing that takes long."""
+    """The command of a stage; its module imports nothing slow."""
     return import_module(STAGES[stage]).COMMAND
