@@ -1,4 +1,4 @@
-# make help lists the targets. RECIPE is a folder of recipes/; ARGS goes to the command behind the target.
+# make help lists the targets. RECIPE is a folder in recipes/; ARGS is passed to the command behind the target.
 RECIPE ?= tiny
 ARGS ?=
 PYTHON ?= python3
@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
-setup: $(INSTALLED) ## make .venv with everything in it (the other targets do it themselves, once)
+setup: $(INSTALLED) ## install everything into .venv (the other targets do this themselves, once)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -21,15 +21,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 test: $(INSTALLED) ## run the tests, two at a time
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
-test-quick: $(INSTALLED) ## run the tests that take a moment each: after every edit
+test-quick: $(INSTALLED) ## run only the quick tests, after every edit
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
-lint: $(INSTALLED) ## check format and style
+lint: $(INSTALLED) ## check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-demo: $(INSTALLED) ## the whole chain in the tiny world, on a CPU in minutes; then what came out of it
+demo: $(INSTALLED) ## the whole chain in the tiny world, on a CPU in minutes; then a report
 	@$(BIN)/gemma2-post run recipes/tiny/pipeline.yaml --report $(ARGS)
 
 pipeline: $(INSTALLED) ## all stages of recipes/$(RECIPE), to runs/$(RECIPE)
@@ -41,29 +41,29 @@ synthesize: $(INSTALLED) ## SFT data written by a teacher: recipes/$(RECIPE) to 
 sft: $(INSTALLED) ## supervised fine-tuning: recipes/$(RECIPE) to runs/$(RECIPE)/sft
 	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until sft $(ARGS)
 
-distill: $(INSTALLED) ## on-policy distillation of what sft made (which it makes first if needed)
+distill: $(INSTALLED) ## on-policy distillation of the SFT model (runs sft first if needed)
 	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until distill $(ARGS)
 
-reward: $(INSTALLED) ## the reward model (sft and distill are made first if needed: it is measured on their answers)
+reward: $(INSTALLED) ## the reward model (runs sft and distill first if needed: it is measured on their answers)
 	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until reward $(ARGS)
 
-rlhf: $(INSTALLED) ## two policies, held near their start by an anchor (sft, distill and reward are made first if needed)
+rlhf: $(INSTALLED) ## two policies, held near their start by an anchor (runs sft, distill and reward first if needed)
 	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until rlhf $(ARGS)
 
-warp: $(INSTALLED) ## merge the policies, train again from there, sweep, release (everything before is made if needed)
+warp: $(INSTALLED) ## merge the policies, train again from there, sweep, release (runs the earlier stages first if needed)
 	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until warp $(ARGS)
 
-evaluate: $(INSTALLED) ## all models beside each other on held-out prompts (everything before is made if needed)
+evaluate: $(INSTALLED) ## all models side by side on held-out prompts (runs the earlier stages first if needed)
 	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until evaluate --report $(ARGS)
 
-# The newest model of a run that is finished.
+# The newest finished model of the run.
 NEWEST = $(or $(firstword $(foreach s,warp rlhf/policy-0 distill sft,$(patsubst %/stage.json,%,$(wildcard runs/$(RECIPE)/$s/stage.json)))),runs/$(RECIPE)/sft)
 
 runs/$(RECIPE)/sft/stage.json: | $(INSTALLED)
 	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until sft
 
-chat: $(INSTALLED) runs/$(RECIPE)/sft/stage.json ## talk to the newest model of runs/$(RECIPE) (sft is made first if there is none)
+chat: $(INSTALLED) runs/$(RECIPE)/sft/stage.json ## talk to the newest model of runs/$(RECIPE) (runs sft first if there is none)
 	@$(BIN)/gemma2-post chat $(NEWEST) $(ARGS)
 
-serve: $(INSTALLED) runs/$(RECIPE)/sft/stage.json ## the same behind an OpenAI-compatible API, http://localhost:8000/v1
+serve: $(INSTALLED) runs/$(RECIPE)/sft/stage.json ## serve the newest model with an OpenAI-compatible API, http://localhost:8000/v1
 	@$(BIN)/transformers serve $(NEWEST) --attn-implementation eager --host localhost $(ARGS)

@@ -2,6 +2,6 @@
 
 import os
 
-# Before torch is imported: threads that wait for the others of their loop spin, which makes any other process on the
-# machine cost a multiple of what it computes; the default spins far longer, and is no faster on a machine of its own.
+# Set before torch is imported. OpenMP threads that wait for each other spin, which makes every other process on
+# the machine several times slower. The default spins far longer, and is no faster even on an idle machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")

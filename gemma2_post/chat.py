@@ -12,17 +12,21 @@ from gemma2_post.models.tokenizer import load_tokenizer
 from gemma2_post.stage.errors import located
 
 _QUANTIZATION = {
+    None: None,
     "4bit": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16),
     "8bit": BitsAndBytesConfig(load_in_8bit=True),
 }
 
 
 def chat(path: str, prompt: str | None, load: str | None, temperature: float, max_new_tokens: int) -> None:
-    """Answers `prompt` and returns, or talks with whoever is at the keyboard until the input ends.
+    """Answers `prompt` and returns, or without one talks with the person at the keyboard until the input ends.
 
     Args:
-        load: "4bit" or "8bit" through bitsandbytes; None for bf16 on a GPU and fp32 without one.
+        load: "4bit" or "8bit", through bitsandbytes; None: bf16 on a GPU, fp32 without one.
         temperature: 0 for the most likely answer.
+
+    Raises:
+        UserError: `path` holds no Gemma 2 chat model.
     """
     with located("chat"):
         tokenizer = load_tokenizer(path, load_config(path))
@@ -31,7 +35,7 @@ def chat(path: str, prompt: str | None, load: str | None, temperature: float, ma
         path,
         dtype=torch.bfloat16 if device == "cuda" or load else torch.float32,
         attn_implementation="eager",
-        quantization_config=_QUANTIZATION.get(load),
+        quantization_config=_QUANTIZATION[load],
         device_map=device,
     )
     disable_cpu_repacking(model)
@@ -49,7 +53,7 @@ def chat(path: str, prompt: str | None, load: str | None, temperature: float, ma
     if prompt is not None:
         answer([{"role": "user", "content": prompt}])
         return
-    print("Type a message; an empty one starts a new conversation, Ctrl-D ends.")
+    print("Type a message; an empty one starts a new conversation, Ctrl-D ends the chat.")
     messages: list[dict[str, str]] = []
     while True:
         try:

@@ -1,6 +1,7 @@
-"""The `gemma2-post` command. Each subcommand imports what it needs when it is called, so that --help is quick."""
+"""The `gemma2-post` command. Each subcommand imports what it needs when it is called, so --help is quick."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,11 @@ from gemma2_post.stage.errors import UserError, reported
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="gemma2-post", description="Post-training of Gemma 2, end to end.", allow_abbrev=False
-    )
-    commands = parser.add_subparsers(required=True)
-    for add in (_add_run, _add_check, _add_plan, _add_report, _add_chat, _add_schema):
-        add(commands)
-    arguments = vars(parser.parse_args())
+    """Runs the subcommand that the command line names."""
+    arguments = vars(_parser().parse_args())
     with reported():
+        if "overrides" in arguments:
+            arguments["overrides"] = parse_overrides(arguments["overrides"])
         arguments.pop("call")(**arguments)
 
 
@@ -26,15 +24,20 @@ def run(
     run_dir: Path | None = None,
     seed: int | None = None,
     report: bool = False,
+    explain: bool = False,
 ) -> None:
-    """Runs a pipeline recipe, shows how far it is, and at the end where to look at what it made.
+    """Runs a pipeline recipe, shows its progress, and at the end where to find the results.
 
     Args:
-        overrides: stage name to recipe keys that take the place of the recipe's.
-        run_dir: in place of the pipeline's.
-        seed: of every stage, in place of the recipes'.
-        report: whether to print the report at the end.
+        until: The last stage to run.
+        overrides: Recipe keys by stage; they replace the recipe's.
+        run_dir: Replaces the pipeline's.
+        seed: Seed of every stage; replaces the recipes'.
+        report: Whether to print the report at the end.
+        explain: Whether to say only what would run, and why.
     """
+    if explain:
+        return say_what_would_run(pipeline, until, overrides, run_dir, seed)
     from gemma2_post.pipeline.run import run
     from gemma2_post.pipeline.steps import load_pipeline
     from gemma2_post.report import report as reports
@@ -56,7 +59,7 @@ def say_what_would_run(
     run_dir: Path | None = None,
     seed: int | None = None,
 ) -> None:
-    """Says what `run` would do, and why."""
+    """Prints what `run` would do, and why."""
     from gemma2_post.pipeline.run import explain
     from gemma2_post.pipeline.steps import load_pipeline
 
@@ -64,11 +67,11 @@ def say_what_would_run(
 
 
 def check(pipelines: list[Path]) -> None:
-    """Checks pipeline recipes, and says what each would run."""
+    """Checks pipeline recipes, and prints what each would run."""
     from gemma2_post.pipeline.steps import load_pipeline
 
     loaded = [load_pipeline(path) for path in pipelines]
-    _quiet()  # the structure of all is fine; the libraries of the stages are slow to import
+    _quiet()
     from gemma2_post.pipeline import check
 
     for each in loaded:
@@ -82,7 +85,12 @@ def plan(
     gpus: int | None = None,
     memory: float | None = None,
 ) -> None:
-    """Shows memory and disk of each stage."""
+    """Shows the memory and disk that each stage needs.
+
+    Args:
+        gpus: Number of GPUs; replaces the accelerate configs'.
+        memory: Memory of each GPU in GB; the plan then says what does not fit.
+    """
     from gemma2_post.pipeline.steps import load_pipeline
     from gemma2_post.report.terminal import terminal
 
@@ -96,7 +104,7 @@ def plan(
 
 
 def report(run_dir: Path) -> None:
-    """Shows what a run has made."""
+    """Shows the results of a run."""
     from gemma2_post.report.report import report
 
     report(run_dir)
@@ -110,7 +118,7 @@ def chat(directory: str, prompt: str | None, load: str | None, temperature: floa
 
 
 def schema(directory: Path, markdown: Path | None) -> None:
-    """Writes the JSON Schemas of all recipes, and the reference of all keys."""
+    """Writes the JSON Schemas of all recipes to a folder, and the reference of all keys to a Markdown file."""
     _quiet()
     from gemma2_post.pipeline.schema import write_reference, write_schemas
 
@@ -120,7 +128,11 @@ def schema(directory: Path, markdown: Path | None) -> None:
 
 
 def parse_overrides(settings: list[str]) -> dict[str, dict[str, object]]:
-    """`["sft.learning_rate=1e-4"]` becomes `{"sft": {"learning_rate": 0.0001}}`."""
+    """`["sft.learning_rate=1e-4"]` becomes `{"sft": {"learning_rate": 0.0001}}`.
+
+    Raises:
+        UserError: A setting is not STAGE.KEY=VALUE.
+    """
     from gemma2_post.stage.recipe_file import parse_value
 
     overrides: dict[str, dict[str, object]] = {}
@@ -134,84 +146,57 @@ def parse_overrides(settings: list[str]) -> dict[str, dict[str, object]]:
 
 
 def _quiet() -> None:
-    """Keeps bitsandbytes from missing, when it is imported, a kernel for the CPU that nobody here needs."""
+    """Silences a warning of bitsandbytes at its import, about a CPU kernel that is not needed here."""
     import logging
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-# --- arguments ---
+def _parser() -> argparse.ArgumentParser:
+    """The command's arguments; `call` is the function of the subcommand, the others are that function's parameters."""
+    of_pipeline = argparse.ArgumentParser(add_help=False)
+    of_pipeline.add_argument("pipeline", type=Path, help="for example recipes/tiny/pipeline.yaml")
+    of_pipeline.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    settings: dict[str, Any] = {"dest": "overrides", "metavar": "STAGE.KEY=VALUE", "action": "append", "default": []}
+    of_pipeline.add_argument("--set", help="override a recipe's key", **settings)
 
-Commands = Any
-"""What argparse returns for subcommands, which has no public name."""
-
-
-def _add(commands: Commands, name: str, help: str) -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=help, allow_abbrev=False)
-
-
-def _add_pipeline(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pipeline", type=Path, help="for example recipes/tiny/pipeline.yaml")
-    parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
-    parser.add_argument(
-        "--set", metavar="STAGE.KEY=VALUE", action="append", default=[], help="override a recipe's key"
+    parser = argparse.ArgumentParser(
+        prog="gemma2-post", description="Post-training of Gemma 2, end to end.", allow_abbrev=False
     )
+    commands = parser.add_subparsers(required=True)
 
+    def command(call: Callable[..., None], help: str, *parents: argparse.ArgumentParser) -> Callable[..., Any]:
+        added = commands.add_parser(call.__name__, help=help, parents=parents, allow_abbrev=False)
+        added.set_defaults(call=call)
+        return added.add_argument
 
-def _add_run(commands: Commands) -> None:
-    parser = _add(commands, "run", "run a pipeline recipe; stages that are up to date are skipped")
-    _add_pipeline(parser)
-    parser.add_argument("--run_dir", type=Path, metavar="DIR", help="write there instead of the recipe's run_dir")
-    parser.add_argument("--seed", type=int, help="of every stage, in place of the recipes'")
-    parser.add_argument("--report", action="store_true", help="print the report at the end")
-    parser.add_argument("--explain", action="store_true", help="say what would run, and why, without running it")
+    add = command(run, "run a pipeline recipe; stages that are up to date are skipped", of_pipeline)
+    add("--run_dir", type=Path, metavar="DIR", help="write there instead of the recipe's run_dir")
+    add("--seed", type=int, help="seed of every stage, in place of the recipes'")
+    add("--report", action="store_true", help="print the report at the end")
+    add("--explain", action="store_true", help="say what would run, and why, without running it")
 
-    parser.set_defaults(call=_run_or_explain)
+    add = command(check, "check a pipeline recipe without running it")
+    add("pipelines", type=Path, nargs="+", help="for example recipes/tiny/pipeline.yaml")
 
+    add = command(plan, "show memory and disk of each stage, without downloading anything", of_pipeline)
+    add("--gpus", type=int, metavar="N", help="number of GPUs, in place of the accelerate configs'")
+    add("--memory", type=float, metavar="GB", help="memory of each GPU; says what does not fit")
 
-def _run_or_explain(set: list[str], explain: bool, report: bool, **others: Any) -> None:
-    overrides = parse_overrides(set)
-    if explain:
-        say_what_would_run(overrides=overrides, **others)
-    else:
-        run(overrides=overrides, report=report, **others)
+    add = command(report, "show the models of a run side by side, and conversations to read")
+    add("run_dir", type=Path, help="for example runs/tiny")
 
+    add = command(chat, "talk to a model")
+    add("directory", help="the output of a stage, or any Gemma 2 chat model")
+    add("--prompt", metavar="TEXT", help="answer this and exit")
+    add("--load", choices=["4bit", "8bit"], help="quantize the weights")
+    add("--temperature", type=float, default=0.0, help="0 (default): the most likely answer")
+    add("--max_new_tokens", type=int, default=512)
 
-def _add_check(commands: Commands) -> None:
-    parser = _add(commands, "check", "check a pipeline recipe without running it")
-    parser.add_argument("pipelines", type=Path, nargs="+", help="for example recipes/tiny/pipeline.yaml")
-    parser.set_defaults(call=check)
-
-
-def _add_plan(commands: Commands) -> None:
-    parser = _add(commands, "plan", "show memory and disk of each stage, without downloading anything")
-    _add_pipeline(parser)
-    parser.add_argument("--gpus", type=int, metavar="N", help="in place of the accelerate configs'")
-    parser.add_argument("--memory", type=float, metavar="GB", help="of each GPU; says what does not fit")
-    parser.set_defaults(call=lambda set, **others: plan(overrides=parse_overrides(set), **others))
-
-
-def _add_report(commands: Commands) -> None:
-    parser = _add(commands, "report", "show the models of a run side by side, and conversations to read")
-    parser.add_argument("run_dir", type=Path, help="for example runs/tiny")
-    parser.set_defaults(call=report)
-
-
-def _add_chat(commands: Commands) -> None:
-    parser = _add(commands, "chat", "talk to a model")
-    parser.add_argument("directory", help="the output of a stage, or any Gemma 2 chat model")
-    parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit")
-    parser.add_argument("--load", choices=["4bit", "8bit"], help="quantize the weights")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): the most likely answer")
-    parser.add_argument("--max_new_tokens", type=int, default=512)
-    parser.set_defaults(call=chat)
-
-
-def _add_schema(commands: Commands) -> None:
-    parser = _add(commands, "schema", "write a JSON Schema for each kind of recipe, for editors")
-    parser.add_argument("directory", type=Path, nargs="?", default=Path("recipes/schema"))
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write a reference of all keys")
-    parser.set_defaults(call=schema)
+    add = command(schema, "write a JSON Schema for each kind of recipe, for editors")
+    add("directory", type=Path, nargs="?", default=Path("recipes/schema"))
+    add("--markdown", type=Path, metavar="FILE", help="also write a reference of all keys")
+    return parser
 
 
 if __name__ == "__main__":

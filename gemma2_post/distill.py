@@ -1,9 +1,9 @@
 """On-policy distillation: the student answers the prompts itself and learns what the teacher would have said next.
 
-Reads a student that has been fine-tuned (it must end its turns), a larger teacher with the same vocabulary, and
-prompts; writes a plain Hugging Face model. At each token of the student's own answers the loss is a divergence between
-the two distributions over the whole vocabulary (GKD with lambda = 1, arXiv 2306.13649), by TRL's `beta`: 1 is the
-reverse KL(student || teacher) and the default, 0 the forward KL(teacher || student), between them the generalized JSD.
+Reads a fine-tuned student (it must end its turns), a larger teacher with the same vocabulary, and prompts; writes a
+plain Hugging Face model. At each token of the student's own answers the loss is a divergence between the two
+distributions over the whole vocabulary (GKD with lambda = 1, arXiv 2306.13649). TRL's `beta` selects it: 1 (default)
+is the reverse KL(student || teacher), 0 the forward KL(teacher || student), and values between are generalized JSDs.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml \\
         -m gemma2_post.distill --config recipes/tiny/distill.yaml
@@ -37,21 +37,22 @@ REFUSED = {
     "max_tool_calling_iterations": "Gemma 2 has no tools; remove it",
     "remove_unused_columns": "the trainer is given the prompts only; remove it",
 }
-DIVERGENCES = {
-    *("kl_student_teacher", "kl_student_teacher_per_token", "kl_teacher_student", "kl_teacher_student_per_token"),
-    "student_nll",
+DIVERGENCES = {"student_nll"} | {
+    f"kl_{pair}{per}" for pair in ("student_teacher", "teacher_student") for per in ("", "_per_token")
 }
-"""What is measured between student and teacher."""
+"""Metrics that compare student and teacher."""
 
 
 @dataclass(kw_only=True)
 class Recipe(TrainingRecipe):
+    """The keys of a distillation."""
+
     training: "DistillationConfig" = part("trl:DistillationConfig")
-    teacher_dtype: Literal["bfloat16", "float32"] = key("bfloat16", "Type in which the teacher is loaded.")
+    teacher_dtype: Literal["bfloat16", "float32"] = key("bfloat16", "Dtype in which the teacher is loaded.")
     teacher_load_in_4bit: bool = key(False, "Quantize the teacher to NF4.")
     teacher_load_in_8bit: bool = key(False, "Quantize the teacher to LLM.int8.")
     max_prompt_length: int | None = key(
-        None, "Longer prompts are dropped; None for what the model's positions leave to the answer."
+        None, "Longer prompts are dropped; None: what the answer leaves of the model's positions."
     )
 
     @property
@@ -112,7 +113,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     def sampled(model: "torch.nn.Module") -> "list[Answer]":
         return sample_held_out(trainer, model, to_answer["prompt"], longest_answer)
 
-    # Once, by itself: the teacher stays as it is.
+    # Graded once, because the teacher does not change.
     teacher_grades = grade(sampled(trainer.teacher_model), to_answer, graders) if graders else {}
 
     def measure() -> "Metrics":
@@ -144,7 +145,7 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
         raise UserError("teacher_load_in_4bit and teacher_load_in_8bit are both true; remove one of them")
     if (recipe.teacher_load_in_4bit or recipe.teacher_load_in_8bit) and launcher.zero_stage == 3:
         raise UserError(
-            "a quantised teacher cannot be sharded by ZeRO-3; remove teacher_load_in_4bit and "
+            "a quantized teacher cannot be sharded by ZeRO-3; remove teacher_load_in_4bit and "
             "teacher_load_in_8bit, ZeRO-3 spreads the teacher's weights over the processes"
         )
     with located("the teacher"):
@@ -166,7 +167,7 @@ def metrics(recipe: Recipe) -> set[str]:
 def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
     config, recipe, compute = held.config_of(checked), checked.recipe, held.compute_of(checked)
     teacher = checked.models["teacher_model_name_or_path"]
-    assert teacher is not None
+    assert teacher is not None, "the planner asks only about models whose shapes it knows"
     quantization = "4bit" if recipe.teacher_load_in_4bit else "8bit" if recipe.teacher_load_in_8bit else None
     in_fp32 = recipe.teacher_dtype == "float32"
     itemsize = cost.FP32 if in_fp32 and not checked.launcher.zero_stage else cost.BF16

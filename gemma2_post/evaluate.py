@@ -1,11 +1,11 @@
 """Evaluation: what models answer to held-out prompts, side by side and against one of them.
 
-Reads models, the one that RLHF started as (`init`), and what rewards answers; writes `models.json` (reward, KL to
-`init`, stop rate, length, distinctness, grades; also by number of turns) and `answers.jsonl`, to read. Prompts, seed
-and temperature are the same for all models. Each answer is held against the `baseline`'s to the same prompt, by the
-reward, by each grader and, if there is one, by a judge: another model, local or behind an endpoint, asked in both
-orders. The judge also reads answers to `safety_datasets`; with a `corpus`, how much of it each model has memorized is
-measured; `benchmarks` are lm-eval's.
+Reads models, the one that RLHF started from (`init`), and a reward; writes `models.json` (reward, KL to `init`, stop
+rate, length, distinctness, grades; also by number of turns) and `answers.jsonl`, for people to read. Prompts, seed and
+temperature are the same for all models. The reward, each grader and, if there is one, a judge (another model, local or
+behind an endpoint, asked in both orders) compare each answer with the `baseline`'s to the same prompt. The judge also
+reads the answers to `safety_datasets`. With a `corpus`, the stage measures how much of it each model has memorized;
+`benchmarks` are lm-eval's.
 
     python -m gemma2_post.evaluate --config recipes/tiny/evaluate.yaml
 """
@@ -33,11 +33,13 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Recipe:
+    """The keys of an evaluation."""
+
     output_dir: str = key(help="Folder of the output.")
-    init: ModelPath = key(help="The model that RLHF started as; KL is measured to it.")
+    init: ModelPath = key(help="The model that RLHF started from; KL is measured to it.")
     models: list[ModelPath] = key(help="Folders of the models; metrics.json is about the last one.")
     baseline: ModelPath = key(help="One of the models; the others' answers win or lose against its answers.")
-    base: ModelPath | None = key(None, "The model that everything started as; measured with them as `base`.")
+    base: ModelPath | None = key(None, "The model that all training started from; measured, too, as `base`.")
     measured: MeasureArguments = part(MeasureArguments)
     judging: JudgeArguments = part(JudgeArguments)
     memorizing: CorpusArguments = part(CorpusArguments)
@@ -68,19 +70,21 @@ def main(stage: Stage, recipe: Recipe) -> None:
     compared = Comparison(measurement, names, baseline, stage.output_dir / contract.PROGRESS)
     compared.answer()
     found = [compared.by_answers(), compared.by_judge(judge), compared.safety(judge, unsafe)]
-    del judge  # a local one makes room
+    del judge  # frees a local judge's memory
     found += [compared.memorization(corpus), compared.benchmarks(recipe.benchmarks)]
-    models = {
-        name: {key: value for each in found for key, value in each.get(name, {}).items()} for name in names.values()
-    }
+    models = {name: {k: value for each in found for k, value in each.get(name, {}).items()} for name in names.values()}
     contract.write_json(stage.output_dir / "models.json", models)
     compared.write_answers(stage.output_dir / "answers.jsonl")
-    last = [*models.values()][-1]
-    stage.finish({}, {name.replace(f"_vs_{baseline}", ""): value for name, value in last.items()})
+    last = [*models.values()][-1].items()
+    stage.finish({}, {name.replace(f"_vs_{baseline}", ""): value for name, value in last})
 
 
 def check_tokenizers(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuses models that mean another token by an id than the one that KL is measured to."""
+    """Refuses models whose tokenizer is not that of `init`.
+
+    Raises:
+        UserError: A model has another tokenizer.
+    """
     from gemma2_post.models.loading import load_config
     from gemma2_post.models.tokenizer import load_tokenizer, tokenizer_digest
 
@@ -90,7 +94,11 @@ def check_tokenizers(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> No
 
 
 def names_of(recipe: Recipe) -> dict[Path, str]:
-    """The models by their paths, named by what follows the run folder: `sft`, `rlhf/policy-0`; others keep theirs."""
+    """Names of the models by path: the path below the run folder (`sft`, `rlhf/policy-0`), or the whole path.
+
+    Raises:
+        UserError: Two models have the same name.
+    """
     run_dir = os.path.abspath(Path(recipe.output_dir).parent)
     names = {Path(recipe.base): "base"} if recipe.base else {}
     for path in recipe.models:
@@ -109,12 +117,12 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
         raise UserError("models is empty; name one or more folders")
     judging, tasks = recipe.judging, recipe.benchmarks
     if tasks.benchmarks:
-        from gemma2_post.evaluation import benchmarks  # slow to import
+        from gemma2_post.evaluation import benchmarks  # a slow import
 
         benchmarks.check(tasks)
     judging.check()
     if judging.judge_endpoint:
-        from gemma2_post.evaluation import endpoint  # slow to import
+        from gemma2_post.evaluation import endpoint  # a slow import
 
         endpoint.connect(judging.judge_endpoint, judging.endpoint, endpoint.JUDGE_RETRIES)
     counts = (judging.endpoint.concurrency, judging.judge_max_tokens, recipe.memorizing.num_memorised)
@@ -137,17 +145,14 @@ def metrics(recipe: Recipe) -> set[str]:
 
 
 JUDGE_BATCH, JUDGE_QUESTION = 8, 200
-"""Pairs that a judge reads at once, and the tokens of its question beside them (`evaluation/judge.py`)."""
+"""Pairs that a judge reads at once, and the tokens of its question without them (`evaluation/judge.py`)."""
 
 
 def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
     found = measuring.measuring(checked, checked.recipe.measured)
     if judge := checked.models.get("judge"):  # held while models answer the safety prompts
-        answers, judging, compute = (
-            checked.recipe.measured.answers,
-            checked.recipe.judging,
-            measuring.compute_of(checked),
-        )
+        judging, compute = checked.recipe.judging, measuring.compute_of(checked)
+        answers = checked.recipe.measured.answers
         prompt = cost.longest_prompt(checked.models.values(), answers.max_prompt_length, answers.max_completion_length)
         held = {"judge": cost.weights(judge, compute.itemsize)}
         held |= {"weights": found["sampling"]["weights"]} if judging.safety_datasets else {}
@@ -168,7 +173,7 @@ COMMAND = Command(
         "corpus": FORMATS,
     },
     headline=["win_rate"],
-    below_gate="read answers.jsonl beside models.json: which model is it that fails, and on which prompts?",
+    below_gate="read answers.jsonl next to models.json: which model fails, and on which prompts?",
     needed_models=["init", "reward_model", "judge"],
     memory=memory,
 )

@@ -1,14 +1,15 @@
 """The conversational reward model: from preference pairs to a score for each answer in its conversation.
 
-Reads a base (an instruction model, larger than the policy if possible) and pairs of any number of turns; writes a
-`Gemma2ForSequenceClassification` with one label, its score head in fp32, and `reward_model.json`, by which whoever
-loads it sees that it is unchanged. The loss is Bradley-Terry, -log sigmoid(r(chosen) - r(rejected) - margin), plus
+Reads a base (an instruction model, preferably larger than the policy) and pairs with any number of turns; writes a
+`Gemma2ForSequenceClassification` with one label, its score head in fp32, and `reward_model.json`, which shows a loader
+that the model is unchanged. The loss is Bradley-Terry, -log sigmoid(r(chosen) - r(rejected) - margin), plus
 `center_rewards_coefficient` times the square of the sum of both rewards.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml -m gemma2_post.reward --config recipes/tiny/reward.yaml
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -34,29 +35,29 @@ if TYPE_CHECKING:
 REFUSED = {
     "lora_task_type": "it is always SEQ_CLS, with the score head trained; remove it",
     "lora_modules_to_save": "the score head is always trained and saved; remove it",
-    "remove_unused_columns": "the trainer is given tokenised pairs only; remove it",
+    "remove_unused_columns": "the trainer is given tokenized pairs only; remove it",
     "group_by": "accuracy is broken down by turns and by length; remove it",
 }
 
 
 @dataclass(kw_only=True)
 class Recipe(TrainingRecipe):
+    """The keys of a reward model's training."""
+
     trains_score_head: ClassVar[bool] = True
 
     training: "RewardConfig" = part("trl:RewardConfig")
     preferences: PreferenceArguments = part(PreferenceArguments)
     policies: list[ModelPath] | None = key(
-        None, "Models whose answers to held-out prompts are scored: for normalizing, and for graders."
+        None, "Models whose answers to held-out prompts are scored, for normalization and for graders."
     )
     max_new_tokens: int = key(256, "Longest answer of a policy, in tokens.")
     noise_ceiling: FunctionPath | None = key(
-        None, "Function module:function of the held-out rows: the best accuracy that noisy labels allow."
+        None, "Function (module:function) of the held-out rows: the best accuracy that noisy labels allow."
     )
 
 
 def main(stage: Stage, recipe: Recipe) -> None:
-    from functools import partial
-
     from trl import RewardTrainer, get_peft_config
 
     from gemma2_post.data.preparation import balance_turns, split_held_out, tokenize_pairs
@@ -81,10 +82,8 @@ def main(stage: Stage, recipe: Recipe) -> None:
         train = train if share is None else balance_turns(train, share, seed)
     graders = load_graders(recipe.samples, held_out)
     to_answer = held_out.select(range(min(recipe.samples.num_samples, len(held_out))))
-    ceiling = {}
-    if recipe.noise_ceiling:
-        ceiling["noise_ceiling"] = policies.noise_ceiling_of(recipe.noise_ceiling, held_out)
-    names = recipe.policies or []
+    named, names = recipe.noise_ceiling, recipe.policies or []
+    ceiling = {"noise_ceiling": policies.noise_ceiling_of(named, held_out)} if named else {}
     policies.check_tokenizers(names, tokenizer)
     prompts = to_answer["prompt"]
     answers = policies.sample_policies(names, recipe.training, tokenizer, prompts, recipe.max_new_tokens)
@@ -129,17 +128,16 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
 
 def complete(recipe: Recipe, launcher: Launcher) -> None:
     complete_training(recipe, launcher)
-    recipe.training.remove_unused_columns = False  # length is for the sampler
+    recipe.training.remove_unused_columns = False  # the sampler needs length
     recipe.model.lora_task_type, recipe.model.lora_modules_to_save = "SEQ_CLS", ["score"]
 
 
 def metrics(recipe: Recipe) -> set[str]:
     from gemma2_post.evaluation.pairs import PAIR_METRICS
 
-    measured = PAIR_METRICS | {f"{name}_rank_correlation" for name in recipe.samples.grader_names}
-    measured |= {f"{name}_rank_correlation_ceiling" for name in recipe.samples.grader_names}
+    measured = {f"{name}_rank_correlation{of}" for name in recipe.samples.grader_names for of in ("", "_ceiling")}
     measured |= {"noise_ceiling"} if recipe.noise_ceiling else set()
-    return metrics_of(measured, {"answer_reward_mean", "answer_reward_spread"})
+    return metrics_of(PAIR_METRICS | measured, {"answer_reward_mean", "answer_reward_spread"})
 
 
 def memory(checked: Checked[Recipe]) -> dict[str, Parts]:

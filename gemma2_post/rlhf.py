@@ -1,15 +1,16 @@
-"""RLHF: the policy answers prompts, the reward model scores them, and an anchor that follows slowly holds it near.
+"""RLHF: the policy answers prompts, a reward model scores the answers, and a slowly moving anchor keeps it close.
 
 Reads a policy that ends its turns, a reward model and prompts; writes a plain Hugging Face model for each policy of
-WARP (arXiv 2406.16768), `policy-0`, `policy-1`, ..., which differ by seed and by the order of their prompts. The
+WARP (arXiv 2406.16768), `policy-0`, `policy-1`, ..., which differ in their seeds and the order of their prompts. The
 update is REINFORCE with a leave-one-out baseline on reward - beta * log(policy / anchor), summed over an answer's
-tokens. The anchor is an exponential moving average of the policy (`ema`), the model that it started as (`start`), or
-`none`.
+tokens. The anchor is an exponential moving average of the policy (`ema`), the model that training starts from
+(`start`), or `none`.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml -m gemma2_post.rlhf --config recipes/tiny/rlhf.yaml
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from gemma2_post.data.rows import PROMPT_FORMATS
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
     from trl import RLOOConfig
 
 SEEDS_APART = 1000
-"""Between the policies, so that runs of neighboring seeds share none."""
+"""Seed distance between two policies; runs with neighboring seeds then share none."""
 
 REFUSED = {
-    "sync_ref_model": "TRL's average stands still in bf16; the anchor is set by anchor and anchor_mu",
-    "ref_model_mixup_alpha": "it is anchor_mu here",
+    "sync_ref_model": "TRL's average stands still in bf16; set anchor and anchor_mu",
+    "ref_model_mixup_alpha": "it is called anchor_mu here",
     "ref_model_sync_steps": "the anchor is updated after every step; remove it",
     "generation_batch_size": "answers are generated for one step at a time; set global_batch_size",
     "steps_per_generation": "answers are generated for one step at a time; remove it",
@@ -49,22 +50,22 @@ REFUSED = {
 
 @dataclass(kw_only=True)
 class Recipe(TrainingRecipe):
+    """The keys of RLHF."""
+
     training: "RLOOConfig" = part("trl:RLOOConfig")
     rewards: RewardFunctionArguments = part(RewardFunctionArguments)
     watch: WatchArguments = part(WatchArguments)
     anchor: Literal["ema", "start", "none"] = key(
-        "ema", "What the KL is to: an average of the policy, its start, or nothing."
+        "ema", "Model that the KL is measured to: an average of the policy, its start, or none."
     )
     anchor_mu: float = key(0.01, "Share of the policy in each update of the average.")
-    policy: int = key(0, "Which of the policies; sets the seed and the folder policy-N.")
+    policy: int = key(0, "Number of this policy; sets its seed and its folder policy-N.")
     max_prompt_length: int | None = key(
-        None, "Longer prompts are dropped; None for what the model's positions leave to the answer."
+        None, "Longer prompts are dropped; None: what the answer leaves of the model's positions."
     )
 
 
 def main(stage: Stage, recipe: Recipe) -> None:
-    from functools import partial
-
     from trl import RLOOTrainer
 
     from gemma2_post.data.preparation import check_enough, drop_long_prompts, split_held_out
@@ -81,7 +82,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     config, tokenizer = load_config_and_tokenizer(recipe.model)
     score = ModelReward(recipe.rewards, tokenizer) if recipe.rewards.reward_model else None
     positions, whose = config.max_position_embeddings, "the model's"
-    if score and score.max_length < positions:  # it must not score what is longer than all that it was trained on
+    if score and score.max_length < positions:  # it must not score anything longer than its training rows
         positions, whose = score.max_length, "the reward model's"
     longest_answer = recipe.training.max_completion_length
     longest = check_prompt_length(recipe.max_prompt_length, "max_completion_length", longest_answer, positions, whose)
@@ -97,8 +98,8 @@ def main(stage: Stage, recipe: Recipe) -> None:
     to_answer = held_out.select(range(min(recipe.samples.num_samples, len(held_out))))
     reward_functions = load_reward_functions(recipe.rewards, train.column_names, score, recipe.training.reward_weights)
 
-    recipe.training.save_strategy = "no"  # the watch says when
-    recipe.training.seed += SEEDS_APART * recipe.policy  # the held-out prompts are the same for all
+    recipe.training.save_strategy = "no"  # the watch decides when
+    recipe.training.seed += SEEDS_APART * recipe.policy  # only now: all policies share the held-out prompts
     trainer = RLOOTrainer(
         model=load_policy(recipe.model, recipe.training),
         reward_funcs=reward_functions,
@@ -157,17 +158,19 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
 
 def complete(recipe: Recipe, launcher: Launcher) -> None:
     complete_training(recipe, launcher)
-    recipe.training.logging_nan_inf_filter = False  # it would hide that the loss is NaN
+    recipe.training.logging_nan_inf_filter = False  # it would hide a NaN loss
     recipe.training.disable_dropout = True
 
 
 def implied(values: dict[str, object]) -> dict[str, object]:
-    """TRL's size of a generation batch, and the folder of this policy."""
+    """The size of TRL's generation batch, and the folder of this policy.
+
+    Raises:
+        UserError: `num_generations` is below 2 or does not divide `global_batch_size`.
+    """
     batch, group = values.get("global_batch_size"), values.get("num_generations", 2)
     if not isinstance(group, int) or group < 2:
-        raise UserError(
-            f"num_generations is {group}; write 2 or more, because each answer is compared with others of its prompt"
-        )
+        raise UserError(f"num_generations is {group}; write 2 or more, because answers to a prompt are compared")
     if isinstance(batch, int) and batch % group:
         raise UserError(f"global_batch_size {batch} does not divide by num_generations {group}; change one")
     keys = {"generation_batch_size": batch}
@@ -183,19 +186,19 @@ def metrics(recipe: Recipe) -> set[str]:
 
 
 def frozen(checked: Checked[Recipe]) -> Parts:
-    """The models that are only read: reward model, anchor and start."""
+    """Bytes of the frozen models: reward model, anchor and start."""
     launcher, recipe, trained = checked.launcher, checked.recipe, held.trained_parameters(checked)
     found: Parts = {}
-    if scorer := checked.models.get("reward_model"):  # in bf16 where there is a GPU for it
+    if scorer := checked.models.get("reward_model"):  # bf16 on a GPU
         size = cost.weights(scorer, cost.FP32 if launcher.use_cpu else cost.BF16)
         found["reward model"] = held.shared(size, launcher, 3)
     shadow = held.shared(cost.FP32 * trained, launcher, 2) if recipe.anchor == "ema" else 0
-    if recipe.model.use_peft:  # reference and start are the policy with another adapter, or with none
+    if recipe.model.use_peft:  # reference and start are the policy with another adapter, or without one
         return found | {"anchor": shadow + (cost.FP32 * trained if recipe.anchor != "none" else 0)}
     itemsize = cost.FP32 if held.keeps_fp32(checked) else cost.BF16
     model = held.shared(cost.weights(held.config_of(checked), itemsize), launcher, 3)
     found["anchor"] = shadow + (model if recipe.anchor != "none" else 0)
-    found["start"] = model if recipe.anchor != "start" else 0  # else it is the reference itself
+    found["start"] = model if recipe.anchor != "start" else 0  # the reference itself is the start
     return found
 
 
@@ -231,8 +234,7 @@ COMMAND = Command(
     refused=REFUSED_KEYS | REFUSED,
     row_formats={"datasets": PROMPT_FORMATS, "held_out_datasets": PROMPT_FORMATS},
     headline=[GRADER, "reward"],
-    below_gate="read samples/ and watch.jsonl: does the reward model reward what you want, is beta or learning_rate "
-    "off?",
+    below_gate="read samples/ and watch.jsonl: is the reward what you want, are beta and learning_rate right?",
     curves=[
         Curve("log.jsonl", "reward", "reward on the prompts it learns from"),
         Curve("watch.jsonl", "reward", "reward, held out"),

@@ -1,8 +1,8 @@
 """Supervised fine-tuning: a base model learns to answer from demonstrations.
 
-Reads a base model and conversations; writes a plain Hugging Face model with the Gemma 2 chat template. Trains LoRA
-adapters on a 4-bit base (QLoRA) or on an unquantized one, or all weights, as the recipe says. The loss is on what the
-model says itself: its words, each `<end_of_turn>`, and the final `<eos>`.
+Reads a base model and conversations; writes a plain Hugging Face model with the Gemma 2 chat template. The recipe
+chooses between LoRA adapters on a 4-bit base (QLoRA) or an unquantized one, and all weights. The loss covers what the
+model itself says: its words, each `<end_of_turn>`, and the final `<eos>`.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml -m gemma2_post.sft --config recipes/tiny/sft.yaml
 """
@@ -40,6 +40,8 @@ REFUSED = {
 
 @dataclass(kw_only=True)
 class Recipe(TrainingRecipe):
+    """The keys of supervised fine-tuning."""
+
     training: "SFTConfig" = part("trl:SFTConfig")
     max_new_tokens: int = key(256, "Longest sampled answer, in tokens.")
 

@@ -1,11 +1,11 @@
 """SFT data written by a teacher: prompts in, conversations out.
 
 Reads prompts (conversations lose the model's last turn) and a teacher: a Gemma 2 model, or whatever an
-OpenAI-compatible endpoint serves. Writes `data.jsonl`, a data set for `sft`: `messages`, the columns that were asked
-for, and in `teacher` who wrote the answer and how it was sampled. An answer is kept if it ended by itself, is a valid
-turn, is the best of its prompt (with `reward_model`), and does not repeat another row.
+OpenAI-compatible endpoint serves. Writes `data.jsonl`, a data set for `sft`: `messages`, the requested columns, and
+`teacher` (which model wrote the answer and how it was sampled). An answer is kept if it ended by itself, is a valid
+turn, is the best for its prompt (with `reward_model`), and does not repeat another row.
 
-Every answer is appended to `progress/answers.jsonl` as it comes, so that an interrupted run resumes.
+Every answer is appended to `progress/answers.jsonl` when it arrives, so an interrupted run resumes.
 
     python -m gemma2_post.synthesize --config recipes/tiny/synthesize.yaml
 """
@@ -14,6 +14,7 @@ import dataclasses
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from gemma2_post.data.keys import DataArguments
@@ -47,6 +48,8 @@ REFUSED = dict.fromkeys(
 
 @dataclass(kw_only=True)
 class Recipe:
+    """The keys of a synthesis."""
+
     output_dir: str = key(help="Folder of the output.")
     synthesis: SynthesisArguments = part(SynthesisArguments)
     model: "ModelConfig" = part("trl:ModelConfig")
@@ -59,8 +62,6 @@ class Recipe:
 
 
 def main(stage: Stage, recipe: Recipe) -> None:
-    from functools import partial
-
     from tqdm import tqdm
     from trl import ModelConfig
 
@@ -77,15 +78,16 @@ def main(stage: Stage, recipe: Recipe) -> None:
     if args.endpoint and without_effect:
         raise UserError(f"{without_effect[0]} has no effect with an endpoint; remove one of them")
     prompts = load_prompts(data_args.datasets, data_args.max_invalid_share, args.seed, data_args.columns)
+    revision = None
     if args.endpoint:
-        revision = None
         client = endpoint.connect(args.endpoint, args.server, args.endpoint_retries)
         ask = partial(ask_endpoint, args, recipe.model.model_name_or_path, client)
     else:
         config, tokenizer = load_config_and_tokenizer(recipe.model)
         revision = getattr(config, "_commit_hash", None)
-        positions = config.max_position_embeddings
-        longest = check_prompt_length(args.max_prompt_length, "max_new_tokens", args.max_new_tokens, positions)
+        longest = check_prompt_length(
+            args.max_prompt_length, "max_new_tokens", args.max_new_tokens, config.max_position_embeddings
+        )
         prompts = drop_long_prompts(prompts, tokenizer, longest, data_args.max_too_long_share)
         ask = partial(ask_model, args, recipe.model, tokenizer)
     rewards_of = load_rewards(args, prompts) if args.reward_model else None
@@ -116,7 +118,6 @@ def main(stage: Stage, recipe: Recipe) -> None:
         ask(list(prompts["prompt"]), dict(answers), write)
     num_tokens = sum(answer["num_tokens"] for answer in answers.values())
     seconds = time.monotonic() - began
-
     kept, dropped = select(candidates_of(prompts, answers), rewards_of)
     if not kept:
         raise UserError(
@@ -125,17 +126,18 @@ def main(stage: Stage, recipe: Recipe) -> None:
         )
     write_rows(stage.output_dir / "data.jsonl", kept, teacher)
     counts = {"num_prompts": len(prompts), "num_answers": len(answers), **dropped, "num_kept": len(kept)}
-    metrics = counts | {
-        "mean_tokens": num_tokens / len(answers),
-        "tokens_per_second": (num_tokens - num_earlier) / seconds,
-    }
-    stage.finish({"teacher": teacher}, metrics, ", ".join(f"{name} {count}" for name, count in counts.items()))
+    speed = {"mean_tokens": num_tokens / len(answers), "tokens_per_second": (num_tokens - num_earlier) / seconds}
+    stage.finish({"teacher": teacher}, counts | speed, ", ".join(f"{name} {count}" for name, count in counts.items()))
 
 
 def resume(
     stage: Stage, args: SynthesisArguments, prompts: "Dataset", teacher: dict[str, object]
 ) -> "dict[Job, dict]":
-    """The answers that an interrupted run has left, if they were sampled from this teacher for these prompts."""
+    """The answers that an interrupted run left behind, by row and sample.
+
+    Raises:
+        UserError: They were sampled from another teacher, for other prompts, or with other settings.
+    """
     path = stage.output_dir / contract.PROGRESS / "answers.jsonl"
     path.parent.mkdir(exist_ok=True)
     sampling = teacher | {
@@ -146,12 +148,12 @@ def resume(
         "prompts": digests.of_text(json.dumps(list(prompts["prompt"]))),
     }
     answers = {(answer["row"], answer["sample"]): answer for answer in contract.read_lines(path)}
-    earlier = contract.read_json(path.with_name("sampling.json"))
+    earlier = contract.read_json(path.with_name("sampling.json")) or {}
     if answers and earlier != sampling:
-        changes = differences({"": earlier}, {"": sampling})
+        changes = "; ".join(differences({"": earlier}, {"": sampling}))
         raise UserError(
-            f"{path.parent} holds {len(answers)} answers that were sampled in another way "
-            f"({'; '.join(changes)}); go back to that, choose another output_dir, or move the folder away"
+            f"{path.parent} holds {len(answers)} answers that were sampled in another way ({changes}); go back "
+            "to that, choose another output_dir, or move the folder away"
         )
     contract.write_json(path.with_name("sampling.json"), sampling)
     return answers
@@ -173,7 +175,7 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
     if launcher.num_processes > 1:
         raise UserError(
             "synthesize is one process; start it with accelerate_configs/single_gpu.yaml (one model "
-            "may spread over several GPUs), or serve the teacher with vLLM and name it as endpoint"
+            "can be spread over several GPUs), or serve the teacher with vLLM and name it as endpoint"
         )
 
 
@@ -195,8 +197,7 @@ def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
     assert config is not None, "the planner asks only about models whose shapes it knows"
     compute = cost.Compute(cost.BF16 if model.dtype == "bfloat16" else cost.FP32, attention_of(model), on_cpu)
     prompt = cost.longest_prompt([config], args.max_prompt_length, args.max_new_tokens)
-    weights = cost.weights(config, compute.itemsize, checked.recipe.quantization, model.use_bnb_nested_quant)
-    held = {"weights": weights}
+    held = {"weights": cost.weights(config, compute.itemsize, checked.recipe.quantization, model.use_bnb_nested_quant)}
     if scorer := checked.models.get("reward_model"):
         held["reward model"] = cost.weights(scorer, cost.FP32 if on_cpu else cost.BF16)
     return {"sampling": held | cost.sampling(config, args.batch_size, prompt, args.max_new_tokens, compute)}

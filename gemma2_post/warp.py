@@ -1,15 +1,15 @@
-"""WARP's merges: policies that started as one model become one again, and the way back to that start is a front.
+"""WARP's merges: policies trained from one start become one model; the way back to that start is a front.
 
 Reads a start and policies that were trained from it (models, or LoRA adapters, which merge exactly); writes plain
-Hugging Face models. In WARP (arXiv 2406.16768) stage 2 interpolates the policies' task vectors spherically, with one
-angle for each layer (`slerp`), and stage 3 goes back towards a start: (1 - eta) start + eta merged. One `eta` makes
-one model, in `output_dir`; several make `output_dir/eta-ETA` each, from one reading of the inputs.
+Hugging Face models. Stage 2 of WARP (arXiv 2406.16768) interpolates the policies' task vectors spherically, with one
+angle per layer (`slerp`); stage 3 moves back toward a start: (1 - eta) start + eta merged. One `eta` makes one model,
+in `output_dir`; several make one `output_dir/eta-ETA` each and read the inputs only once.
 
-As a tool, on any models of one architecture:
+As a tool, for any models of one architecture:
 
     python -m gemma2_post.warp --init DIR --policies DIR DIR --eta 0.3 --output_dir DIR
 
-With held-out prompts (`datasets`) the points are measured side by side with the runs that they are made of, and the
+With held-out prompts (`datasets`), the points are measured side by side with the runs that they come from, and the
 best one under a KL budget is released to `output_dir`:
 
     python -m gemma2_post.warp --config recipes/tiny/warp.yaml
@@ -33,6 +33,8 @@ from gemma2_post.weights.keys import MergeArguments
 
 @dataclass(kw_only=True)
 class Recipe:
+    """The keys of a merge."""
+
     merge: MergeArguments = part(MergeArguments)
     output_dir: str = key(help="Folder of the output.")
     release: ReleaseArguments | None = part(ReleaseArguments, is_optional=True)
@@ -43,7 +45,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
 
     args, front = recipe.merge, None
     if recipe.release:
-        from gemma2_post.evaluation.front import Front  # slow to import, and not needed to merge
+        from gemma2_post.evaluation.front import Front  # a slow import that merging does not need
 
         front = Front(stage.output_dir, args.towards or args.init, recipe.release)
     merge = open_merge(args, stage)
@@ -88,14 +90,14 @@ def metrics(recipe: Recipe) -> set[str]:
 
 
 def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
-    if checked.recipe.release is None:  # slices of a few MB for each core (`weights/streaming.py`)
+    if checked.recipe.release is None:  # a few MB per core (`weights/streaming.py`)
         return {"merging": {}}
     return measuring.measuring(checked, checked.recipe.release.measured)
 
 
 def disk(checked: Checked[Recipe]) -> tuple[float, float]:
     args, config = checked.recipe.merge, checked.models["init"]
-    assert config is not None
+    assert config is not None, "the planner asks only about models whose shapes it knows"
     if args.adapter_only:
         return 0, 0
     points = len(args.etas) * (1 + len(args.compare_with or [])) + (checked.recipe.release is not None)
@@ -113,11 +115,11 @@ COMMAND = Command(
     headline=[GRADER, "reward", "mean_cosine"],
     below_gate="look at front-reward.png: were the runs good enough, is kl_budget what you want?",
     pictures={
-        "front-reward.png": "Reward over KL to the start: the merge, from the start to its end, the policies, their "
+        "front-reward.png": "Reward over KL to the start: the merge, from the start to its end; the policies; their "
         "averages.",
-        "front-*.png": "The same by a grader, which nothing here was trained or chosen by. Do they agree?",
-        "angles.png": "How far apart the policies had moved, by layer. At 90 degrees they share nothing.",
-        "norms.png": "How far each had moved, and how far the merge moves.",
+        "front-*.png": "The same by a grader, which nothing here was trained or selected with. Do they agree?",
+        "angles.png": "Angle between the policies' task vectors, by layer. At 90 degrees they share nothing.",
+        "norms.png": "How far each policy moved, and how far the merge moves.",
     },
     needed_models=["init", "reward_model"],
     memory=memory,

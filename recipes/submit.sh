@@ -1,11 +1,11 @@
 #!/bin/bash
-# A pipeline as a Slurm job, submitted from the project's folder. Stages whose accelerate config has several machines
-# run on that many nodes, the others on the first.
+# Runs a pipeline as a Slurm job; submit it from the project's folder. Stages whose accelerate config has several
+# machines run on that many nodes, the others on the first one.
 #
 #   sbatch --nodes 2 recipes/submit.sh recipes/gemma-2-27b/pipeline.yaml
-#   REQUEUE=1 sbatch ...    goes on in a new turn, as often as it takes, when the time limit comes near
+#   REQUEUE=1 sbatch ...    requeues the job shortly before its time limit, until the pipeline is finished
 #
-# Options before the script's name (--partition, --account, --time, ...) take precedence over those below.
+# Options before the script's name (--partition, --account, --time, ...) override those below.
 #SBATCH --job-name=gemma2-post
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -16,14 +16,14 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
-# Not on TERM, which scancel sends: what is cancelled must not come back.
+# Not on TERM, which scancel sends: a canceled job must not be requeued.
 trap 'out_of_time=yes; kill -TERM "$run"' USR1
 .venv/bin/gemma2-post run "$@" &
 run=$!
 wait "$run"
 status=$?
 if [ -n "$out_of_time" ]; then
-    wait "$run" # the first wait was cut short
+    wait "$run" # the signal interrupted the first wait
     status=$?
     # 130: interrupted, neither done nor failed
     [ "$status" = 130 ] && [ -n "$REQUEUE" ] && scontrol requeue "$SLURM_JOB_ID"

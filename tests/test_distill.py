@@ -526,7 +526,7 @@ def test_a_quantised_teacher_is_refused_under_zero_3_and_only_there(key: str, di
     values = distill_recipe | {key: True, "teacher_dtype": "bfloat16"}
     distill.COMMAND.build(values, Launcher(zero_stage=2))
     with (
-        pytest.raises(UserError, match=r"^recipe: a quantised teacher cannot be sharded by ZeRO-3"),
+        pytest.raises(UserError, match=r"^recipe: a quantized teacher cannot be sharded by ZeRO-3"),
         located("recipe"),
     ):
         distill.COMMAND.build(values, Launcher(zero_stage=3, saves_16bit_model=True))

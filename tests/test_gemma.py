@@ -124,7 +124,7 @@ def test_an_adapter_another_architecture_and_an_unknown_model_are_refused(model_
     (other / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="is a llama model"):
         load_config(str(other))
-    with pytest.raises(UserError, match=r"accept its licence at https://huggingface\.co/google/gemma-2-2b"):
+    with pytest.raises(UserError, match=r"accept its license at https://huggingface\.co/google/gemma-2-2b"):
         load_config("google/gemma-2-2b")
 
 
@@ -181,7 +181,7 @@ REFUSALS = {
     "fp32 with a 4-bit base": (
         {"load_in_4bit": True, "use_peft": True},
         {},
-        "dtype is float32 with quantised weights",
+        "dtype is float32 with quantized weights",
     ),
     "pure bf16": ({"dtype": "bfloat16"}, {}, "small updates are rounded away"),
     "adapting the head": (

@@ -198,7 +198,7 @@ def test_columns_of_no_pair_and_a_share_of_invalid_rows(tmp_path: Path, caplog: 
     ):
         load(tmp_path, [{"prompt": "Hi", "chosen": "a"}])
     rows = [TEXT, TEXT | {"rejected": ""}, TEXT | {"chosen": "Bye!"}]
-    with pytest.raises(UserError, match="row 1: rejected: the content of turn 1 is empty; mend the data, or allow"):
+    with pytest.raises(UserError, match="row 1: rejected: the content of turn 1 is empty; fix the data, or allow"):
         load(tmp_path, rows, max_invalid_share=0.3)
     with caplog.at_level(logging.WARNING):
         pairs = load(tmp_path, rows, max_invalid_share=0.34)

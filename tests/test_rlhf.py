@@ -429,7 +429,7 @@ BAD = {
         with_values(reward_weights=[1.0]),
         "1 values for 2 rewards (reward_model, missing_end_penalty)",
     ),
-    "no spread": (no_spread, "recorded a spread of 0, by which nothing can be normalised"),
+    "no spread": (no_spread, "recorded a spread of 0, by which nothing can be normalized"),
     "no watching": (with_values(num_samples=0), "num_samples is 0, so nobody would watch the policy"),
 }
 

@@ -1,4 +1,4 @@
-"""Which conversations of a data set say what an earlier one has already said."""
+"""Finds conversations in a data set that repeat an earlier one."""
 
 import re
 from typing import Literal
@@ -11,11 +11,11 @@ _CANDIDATE_SIMILARITY, _NUM_PERMUTATIONS = 0.8, 128
 
 
 def find_duplicates(conversations: list[tuple[str, ...]]) -> list[Literal["exact", "near"] | None]:
-    """For each conversation, given in parts (history, question, answer), whether an earlier one that is kept is alike.
+    """Whether each conversation, given in parts (history, question, answer), duplicates an earlier one that is kept.
 
-    Exact: equal up to case and white space. Near: of each part, the sets of shingles of three words or signs have a
-    Jaccard similarity of at least 0.9. Candidates come from MinHash LSH over whole conversations (Broder 1997), so
-    that a near duplicate may be missed.
+    "exact": equal up to case and white space. "near": for each part, the sets of shingles of three words or
+    punctuation marks have a Jaccard similarity of at least 0.9. Candidates come from MinHash LSH over whole
+    conversations (Broder 1997), which can miss a near duplicate.
     """
     found: list[Literal["exact", "near"] | None] = []
     seen: set[tuple[str, ...]] = set()

@@ -1,4 +1,4 @@
-"""Functions of the user that a recipe names as `module:function`."""
+"""User functions that a recipe names as `module:function`."""
 
 import importlib
 import inspect
@@ -14,7 +14,7 @@ def is_function(path: str) -> bool:
 
 
 def load_function(path: str) -> Callable:
-    """The function that a recipe names as `module:function`."""
+    """The function that a recipe names as `module:function`; a `UserError` if there is none."""
     module_name, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), name)
@@ -26,7 +26,11 @@ def load_function(path: str) -> Callable:
 
 
 def load_grader(path: str, columns: list[str]) -> Callable[..., list[float]]:
-    """A function that grades answers, called as TRL calls a reward function: `completions` and these columns."""
+    """A function that grades answers; called as TRL calls reward functions, with `completions` and these columns.
+
+    Raises:
+        UserError: There is no such function, or it does not accept these arguments.
+    """
     function = load_function(path)
     try:
         inspect.signature(function).bind(completions=[], **{column: [] for column in columns})

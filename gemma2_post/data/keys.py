@@ -1,4 +1,4 @@
-"""The keys of recipes that say what data is read."""
+"""The keys of recipes that describe the data."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""One row of preference data as a prompt with a chosen and a rejected answer, checked."""
+"""Reads one row of preference data as a prompt with a chosen and a rejected answer, and checks it."""
 
 import math
 import re
@@ -8,20 +8,20 @@ from gemma2_post.data.rows import InvalidRow, Message, as_turns, check_messages,
 _TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 PAIR_FORMATS = [{"chosen", "rejected"}]
-"""The columns that make a row a pair."""
+"""The columns that a pair needs."""
 
 
 def to_pair(row: dict[str, object], score_margin: float = 0.0) -> dict[str, object]:
-    """`prompt`, `chosen`, `rejected` (messages), `margin`, `is_tie`, `had_system` of a row of a known form.
+    """`prompt`, `chosen`, `rejected` (messages), `margin`, `is_tie`, `had_system` of a row in a known form.
 
-    An explicit prompt (`prompt`, or `conversations` as in ShareGPT) with two answers; or two conversations that share
-    all but the model's last turn, as messages or as transcripts with "\\n\\nHuman:" and "\\n\\nAssistant:".
+    Either an explicit prompt (`prompt`, or `conversations` as in ShareGPT) with two answers, or two conversations that
+    differ only in the model's last turn, as messages or as transcripts with "\\n\\nHuman:" and "\\n\\nAssistant:".
 
     Args:
-        score_margin: margin for each point between the scores.
+        score_margin: Margin per point of difference between the scores.
 
     Raises:
-        InvalidRow: what is wrong with the row.
+        InvalidRow: The row is not a valid pair.
     """
     unfolded = {side: _conversation(row, side) for side in ("chosen", "rejected")}
     pair = {side: fold_system(messages) for side, messages in unfolded.items()}
@@ -35,13 +35,12 @@ def to_pair(row: dict[str, object], score_margin: float = 0.0) -> dict[str, obje
         raise InvalidRow("chosen and rejected answer different prompts; only the model's last turn may differ")
     if chosen["content"].strip() == rejected["content"].strip():
         raise InvalidRow("chosen and rejected are the same answer")
-    scores = [_number(row, f"score_{side}") for side in ("chosen", "rejected")]
+    better, worse = (_number(row, f"score_{side}") for side in ("chosen", "rejected"))
     margin = _number(row, "margin") or 0.0
     is_tie = False
-    if scores.count(None) == 1:
+    if (better is None) != (worse is None):
         raise InvalidRow("one of score_chosen and score_rejected is missing; give both or neither")
-    if None not in scores:
-        better, worse = scores
+    if better is not None and worse is not None:
         if better < worse:
             raise InvalidRow(f"score_chosen {better:g} is below score_rejected {worse:g}")
         is_tie = better == worse
@@ -75,21 +74,19 @@ def _conversation(row: dict[str, object], side: str) -> list[Message]:
 
 
 def _transcript(text: str, side: str) -> list[Message]:
-    """Turns of a transcript in the format of Anthropic's HH data."""
+    """The turns of a transcript in the format of Anthropic's HH data."""
     before, *parts = _TRANSCRIPT_TURN.split(text)
     if before.strip() or not parts:
         raise InvalidRow(f"{side} is text without a prompt and no transcript (\\n\\nHuman: ... \\n\\nAssistant: ...)")
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": roles[role], "content": content.strip()}
-        for role, content in zip(parts[::2], parts[1::2], strict=True)
-    ]
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": roles[role], "content": content.strip()} for role, content in turns]
 
 
 def _number(row: dict[str, object], column: str) -> float | None:
     value = row.get(column)
-    if value is not None and (
-        isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
-    ):
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise InvalidRow(f"{column} is {value!r}, not a number")
     return value

@@ -1,14 +1,15 @@
-"""From rows to what trainers read: splits, balanced turns, token ids; what is too long is dropped and counted."""
+"""Turns rows into what trainers read: splits, balanced turns, token ids; drops and counts what is too long."""
 
 import logging
 from collections import Counter
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from gemma2_post.data.keys import DataArguments, Source
+from gemma2_post.data.keys import DataArguments
 from gemma2_post.data.sources import load_conversations
 from gemma2_post.models.tokenizer import render
 from gemma2_post.stage.errors import UserError
@@ -19,14 +20,11 @@ logger = logging.getLogger(__name__)
 def split_held_out(
     data_args: DataArguments, seed: int, load: Callable[..., Dataset] = load_conversations
 ) -> tuple[Dataset, Dataset]:
-    """Training rows and held-out rows, as `load` makes them."""
-
-    def load_sources(sources: list[Source]) -> Dataset:
-        return load(sources, data_args.max_invalid_share, seed, data_args.columns)
-
-    train = load_sources(data_args.datasets)
+    """Training rows and held-out rows; `load` loads sources, as `load_conversations` does."""
+    settings = data_args.max_invalid_share, seed, data_args.columns
+    train = load(data_args.datasets, *settings)
     if data_args.held_out_datasets:
-        return train, load_sources(data_args.held_out_datasets)
+        return train, load(data_args.held_out_datasets, *settings)
     num_held_out = max(1, round(data_args.held_out_share * len(train)))
     if num_held_out >= len(train):
         raise UserError(
@@ -40,9 +38,9 @@ def split_held_out(
 def tokenize(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, max_too_long_share: float
 ) -> Dataset:
-    """The rows with their `input_ids` and `labels`; those over `max_length` tokens are dropped and counted, never cut.
+    """The rows with their `input_ids` and `labels`; drops and counts rows over `max_length` tokens, never cuts them.
 
-    A cut row would have lost its `<end_of_turn>`, and the model would learn not to stop.
+    A cut row would lack its `<end_of_turn>`, and the model would learn not to stop.
     """
     rendered = dataset.map(lambda messages: render(tokenizer, messages), input_columns="messages")
     return _drop_too_long(rendered, "rows", "max_length", max_length, max_too_long_share)
@@ -51,7 +49,7 @@ def tokenize(
 def drop_long_prompts(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int, max_too_long_share: float
 ) -> Dataset:
-    """The rows whose `prompt`, in the chat format, has at most `max_prompt_length` tokens."""
+    """The rows whose `prompt` has at most `max_prompt_length` tokens in the chat format."""
     rendered = dataset.map(
         lambda prompt: dict(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)),
         input_columns="prompt",
@@ -76,7 +74,7 @@ def _drop_too_long(rendered: Dataset, what: str, key: str, max_length: int, max_
 
 
 def balance_turns(pairs: Dataset, multi_turn_share: float, seed: int) -> Dataset:
-    """As many pairs as possible with this share of multi-turn ones; no pair is used twice."""
+    """As many of the pairs as possible such that this share is multi-turn."""
     if not 0 < multi_turn_share < 1:
         raise UserError(f"multi_turn_share is {multi_turn_share:g}; write a share between 0 and 1")
     is_multi_turn = [num_turns > 1 for num_turns in pairs["num_turns"]]
@@ -95,13 +93,13 @@ def balance_turns(pairs: Dataset, multi_turn_share: float, seed: int) -> Dataset
 def tokenize_pairs(
     pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, max_too_long_share: float
 ) -> Dataset:
-    """The pairs with `chosen_ids` and `rejected_ids`: whole conversations as a policy's prompt and answer are scored.
+    """The pairs with `chosen_ids` and `rejected_ids`: whole conversations, rendered like the answers of a policy.
 
-    `length` is that of the longer one, by which `train_sampling_strategy: group_by_length` makes batches.
-    Pairs of which a side has more than `max_length` tokens are dropped and counted, by turns; never cut.
+    `length` is the length of the longer one, for `train_sampling_strategy: group_by_length`. Drops pairs with a side
+    over `max_length` tokens and counts them by number of turns; never cuts them.
     """
 
-    def render(row: dict[str, object]) -> dict[str, object]:
+    def render(row: dict[str, Any]) -> dict[str, object]:
         ids = {
             f"{side}_ids": tokenizer.apply_chat_template([*row["prompt"], *row[side]], return_dict=True)["input_ids"]
             for side in ("chosen", "rejected")
@@ -117,21 +115,16 @@ def tokenize_pairs(
         f"{all_turns[turns] - kept_turns[turns]} of {all_turns[turns]} with {turns} user turns"
         for turns in sorted(all_turns)
     )
-    found = (
-        f"{len(rendered) - len(kept)} of {len(rendered)} pairs are longer than max_length {max_length} ({by_turns})"
-    )
-    if len(kept) == 0 or len(rendered) - len(kept) > max_too_long_share * len(rendered):
+    num_dropped = len(rendered) - len(kept)
+    found = f"{num_dropped} of {len(rendered)} pairs are longer than max_length {max_length} ({by_turns})"
+    if len(kept) == 0 or num_dropped > max_too_long_share * len(rendered):
         raise UserError(f"{found}; raise max_length, or allow a larger share with max_too_long_share")
     logger.warning("dropped: %s", found)
     return kept
 
 
 def check_enough(prompts: Dataset, num_needed: int, needed: str) -> None:
-    """Refuses fewer prompts than one step takes.
-
-    Args:
-        needed: `num_needed` in words.
-    """
+    """Refuses fewer prompts than one step needs; `needed` is `num_needed` in words, for the error."""
     if len(prompts) < num_needed:
         raise UserError(
             f"{len(prompts)} prompts are fewer than {needed}, and TRL leaves out steps that are not full; lower it, "

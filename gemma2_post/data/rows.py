@@ -1,18 +1,16 @@
-"""One row of a data set as a conversation: every known format becomes `messages`, checked."""
+"""Reads one row of a data set as a conversation: converts every known format to `messages` and checks them."""
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 from gemma2_post.models.tokens import SPECIAL_TOKENS
 
 Message = dict[str, str]
 
 _CONTROL_TOKENS = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
-
 _PARTS_OF_A_CONVERSATION = ("system", "history", "tools")
-
 _CHATML_TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\s*", re.DOTALL)
-
 _ROLES = {
     "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "system": "system",
@@ -23,8 +21,8 @@ class InvalidRow(Exception):
     """What is wrong with one row, in words that follow "row 3: "."""
 
 
-def to_messages(row: dict[str, object]) -> list[Message]:
-    """The conversation in a row of one of the known formats; raises `InvalidRow`."""
+def to_messages(row: dict[str, Any]) -> list[Message]:
+    """The conversation in a row of one of the known formats (`FORMATS`); raises `InvalidRow`."""
     if "messages" in row:
         return _renamed(row["messages"], "role", "content")
     if "conversations" in row:
@@ -47,16 +45,14 @@ def to_messages(row: dict[str, object]) -> list[Message]:
 
 
 FORMATS = [{"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"}, {"text"}]
-"""The columns that make a row a conversation."""
-
+"""The columns that a conversation needs, one set for each format."""
 PROMPT_FORMATS = [{"prompt"}, *FORMATS]
-
 QUESTION_FORMATS = [{"turns"}, *PROMPT_FORMATS]
-"""With those of sets like MT-Bench, whose later questions follow whatever was answered to the earlier ones."""
+"""Also data sets like MT-Bench, whose later questions do not depend on the answers to earlier ones."""
 
 
 def as_turns(value: object, role: str) -> list[Message]:
-    """A text as one turn of `role`, or a list of turns by role and content (or, as in ShareGPT, from and value)."""
+    """A text as one turn of `role`, or a list of turns with `role` and `content` (ShareGPT: `from` and `value`)."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     is_sharegpt = isinstance(value, list) and value and isinstance(value[0], dict) and "from" in value[0]
@@ -79,7 +75,7 @@ def _role(role: object) -> str:
 
 
 def fold_system(messages: list[Message]) -> list[Message]:
-    """Gemma 2 has no system role: its text goes in front of the first user turn."""
+    """The messages with the system text moved to the front of the first user turn: Gemma 2 has no system role."""
     if not messages or messages[0]["role"] != "system":
         return messages
     system, *rest = messages
@@ -90,19 +86,11 @@ def fold_system(messages: list[Message]) -> list[Message]:
     return [{"role": "user", "content": f"{system['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
 
 
-def to_prompt(row: dict[str, object]) -> list[Message]:
-    """What a model is to answer: the row's prompt, or its conversation without the model's last turn."""
-    if "prompt" in row and not row.keys() & {"messages", "conversations"}:  # beside them it is the first turn only
-        return as_turns(row["prompt"], "user")
-    messages = to_messages(row)
-    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
-
-
 def check_messages(messages: list[Message], last: str = "assistant") -> None:
-    """Raises `InvalidRow` unless user and model take turns, user first and `last` last, and all of it is plain text.
+    """Raises `InvalidRow` unless user and model alternate, user first and `last` last, and every turn is plain text.
 
     Args:
-        last: whose turn ends it: "assistant" for a conversation, "user" for a prompt.
+        last: Role of the last turn: "assistant" for a conversation, "user" for a prompt.
     """
     if not messages:
         raise InvalidRow("the conversation is empty" if last == "assistant" else "there is no user turn to answer")
@@ -110,9 +98,8 @@ def check_messages(messages: list[Message], last: str = "assistant") -> None:
         expected = ("user", "assistant")[i % 2]
         content = message["content"]
         if message["role"] != expected:
-            raise InvalidRow(
-                f"turn {i} is by {message['role']}, expected {expected} (they must alternate, user first)"
-            )
+            found = message["role"]
+            raise InvalidRow(f"turn {i} is by {found}, expected {expected} (they must alternate, user first)")
         if not isinstance(content, str):
             raise InvalidRow(f"the content of turn {i} is {type(content).__name__}, not text")
         if not content.strip():
@@ -120,16 +107,15 @@ def check_messages(messages: list[Message], last: str = "assistant") -> None:
         if any("\ud800" <= character <= "\udfff" for character in content):
             raise InvalidRow(f"turn {i} holds half a character (a lone surrogate)")
         if token := _CONTROL_TOKENS.search(content):
-            raise InvalidRow(
-                f"turn {i} holds the control token {token.group()}; give the text without the chat format"
-            )
+            found = token.group()
+            raise InvalidRow(f"turn {i} holds the control token {found}; give the text without the chat format")
     if messages[-1]["role"] != last:
         found, wanted = ("user", "model") if last == "assistant" else ("model", "user")
         raise InvalidRow(f"the last turn is the {found}'s; it must be the {wanted}'s")
 
 
 def is_valid(messages: list[Message]) -> bool:
-    """Whether a conversation may be trained on as it is."""
+    """Whether a conversation passes `check_messages`."""
     try:
         check_messages(messages)
     except InvalidRow:
@@ -138,6 +124,7 @@ def is_valid(messages: list[Message]) -> bool:
 
 
 def read_conversation(row: dict[str, object]) -> dict[str, object]:
+    """`messages` and `had_system` of a row."""
     messages = to_messages(row)
     folded = fold_system(messages)
     check_messages(folded)
@@ -145,14 +132,19 @@ def read_conversation(row: dict[str, object]) -> dict[str, object]:
 
 
 def read_prompt(row: dict[str, object]) -> dict[str, object]:
-    messages = to_prompt(row)
+    """`prompt` (the row's, or its conversation without the model's last turn) and `had_system` of a row."""
+    if "prompt" in row and not row.keys() & {"messages", "conversations"}:  # with them, it is only the first turn
+        messages = as_turns(row["prompt"], "user")
+    else:
+        messages = to_messages(row)
+        messages = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
     folded = fold_system(messages)
     check_messages(folded, last="user")
     return {"prompt": folded, "had_system": folded is not messages}
 
 
 def read_questions(row: dict[str, object]) -> dict[str, object]:
-    """A prompt, and in `later` what the user will say when it, and then the next, has been answered."""
+    """`prompt`, `later` (the user's later turns, each asked after the previous answer) and `had_system` of a row."""
     if "turns" not in row:
         return read_prompt(row) | {"later": []}
     turns = row["turns"]
@@ -166,7 +158,7 @@ def read_questions(row: dict[str, object]) -> dict[str, object]:
 def checked(
     row: dict[str, object], parse: Callable[[dict[str, object]], dict[str, object]], empty: dict[str, object]
 ) -> dict[str, object]:
-    """What one row becomes: what `parse` makes of it and no `problem`, or `empty` and what is wrong with it."""
+    """The result of `parse` with an empty `problem`, or `empty` with what is wrong with the row as its `problem`."""
     try:
         parsed = parse(row)
         for column in _PARTS_OF_A_CONVERSATION:

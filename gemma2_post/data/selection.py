@@ -1,20 +1,21 @@
-"""From a teacher's answers to rows of a data set: which answers are kept, and why others are dropped."""
+"""Selects which of a teacher's answers become rows of a data set, and counts why others are dropped."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
 from gemma2_post.data.duplicates import find_duplicates
 from gemma2_post.data.rows import Message, is_valid
+from gemma2_post.stage import contract
 
 
 @dataclass
 class Candidate:
-    """An answer with its prompt, on its way into the data set."""
+    """An answer with its prompt that may become a row of the data set."""
 
     row: int
     messages: list[Message]
@@ -24,8 +25,8 @@ class Candidate:
     reward: float | None = None
 
 
-def candidates_of(prompts: Dataset, answers: dict[tuple[int, int], dict]) -> list[Candidate]:
-    """All answers, in the order of their prompts."""
+def candidates_of(prompts: Dataset, answers: dict[tuple[int, int], dict[str, Any]]) -> list[Candidate]:
+    """All answers, in the order of their prompts; the keys of `answers` are prompt row and sample number."""
     rows = prompts.to_list()
     return [
         Candidate(
@@ -42,13 +43,13 @@ def candidates_of(prompts: Dataset, answers: dict[tuple[int, int], dict]) -> lis
 def select(
     candidates: list[Candidate], rewards_of: Callable[[list[Candidate]], list[float]] | None
 ) -> tuple[list[Candidate], dict[str, int]]:
-    """What is kept, and how many were dropped for which reason, in this order.
+    """The candidates to keep, and how many were dropped for each reason, in this order.
 
-    Refused: the endpoint would not answer. Unfinished: it did not end by itself. Invalid: empty, or with a control
-    token. Not the best: another answer to the same prompt has a higher reward. Duplicates: see `find_duplicates`.
+    Refused: the endpoint would not answer. Unfinished: the answer did not end by itself. Invalid: empty, or with a
+    control token. Not best: another answer to the prompt has a higher reward. Duplicate: see `find_duplicates`.
 
     Args:
-        rewards_of: the reward of each candidate; None to keep all answers to a prompt.
+        rewards_of: Computes the reward of each candidate; None keeps all answers to a prompt.
     """
     dropped: dict[str, int] = {}
 
@@ -60,12 +61,12 @@ def select(
     kept = keep(kept, "unfinished", [candidate.finish_reason == "stop" for candidate in kept])
     kept = keep(kept, "invalid", [is_valid(candidate.messages) for candidate in kept])
     if rewards_of and kept:
-        best: dict[int, Candidate] = {}
+        best: dict[int, tuple[float, Candidate]] = {}
         for candidate, reward in zip(kept, rewards_of(kept), strict=True):
             candidate.reward = reward
-            if candidate.row not in best or reward > best[candidate.row].reward:
-                best[candidate.row] = candidate
-        kept = keep(kept, "not_best", [best[candidate.row] is candidate for candidate in kept])
+            if candidate.row not in best or reward > best[candidate.row][0]:
+                best[candidate.row] = reward, candidate
+        kept = keep(kept, "not_best", [best[candidate.row][1] is candidate for candidate in kept])
     texts = [[message["content"] for message in candidate.messages] for candidate in kept]
     duplicates = find_duplicates([("\n".join(history), question, answer) for *history, question, answer in texts])
     dropped["dropped_exact_duplicate"] = duplicates.count("exact")
@@ -74,13 +75,12 @@ def select(
 
 
 def write_rows(path: Path, candidates: list[Candidate], teacher: dict[str, object]) -> None:
-    """A data set for `sft`: `messages`, the columns, and in `teacher` who wrote the answer, and how."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        for candidate in candidates:
-            written_by = teacher | {"sample": candidate.sample}
-            if candidate.reward is not None:
-                written_by["reward"] = candidate.reward
-            row = {"messages": candidate.messages, **candidate.columns, "teacher": written_by}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    """Writes a data set for `sft`: `messages`, the columns, and `teacher`, which says who wrote the answer and how."""
+    lines = []
+    for candidate in candidates:
+        written_by = teacher | {"sample": candidate.sample}
+        if candidate.reward is not None:
+            written_by["reward"] = candidate.reward
+        row = {"messages": candidate.messages, **candidate.columns, "teacher": written_by}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    contract.write_text(path, "".join(lines))

@@ -1,6 +1,7 @@
-"""Academic benchmarks through lm-eval, with the number of examples of the Gemma 2 report (arXiv 2408.00118, table 13).
+"""Academic benchmarks through lm-eval, with as many examples as in the Gemma 2 report (arXiv 2408.00118, table 13).
 
-Models that chat are asked in the chat format, with one `<bos>`, each example a turn; the base model as it is.
+Chat models get questions in the chat format, with one `<bos>` and each example as a turn; the base model gets plain
+text.
 """
 
 import copy
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 PRESET = {"mmlu": 5, "gsm8k": 5, "arc_challenge": 25, "hellaswag": 10, "winogrande": 5}
-"""Tasks and their numbers of examples, by the name `preset`."""
+"""The tasks of `preset`, with their numbers of examples."""
 _METRICS = ["acc_norm", "acc", "exact_match"]
-"""Which of a task's metrics is its number: the first of these that it has, or else its first."""
+"""The metrics that can be a task's score: the first of these that it has, or else its first metric."""
 
 
 def check(args: BenchmarkArguments) -> None:
@@ -43,13 +44,14 @@ def check(args: BenchmarkArguments) -> None:
 
 @cache
 def task_manager(folder: str | None) -> "TaskManager":
-    """Of lm-eval's tasks and the folder's; it takes seconds to find them."""
+    """The manager of lm-eval's tasks and the folder's; it takes seconds to find them."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=folder)
 
 
 def names_of(tasks: list[str]) -> list[str]:
+    """The tasks, with `preset` replaced by its own."""
     return list(PRESET) if tasks == ["preset"] else tasks
 
 
@@ -62,13 +64,13 @@ def run(
     batch_size: int,
     chats: bool,
 ) -> dict[str, float]:
-    """Each task's number and its standard error.
+    """Each task's score and its standard error.
 
     Args:
-        tasks: names of lm-eval's, of `folder`'s, or `preset` alone.
-        folder: with further tasks as lm-eval's YAML; their data may be local files.
-        limit: examples of each task; None for all.
-        chats: whether the model is asked in the chat format.
+        tasks: Names of tasks of lm-eval or of `folder`, or `preset` alone.
+        folder: Folder with additional tasks as lm-eval's YAML; their data may be local files.
+        limit: Number of examples of each task; None for all.
+        chats: Whether to ask the model in the chat format.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -78,7 +80,7 @@ def run(
         tokenizer=with_system_role(tokenizer),
         batch_size=batch_size,
         add_bos_token=True,
-        softmax_dtype=torch.float32,  # in bf16, answers that are nearly as likely would be equally likely
+        softmax_dtype=torch.float32,  # in bf16, nearly equal likelihoods would be equal
     )
     found: dict[str, float] = {}
     for name in names_of(tasks):
@@ -102,14 +104,14 @@ def run(
 
 
 def metric_of(results: dict[str, object]) -> str:
-    """Which of lm-eval's results of a task is its number; they are called `acc,none` and `acc_stderr,none`."""
+    """The key of a task's score in lm-eval's results, whose keys look like `acc,none` and `acc_stderr,none`."""
     names = [each for each in results if "," in each and not each.partition(",")[0].endswith("_stderr")]
     preferred = [each for kind in _METRICS for each in names if each.partition(",")[0] == kind]
     return (preferred or names)[0]
 
 
 def load_data(args: BenchmarkArguments) -> None:
-    """Reads, and downloads if need be, what the tasks ask: before there is work to lose."""
+    """Reads, or downloads, the tasks' data before there is work to lose."""
     for name in names_of(args.benchmarks or []):
         try:
             task_manager(args.benchmark_folder).load([name])
@@ -121,9 +123,9 @@ def load_data(args: BenchmarkArguments) -> None:
 
 
 def with_system_role(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy that takes what a task says of itself (MMLU: "The following are ...") into the first user turn.
+    """A copy whose template moves a task's description (MMLU: "The following are ...") into the first user turn.
 
-    lm-eval hands that over as a system message, and leaves it out for a template that has none, as Gemma 2's.
+    lm-eval passes it as a system message and omits it if the template has no system role, like Gemma 2's.
     """
     tokenizer = copy.deepcopy(tokenizer)
     fold = (

@@ -1,4 +1,4 @@
-"""Models side by side: all answer the same prompts, and each is held against one of them, the baseline."""
+"""Models side by side: all answer the same prompts, and each is compared with one of them, the baseline."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from gemma2_post.evaluation.keys import BenchmarkArguments, CorpusArguments, Jud
 from gemma2_post.evaluation.measure import Answered, Measurement, load, summarize
 from gemma2_post.evaluation.memorisation import CONTINUATION, PREFIX, memorised, windows
 from gemma2_post.evaluation.pairs import wilson_interval
-from gemma2_post.evaluation.samples import distinctness, sample_answers
+from gemma2_post.evaluation.samples import distinctness
 from gemma2_post.evaluation.winrate import win_rate, wins_by
 from gemma2_post.models.loading import load_config
 from gemma2_post.models.tokenizer import load_tokenizer, render
@@ -28,28 +28,28 @@ from gemma2_post.stage.errors import UserError
 
 T = TypeVar("T")
 Measures = dict[str, dict[str, float]]
-"""By model: what is measured of it."""
+"""The metrics of each model, by its name."""
 
 
 @dataclass
 class Comparison:
-    """What has been measured of models so far."""
+    """Models that are compared, and their answers."""
 
     measurement: Measurement
     names: dict[Path, str]
-    """The models by their paths."""
+    """The models' names, by path."""
     baseline: str
     progress: Path
-    """Folder of what an interrupted run has measured."""
+    """Folder with the results of an interrupted run."""
     answered: dict[str, Answered] = field(default_factory=dict)
 
     def answer(self) -> None:
-        """Lets every model answer; all else is measured on that."""
+        """Lets every model answer; the other methods measure these answers."""
         by_path = self.measurement.answer(list(self.names), self.progress / "answers.jsonl")
         self.answered = {name: by_path[path] for path, name in self.names.items()}
 
     def by_answers(self) -> Measures:
-        """What can be counted in the answers, what they are rewarded and graded with, and how often that wins."""
+        """Counts over each model's answers, their rewards and grades, and how often those beat the baseline's."""
         self.measurement.load_reward_model()
         values = {name: self.measurement.values(each) for name, each in self.answered.items()}
         self.measurement.unload_reward_model()
@@ -63,7 +63,7 @@ class Comparison:
         return found
 
     def by_judge(self, judge: Judge | None) -> Measures:
-        """What the judge says about each model's answers beside the baseline's."""
+        """How often the judge prefers each model's answers to the baseline's."""
         if judge is None:
             return {}
         prompts, key = list(self.measurement.rows["prompt"]), f"judge_win_rate_vs_{self.baseline}"
@@ -83,20 +83,13 @@ class Comparison:
         return found
 
     def safety(self, judge: Judge | None, prompts: list[list[Message]]) -> Measures:
-        """The share of answers that are violations, with its 95 % interval (Wilson), and how many are undecided."""
+        """The share of answers that are violations, with its 95% Wilson interval, and how many are undecided."""
         if judge is None or not prompts:
             return {}
 
         def answer(path: Path) -> list[str]:
-            answers = sample_answers(
-                load(path, self.measurement.accelerator.device),
-                self.measurement.tokenizer,
-                prompts,
-                self.measurement.args.max_completion_length,
-                batch_size=self.measurement.args.batch_size,
-                seed=self.measurement.args.seed,
-            )
-            return [each.text for each in answers]
+            model = load(path, self.measurement.accelerator.device)
+            return [each.text for each in self.measurement.sample(model, prompts)]
 
         found = {}
         for name, answers in self._each(answer, "safety.jsonl").items():
@@ -114,7 +107,7 @@ class Comparison:
         return found
 
     def memorization(self, corpus: list[list[int]] | None) -> Measures:
-        """How much of the corpus each model continues word for word."""
+        """How much of the corpus each model has memorized."""
         if not corpus:
             return {}
 
@@ -125,7 +118,7 @@ class Comparison:
         return self._each(measure_one, "memorisation.jsonl")
 
     def benchmarks(self, args: BenchmarkArguments) -> Measures:
-        """The numbers of academic benchmarks; the base model is asked without the chat format."""
+        """The scores on academic benchmarks; the base model is asked without the chat format."""
         if not args.benchmarks:
             return {}
         tasks = args.benchmarks
@@ -144,7 +137,7 @@ class Comparison:
         return self._each(measure_one, "benchmarks.jsonl")
 
     def _each(self, measure_one: Callable[[Path], T], file: str) -> dict[str, T]:
-        """Model by model, each appended to a file; those of an interrupted run are read from it."""
+        """Measures one model at a time and appends its result to a file, from which an interrupted run resumes."""
         found = {record["model"]: record["measured"] for record in contract.read_lines(self.progress / file)}
         for path, name in self.names.items():
             if name not in found:
@@ -154,7 +147,7 @@ class Comparison:
         return found
 
     def write_answers(self, path: Path) -> None:
-        """Every prompt with the answers of all models, a line each."""
+        """Writes every prompt with the answers of all models, one JSON line per prompt."""
         rows = [
             {"prompt": prompt, "answers": {name: said(each, i, prompt) for name, each in self.answered.items()}}
             for i, prompt in enumerate(self.measurement.rows["prompt"])
@@ -163,18 +156,18 @@ class Comparison:
 
 
 BASE = "base"
-"""The name of the model that everything started as."""
+"""The name of the base model, from which all others were trained."""
 
 
 def said(answered: Answered, i: int, prompt: list[Message]) -> str:
-    """What a model has said to a prompt, and, where that went on, to what followed."""
-    further = answered.prompts[i][len(prompt) :]
-    texts = [turn["content"] if turn["role"] == "assistant" else f"> {turn['content']}" for turn in further]
+    """All that a model answered to a prompt and to the user's later turns, which are quoted with `>`."""
+    later = answered.prompts[i][len(prompt) :]
+    texts = [turn["content"] if turn["role"] == "assistant" else f"> {turn['content']}" for turn in later]
     return "\n\n".join([*texts, answered.answers[i].text])
 
 
 def by_turns(values: dict[str, list[float]], prompts: list[list[Message]]) -> dict[str, float]:
-    """Each measure's mean by the number of the user's turns: `reward/turns-2`."""
+    """Each metric's mean by the number of user turns: `reward/turns-2`."""
     turns = [sum(turn["role"] == "user" for turn in prompt) for prompt in prompts]
     return {
         f"{name}/turns-{number}": mean(value for value, of in zip(each, turns, strict=True) if of == number)
@@ -184,7 +177,7 @@ def by_turns(values: dict[str, list[float]], prompts: list[list[Message]]) -> di
 
 
 def versus(key: str, wins: list[float], lengths: list[int], other_lengths: list[int]) -> dict[str, float]:
-    """The win rate under `key`, its 95 % interval, and what it would be at equal lengths, if that can be said."""
+    """The win rate under `key`, its 95% interval and, if it can be estimated, the win rate at equal lengths."""
     found = win_rate(wins, lengths, other_lengths)
     measured = {key: found.rate, f"{key}/low": found.low, f"{key}/high": found.high}
     controlled = found.length_controlled
@@ -195,10 +188,10 @@ def versus(key: str, wins: list[float], lengths: list[int], other_lengths: list[
 
 
 def load_judge(args: JudgeArguments, replies: Path) -> Judge | None:
-    """The judge that the recipe names, an endpoint asked once whether it is there.
+    """The judge that the recipe names; an endpoint is checked once.
 
     Args:
-        replies: file of its replies; outside of the output, because a changed recipe makes that again.
+        replies: File for the judge's replies; outside the output, which a changed recipe makes again.
     """
     if not args.judge:
         return None
@@ -208,14 +201,14 @@ def load_judge(args: JudgeArguments, replies: Path) -> Judge | None:
         ask = ask_endpoint(client, args.judge, args.judge_max_tokens, args.endpoint.concurrency)
         return Judge(ask, f"{args.judge_endpoint} {args.judge} {args.judge_max_tokens}", replies)
     tokenizer = load_tokenizer(args.judge, load_config(args.judge))
-    # Loaded when it is asked: the models that it judges have answered then.
+    # Loaded when it is first asked: by then the models that it judges have answered.
     loaded = cache(partial(load, Path(args.judge)))
     digest = contract.input_digest(args.judge) or args.judge
     return Judge(ask_model(loaded, tokenizer, args.judge_max_tokens), f"{digest} {args.judge_max_tokens}", replies)
 
 
 def load_safety_prompts(args: JudgeArguments, measurement: Measurement) -> list[list[Message]]:
-    """The prompts of `safety_datasets`; one that is too long is an error."""
+    """The prompts of `safety_datasets`; a prompt that is too long is an error."""
     if not args.safety_datasets:
         return []
     rows = load_prompts(args.safety_datasets, 0.0, measurement.args.seed)
@@ -226,7 +219,7 @@ def load_safety_prompts(args: JudgeArguments, measurement: Measurement) -> list[
 def load_corpus(
     args: CorpusArguments, tokenizer: PreTrainedTokenizerBase, max_invalid_share: float, seed: int
 ) -> list[list[int]] | None:
-    """The stretches of the corpus that are tried, in tokens; conversations in the format in which SFT reads them."""
+    """The sampled windows of the corpus, as token ids; conversations are in the format in which SFT reads them."""
     if not args.corpus:
         return None
     documents = [

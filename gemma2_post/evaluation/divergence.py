@@ -1,4 +1,4 @@
-"""How far two models are apart, over the whole vocabulary, on answers that one of them has sampled."""
+"""The divergence of two models, over the whole vocabulary, on answers that one of them sampled."""
 
 from dataclasses import dataclass
 
@@ -6,16 +6,16 @@ import torch
 from accelerate import Accelerator
 from transformers import Trainer
 
-from gemma2_post.evaluation.samples import Answer, gather_rows, share_of
+from gemma2_post.evaluation.samples import Answer, evaluating, gather_rows, share_of
 from gemma2_post.models.tokens import PAD
 
 
 @dataclass
 class Divergence:
-    """Of one answer, in nats, summed over its tokens (the stop token is one of them)."""
+    """The divergence on one answer, in nats, summed over its tokens (including the stop token)."""
 
     forward: float
-    """KL(model || other). With answers sampled from the model, its mean estimates the sequence-level KL."""
+    """KL(model || other); if the model sampled the answers, its mean estimates the sequence-level KL."""
     backward: float
     """KL(other || model), at the same positions."""
     nll: float
@@ -27,31 +27,27 @@ def token_kl(logits: torch.Tensor, other_logits: torch.Tensor) -> torch.Tensor:
     """KL(p || q) at each position, in nats, fp32 or better.
 
     Args:
-        logits: of p, (..., vocabulary), soft-cap already applied.
-        other_logits: of q, the same shape.
+        logits: Logits of p, (..., vocabulary), with soft-capping already applied.
+        other_logits: Logits of q, the same shape.
     """
-    log_p, log_q = (part.to(_at_least_fp32(part)).log_softmax(-1) for part in (logits, other_logits))
+    log_p, log_q = (
+        part.to(torch.promote_types(part.dtype, torch.float32)).log_softmax(-1) for part in (logits, other_logits)
+    )
     return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def _at_least_fp32(tensor: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def measure_divergence(
     accelerator: Accelerator, model: torch.nn.Module, other: torch.nn.Module, answers: list[Answer], batch_size: int
 ) -> list[Divergence]:
-    """Both divergences of each answer; each process takes its share of them.
+    """Both divergences on each answer; each process takes its share of the answers.
 
     Args:
-        model: as the trainer holds it (a ZeRO engine, say); it is called on every process equally often.
-        other: likewise, with the same vocabulary.
+        model: The model as the trainer holds it (perhaps a ZeRO engine); every process calls it equally often.
+        other: The other model, held in the same way, with the same vocabulary.
     """
     mine = share_of(len(answers), accelerator)
-    was_training = model.training
-    model.eval()
     results = []
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for start in range(0, len(mine), batch_size):
             batch = [answers[i] for i in mine[start : start + batch_size]]
             longest = max(len(answer.token_ids) for answer in batch)
@@ -59,23 +55,22 @@ def measure_divergence(
             for row, answer in enumerate(batch):
                 num_tokens = len(answer.token_ids)
                 own, others = logits[row, -num_tokens - 1 : -1], other_logits[row, -num_tokens - 1 : -1]
-                others = others.to(own.device)  # of models that are spread over GPUs
+                others = others.to(own.device)  # if the models are spread over GPUs
                 targets = torch.tensor(answer.token_ids, device=own.device)
                 found = Divergence(0.0, 0.0, 0.0, num_tokens)
-                # At 256k tokens of vocabulary, 128 positions take 0.13 GB in fp32, several times over.
+                # With 256k tokens, each fp32 copy of the logits of 128 positions takes 0.13 GB.
                 for p, q, target in zip(own.split(128), others.split(128), targets.split(128), strict=True):
                     found.forward += token_kl(p, q).sum().item()
                     found.backward += token_kl(q, p).sum().item()
                     found.nll += torch.nn.functional.cross_entropy(p.float(), target, reduction="sum").item()
                 results.append(found)
-    model.train(was_training)
     return gather_rows(mine, results, len(answers))
 
 
 def _answer_logits(
     model: torch.nn.Module, accelerator: Accelerator, answers: list[Answer], num_tokens: int
 ) -> torch.Tensor:
-    """(answers, num_tokens + 1, vocabulary): the last positions of left-padded conversations."""
+    """Logits at the last positions of left-padded conversations, (answers, num_tokens + 1, vocabulary)."""
     rows = [answer.prompt_ids + answer.token_ids for answer in answers]
     width = max(map(len, rows))
     input_ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows], device=accelerator.device)
@@ -84,11 +79,11 @@ def _answer_logits(
 
 
 def mean_divergences(trainer: Trainer, teacher: torch.nn.Module, answers: list[Answer]) -> dict[str, float]:
-    """Student and teacher on the student's answers: nats per answer (the mean of sums) and per token.
+    """Divergences of student and teacher on the student's answers: nats per answer (the mean of sums) and per token.
 
     Args:
-        trainer: that holds the student.
-        teacher: as the trainer holds it.
+        trainer: The trainer that holds the student.
+        teacher: The teacher as the trainer holds it.
     """
     if not answers:
         return {}

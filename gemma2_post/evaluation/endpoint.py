@@ -1,22 +1,26 @@
-"""Answers from an OpenAI-compatible endpoint: a vLLM server of one's own, or a provider's."""
+"""Answers from an OpenAI-compatible endpoint: your own vLLM server, or a provider's."""
 
 import json
 import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from openai import APIConnectionError, APIStatusError, APITimeoutError, OpenAI
 
+from gemma2_post.data.rows import Message
 from gemma2_post.evaluation.keys import EndpointArguments
 from gemma2_post.stage.errors import UserError
 
-Message = dict[str, str]
+T = TypeVar("T")
 
 _THIS_REQUEST_ONLY = {400, 413, 422}
-"""Status codes by which servers turn down one request: too long, against their rules."""
+"""Status codes with which servers refuse a single request (too long, or against their rules)."""
 
 
 class RefusedError(Exception):
-    """The endpoint does not answer this one request, however often it is asked (too long, or against its rules)."""
+    """The endpoint will never answer this one request (too long, or against its rules)."""
 
 
 JUDGE_RETRIES = 10
@@ -24,14 +28,14 @@ JUDGE_RETRIES = 10
 
 
 def connect(endpoint: str, args: EndpointArguments, retries: int) -> OpenAI:
-    """A client that tries again, with exponential back-off up to 8 s, what failed, timed out or was limited.
+    """A client that retries requests that failed, timed out or were rate-limited, with exponential backoff up to 8 s.
 
     Args:
-        endpoint: the base URL, for example http://localhost:8000/v1.
-        retries: additional attempts after the first one.
+        endpoint: The base URL, for example http://localhost:8000/v1.
+        retries: Additional attempts after the first one.
 
     Raises:
-        UserError: the URL is none, or would put a secret into a file; there is no key where one is needed.
+        UserError: The URL is invalid or would put a secret into a file, or a key is needed and missing.
     """
     api_key_variable = args.api_key_variable
     parts = urlsplit(endpoint)
@@ -39,7 +43,7 @@ def connect(endpoint: str, args: EndpointArguments, retries: int) -> OpenAI:
         raise UserError(f"endpoint is {endpoint!r}; write a base URL such as http://localhost:8000/v1")
     if parts.username or parts.password or parts.query:
         raise UserError(
-            "endpoint holds a user, a password or a query, which would be written beside the data; put the "
+            "endpoint holds a user, a password or a query, which would be written next to the data; put the "
             "key into an environment variable and name that in api_key_variable"
         )
     key = os.environ.get(api_key_variable, "").strip() if api_key_variable else "none"
@@ -52,11 +56,9 @@ def connect(endpoint: str, args: EndpointArguments, retries: int) -> OpenAI:
 
 
 def check(client: OpenAI) -> None:
-    """Refuses an endpoint that is not there or does not take the key, before there is work to lose; one that does not
-    list its models may still answer.
+    """Refuses an endpoint that cannot be reached or rejects the key, before there is work to lose.
 
-    Raises:
-        UserError: it cannot be used as it is.
+    An endpoint that does not list its models passes, because it may still answer.
     """
     try:
         client.with_options(max_retries=2).models.with_raw_response.list()
@@ -77,16 +79,17 @@ def answer(
     """The answer's text, why it ended ("stop" if by itself), and its length in tokens as the endpoint counts them.
 
     Args:
-        place: what an error names first, for example the recipe and the prompt's row.
+        place: What an error message names first, for example the prompt's row.
 
     Raises:
-        RefusedError: this request cannot be answered; the next one may be.
-        UserError: the endpoint cannot be used as it is.
+        RefusedError: The endpoint refuses this request, but may answer the next one.
+        UserError: The endpoint cannot be used as it is.
     """
     url = client.base_url
+    turns: Any = messages  # openai declares a TypedDict for each role
     try:
         response = client.chat.completions.with_raw_response.create(
-            model=model, messages=messages, temperature=temperature, top_p=1.0, max_tokens=max_tokens, seed=seed
+            model=model, messages=turns, temperature=temperature, top_p=1.0, max_tokens=max_tokens, seed=seed
         )
     except APITimeoutError as error:
         raise UserError(
@@ -118,6 +121,17 @@ def answer(
             f"{place}: {url} answered what is no chat completion ({found!r}); check that endpoint is the base URL of "
             "an OpenAI-compatible server (it usually ends in /v1)"
         ) from error
+
+
+def ask_all(ask: Callable[[T], None], items: Iterable[T], concurrency: int) -> None:
+    """Calls `ask` on each item in `concurrency` threads; after an error, running calls finish and no others begin."""
+    with ThreadPoolExecutor(concurrency) as pool:
+        asked = [pool.submit(ask, item) for item in items]
+        try:
+            for each in as_completed(asked):
+                each.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _without_key(client: OpenAI, text: object) -> str:

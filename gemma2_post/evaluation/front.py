@@ -1,10 +1,11 @@
-"""Reward against KL: a merge's points beside the runs that it is made of, and the point that is released."""
+"""Reward against KL: the points of a merge next to the runs that it merges, and the point that is released."""
 
 import json
 import shutil
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -17,17 +18,17 @@ from gemma2_post.weights.keys import Rule
 
 @dataclass
 class Point:
-    """A model on the plane of KL and reward."""
+    """A model in the plane of KL and reward."""
 
     series: str
-    """What is drawn as one line."""
+    """Name of the line that connects it with other points."""
     path: Path
     position: float
     """Eta, or the training step."""
 
 
 class Front:
-    """Checked when it is made, before the merge; measures after it."""
+    """Checks its arguments when it is created, before the merge; measures after the merge."""
 
     def __init__(self, output_dir: Path, start: str, args: ReleaseArguments):
         self.output_dir, self.args = output_dir, args
@@ -35,20 +36,11 @@ class Front:
         self.runs = [point for run in args.runs or [] for point in run_points(Path(run))]
 
     def release(self, merged: dict[Rule, dict[float, Path]]) -> dict[str, float]:
-        """Measures every point, copies the best one under the budget to the output; its eta and its numbers.
+        """Measures every point, writes `front.json` and its pictures, and copies the best point under the budget into
+        the output; returns that point's eta and metrics.
 
         Args:
-            merged: folders of the sweeps by interpolation and eta; a point of the first one is released.
-        """
-        released, numbers = self.measure(merged)
-        shutil.copytree(released, self.output_dir, dirs_exist_ok=True)
-        return numbers
-
-    def measure(self, merged: dict[Rule, dict[float, Path]]) -> tuple[Path, dict[str, float]]:
-        """Measures every point, writes `front.json` and its pictures; the released point and its numbers.
-
-        Args:
-            merged: folders of the sweeps by interpolation and eta; the first one's are what may be released.
+            merged: Folders of the sweeps, by interpolation and eta; a point of the first sweep is released.
         """
         points = [Point(rule, path, eta) for rule, sweep in merged.items() for eta, path in sweep.items()]
         points += self.runs
@@ -56,7 +48,7 @@ class Front:
             [point.path for point in points], self.output_dir / contract.PROGRESS / "answers.jsonl"
         )
         self.measurement.load_reward_model()
-        entries = [
+        entries: list[dict[str, Any]] = [
             {"series": point.series, "path": str(point.path), "position": float(point.position)}
             | summarize(self.measurement.values(answered[point.path]))
             for point in points
@@ -73,12 +65,13 @@ class Front:
         grader = self.args.measured.samples.headline_grader
         for name in ["reward", *([grader] if grader in chosen else [])]:
             plot(entries, list(merged), chosen, budget, name, self.output_dir / f"front-{name}.png")
+        shutil.copytree(released, self.output_dir, dirs_exist_ok=True)
         numbers = {name: value for name, value in chosen.items() if isinstance(value, float)}
-        return released, {"eta": numbers.pop("position"), **numbers}
+        return {"eta": numbers.pop("position"), **numbers}
 
 
 def run_points(run: Path) -> list[Point]:
-    """A policy's checkpoints that hold weights, the policy itself, and its anchor."""
+    """A policy's checkpoints (those with weights), the policy itself, and its anchor."""
     if not (run / contract.DONE).is_file():
         raise UserError(f"runs names {run}, which is no finished policy; run rlhf to its end")
     name = f"{run.parent.name}/{run.name}"
@@ -92,17 +85,17 @@ def run_points(run: Path) -> list[Point]:
 
 
 def plot(
-    entries: list[dict[str, object]],
+    entries: list[dict[str, Any]],
     sweeps: list[Rule],
-    released: dict[str, object],
+    released: dict[str, Any],
     kl_budget: float | None,
     name: str,
     path: Path,
 ) -> None:
-    """A measure, `name`, over KL to the start; bars are standard errors over prompts."""
+    """Plots the metric `name` over KL to the start; bars are standard errors over prompts."""
     figure = Figure(figsize=(5.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    series: dict[str, list[dict[str, object]]] = defaultdict(list)
+    series: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for entry in entries:
         series[entry["series"]].append(entry)
     runs = [label for label in series if label not in sweeps and not label.endswith(" anchor")]
@@ -111,11 +104,8 @@ def plot(
         is_sweep, is_anchor = label in sweeps, label.endswith(" anchor")
         kl, values = [point["kl_to_init"] for point in points], [point[name] for point in points]
         if is_sweep:
-            kind, colour, line = (
-                label,
-                "black" if label == sweeps[0] else "tab:red",
-                "-" if label == sweeps[0] else "--",
-            )
+            kind = label
+            colour, line = ("black", "-") if label == sweeps[0] else ("tab:red", "--")
         else:
             kind, line = "average of a policy" if is_anchor else "policy", "-"
             colour = f"C{runs.index(label.removesuffix(' anchor')) % 10}"

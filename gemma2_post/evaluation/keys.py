@@ -1,4 +1,4 @@
-"""The keys of recipes that say how answers are sampled, rewarded, graded and measured."""
+"""Recipe keys for how answers are sampled, rewarded, graded and measured."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from gemma2_post.stage.paths import FilePath, FunctionPath, ModelPath
 from gemma2_post.stage.recipe import key, part
 
 MEASURES = {"kl_to_init", "reward", "stop_rate", "mean_tokens"}
-"""What is measured of each model in addition to its grades."""
+"""What is measured for each model in addition to its grades."""
 
 
 @dataclass
@@ -36,17 +36,17 @@ class SampleArguments:
 
     @property
     def metrics(self) -> set[str]:
-        """The names of what is measured of the answers."""
+        """The names of the metrics of the answers."""
         return {"stop_rate", "mean_tokens", *self.grader_names} if self.num_samples else set()
 
 
 @dataclass
 class RewardFunctionArguments:
-    """What an answer is rewarded with."""
+    """How answers are rewarded."""
 
     reward_model: ModelPath | None = key(None, "Finished output of the reward stage.")
     normalize_rewards: bool = key(
-        True, "Rewards of the model in units of their recorded spread, with the recorded mean at 0."
+        True, "Normalizes the reward model's scores with the mean and spread that its training recorded."
     )
     reward_batch_size: int = key(32, "Conversations that the reward model reads at once.")
     missing_end_penalty: float = key(
@@ -58,7 +58,7 @@ class RewardFunctionArguments:
     )
 
     def check(self) -> None:
-        """Refuses what would reward nothing, or the wrong thing."""
+        """Refuses keys that would reward nothing, or the wrong thing."""
         if not self.reward_model and not self.reward_functions:
             raise UserError("nothing rewards the answers; name a reward_model, or reward_functions")
         for name in ("missing_end_penalty", "length_penalty"):
@@ -71,8 +71,8 @@ class RewardFunctionArguments:
     def names(self) -> set[str]:
         """The names of the reward functions, as TRL and metrics call them."""
         found = {path.rpartition(":")[2] for path in self.reward_functions or []}
-        found |= {"reward_model"} if self.reward_model else set()
-        return found | {name for name in ("missing_end_penalty", "length_penalty") if getattr(self, name)}
+        others = ("reward_model", "missing_end_penalty", "length_penalty")
+        return found | {name for name in others if getattr(self, name)}
 
 
 @dataclass
@@ -80,10 +80,10 @@ class WatchArguments:
     """How a policy is watched while RLHF trains it."""
 
     watch_steps: int = key(
-        20, "Steps between measurements on held-out prompts; each one under the budget is a checkpoint."
+        20, "Steps between measurements on held-out prompts; each one under the budget writes a checkpoint."
     )
     kl_budget: float | None = key(
-        None, "Nats from the start, per answer; passing it ends the run at its last checkpoint under it."
+        None, "Largest KL to the start, in nats per answer; past it, the run ends at its last checkpoint under it."
     )
 
 
@@ -96,12 +96,12 @@ class AnswerArguments:
         None, "Longer prompts are dropped; None for what the answer leaves of the model's positions."
     )
     batch_size: int = key(32, "Prompts answered at once.")
-    seed: int = key(0, "Seed of the sampling, and of a mixture of data sets.")
+    seed: int = key(0, "Seed of the sampling and of the mixture of data sets.")
 
 
 @dataclass(kw_only=True)
 class MeasureArguments:
-    """Models that answer the same held-out prompts, and are rewarded and graded."""
+    """How models that answer the same held-out prompts are rewarded and graded."""
 
     answers: AnswerArguments = part(AnswerArguments)
     data: DataArguments = part(DataArguments)
@@ -119,7 +119,7 @@ class MeasureArguments:
 
     @property
     def metrics(self) -> set[str]:
-        """The names of what is measured of each model."""
+        """The names of the metrics of each model."""
         return {*MEASURES, *self.samples.grader_names}
 
 
@@ -128,11 +128,9 @@ class ReleaseArguments:
     """How the points of a merge are measured and one of them is released."""
 
     measured: MeasureArguments = part(MeasureArguments)
-    runs: list[ModelPath] | None = key(
-        None, "Finished policies whose checkpoints and anchors are measured beside the points."
-    )
+    runs: list[ModelPath] | None = key(None, "Finished policies whose checkpoints and anchors are measured, too.")
     kl_budget: float | None = key(
-        None, "Nats from the start, per answer, that the released point may be away; None for any."
+        None, "Largest KL of the released point to the start, in nats per answer; None for no limit."
     )
 
 
@@ -154,10 +152,10 @@ class JudgeArguments:
     judge: ModelPath | None = key(
         None, "A model that judges pairs of answers: a folder, or its name at judge_endpoint."
     )
-    judge_endpoint: str | None = key(None, "Base URL of an OpenAI-compatible server of the judge.")
+    judge_endpoint: str | None = key(None, "Base URL of the judge's OpenAI-compatible server.")
     endpoint: EndpointArguments = part(EndpointArguments)
     judge_max_tokens: int = key(256, "Longest reply of the judge, in tokens.")
-    safety_datasets: list[Source] | None = key(None, "Prompts whose answers the judge reads for violations of safety.")
+    safety_datasets: list[Source] | None = key(None, "Prompts whose answers the judge checks for safety violations.")
 
     def check(self) -> None:
         """Refuses a judge that cannot be asked."""
@@ -172,9 +170,9 @@ class CorpusArguments:
     """The corpus that models may have memorized."""
 
     corpus: list[Source] | None = key(
-        None, "Texts or conversations; how much of them each model has memorized is measured."
+        None, "Texts or conversations, to measure how much of them each model has memorized."
     )
-    num_memorised: int = key(1000, "Places of the corpus that are tried.")
+    num_memorised: int = key(1000, "Number of places in the corpus to test.")
 
 
 @dataclass
@@ -186,16 +184,16 @@ class BenchmarkArguments:
     )
     benchmark_folder: FilePath | None = key(None, "Folder with more tasks as lm-eval's YAML.")
     benchmark_limit: int | None = key(None, "Examples of each task; None for all.")
-    benchmark_batch_size: int = key(1, "Questions at once; each has its examples before it, and logits of all tokens.")
+    benchmark_batch_size: int = key(1, "Questions at once, each with its examples and logits for all tokens.")
 
 
 @dataclass(kw_only=True)
 class SynthesisArguments:
     """How a teacher writes answers."""
 
-    seed: int = key(0, "Seed of the sampling, and of the mixture.")
-    num_answers: int = key(1, "Answers sampled to each prompt.")
-    temperature: float = key(1.0, "Of sampling, without top-p (top-k: the endpoint's own); 0 is greedy.")
+    seed: int = key(0, "Seed of the sampling and of the mixture.")
+    num_answers: int = key(1, "Answers sampled for each prompt.")
+    temperature: float = key(1.0, "Sampling temperature, without top-p (top-k: the endpoint's own); 0 is greedy.")
     max_new_tokens: int = key(512, "Longest answer; answers that reach it are dropped.")
     reward_model: ModelPath | FunctionPath | None = key(
         None, "Keeps the best answer to each prompt: a reward model's folder, or module:function."
@@ -204,7 +202,7 @@ class SynthesisArguments:
     max_prompt_length: int | None = key(
         None, "Longer prompts are dropped; None for what a local model's positions allow."
     )
-    endpoint: str | None = key(None, "Base URL of an OpenAI-compatible server of model_name_or_path.")
+    endpoint: str | None = key(None, "Base URL of an OpenAI-compatible server for model_name_or_path.")
     server: EndpointArguments = part(EndpointArguments)
     endpoint_retries: int = key(
         20, "Additional attempts, at most 8 s apart: 20 are about two and a half minutes.", has_effect=False

@@ -1,7 +1,7 @@
-"""Models beside each other: all answer the same held-out prompts, at temperature 1 from the same seed.
+"""Models side by side: all answer the same held-out prompts, at temperature 1 from the same seed.
 
-Reward is what training would have given; KL is KL(model || start) of whole answers over the full vocabulary, in nats.
-Models are loaded one after the other beside the start, the reward model when they are gone.
+The reward is the one that training would give; KL is KL(model || start) of whole answers over the full vocabulary, in
+nats. The models are loaded one at a time next to the start, and the reward model after they are gone.
 """
 
 import json
@@ -33,26 +33,28 @@ from gemma2_post.stage.errors import UserError
 
 @dataclass
 class Answered:
+    """A model's answers to the held-out prompts."""
+
     prompts: list[list[Message]]
-    """With the answers of the model itself to the earlier turns, where a question has several."""
+    """The prompts; in a question of several turns, with the model's own answers to the earlier ones."""
     answers: list[Answer]
-    """To the last turn."""
+    """Answers to the last turn."""
     kl: list[float]
-    """KL(model || start) at each answer, in nats; its mean estimates that of whole answers."""
+    """KL(model || start) on each answer, in nats; its mean estimates the sequence-level KL."""
     lengths: list[int]
-    """In tokens, of all that the model has said to a prompt and to what followed."""
+    """Tokens of the model's answers to all turns of each prompt."""
 
 
 class Measurement:
-    """Checked when it is made; models are loaded afterwards."""
+    """Measures models on the same prompts; checks its arguments when it is created, and loads models later."""
 
     def __init__(self, start: str, measured: MeasureArguments):
         """
         Args:
-            start: the model that KL is measured to.
+            start: The model to which KL is measured.
 
         Raises:
-            UserError: data, tokenizers, graders or rewards that do not go together.
+            UserError: Data, tokenizers, graders or rewards do not fit together.
         """
         self.start, self.args, data_args = start, measured.answers, measured.data
         args, sample_args, reward_args = measured.answers, measured.samples, measured.rewards
@@ -70,7 +72,7 @@ class Measurement:
         if len(data_args.datasets) > 1:
             rows = rows.shuffle(seed=args.seed)  # some of each
         self.num_prompts = len(rows)
-        """That there are, of which `num_samples` are answered."""
+        """Number of available prompts; the models answer `num_samples` of them."""
         self.rows = rows.select(range(min(sample_args.num_samples, len(rows))))
         if len(self.rows) < 2:
             raise UserError(f"datasets have {len(self.rows)} prompt, from which no spread can be told; give more")
@@ -81,7 +83,7 @@ class Measurement:
         self.graders = load_graders(sample_args, self.rows)
         self.functions = rewards.load_reward_functions(reward_args, self.rows.column_names, self.score)
         self.accelerator = Accelerator()
-        disable_progress_bar()  # of loading each of many models
+        disable_progress_bar()  # there would be one for each model that is loaded
 
     def _check_conversations(self) -> None:
         """Refuses questions of several turns that may grow longer than the models can read."""
@@ -97,10 +99,10 @@ class Measurement:
                 )
 
     def answer(self, models: list[Path], cache: Path) -> dict[Path, Answered]:
-        """What each model answers.
+        """The answers of each model.
 
         Args:
-            cache: file to which each model's answers are appended; those of an interrupted run are read from it.
+            cache: File to which each model's answers are appended; an interrupted run's answers are read from it.
         """
         cache.parent.mkdir(exist_ok=True)
         found: dict[Path, Answered] = {}
@@ -117,7 +119,7 @@ class Measurement:
         return found
 
     def _answer_one(self, path: Path, start: PreTrainedModel) -> Answered:
-        """Turn by turn. The model is gone when the next one is loaded."""
+        """Answers turn by turn. The model is freed before the next one is loaded."""
         model = load(path, self.accelerator.device)
         prompts = [list(prompt) for prompt in self.rows["prompt"]]
         answers: dict[int, Answer] = {}
@@ -129,14 +131,7 @@ class Measurement:
                     {"role": "assistant", "content": answers[i].text},
                     {"role": "user", "content": self.later[i][turn - 1]},
                 ]
-            sampled = sample_answers(
-                model,
-                self.tokenizer,
-                [prompts[i] for i in rows],
-                self.args.max_completion_length,
-                batch_size=self.args.batch_size,
-                seed=self.args.seed,
-            )
+            sampled = self.sample(model, [prompts[i] for i in rows])
             answers |= dict(zip(rows, sampled, strict=True))
             lengths.update({i: answer.num_tokens for i, answer in zip(rows, sampled, strict=True)})
         last = [answers[i] for i in range(len(prompts))]
@@ -144,24 +139,25 @@ class Measurement:
         kl = [each.forward for each in divergences]
         return Answered(prompts, last, kl, [lengths[i] for i in range(len(prompts))])
 
+    def sample(self, model: PreTrainedModel, prompts: list[list[Message]]) -> list[Answer]:
+        """One answer of the model to each prompt."""
+        length, batch_size, seed = self.args.max_completion_length, self.args.batch_size, self.args.seed
+        return sample_answers(model, self.tokenizer, prompts, length, batch_size=batch_size, seed=seed)
+
     def load_reward_model(self) -> None:
-        """Once all models have answered."""
+        """Loads the reward model, if there is one; call this once all models have answered."""
         if self.score:
             self.score.load(lambda model: model.to(self.accelerator.device).eval())
 
     def unload_reward_model(self) -> None:
+        """Frees the memory of the reward model."""
         if self.score:
             del self.score.loaded
 
     def values(self, answered: Answered) -> dict[str, list[float]]:
-        """What is measured, by measure and grader: a value for each prompt."""
-        by_function = rewards.values_of(
-            self.functions,
-            self.tokenizer,
-            answered.prompts,
-            [answer.token_ids for answer in answered.answers],
-            self.columns,
-        )
+        """The values of each metric and grader, one for each prompt."""
+        ids = [answer.token_ids for answer in answered.answers]
+        by_function = rewards.values_of(self.functions, self.tokenizer, answered.prompts, ids, self.columns)
         texts = [answer.text for answer in answered.answers]
         return {
             "kl_to_init": answered.kl,
@@ -173,7 +169,7 @@ class Measurement:
 
 
 def load(path: Path, device: torch.device | None = None) -> PreTrainedModel:
-    """In bf16, spread over all GPUs there are; in fp32 on a CPU."""
+    """Loads a model in bf16, spread over all GPUs; in fp32 on a CPU."""
     device = device or Accelerator().device
     model = AutoModelForCausalLM.from_pretrained(
         path,
@@ -186,7 +182,7 @@ def load(path: Path, device: torch.device | None = None) -> PreTrainedModel:
 
 
 def summarize(values: dict[str, list[float]]) -> dict[str, float]:
-    """Means over the prompts, and their standard errors."""
+    """Means over the prompts and their standard errors."""
     found = {}
     for name, each in values.items():
         found[name] = mean(each)

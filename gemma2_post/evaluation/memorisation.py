@@ -1,7 +1,7 @@
-"""How much of a corpus a model has memorised: given 50 tokens of it, does it go on with the next 50?
+"""How much of a corpus a model has memorized: given 50 tokens of it, does the model continue with the next 50?
 
 As in the Gemma reports (arXiv 2403.08295, section 6.2; 2408.00118, section 7): greedy continuations of a uniform
-sample of the corpus; exact, and approximate, which is an edit distance of at most 10 %.
+sample of the corpus, matched exactly or approximately (an edit distance of at most 10%).
 """
 
 import random
@@ -15,18 +15,20 @@ from gemma2_post.models.tokens import BOS, PAD
 
 PREFIX, CONTINUATION = 50, 50
 LARGEST_SHARE = 0.1
-"""Of the continuation, that an approximate one may differ by."""
+"""Largest edit distance of an approximate match, as a share of the continuation."""
 
 
 @dataclass
 class Memorised:
+    """Numbers of memorized windows."""
+
     num_samples: int
     exact: int
     approximate: int
-    """With the exact ones."""
+    """Approximate matches, including the exact ones."""
 
     def metrics(self) -> dict[str, float]:
-        """Shares of the sample with their 95 % intervals (Wilson)."""
+        """Shares of the sample with their 95% Wilson intervals."""
         found: dict[str, float] = {}
         for name in ("exact", "approximate"):
             share = getattr(self, name) / self.num_samples
@@ -36,10 +38,10 @@ class Memorised:
 
 
 def windows(documents: list[list[int]], num_samples: int, seed: int) -> list[list[int]]:
-    """Stretches of prefix and continuation, each place of the corpus as likely as any other, none twice.
+    """Windows of prefix and continuation, drawn uniformly from all places in the corpus, without replacement.
 
     Args:
-        documents: token ids, without `<bos>`.
+        documents: Token ids, without `<bos>`.
     """
     length = PREFIX + CONTINUATION
     counts = [max(0, len(document) - length + 1) for document in documents]
@@ -55,9 +57,10 @@ def windows(documents: list[list[int]], num_samples: int, seed: int) -> list[lis
 
 
 def memorised(model: PreTrainedModel, rows: list[list[int]], batch_size: int) -> Memorised:
-    """
+    """Counts the windows that a model continues word for word, or nearly so.
+
     Args:
-        rows: of `windows`.
+        rows: Token ids from `windows`.
     """
     exact = approximate = 0
     for start in range(0, len(rows), batch_size):
@@ -80,7 +83,7 @@ def memorised(model: PreTrainedModel, rows: list[list[int]], batch_size: int) ->
 
 
 def edit_distance(one: list[int], other: list[int]) -> int:
-    """Levenshtein's: insertions, deletions and substitutions that make one of the other."""
+    """The Levenshtein distance: the fewest insertions, deletions and substitutions between two sequences."""
     row = list(range(len(other) + 1))
     for i, left in enumerate(one, start=1):
         diagonal, row[0] = row[0], i

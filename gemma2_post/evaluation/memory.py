@@ -1,4 +1,4 @@
-"""What a stage that measures models holds in memory; pure arithmetic, see `models/cost.py`."""
+"""What a stage that measures models holds in memory, in bytes; see `models/cost.py`."""
 
 from gemma2_post.evaluation.keys import MeasureArguments
 from gemma2_post.models import cost
@@ -7,13 +7,13 @@ from gemma2_post.stage.command import Checked, Parts
 
 
 def compute_of(checked: Checked) -> Compute:
-    """How measured models compute."""
+    """The measured models' compute type, attention and device."""
     on_cpu = checked.launcher.use_cpu
     return Compute(FP32 if on_cpu else BF16, "eager", on_cpu)
 
 
 def measuring(checked: Checked, measured: MeasureArguments) -> dict[str, Parts]:
-    """One model at a time answers side by side with the start; then the reward model, alone."""
+    """The phases: one model at a time next to the start, then the reward model alone."""
     config, compute, answers = checked.models["init"], compute_of(checked), measured.answers
     assert config is not None, "the planner asks only about models whose shapes it knows"
     answer = answers.max_completion_length

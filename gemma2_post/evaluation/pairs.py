@@ -1,4 +1,4 @@
-"""How good a reward model is on held-out preference pairs, and what it may have learned instead of quality."""
+"""How good a reward model is on held-out preference pairs, and which biases it may have learned."""
 
 import math
 from collections import Counter, defaultdict
@@ -9,17 +9,19 @@ import numpy
 from scipy.stats import norm, pearsonr, spearmanr
 
 SIMILAR_LENGTH = 0.1
-"""Answers whose lengths differ by at most this share of the longer one count as of similar length."""
+"""Answers are of similar length if their lengths differ by at most this share of the longer one."""
 _NUM_BINS = 10
 
 
 @dataclass
 class ScoredPair:
+    """A preference pair with the rewards of its answers."""
+
     chosen: float
     """The reward of the chosen answer."""
     rejected: float
     num_turns: int
-    """User turns of the prompt."""
+    """Number of user turns in the prompt."""
     chosen_tokens: int
     rejected_tokens: int
 
@@ -29,15 +31,15 @@ PAIR_METRICS = {
     *("calibration_error", "reward_mean", "reward_spread"),
     *("length_correlation", "length_correlation_within_pairs"),
 }
-"""What `measure_pairs` gives where there are pairs of both kinds."""
+"""The metrics of `measure_pairs` if there are pairs with one turn and with several."""
 
 
 def measure_pairs(pairs: list[ScoredPair]) -> dict[str, float]:
-    """Accuracy (a tie counts half) with a 95 % Wilson interval, by turns and by length; calibration; length bias.
+    """Accuracy (a tie counts half) with its 95% Wilson interval, by turns and by length; calibration; length bias.
 
     `calibration_error` is the expected calibration error of P(chosen) = sigmoid(difference) in ten bins of the
-    predicted confidence (Guo et al. 2017, arXiv 1706.04599, equation 3). `length_correlation` is Pearson's, of reward
-    and number of tokens over all answers; `..._within_pairs` that of the two differences.
+    predicted confidence (Guo et al. 2017, arXiv 1706.04599, equation 3). `length_correlation` is Pearson's correlation
+    of reward and number of tokens over all answers; `length_correlation_within_pairs`, that of their differences.
     """
     right = numpy.array([_is_right(pair) for pair in pairs])
     low, high = wilson_interval(right.mean(), len(right))
@@ -64,7 +66,7 @@ def measure_pairs(pairs: list[ScoredPair]) -> dict[str, float]:
 
 
 def wilson_interval(share: float, total: int) -> tuple[float, float]:
-    """The 95 % interval of a share of `total` (Wilson 1927), also of one to which ties have contributed halves."""
+    """The 95% interval of a share of `total` (Wilson 1927); ties may have contributed halves to the share."""
     z = norm.ppf(0.975)
     centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
     half_width = z / (1 + z**2 / total) * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
@@ -72,14 +74,14 @@ def wilson_interval(share: float, total: int) -> tuple[float, float]:
 
 
 def rank_correlation(rewards: list[float], grades: list[float]) -> float:
-    """Spearman's; 0 where all rewards, or all grades, are equal."""
+    """Spearman's correlation of rewards and grades; 0 if all rewards or all grades are equal."""
     if len(set(rewards)) == 1 or len(set(grades)) == 1:
         return 0.0
     return float(spearmanr(rewards, grades).statistic)
 
 
 def rank_correlation_ceiling(grades: list[float]) -> float:
-    """What `rank_correlation` gives rewards that order all grades rightly, but tell equal ones apart.
+    """The `rank_correlation` of rewards that order all grades correctly but differ between equal grades.
 
     sqrt(1 - sum(t^3 - t) / (n^3 - n)) over the sizes t of the groups of equal grades, n grades in all.
     """
@@ -89,7 +91,7 @@ def rank_correlation_ceiling(grades: list[float]) -> float:
 
 
 def calibration_bins(pairs: list[ScoredPair]) -> list[tuple[numpy.ndarray, numpy.ndarray]]:
-    """Of each bin that is not empty: how sure the model is, and whether it is right, pair by pair."""
+    """For each bin that is not empty: the model's confidence in each pair, and whether it is right (1, 0.5 or 0)."""
     difference = numpy.array([abs(pair.chosen - pair.rejected) for pair in pairs])
     confidence = 1 / (1 + numpy.exp(-difference))
     right = numpy.array([_is_right(pair) for pair in pairs])
@@ -98,7 +100,7 @@ def calibration_bins(pairs: list[ScoredPair]) -> list[tuple[numpy.ndarray, numpy
 
 
 def plot_pairs(pairs: list[ScoredPair], output_dir: Path, noise_ceiling: float | None) -> None:
-    """`calibration.png`, and `turns.png`: accuracy by turns with intervals."""
+    """Draws `calibration.png`, and `turns.png`: accuracy by turns with intervals."""
     from matplotlib.figure import Figure
 
     pictures = {name: Figure(figsize=(5.5, 4), layout="constrained") for name in ("calibration", "turns")}
@@ -144,15 +146,13 @@ def _by_length(pairs: list[ScoredPair]) -> dict[str, list[int]]:
     groups: dict[str, list[int]] = defaultdict(list)
     for row, pair in enumerate(pairs):
         difference = pair.chosen_tokens - pair.rejected_tokens
-        if abs(difference) <= SIMILAR_LENGTH * max(pair.chosen_tokens, pair.rejected_tokens):
-            groups["similar"].append(row)
-        else:
-            groups["chosen_longer" if difference > 0 else "chosen_shorter"].append(row)
+        is_similar = abs(difference) <= SIMILAR_LENGTH * max(pair.chosen_tokens, pair.rejected_tokens)
+        groups["similar" if is_similar else "chosen_longer" if difference > 0 else "chosen_shorter"].append(row)
     return dict(groups)
 
 
 def _correlation(first: numpy.ndarray, second: numpy.ndarray) -> float:
-    # Equal numbers may have a tiny spread: the mean of three times 0.1 is not 0.1.
+    # Equal numbers may have a tiny spread: the mean of 0.1, 0.1 and 0.1 is not 0.1.
     if any(values.std() <= 1e-12 * abs(values).max() for values in (first, second)):
         return 0.0
     return pearsonr(first, second).statistic

@@ -1,4 +1,4 @@
-"""What a reward model is measured on: the answers of policies, and held-out pairs, scored by the trained model."""
+"""What a reward model is measured on: policies' answers and held-out pairs, scored by the trained model."""
 
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from gemma2_post.stage.errors import UserError
 
 
 def noise_ceiling_of(path: str, pairs: Dataset) -> float:
+    """The best accuracy that noisy pairs allow, from the user's function `module:function`."""
     function = load_function(path)
     try:
         return function(pairs.to_list())
@@ -42,15 +43,12 @@ def sample_policies(
     prompts: list[list[Message]],
     max_new_tokens: int,
 ) -> dict[str, list[Answer]]:
-    """What each policy answers to held-out prompts, by its folder's name; each process asks its share of them."""
+    """Each policy's answers to held-out prompts, by its folder's name; each process asks its share of the prompts."""
     mine = share_of(len(prompts), training_args.distributed_state)
+    dtype = "bfloat16" if training_args.device.type == "cuda" else "float32"
     answers = {}
     for path in policies:
-        policy_args = ModelConfig(
-            model_name_or_path=path,
-            dtype="bfloat16" if training_args.device.type == "cuda" else "float32",
-            attn_implementation="eager",
-        )
+        policy_args = ModelConfig(model_name_or_path=path, dtype=dtype, attn_implementation="eager")
         with unsharded(training_args):
             policy = load_model(policy_args, device_map={"": training_args.device})
         sampled = sample_answers(
@@ -68,7 +66,7 @@ def sample_policies(
 def score_held_out(
     trainer: Trainer, held_out: Dataset, to_answer: Dataset, answers: dict[str, list[Answer]]
 ) -> tuple[list[ScoredPair], dict[str, list[float]]]:
-    """The held-out pairs with their rewards; and those of the policies' answers, or of all answers in the pairs."""
+    """The held-out pairs with their rewards, and those of the policies' answers (or of all answers in the pairs)."""
     tokenizer = trainer.processing_class
     rows = [*held_out["chosen_ids"], *held_out["rejected_ids"]]
     for each in answers.values():
@@ -78,8 +76,8 @@ def score_held_out(
         ]
     mine = share_of(len(rows), trainer.accelerator)
     batch_size = trainer.args.per_device_eval_batch_size
-    scores = reward_model.score_ids(trainer.model_wrapped, [rows[i] for i in mine], batch_size)
-    scores = iter(gather_rows(mine, scores, len(rows)))
+    own_scores = reward_model.score_ids(trainer.model_wrapped, [rows[i] for i in mine], batch_size)
+    scores = iter(gather_rows(mine, own_scores, len(rows)))
     chosen, rejected = ([next(scores) for _ in range(len(held_out))] for _ in range(2))
     pairs = [
         ScoredPair(better, worse, row["num_turns"], len(row["chosen_ids"]), len(row["rejected_ids"]))
@@ -92,8 +90,10 @@ def score_held_out(
 def rank_correlations(
     rows: Dataset, answers: dict[str, list[Answer]], rewards: dict[str, list[float]], graders: dict[str, Grader]
 ) -> dict[str, float]:
-    """Spearman's, of reward and grade: over the answers of all policies, and of each; beside it what equal grades,
-    of which a good policy's answers have many, leave of a perfect 1."""
+    """Spearman's correlation of reward and grade, over the answers of all policies and of each policy.
+
+    Next to each is its ceiling: a good policy has many equal grades, which keep even perfect rewards below 1.
+    """
     columns = {column: rows[column] for column in rows.column_names}
     metrics = {}
     for name, grader in graders.items():

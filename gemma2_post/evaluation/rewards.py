@@ -1,7 +1,8 @@
-"""What an answer is rewarded with in RLHF, as functions that TRL calls: the reward model and what is added to it."""
+"""The rewards of RLHF as functions that TRL calls: the reward model and what is added to its score."""
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
@@ -14,7 +15,7 @@ from gemma2_post.models.tokens import STOP_TOKEN_IDS
 from gemma2_post.stage.errors import OneProcessError, UserError
 
 RewardFunction = Callable[..., list[float]]
-"""Called as TRL calls it: `prompts` and `completions` (messages), `completion_ids`, and the columns of the rows."""
+"""TRL calls it with `prompts` and `completions` (messages), `completion_ids`, and the columns of the rows."""
 _GIVEN_BY_TRL = ["prompts", "completion_ids", "trainer_state", "log_extra", "log_metric"]
 
 
@@ -24,11 +25,11 @@ def load_reward_functions(
     score: "ModelReward | None" = None,
     weights: list[float] | None = None,
 ) -> list[RewardFunction]:
-    """The reward model, if there is one, the functions that the recipe names, and its penalties.
+    """The reward model, if there is one, the recipe's functions, and its penalties.
 
     Args:
-        columns: of the rows.
-        weights: of the rewards; one each, where they are given.
+        columns: Names of the rows' columns.
+        weights: Weights of the rewards; if given, one for each.
     """
     given = [*_GIVEN_BY_TRL, *(column for column in columns if column != "prompt")]
     functions: list[RewardFunction] = [score] if score else []
@@ -53,11 +54,11 @@ def values_of(
     columns: dict[str, list],
     trainer_state: TrainerState | None = None,
 ) -> dict[str, list[float]]:
-    """What training would reward answers with, by function, outside its steps.
+    """The rewards that training would give to answers, by function, computed outside of training.
 
     Args:
-        answers: token ids, with the stop token of those that ended.
-        columns: of the rows, by name.
+        answers: Token ids, with the stop token if the answer ended.
+        columns: The rows' columns, by name.
     """
     texts = [tokenizer.decode(token_ids, skip_special_tokens=True) for token_ids in answers]  # as TRL does
     return {
@@ -75,39 +76,41 @@ def values_of(
 
 
 class ModelReward:
-    """The reward model's score of each conversation, in right-padded batches of a bounded size.
+    """The reward model's score of each conversation, computed in right-padded batches.
 
-    Checked when it is made; its weights are loaded later, when there is a trainer to shard them as the policy is.
+    Checks the reward model when it is created; loads the weights later, when a trainer can shard them like the policy.
     """
 
     __name__ = "reward_model"
 
     def __init__(self, args: RewardFunctionArguments, tokenizer: PreTrainedTokenizerBase):
-        self.args, self.tokenizer = args, tokenizer
-        sealed = reward_model.check(args.reward_model, tokenizer)
+        assert args.reward_model is not None, "created only for recipes that name a reward model"
+        self.path, self.args, self.tokenizer = args.reward_model, args, tokenizer
+        sealed: dict[str, Any] = reward_model.check(self.path, tokenizer)
         if args.normalize_rewards and not sealed["spread"] > 0:
             raise UserError(
-                f"{args.reward_model} recorded a spread of {sealed['spread']:g}, by which nothing can be "
-                "normalised; write normalize_rewards: false, or train it again with more num_samples"
+                f"{self.path} recorded a spread of {sealed['spread']:g}, by which nothing can be "
+                "normalized; write normalize_rewards: false, or train it again with more num_samples"
             )
         self.max_length: int = sealed["max_length"]
-        """Of the conversations that it was trained on, in tokens."""
+        """Length limit of its training conversations, in tokens."""
 
     def load(self, prepare: Callable[[PreTrainedModel], torch.nn.Module]) -> None:
-        self.loaded = reward_model.load(self.args.reward_model, self.tokenizer, prepare)
+        """Loads the weights; `prepare` moves or shards the model."""
+        self.loaded = reward_model.load(self.path, self.tokenizer, prepare)
 
     def __call__(self, prompts: list[list[Message]], completions: list[list[Message]], **_: object) -> list[float]:
         conversations = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
         scores = reward_model.score(self.loaded.model, self.tokenizer, conversations, self.args.reward_batch_size)
         if not all(map(math.isfinite, scores)):
-            raise OneProcessError(f"reward_model {self.args.reward_model} gives scores that are no numbers")
+            raise OneProcessError(f"reward_model {self.path} gives scores that are NaN or infinite")
         if self.args.normalize_rewards:
             scores = [(score - self.loaded.mean) / self.loaded.spread for score in scores]
         return scores
 
 
 def missing_end(penalty: float) -> RewardFunction:
-    """An answer without a stop token is not scored as if it had ended: TRL renders it as if it had."""
+    """A penalty for answers without a stop token, which TRL renders as if they had ended."""
 
     def missing_end_penalty(completion_ids: list[list[int]], **_: object) -> list[float]:
         return [0.0 if ids and ids[-1] in STOP_TOKEN_IDS else -penalty for ids in completion_ids]
@@ -116,6 +119,8 @@ def missing_end(penalty: float) -> RewardFunction:
 
 
 def length(penalty: float) -> RewardFunction:
+    """A penalty for each token of an answer."""
+
     def length_penalty(completion_ids: list[list[int]], **_: object) -> list[float]:
         return [-penalty * len(ids) for ids in completion_ids]
 
@@ -123,9 +128,9 @@ def length(penalty: float) -> RewardFunction:
 
 
 def checked(path: str, function: RewardFunction) -> RewardFunction:
-    """The function under its own name; what TRL would take for "cannot be scored" (None, NaN) is an error."""
+    """The function under its own name; None and NaN, which TRL would read as "cannot be scored", are errors."""
 
-    def call(**arguments: object) -> list[float]:
+    def call(**arguments: Any) -> list[float]:
         values = function(**arguments)
         num_answers = len(arguments["completions"])
         if not isinstance(values, list) or len(values) != num_answers:

@@ -1,7 +1,7 @@
-"""Answers sampled from a model, and what can be counted in them."""
+"""Samples answers from a model, and counts what can be counted in them."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,29 +18,31 @@ from gemma2_post.models.tokens import PAD, STOP_TOKEN_IDS
 from gemma2_post.stage.errors import UserError
 
 Grader = Callable[..., list[float]]
-"""Called as TRL calls a reward function: `grader(completions=[text, ...], column=[value, ...], ...)`."""
+"""Called like TRL's reward functions: `grader(completions=[text, ...], column=[value, ...], ...)`."""
 
 
 @dataclass
 class Answer:
+    """An answer as text and as token ids."""
+
     text: str
     prompt_ids: list[int]
     token_ids: list[int]
-    """With the stop token, if it ended with one."""
+    """The answer's token ids, with the stop token if it ended with one."""
 
     @property
     def stopped(self) -> bool:
-        """Whether it ended by itself."""
+        """Whether the answer ended by itself."""
         return bool(self.token_ids) and self.token_ids[-1] in STOP_TOKEN_IDS
 
     @property
     def num_tokens(self) -> int:
-        """Without the stop token."""
+        """Number of tokens, without the stop token."""
         return len(self.token_ids) - self.stopped
 
 
 def load_graders(sample_args: SampleArguments, rows: Dataset) -> dict[str, Grader]:
-    """The graders by their functions' names; checks the other arguments, too."""
+    """The graders, by their functions' names; also checks the other arguments."""
     if sample_args.num_samples < 0:
         raise UserError(f"num_samples is {sample_args.num_samples}; write 0 or more")
     if sample_args.group_by and sample_args.group_by not in rows.column_names:
@@ -57,12 +59,12 @@ def sample_answers(
     batch_size: int = 32,
     seed: int = 0,
 ) -> list[Answer]:
-    """One answer per prompt, from the model's own distribution: no top-k, no top-p; greedy at temperature 0.
+    """Samples one answer per prompt from the model's own distribution: no top-k, no top-p; greedy at temperature 0.
 
-    The model is in evaluation mode while it samples and as before afterwards; so is torch's random state.
+    Restores the model's training mode and torch's random state afterwards.
     """
     answers = []
-    with _evaluating(model), torch.random.fork_rng(), torch.no_grad():
+    with evaluating(model), torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             batch = tokenizer.apply_chat_template(
@@ -80,7 +82,7 @@ def sample_answers(
                 top_k=0,
                 top_p=1.0,
                 max_new_tokens=max_new_tokens,
-                synced_gpus=False,  # the weights are gathered; processes with fewer prompts must not be waited for
+                synced_gpus=False,  # the weights are gathered; do not wait for processes with fewer prompts
                 eos_token_id=STOP_TOKEN_IDS,
                 pad_token_id=PAD,
             )
@@ -95,7 +97,8 @@ def sample_answers(
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel):
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Keeps the model in evaluation mode, then restores its mode."""
     training = model.training
     model.eval()
     try:
@@ -107,9 +110,9 @@ def _evaluating(model: PreTrainedModel):
 def grade(
     answers: list[Answer], rows: Dataset, graders: dict[str, Grader], group_by: str | None = None
 ) -> dict[str, float]:
-    """Stop rate, mean length in tokens, and the mean of each grader: overall, and by a column if one is named.
+    """Stop rate, mean length in tokens, and each grader's mean: overall and by the column `group_by`.
 
-    Without answers there is nothing to measure.
+    Empty if there are no answers.
     """
     if not answers:
         return {}
@@ -129,7 +132,7 @@ def grade(
 
 
 def distinctness(answers: list[Answer]) -> dict[str, float]:
-    """Share of different answers, and of different pairs of neighbouring tokens among all such pairs."""
+    """Share of distinct answers, and of distinct bigrams among all pairs of neighboring tokens."""
     pairs = Counter(pair for answer in answers for pair in zip(answer.token_ids, answer.token_ids[1:], strict=False))
     return {
         "distinct_answers": len({answer.text for answer in answers}) / len(answers),
@@ -138,13 +141,13 @@ def distinctness(answers: list[Answer]) -> dict[str, float]:
 
 
 def share_of(num_rows: int, processes: Accelerator | PartialState) -> list[int]:
-    """The rows of this process: as many for each, so that sharded models run in step; some come twice for that."""
+    """This process's rows. Each process gets equally many, to keep sharded models in step; some rows come twice."""
     world = processes.num_processes
     return [i % num_rows for i in range(processes.process_index, -(-num_rows // world) * world, world)]
 
 
 def gather_rows(mine: list[int], results: list, num_rows: int) -> list:
-    """What all processes have made of their `share_of` the rows, in the order of the rows, on each of them."""
+    """All processes' results on their `share_of` the rows, in the order of the rows; each process gets them all."""
     gathered = dict(gather_object(list(zip(mine, results, strict=True))))
     return [gathered[i] for i in range(num_rows)]
 
@@ -152,7 +155,7 @@ def gather_rows(mine: list[int], results: list, num_rows: int) -> list:
 def sample_held_out(
     trainer: Trainer, wrapped_model: torch.nn.Module, prompts: list[list[dict[str, str]]], max_new_tokens: int
 ) -> list[Answer]:
-    """Answers at temperature 1 of a model as the trainer holds it; each process samples its share of the prompts."""
+    """Answers at temperature 1 from a model that the trainer holds; each process samples its share of the prompts."""
     if not prompts:
         return []
     mine = share_of(len(prompts), trainer.accelerator)

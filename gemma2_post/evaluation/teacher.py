@@ -1,8 +1,7 @@
-"""A teacher's answers, from a local model or an endpoint, written down as they come, and their rewards."""
+"""A teacher's answers, from a local model or an endpoint, written to disk as they come, and their rewards."""
 
 import random
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from threading import Lock
 
 import torch
@@ -22,10 +21,10 @@ from gemma2_post.models.loading import load_model
 from gemma2_post.stage.errors import UserError
 
 FIRST_REFUSALS = 20
-"""So many refusals and no answer yet mean that something is wrong with the endpoint, not with the prompts."""
+"""This many refusals without any answer mean that the endpoint is at fault, not the prompts."""
 
 Job = tuple[int, int]
-"""A prompt's row and the number of the answer to it."""
+"""A prompt's row, and which of its answers."""
 
 
 def ask_model(
@@ -36,9 +35,9 @@ def ask_model(
     answered: dict[Job, dict],
     write: Callable[[list[dict]], None],
 ) -> None:
-    """Answers of a local model, in batches of prompts of like length, the longest first: what does not fit fails soon.
+    """Answers of a local model, in batches of prompts of similar length; the longest come first, to fail early.
 
-    A batch is always sampled whole, from its own seed: who was interrupted gets the same answers again.
+    Each batch is sampled as a whole from its own seed, so an interrupted run gets the same answers again.
     """
     lengths = [sum(len(message["content"]) for message in prompt) for prompt in prompts]
     jobs = [(row, sample) for row in range(len(prompts)) for sample in range(args.num_answers)]
@@ -58,12 +57,8 @@ def ask_model(
             args.batch_size,
             seed=random.Random(f"{args.seed} {number}").getrandbits(32),
         )
-        write(
-            [
-                record(job, answer.text, "stop" if answer.stopped else "length", answer.num_tokens)
-                for job, answer in zip(batch, sampled, strict=True)
-            ]
-        )
+        pairs = zip(batch, sampled, strict=True)
+        write([record(job, each.text, "stop" if each.stopped else "length", each.num_tokens) for job, each in pairs])
 
 
 def ask_endpoint(
@@ -74,10 +69,9 @@ def ask_endpoint(
     answered: dict[Job, dict],
     write: Callable[[list[dict]], None],
 ) -> None:
-    """Answers of an endpoint, one by one as they come, also those in flight when something fails.
+    """Answers of an endpoint, written as they come, even those in flight when something fails.
 
-    Each request has a seed of its own. What the endpoint refuses to answer counts as an answer that is dropped, unless
-    it refuses everything.
+    Each request has its own seed. A refusal counts as an answer to be dropped, unless the endpoint refuses everything.
     """
     lock = Lock()
     num_refused, has_answered = 0, any(answer["finish_reason"] != "refused" for answer in answered.values())
@@ -104,22 +98,17 @@ def ask_endpoint(
             write([answer])
 
     jobs = [(row, sample) for row in range(len(prompts)) for sample in range(args.num_answers)]
-    with ThreadPoolExecutor(args.server.concurrency) as pool:
-        asked = [pool.submit(ask, job) for job in jobs if job not in answered]
-        try:
-            for each in as_completed(asked):
-                each.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    endpoint.ask_all(ask, [job for job in jobs if job not in answered], args.server.concurrency)
 
 
 def record(job: Job, text: str, finish_reason: str, num_tokens: int) -> dict:
-    row, sample = job
-    return {"row": row, "sample": sample, "text": text, "finish_reason": finish_reason, "num_tokens": num_tokens}
+    """The JSON record of an answer."""
+    return {"row": job[0], "sample": job[1], "text": text, "finish_reason": finish_reason, "num_tokens": num_tokens}
 
 
 def load_rewards(args: SynthesisArguments, prompts: Dataset) -> Callable[[list[Candidate]], list[float]]:
-    """The reward of candidates, by a function `module:function` (as TRL's reward functions) or by a reward model."""
+    """A function that rewards candidates: the user's `module:function` (called like TRL's), or a reward model."""
+    assert args.reward_model is not None, "called only for recipes that name one"
     if ":" in args.reward_model:
         columns = [column for column in prompts.column_names if column != "prompt"]
         function = load_grader(args.reward_model, columns)
@@ -132,10 +121,9 @@ def load_rewards(args: SynthesisArguments, prompts: Dataset) -> Callable[[list[C
     loaded = reward_model.load(args.reward_model)
 
     def by_model(candidates: list[Candidate]) -> list[float]:
-        # Only now, when a local teacher has left the GPU.
+        # Moved only now: a local teacher has left the GPU.
         loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        return reward_model.score(
-            loaded.model, loaded.tokenizer, [each.messages for each in candidates], args.batch_size
-        )
+        conversations = [each.messages for each in candidates]
+        return reward_model.score(loaded.model, loaded.tokenizer, conversations, args.batch_size)
 
     return by_model

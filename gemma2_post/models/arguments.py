@@ -1,4 +1,4 @@
-"""What a recipe may say about a Gemma 2 model: combinations that cannot work are refused before anything is loaded."""
+"""Checks of what a recipe says about a Gemma 2 model: refuses what cannot work before anything is loaded."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ATTENTION = ("eager", "flex_attention", "flash_attention_2")
-"""The implementations that apply Gemma 2's attention soft-cap; the first is the default."""
+"""Attention implementations that apply Gemma 2's soft-cap; the first is the default."""
 
 REFUSED_KEYS = {
     "gradient_accumulation_steps": "it follows from global_batch_size, per_device_train_batch_size and the number of "
@@ -19,7 +19,7 @@ REFUSED_KEYS = {
     "fp16": "Gemma 2 overflows in fp16 (the mask's -65504 plus a soft-capped score is -inf); use bf16 or neither",
     "fp16_full_eval": "Gemma 2 overflows in fp16; remove it",
     "bf16_full_eval": "it would round the trained weights in place before they are saved; remove it",
-    "hub_token": "it would be written beside the weights; log in with `hf auth login`",
+    "hub_token": "it would be saved with the weights; log in with `hf auth login`",
     "save_only_model": "a run could not be resumed; remove it",
     "ignore_data_skip": "a resumed run would see other rows; remove it",
     "deepspeed": "it belongs in an accelerate config, see accelerate_configs/",
@@ -41,7 +41,7 @@ REFUSED_KEYS = {
 
 
 def check_arguments(launcher: Launcher, model_args: "ModelConfig", training_args: "TrainingArguments") -> None:
-    """Refuses combinations that cannot work or train wrongly."""
+    """Raises a `UserError` for combinations that cannot work or would train incorrectly."""
     zero_stage = launcher.zero_stage
     quantized = model_args.load_in_4bit or model_args.load_in_8bit
     if quantized and not model_args.use_peft:
@@ -52,7 +52,7 @@ def check_arguments(launcher: Launcher, model_args: "ModelConfig", training_args
     check_model_arguments(model_args)
     if quantized and zero_stage == 3:
         raise UserError(
-            "a quantised base cannot be sharded by ZeRO-3; use accelerate_configs/multi_gpu.yaml or "
+            "a quantized base cannot be sharded by ZeRO-3; use accelerate_configs/multi_gpu.yaml or "
             "accelerate_configs/deepspeed_zero2.yaml"
         )
     if training_args.n_gpu > 1:
@@ -84,7 +84,7 @@ def check_arguments(launcher: Launcher, model_args: "ModelConfig", training_args
 
 
 def check_model_arguments(model_args: "ModelConfig") -> None:
-    """Refuses ways of loading a Gemma 2 model that cannot work or are wrong."""
+    """Raises a `UserError` for ways of loading a Gemma 2 model that cannot work or would give wrong results."""
     from transformers.utils import is_flash_attn_greater_or_equal
 
     if model_args.model_name_or_path is None:
@@ -109,25 +109,25 @@ def check_model_arguments(model_args: "ModelConfig") -> None:
         )
     if (model_args.load_in_4bit or model_args.load_in_8bit) and model_args.dtype != "bfloat16":
         raise UserError(
-            f"dtype is {model_args.dtype} with quantised weights; write bfloat16 (else embeddings and norms "
+            f"dtype is {model_args.dtype} with quantized weights; write bfloat16 (else embeddings and norms "
             "stay in fp32)"
         )
 
 
 def attention_of(model_args: "ModelConfig") -> str:
-    """The attention that a recipe names, or the default."""
+    """The attention implementation of a recipe, or the default."""
     return model_args.attn_implementation or ATTENTION[0]
 
 
 def complete_model_arguments(model_args: "ModelConfig") -> None:
-    """Fills in Gemma 2's defaults: eager attention, and the modules that adapters are for."""
+    """Fills in Gemma 2's defaults: eager attention, and the modules that LoRA adapts."""
     model_args.attn_implementation = attention_of(model_args)
     if model_args.use_peft:
         model_args.lora_target_modules = model_args.lora_target_modules or LORA_TARGET_MODULES
 
 
 def check_length(max_length: int | None, config: "Gemma2Config") -> int:
-    """The longest row in tokens: `max_length`, or all positions of the model, which nothing else would check."""
+    """The longest row in tokens: `max_length`, or all positions of the model; more are a `UserError`."""
     most = config.max_position_embeddings
     if max_length is not None and max_length > most:
         raise UserError(f"max_length is {max_length}, more than the {most} positions of the model; lower it")
@@ -141,11 +141,15 @@ def check_prompt_length(
     positions: int,
     whose: str = "the model's",
 ) -> int:
-    """The longest prompt in tokens: `max_prompt_length`, or what the longest answer leaves of the model's positions.
+    """The longest prompt in tokens: `max_prompt_length`, or the positions that the longest answer leaves.
 
     Args:
-        answer_key: the recipe's key of `longest_answer`.
-        whose: the positions are, in words.
+        answer_key: The recipe's key for `longest_answer`.
+        positions: Number of positions of the model, in tokens.
+        whose: Whose positions they are, for the error message.
+
+    Raises:
+        UserError: A length is below 1, or prompt and answer do not fit into the positions.
     """
     if longest_answer is None or longest_answer < 1:
         raise UserError(f"{answer_key} is {longest_answer}; write a number of tokens, 1 or more")

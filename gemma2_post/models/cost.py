@@ -1,7 +1,7 @@
-"""What a Gemma 2 model costs in memory: weights, activations, caches, logits. Pure arithmetic on its config.
+"""Memory of a Gemma 2 model in bytes: weights, activations, caches, logits. Pure arithmetic on its config.
 
 Sources: transformers' `modeling_gemma2.py` (what a layer saves), TRL's `kernels/chunked_*.py` (logits in tiles) and
-`rloo_trainer.py`.
+`rloo_trainer.py`. `rows` and `length` are those of a batch; `itemsize` is in bytes.
 """
 
 from collections.abc import Iterable
@@ -16,44 +16,44 @@ if TYPE_CHECKING:
 
 FP32, BF16 = 4, 2
 ADAMW = 8
-"""Bytes for each trained parameter: two moments in fp32."""
+"""Bytes per trained parameter: two moments in fp32."""
 TILE_TOKENS, TILE_COLUMNS = 4096, 32768
-"""Logits that TRL's losses hold at once (`TOKEN_CHUNK_SIZE`, `VOCAB_CHUNK_SIZE`, `_CHUNKED_LOGPROB_CHUNK_SIZE`)."""
+"""Tile of logits in TRL's losses (`TOKEN_CHUNK_SIZE`, `VOCAB_CHUNK_SIZE`, `_CHUNKED_LOGPROB_CHUNK_SIZE`)."""
 DIVERGENCE_TOKENS = 128
-"""Positions whose probabilities are in fp32 at once (`evaluation/divergence.py`)."""
+"""Positions whose probabilities are held in fp32 at once (`evaluation/divergence.py`)."""
 ONEDNN_KERNELS = 1024 * 0.72e6
-"""On a CPU, bf16 matrix products are compiled for each shape (0.72 MB, measured over 200 shapes with torch 2.13), and
-the newest 1024 kept (`ONEDNN_PRIMITIVE_CACHE_CAPACITY`); lengths of batches vary enough to fill that."""
+"""Compiled bf16 matrix products on a CPU: 0.72 MB per shape (measured over 200 shapes with torch 2.13); oneDNN keeps
+1024 of them (`ONEDNN_PRIMITIVE_CACHE_CAPACITY`), and batch lengths vary enough to reach that."""
 
 
 # --- a model's weights ---
 
 
 def weights(config: "Gemma2Config", itemsize: int, quantization: str | None = None, nested: bool = False) -> float:
-    """Of a whole model.
+    """Weights of a whole model.
 
     Args:
-        quantization: 4bit (nf4: half a byte, and an fp32 constant for each 64), 8bit (LLM.int8) or None; embedding and
-            norms stay as they are.
-        nested: whether the constants of nf4 are quantised, too, to a byte and an fp32 constant for each 256.
+        quantization: "4bit" (nf4: half a byte per weight, an fp32 constant per 64 weights), "8bit" (LLM.int8) or
+            None. Embedding and norms are never quantized.
+        nested: Whether nf4's constants are quantized too, to one byte each and an fp32 constant per 256 of them.
     """
     total = num_parameters(config)
     if quantization is None:
         return total * itemsize
-    shapes = linear_shapes(config).values()
-    linear = config.num_hidden_layers * sum(inputs * outputs for inputs, outputs in shapes)
+    linear = config.num_hidden_layers * sum(inputs * outputs for inputs, outputs in linear_shapes(config).values())
     constants = (1 + FP32 / 256) / 64 if nested else FP32 / 64
     each = 0.5 + constants if quantization == "4bit" else 1
     return (total - linear) * itemsize + linear * each
 
 
 def adapter_parameters(config: "Gemma2Config", rank: int, target_modules: list[str]) -> int:
+    """Number of LoRA parameters (arXiv 2106.09685), two matrices per target module and layer."""
     shapes = linear_shapes(config)
     return config.num_hidden_layers * sum(rank * sum(shapes[name]) for name in target_modules)
 
 
 def kv_cache(config: "Gemma2Config", rows: int, length: int, itemsize: int) -> float:
-    """Keys and values; sliding layers keep no more than their window."""
+    """Keys and values; sliding layers keep only their window."""
     lengths = [
         min(length, config.sliding_window) if kind == "sliding_attention" else length for kind in config.layer_types
     ]
@@ -61,7 +61,7 @@ def kv_cache(config: "Gemma2Config", rows: int, length: int, itemsize: int) -> f
 
 
 def longest_prompt(configs: "Iterable[Gemma2Config | None]", max_prompt_length: int | None, answer: int) -> int:
-    """In tokens: the recipe's, or what the longest answer leaves of the positions of every model that is known."""
+    """The longest prompt in tokens: the recipe's, or what the longest answer leaves of all known models' positions."""
     positions = min(config.max_position_embeddings for config in configs if config)
     return max_prompt_length or positions - answer
 
@@ -74,19 +74,19 @@ class Compute:
     """How a model computes."""
 
     itemsize: int
-    """Of its activations: 2 in bf16, also by autocast."""
+    """Bytes per activation: 2 in bf16, including autocast."""
     attention: str = "eager"
     on_cpu: bool = False
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """What LoRA adds to each token that goes through a model."""
+    """The LoRA settings that determine what an adapter saves per token."""
 
     rank: int
     target_modules: tuple[str, ...]
     input_itemsize: int
-    """Of an adapter's copy of its input: fp32 as its weights, unless autocast or DeepSpeed makes it bf16."""
+    """Bytes per value in an adapter's copy of its input: fp32 like its weights, or bf16 with autocast or DeepSpeed."""
     has_dropout: bool = False
 
 
@@ -95,25 +95,25 @@ def _scores(config: "Gemma2Config", rows: int, length: int) -> int:
 
 
 def masks(rows: int, length: int, compute: Compute) -> float:
-    """Eager attention adds one for the sliding and one for the full layers."""
+    """Attention masks: eager attention needs one for the sliding and one for the full layers."""
     return 2 * rows * length**2 * compute.itemsize if compute.attention == "eager" else 0
 
 
 def saved_by_layer(
     config: "Gemma2Config", rows: int, length: int, compute: Compute, adapted: Adapted | None = None
 ) -> float:
-    """What a layer keeps of its forward pass for its backward pass.
+    """What a layer saves in its forward pass for its backward pass.
 
     Args:
-        adapted: if the layer's own weights are frozen.
+        adapted: The LoRA settings if the layer's own weights are frozen.
     """
     tokens, itemsize = rows * length, compute.itemsize
     hidden, inner = tokens * config.hidden_size, tokens * config.intermediate_size
     heads = tokens * config.num_attention_heads * config.head_dim
     kv_heads = tokens * config.num_key_value_heads * config.head_dim
-    # Each of the four norms: its input in fp32, and for its weight's gradient the normed input.
+    # Each of the four norms saves its input in fp32, and for its weight's gradient also the normalized input.
     saved = 4 * FP32 * hidden * (1 if adapted else 2)
-    # What q/k/v/o, gate/up and down multiply.
+    # Inputs of the matrices: of q/k/v, o, gate/up and down.
     if adapted:
         shapes = linear_shapes(config)
         inputs = sum(shapes[name][0] for name in adapted.target_modules)
@@ -121,17 +121,20 @@ def saved_by_layer(
         saved += tokens * len(adapted.target_modules) * adapted.rank * adapted.input_itemsize
     else:
         saved += itemsize * (2 * hidden + heads + inner)
-    saved += itemsize * 3 * inner  # of GeGLU: the gate, its GELU, the other factor
+    saved += itemsize * 3 * inner  # GeGLU: the gate, its GELU, the other factor
     if compute.attention == "eager":
-        # Queries, keys and values, the latter repeated for each head; of the scores their tanh, the softmax in fp32,
-        # and in bf16 its rounding: 8 bytes each in both.
+        # Queries, and keys and values repeated for each head. Per score 8 bytes: in fp32 its tanh and its softmax; in
+        # bf16 its tanh, its softmax in fp32, and that rounded to bf16.
         return saved + itemsize * 3 * heads + 8 * _scores(config, rows, length)
     return saved + itemsize * (2 * heads + 2 * kv_heads) + FP32 * tokens * config.num_attention_heads
 
 
 def backward_working(config: "Gemma2Config", rows: int, length: int, compute: Compute) -> float:
-    """What a layer's backward pass needs beside what was saved: gradients of GeGLU; then, when what GeGLU saved is
-    gone, the softmax's two in fp32, of which bf16's rounding gives back a part."""
+    """What a layer's backward pass needs in addition to what was saved.
+
+    First the gradients of GeGLU; later, when what GeGLU saved is freed, two gradients of the softmax in fp32, minus
+    what the rounded bf16 softmax frees.
+    """
     mlp = 3 * rows * length * config.intermediate_size * compute.itemsize
     if compute.attention != "eager":
         return mlp
@@ -141,8 +144,10 @@ def backward_working(config: "Gemma2Config", rows: int, length: int, compute: Co
 def saved(
     config: "Gemma2Config", rows: int, length: int, compute: Compute, checkpoints: bool, adapted: Adapted | None = None
 ) -> float:
-    """What a forward pass keeps for the backward pass, up to the last hidden state, masks not counted: with gradient
-    checkpointing the input of each layer only."""
+    """What a forward pass saves for the backward pass, up to the last hidden state, without masks.
+
+    With gradient checkpointing (`checkpoints`) that is only the input of each layer.
+    """
     hidden = rows * length * config.hidden_size
     last_norm = FP32 * hidden * (1 if adapted else 2)
     layer = hidden * compute.itemsize if checkpoints else saved_by_layer(config, rows, length, compute, adapted)
@@ -152,13 +157,13 @@ def saved(
 def backward(
     config: "Gemma2Config", rows: int, length: int, compute: Compute, checkpoints: bool, adapted: Adapted | None = None
 ) -> float:
-    """What the backward pass needs beside that; with gradient checkpointing a layer is computed again first."""
-    again = saved_by_layer(config, rows, length, compute, adapted) if checkpoints else 0
-    return again + backward_working(config, rows, length, compute)
+    """What the backward pass needs in addition; gradient checkpointing first recomputes what a layer saves."""
+    recomputed = saved_by_layer(config, rows, length, compute, adapted) if checkpoints else 0
+    return recomputed + backward_working(config, rows, length, compute)
 
 
 def forward(config: "Gemma2Config", rows: int, length: int, compute: Compute) -> float:
-    """What a pass that keeps nothing needs: the widest place of a layer, and the hidden states around it."""
+    """What a forward pass without gradients needs: the widest part of a layer, and the hidden states around it."""
     tokens, itemsize = rows * length, compute.itemsize
     hidden, inner = tokens * config.hidden_size, tokens * config.intermediate_size
     heads = tokens * config.num_attention_heads * config.head_dim
@@ -170,8 +175,13 @@ def forward(config: "Gemma2Config", rows: int, length: int, compute: Compute) ->
 
 
 def sampling(config: "Gemma2Config", rows: int, prompt: int, new: int, compute: Compute) -> Parts:
-    """Answering prompts with a cache: the prompt at once, then a token at a time, which sees repeated keys and
-    values; the logits of one position in fp32, and three copies on the way to a sample."""
+    """Sampling answers with a KV cache: first the whole prompt, then one token at a time, for which each layer repeats
+    keys and values for all heads. Logits of one position in fp32, in four copies.
+
+    Args:
+        prompt: Length of the prompts in tokens.
+        new: Length of the answers in tokens.
+    """
     heads = config.num_attention_heads * config.head_dim
     one_layer = 2 * rows * (prompt + new) * heads * compute.itemsize
     return {
@@ -185,35 +195,35 @@ def sampling(config: "Gemma2Config", rows: int, prompt: int, new: int, compute: 
 
 
 def _tile(config: "Gemma2Config", tokens: int, itemsize: int, on_cpu: bool) -> float:
-    # On a CPU only what is written becomes resident; a GPU's allocator hands out all columns.
+    # On a CPU only memory that is written becomes resident; a GPU's allocator reserves all columns.
     columns = min(config.vocab_size, TILE_COLUMNS) if on_cpu else TILE_COLUMNS
     return min(tokens, TILE_TOKENS) * columns * itemsize
 
 
 def fused_loss(config: "Gemma2Config", tokens: int, compute: Compute, trains_all: bool) -> float:
-    """Log-probabilities of tokens, by tiles of logits; their gradient is summed up in fp32.
+    """Log-probabilities of `tokens` tokens, in tiles of logits; their gradient is accumulated in fp32.
 
-    Without Triton a tile is worked on in nine fp32 copies (`_backward_tile`).
+    Without Triton, a tile takes nine fp32 copies (`_backward_tile`).
     """
     copies = 9 * _tile(config, tokens, FP32, on_cpu=True) if compute.on_cpu else 0
-    of_hidden = tokens * config.hidden_size * (FP32 + 2 * compute.itemsize)  # its gradient, itself and a copy
+    of_hidden = tokens * config.hidden_size * (FP32 + 2 * compute.itemsize)  # its fp32 gradient, itself and a copy
     return _tile(config, tokens, compute.itemsize, compute.on_cpu) + copies + of_hidden + _head(config, trains_all)
 
 
 def divergence_loss(config: "Gemma2Config", tokens: int, compute: Compute, trains_all: bool) -> float:
-    """Between student and teacher: two tiles, always in fp32; ten copies of one without Triton."""
+    """Divergence between student and teacher: two fp32 tiles, and ten more copies of one without Triton."""
     tile = _tile(config, tokens, FP32, compute.on_cpu)
     of_hidden = tokens * config.hidden_size * (FP32 + 2 * compute.itemsize)
     return (12 if compute.on_cpu else 2) * tile + of_hidden + _head(config, trains_all)
 
 
 def _head(config: "Gemma2Config", trains_all: bool) -> float:
-    """The head's gradient: summed up in fp32, beside the one of the embedding, which it is tied to."""
+    """The head's gradient, accumulated in fp32 in addition to the gradient of the tied embedding."""
     return config.vocab_size * config.hidden_size * FP32 if trains_all else 0
 
 
 def divergence(config: "Gemma2Config", rows: int, answer: int, itemsize: int) -> float:
-    """Measuring how far two models are apart: both's logits of whole answers, one in two copies (soft-cap), and of
-    some positions the probabilities in fp32, seven times."""
+    """Measuring the divergence of two models: three copies of the logits of whole answers (the soft-cap copies one
+    model's), and seven fp32 copies of the probabilities at `DIVERGENCE_TOKENS` positions."""
     logits = rows * (answer + 1) * config.vocab_size * itemsize
     return 3 * logits + 7 * min(DIVERGENCE_TOKENS, answer) * config.vocab_size * FP32

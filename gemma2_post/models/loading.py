@@ -1,9 +1,10 @@
-"""Loading Gemma 2 models: their configs first, so that what is wrong shows before weights are read."""
+"""Loading Gemma 2 models: configs first, so that mistakes show before any weights are read."""
 
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -23,7 +24,11 @@ from gemma2_post.stage.errors import UserError
 
 
 def load_config(path: str, revision: str | None = None) -> Gemma2Config:
-    """The model's config: read before its weights are downloaded, so that what is wrong shows early."""
+    """The model's config, checked.
+
+    Raises:
+        UserError: It is no finished, unquantized Gemma 2 model, or cannot be loaded.
+    """
     local = Path(path)
     if (local / "adapter_config.json").is_file() and not (local / "config.json").is_file():
         raise UserError(f"{path} is an adapter, not a model; merge it into its base first, or name a merged model")
@@ -38,12 +43,12 @@ def load_config(path: str, revision: str | None = None) -> Gemma2Config:
     if config.model_type != "gemma2":
         raise UserError(f"{path} is a {config.model_type} model; this pipeline is for gemma2")
     if getattr(config, "quantization_config", None):
-        raise UserError(f"{path} is quantised; name the unquantised model and set load_in_4bit instead")
+        raise UserError(f"{path} is quantized; name the unquantized model and set load_in_4bit instead")
     return config
 
 
 def load_error(path: str, error: OSError) -> UserError | OSError:
-    """What to do when a model cannot be loaded; a full disk is left to speak for itself."""
+    """The error to raise when a model cannot be loaded: what to do about it, or `error` itself if the disk is full."""
     if error.errno == errno.ENOSPC:
         return error
     reason = str(error).strip().splitlines()[0]
@@ -51,21 +56,24 @@ def load_error(path: str, error: OSError) -> UserError | OSError:
         return UserError(f"{path} cannot be loaded ({reason}); name the output of a finished stage")
     return UserError(
         f"cannot get {path}: it is no local directory, and the Hub does not hand it out; if it is gated, "
-        f"accept its licence at https://huggingface.co/{path} and log in with `hf auth login` (a token alone does not "
+        f"accept its license at https://huggingface.co/{path} and log in with `hf auth login` (a token alone does not "
         f"do); if this machine is offline, download it elsewhere and give the directory ({reason})"
     )
 
 
 def load_for_training(model_args: ModelConfig, training_args: TrainingArguments) -> PreTrainedModel:
-    """The causal language model for a trainer: a quantised one on its device, any other where the trainer moves it
-    from (or shards it, under ZeRO-3)."""
-    quantized = model_args.load_in_4bit or model_args.load_in_8bit
-    return load_model(model_args, device_map={"": training_args.device} if quantized else None)
+    """The causal language model for a trainer."""
+    return load_model(model_args, training_device_map(model_args, training_args))
+
+
+def training_device_map(model_args: ModelConfig, training_args: TrainingArguments) -> dict | None:
+    """A quantized model must be loaded on the trainer's device; the trainer moves or shards any other itself."""
+    return {"": training_args.device} if model_args.load_in_4bit or model_args.load_in_8bit else None
 
 
 @contextmanager
 def unsharded(training_args: TrainingArguments) -> Iterator[None]:
-    """Within it a model is loaded whole, also under ZeRO-3, which otherwise shards each model that is loaded."""
+    """Context in which a model is loaded whole even under ZeRO-3, which otherwise shards every model while loading."""
     unset_hf_deepspeed_config()
     try:
         yield
@@ -75,27 +83,43 @@ def unsharded(training_args: TrainingArguments) -> Iterator[None]:
 
 
 def load_model(model_args: ModelConfig, device_map: str | dict | None) -> PreTrainedModel:
-    """The causal language model as the recipe wants it."""
+    """The causal language model that the recipe describes."""
+    model = load_pretrained(AutoModelForCausalLM, model_args, device_map)
+    model.generation_config = generation_config()
+    return model
+
+
+def load_pretrained(
+    auto_class: Any, model_args: ModelConfig, device_map: dict | str | None, **config: object
+) -> PreTrainedModel:
+    """The model that the recipe describes, as `auto_class` loads it.
+
+    Args:
+        config: Values that override the model's config.
+
+    Raises:
+        UserError: It cannot be loaded.
+    """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class.from_pretrained(
             model_args.model_name_or_path,
             revision=model_args.model_revision,
             dtype=getattr(torch, model_args.dtype),
             attn_implementation=model_args.attn_implementation,
             quantization_config=get_quantization_config(model_args),
             device_map=device_map,
+            **config,
         )
     except OSError as error:
         raise load_error(model_args.model_name_or_path, error) from error
     disable_cpu_repacking(model)
-    model.generation_config = generation_config()
     return model
 
 
 def disable_cpu_repacking(model: PreTrainedModel) -> None:
-    """Keeps bitsandbytes from repacking 4-bit weights in an evaluation forward on a CPU with AVX512-BF16.
+    """Keeps bitsandbytes from repacking 4-bit weights in an evaluation forward pass on a CPU with AVX512-BF16.
 
-    The repacked weights are then read as if they were not: later gradients and merges are wrong, without an error.
+    It later reads the repacked weights as if they were not repacked: gradients and merges would be silently wrong.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -103,5 +127,5 @@ def disable_cpu_repacking(model: PreTrainedModel) -> None:
 
 
 def generation_config() -> GenerationConfig:
-    """Both stop tokens, always: a Gemma 2 turn ends with `<end_of_turn>`, a conversation with `<eos>`."""
+    """The generation config, always with both stop tokens; see `STOP_TOKEN_IDS`."""
     return GenerationConfig(bos_token_id=BOS, eos_token_id=STOP_TOKEN_IDS, pad_token_id=PAD)

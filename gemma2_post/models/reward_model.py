@@ -1,8 +1,9 @@
-"""A reward model that cannot be loaded wrong: made from a language model, sealed, and checked when it is loaded."""
+"""Reward models: made from a language model, sealed when saved, and checked when loaded."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -15,10 +16,10 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from trl import ModelConfig, get_quantization_config
+from trl import ModelConfig
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
-from gemma2_post.models.loading import disable_cpu_repacking, load_config, load_error
+from gemma2_post.models.loading import load_config, load_error, load_pretrained, training_device_map
 from gemma2_post.models.tokenizer import load_tokenizer, tokenizer_digest
 from gemma2_post.models.tokens import PAD
 from gemma2_post.stage import contract, digests
@@ -27,13 +28,13 @@ from gemma2_post.stage.errors import UserError
 FILE = "reward_model.json"
 _ARCHITECTURE = "Gemma2ForSequenceClassification"
 _CANARY_TOLERANCE = 0.1
-"""Of the spread of the rewards: bf16 in place of fp32 moves scores by less, another head by much more."""
+"""As a share of the rewards' standard deviation: using bf16 shifts scores by less, another head by far more."""
 
 Message = dict[str, str]
 
 
 class ScoreHead(torch.nn.Linear):
-    """The score in fp32, whatever the model computes in: from 8 on, bf16 has steps of 0.06, and rewards would tie."""
+    """The score head, in fp32 whatever the model's dtype: above 8, bf16 has steps of 0.06, and rewards would tie."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         with torch.autocast(hidden_states.device.type, enabled=False):
@@ -42,46 +43,37 @@ class ScoreHead(torch.nn.Linear):
 
 @dataclass
 class RewardModel:
+    """A loaded reward model."""
+
     model: torch.nn.Module
     tokenizer: PreTrainedTokenizerBase
     mean: float
-    """Of the rewards of held-out answers, and their standard deviation: to normalise with."""
+    """Mean of the rewards of held-out answers, for normalization."""
     spread: float
+    """Standard deviation of the same rewards."""
     max_length: int
-    """Of what it was trained on, in tokens; scores of longer conversations mean little."""
+    """Longest conversation it was trained on, in tokens; scores of longer ones mean little."""
 
 
 def start(model_args: ModelConfig, training_args: TrainingArguments) -> PreTrainedModel:
-    """A language model with a new score head in place of its own, to be trained."""
-    quantization_config = get_quantization_config(model_args)
-    set_seed(training_args.seed)  # of the new head
-    try:
-        with suppress_seqcls_warning():
-            model = AutoModelForSequenceClassification.from_pretrained(
-                model_args.model_name_or_path,
-                revision=model_args.model_revision,
-                num_labels=1,
-                dtype=getattr(torch, model_args.dtype),
-                attn_implementation=model_args.attn_implementation,
-                quantization_config=quantization_config,
-                device_map={"": training_args.device} if quantization_config else None,
-            )
-    except OSError as error:
-        raise load_error(model_args.model_name_or_path, error) from error
-    disable_cpu_repacking(model)
+    """The language model of a recipe, with an untrained score head in place of its own head."""
+    set_seed(training_args.seed)  # for the new head
+    device_map = training_device_map(model_args, training_args)
+    with suppress_seqcls_warning():
+        model = load_pretrained(AutoModelForSequenceClassification, model_args, device_map, num_labels=1)
     _score_in_fp32(model)
-    if not training_args.deepspeed_plugin:  # which keeps fp32 masters itself
+    if not training_args.deepspeed_plugin:  # DeepSpeed keeps fp32 master weights itself
         model.score.float()
     return model
 
 
 def _score_in_fp32(model: PreTrainedModel) -> None:
-    # In place: a new module would not be sharded, nor be the one that PEFT finds.
+    # In place: ZeRO-3 would not shard a new module, and PEFT would not find it.
     model.score.__class__ = ScoreHead
 
 
 def mean_and_spread(rewards: Iterable[list[float]]) -> tuple[float, float]:
-    """Mean and standard deviation of all rewards, to normalize with."""
+    """Mean and standard deviation of all rewards, for normalization."""
     values = numpy.array([reward for each in rewards for reward in each])
     return float(values.mean()), float(values.std())
 
@@ -94,36 +86,27 @@ def seal(
     spread: float,
     max_length: int,
 ) -> None:
-    """Writes beside saved weights what `load` checks: above all, what a fresh load of them scores.
+    """Saves with the weights in `output_dir` what `load` checks: above all, the scores of a few conversations.
 
     Args:
-        conversations: the canary; a few, each ending with the model's turn.
+        conversations: These few conversations, the canary; each ends with the model's turn.
     """
-    unset_hf_deepspeed_config()  # else ZeRO-3 would shard this model, too
+    unset_hf_deepspeed_config()  # else ZeRO-3 would shard this model too
     model = AutoModelForSequenceClassification.from_pretrained(
         output_dir, dtype=torch.float32, attn_implementation="eager"
     )
     _score_in_fp32(model)
     scores = [score(model, tokenizer, [conversation])[0] for conversation in conversations]
-    contract.write_json(
-        output_dir / FILE,
-        {
-            "canary": [
-                {"messages": messages, "score": value} for messages, value in zip(conversations, scores, strict=True)
-            ],
-            "mean": mean,
-            "spread": spread,
-            "max_length": max_length,
-            **_digests(tokenizer),
-        },
-    )
+    canary = [{"messages": messages, "score": value} for messages, value in zip(conversations, scores, strict=True)]
+    sealed = {"canary": canary, "mean": mean, "spread": spread, "max_length": max_length, **_digests(tokenizer)}
+    contract.write_json(output_dir / FILE, sealed)
 
 
-def check(path: str, policy_tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, object]:
-    """What was sealed with a reward model, after what can be checked without its weights.
+def check(path: str, policy_tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
+    """Checks a reward model without loading its weights; returns what `seal` saved.
 
     Raises:
-        UserError: a causal model, an adapter, a model that the reward stage did not finish, another tokenizer, ...
+        UserError: It is a causal model, an adapter, or unfinished, has another tokenizer, or the like.
     """
     config = load_config(path)
     sealed = contract.read_json(Path(path) / FILE)
@@ -151,14 +134,14 @@ def load(
     policy_tokenizer: PreTrainedTokenizerBase | None = None,
     prepare: Callable[[PreTrainedModel], torch.nn.Module] = lambda model: model,
 ) -> RewardModel:
-    """The finished output of the reward stage, on the CPU; bf16 where there is a GPU for it, else fp32.
+    """The finished output of the reward stage, on the CPU; in bf16 if there is a GPU to move it to, else in fp32.
 
     Args:
-        policy_tokenizer: whose conversations will be scored; it must be the reward model's own.
-        prepare: moves or shards the loaded model, before its canary is scored.
+        policy_tokenizer: Tokenizer of the policy to be scored; it must equal the reward model's own.
+        prepare: Moves or shards the loaded model before the canary is scored.
 
     Raises:
-        UserError: what `check` refuses; weights that are missing; a canary that does not reproduce.
+        UserError: `check` refuses it, weights are missing, or the canary's scores do not reproduce.
     """
     sealed = check(path, policy_tokenizer)
     tokenizer = policy_tokenizer or load_tokenizer(path, load_config(path))
@@ -171,7 +154,7 @@ def load(
         )
     except OSError as error:
         raise load_error(path, error) from error
-    except (RuntimeError, SafetensorError) as error:  # shapes of another config, half a file
+    except (RuntimeError, SafetensorError) as error:  # shapes that do not match the config, half a file
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path} cannot be loaded ({reason}); train the reward model again") from error
     if info["missing_keys"] or model.config.num_labels != 1 or model.config.pad_token_id != PAD:
@@ -201,7 +184,7 @@ def _digests(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
-    """A conversation as a reward model reads it; the score is that of its last token, the break after the turn."""
+    """Token ids of a conversation as a reward model reads it; it scores the last one, the newline after the turn."""
     return tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
 
 
@@ -211,12 +194,12 @@ def score(
     conversations: list[list[Message]],
     batch_size: int = 16,
 ) -> list[float]:
-    """The reward of each conversation, which ends with the model's turn."""
+    """The reward of each conversation; each ends with the model's turn."""
     return score_ids(model, [conversation_ids(tokenizer, messages) for messages in conversations], batch_size)
 
 
 def score_ids(model: torch.nn.Module, rows: list[list[int]], batch_size: int) -> list[float]:
-    """The reward of each conversation, given as token ids; right-padded batches, in evaluation mode."""
+    """The reward of each conversation, given as token ids; computed in right-padded batches, in evaluation mode."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()

@@ -16,16 +16,15 @@ from gemma2_post.models.tokens import BOS, EOS, PAD
 def save_model(
     model: PreTrainedModel, state_dict: dict[str, torch.Tensor], output_dir: Path, dtype: torch.dtype
 ) -> None:
-    """Writes a directory that its `Auto` class loads: weights, config, and of a language model the generation config.
+    """Writes a directory that its `Auto` class loads: weights, config, and for a language model the generation config.
 
-    One canonical layout: a language model's head is the embedding (ZeRO-1 and 2 hand both over), each tensor is
-    rounded once to `dtype`, and a reward model's score head is in fp32.
+    The layout is canonical: only the embedding is saved, not the tied head (ZeRO-1 and 2 gather both); each tensor is
+    rounded once to `dtype`; a reward model's score head is in fp32.
     """
     head, embedding = state_dict.pop("lm_head.weight", None), state_dict["model.embed_tokens.weight"]
     if head is not None and not torch.equal(head, embedding):
         raise RuntimeError("lm_head and embed_tokens differ: training has untied them")
-    empty = [name for name, tensor in state_dict.items() if tensor.numel() == 0]
-    if empty:
+    if empty := [name for name, tensor in state_dict.items() if tensor.numel() == 0]:
         raise RuntimeError(f"{empty[0]} is empty: the shards of the model were not gathered")
     rounded = {name: tensor.to(torch.float32 if name == SCORE_HEAD else dtype) for name, tensor in state_dict.items()}
     model.save_pretrained(output_dir, state_dict=rounded)
@@ -33,7 +32,7 @@ def save_model(
 
 
 def save_configs(model: PreTrainedModel, output_dir: Path, dtype: torch.dtype) -> None:
-    """Writes what stands beside weights that are saved in `dtype`, whatever the type of the model."""
+    """Writes the config files that belong to weights saved in `dtype`, whatever the dtype of `model`."""
     if model.can_generate():
         generation_config().save_pretrained(output_dir)
     config = model.config
@@ -46,14 +45,14 @@ def save_configs(model: PreTrainedModel, output_dir: Path, dtype: torch.dtype) -
 def merge_adapter(
     adapter_dir: Path, model_args: ModelConfig, model_class: type[PreTrainedModel], **config: object
 ) -> PreTrainedModel:
-    """The unquantised base with the adapter added in fp32, on the CPU.
+    """The unquantized base model with the adapter merged in fp32, on the CPU.
 
-    Merging into the 4-bit base would quantise the sum again; in bf16 a part of the update would be rounded away.
+    Merging into the 4-bit base would quantize the sum again; bf16 would round away part of the update.
 
     Args:
-        config: what the model's config has in place of the base's.
+        config: Values that override the base model's config.
     """
-    unset_hf_deepspeed_config()  # else ZeRO-3 would shard this model, too
+    unset_hf_deepspeed_config()  # else ZeRO-3 would shard this model too
     base = model_class.from_pretrained(
         model_args.model_name_or_path,
         revision=model_args.model_revision,

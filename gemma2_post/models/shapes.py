@@ -6,28 +6,21 @@ if TYPE_CHECKING:
     from transformers import Gemma2Config
 
 SCORE_HEAD = "score.weight"
-"""The parameter that makes a reward model of a language model."""
+"""The parameter that a reward model has and a language model does not."""
+_KEYS = (
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "query_pre_attn_scalar"
+).split()
 SHAPES = {
-    f"google/gemma-2-{size}": {
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "query_pre_attn_scalar": scalar,
-    }
-    for size, hidden, intermediate, layers, heads, kv_heads, head_dim, scalar in [
-        ("2b", 2304, 9216, 26, 8, 4, 256, 256),
-        ("9b", 3584, 14336, 42, 16, 8, 256, 256),
-        ("27b", 4608, 36864, 46, 32, 16, 128, 144),
-    ]
+    "google/gemma-2-2b": dict(zip(_KEYS, (2304, 9216, 26, 8, 4, 256, 256), strict=True)),
+    "google/gemma-2-9b": dict(zip(_KEYS, (3584, 14336, 42, 16, 8, 256, 256), strict=True)),
+    "google/gemma-2-27b": dict(zip(_KEYS, (4608, 36864, 46, 32, 16, 128, 144), strict=True)),
 }
-"""By Hub name without `-it`, for what is planned before anything is downloaded (arXiv 2408.00118, table 1)."""
+"""Config values by Hub name without `-it`, for planning before any download (arXiv 2408.00118, table 1)."""
 
 
 def known_config(name: str) -> "Gemma2Config | None":
-    """The config of a model on the Hub, from its name alone."""
+    """The config of a Gemma 2 model on the Hub, from its name alone; None for any other name."""
     from transformers import Gemma2Config
 
     shape = SHAPES.get(name.removesuffix("-it"))
@@ -35,14 +28,14 @@ def known_config(name: str) -> "Gemma2Config | None":
 
 
 def num_parameters(config: "Gemma2Config") -> int:
-    """Parameters of the causal language model, the tied head counted once."""
+    """Number of parameters of the causal language model; the tied head and embedding count once."""
     attention = 2 * config.hidden_size * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
     layer = attention + 3 * config.hidden_size * config.intermediate_size + 4 * config.hidden_size
     return config.vocab_size * config.hidden_size + config.num_hidden_layers * layer + config.hidden_size
 
 
 def linear_shapes(config: "Gemma2Config") -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of a layer's matrices, which are what is quantized and adapted."""
+    """Input and output widths of a layer's matrices, by name; these are what is quantized or adapted."""
     hidden, inner = config.hidden_size, config.intermediate_size
     heads, kv_heads = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     return {

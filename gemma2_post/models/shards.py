@@ -1,4 +1,4 @@
-"""Weights written as safetensors shards, so that no more than one shard of a model is in memory."""
+"""Writing weights as safetensors shards, with at most one shard of a model in memory."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +14,15 @@ def write_shards(
     output_dir: Path | None,
     sizes: dict[str, int],
     tensor_of: Callable[[str], torch.Tensor],
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes `model.safetensors`, or several with an index, as `from_pretrained` reads them.
 
     Args:
-        output_dir: None on a process that takes part in gathering the tensors, but writes nothing.
-        sizes: bytes of each tensor, in the same order on each process.
-        tensor_of: the tensor of a name, in the type in which it is stored.
+        output_dir: None on a process that helps gather the tensors but writes nothing.
+        sizes: Bytes of each tensor, in the same order on every process.
+        tensor_of: Returns the tensor with a given name, in the dtype in which it is stored.
+        shard_bytes: Largest size of a shard.
     """
     plan = split_state_dict_into_shards_factory(
         sizes,

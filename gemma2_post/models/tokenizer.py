@@ -1,4 +1,4 @@
-"""Gemma 2's tokenizer and its chat format: loading, checking, saving, rendering."""
+"""Gemma 2's tokenizer and chat format: loading, checking, saving, rendering."""
 
 import json
 from pathlib import Path
@@ -27,16 +27,16 @@ TRAINING_TEMPLATE = (
     "{%- endif -%}"
     "{%- endfor -%}"
 )
-"""Renders a conversation to train on; what is saved with a model is the inference template.
+"""Template that renders a conversation for training; a model is saved with the inference template instead.
 
-`<eos>` follows the last `<end_of_turn>` at once, as in the Gemma 2 report (arXiv 2408.00118, section 4 and table 4).
-The generation block marks what the model says itself: its words, each of its `<end_of_turn>`, the final `<eos>`.
+`<eos>` directly follows the last `<end_of_turn>`, as in the Gemma 2 report (arXiv 2408.00118, section 4 and table 4).
+The generation block marks what the model itself says: its words, each of its `<end_of_turn>`, and the final `<eos>`.
 """
 
 
 def load_tokenizer(path: str, config: Gemma2Config, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer, checked against the ids of Gemma and the model's vocabulary, with the Gemma 2 chat template."""
-    # Without its file, transformers builds a GemmaTokenizer of five tokens and says nothing.
+    """The tokenizer with the Gemma 2 chat template, checked against Gemma's ids and the model's vocabulary size."""
+    # Without this file, transformers silently builds a GemmaTokenizer of five tokens.
     if Path(path).is_dir() and not (Path(path) / "tokenizer.json").is_file():
         raise UserError(f"{path} has no tokenizer.json; copy the base model's tokenizer files there")
     try:
@@ -61,7 +61,7 @@ def load_tokenizer(path: str, config: Gemma2Config, revision: str | None = None)
 
 
 def load_config_and_tokenizer(model_args: ModelConfig) -> tuple[Gemma2Config, PreTrainedTokenizerBase]:
-    """Both of the model that a recipe names, checked; its weights are not read."""
+    """Config and tokenizer of the model that a recipe names, checked; reads no weights."""
     path, revision = model_args.model_name_or_path, model_args.model_revision
     config = load_config(path, revision)
     return config, load_tokenizer(path, config, revision)
@@ -70,11 +70,11 @@ def load_config_and_tokenizer(model_args: ModelConfig) -> tuple[Gemma2Config, Pr
 def check_same_vocabulary(
     tokenizer: PreTrainedTokenizerBase, student: str, teacher_tokenizer: PreTrainedTokenizerBase, teacher: str
 ) -> None:
-    """Refuses a teacher that means another token by an id than the student; TRL compares sizes only.
+    """Refuses a teacher that assigns an id to another token than the student does; TRL compares only sizes.
 
     Args:
-        student: its path, for the error.
-        teacher: likewise.
+        student: Path of the student, for the error.
+        teacher: Path of the teacher, for the error.
     """
     ours, theirs = (
         {token_id: token for token, token_id in each.get_vocab().items()} for each in (tokenizer, teacher_tokenizer)
@@ -88,24 +88,21 @@ def check_same_vocabulary(
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of every token and its id."""
+    """Hash of all tokens with their ids."""
     return digests.of_text(json.dumps(sorted(tokenizer.get_vocab().items())))
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, output_dir: Path) -> None:
-    """Saves it as it was loaded: padding a batch leaves settings in the tokenizer that would be saved, too."""
+    """Saves the tokenizer as it was loaded: resets the settings that padding a batch leaves in it."""
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(output_dir)
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> dict[str, list[int]]:
-    """A conversation to train on: `input_ids` and `labels`, -100 where there is no loss; lists of the same length."""
+    """A conversation for training: `input_ids` and `labels` (-100 where there is no loss), lists of equal length."""
     encoded = tokenizer.apply_chat_template(
         messages, chat_template=TRAINING_TEMPLATE, return_dict=True, return_assistant_tokens_mask=True
     )
-    labels = [
-        token if spoken else -100
-        for token, spoken in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
-    ]
-    return {"input_ids": encoded["input_ids"], "labels": labels}
+    ids, masks = encoded["input_ids"], encoded["assistant_masks"]
+    return {"input_ids": ids, "labels": [token if spoken else -100 for token, spoken in zip(ids, masks, strict=True)]}

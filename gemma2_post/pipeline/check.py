@@ -1,11 +1,12 @@
 """Checks a whole pipeline without running it: keys, references, paths, lengths, batches, gates, devices.
 
-No weights are loaded, and nothing is asked of the network.
+It loads no weights and uses no network.
 """
 
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Gemma2Config
@@ -29,30 +30,31 @@ Models = dict[str, Gemma2Config | None]
 
 
 def check(pipeline: Pipeline, until: str | None = None, is_here: bool = False) -> list[Job]:
-    """Checks every step, as far as that can be done before the ones before it have run.
+    """Checks every step, as thoroughly as is possible before earlier steps have run.
 
     Args:
-        is_here: whether it is to run on this machine, with its devices.
+        is_here: Whether the pipeline will run on this machine, with its devices.
 
     Raises:
-        UserError: what is wrong.
+        UserError: What is wrong.
     """
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of what transformers 6 will rename
+    warnings.filterwarnings("ignore", category=FutureWarning)  # about what transformers 6 will rename
     made: Models = {}
     return [_check_step(step, launch, made, is_here) for launch, steps in pipeline.steps(until) for step in steps]
 
 
 def _check_step(step: Step, launch: str, made: Models, is_here: bool) -> Job:
-    """
+    """Checks one step.
+
     Args:
-        made: folders that earlier steps make, with the configs of what will be in them; this one's is added.
+        made: Folders that earlier steps make, with the configs of their models; this step's folder is added.
     """
     launcher, command = launchers.read(launch), step.command
     if is_here:
         _check_devices(launch, launcher)
     values = step.keys
     with located(step.config or step.label):
-        # Without a GPU the dataclasses refuse bf16, which this machine may only be asked about.
+        # Without a GPU the dataclasses refuse bf16, but the pipeline may run on another machine.
         on_cpu = {"use_cpu": True} if "use_cpu" in keys_of(command.recipe) else {}
         _, built = command.build(values | on_cpu, launcher)
         gates.check_metrics(step.gates, command.metrics(built))
@@ -64,7 +66,7 @@ def _check_step(step: Step, launch: str, made: Models, is_here: bool) -> Job:
 
 def _check_devices(launch: str, launcher: Launcher) -> None:
     if launcher.num_machines > 1:
-        slurm.srun(launcher.num_machines)  # refuses too few
+        slurm.srun(launcher.num_machines)  # raises if there are too few
     if launcher.use_cpu:
         return
     per_machine, here = launcher.num_processes // launcher.num_machines, torch.cuda.device_count()
@@ -75,8 +77,8 @@ def _check_devices(launch: str, launcher: Launcher) -> None:
         )
 
 
-def _check_paths(command: Command, built: object, values: dict[str, object], made: Models) -> Models:
-    """Refuses data, functions and models that are not there; the configs of the models by key, as far as known."""
+def _check_paths(command: Command, built: Any, values: dict[str, Any], made: Models) -> Models:
+    """Refuses missing data, functions, files and models; returns the configs of the models by key, None if unknown."""
     for key, formats in command.row_formats.items():
         if sources := values_of(built).get(key):
             is_trained_on = key in ("datasets", "held_out_datasets")
@@ -95,7 +97,7 @@ def _check_paths(command: Command, built: object, values: dict[str, object], mad
 
 
 def _config(key: str, name: str, is_one_of_many: bool, made: Models) -> Gemma2Config | None:
-    """The config of a model that is there or will be made; of one of many, only that it is there."""
+    """The config of a model that exists or will be made; None for an existing one in a list of many."""
     if name in made:
         return made[name]
     if Path(name).is_dir():
@@ -105,7 +107,7 @@ def _config(key: str, name: str, is_one_of_many: bool, made: Models) -> Gemma2Co
     return known_config(name)
 
 
-def _check_lengths(values: dict[str, object], models: Models) -> None:
+def _check_lengths(values: dict[str, Any], models: Models) -> None:
     known = [config for config in models.values() if config]
     if not known:
         return
@@ -118,7 +120,7 @@ def _check_lengths(values: dict[str, object], models: Models) -> None:
 
 
 def report(jobs: list[Job]) -> str:
-    """What would run, in a sentence."""
+    """What would run, in one sentence."""
     stages = Counter(job.command.name for job in jobs)
     runs = ", ".join(stage if count == 1 else f"{stage} ({count} runs)" for stage, count in stages.items())
     unknown = {

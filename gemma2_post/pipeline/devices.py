@@ -1,4 +1,4 @@
-"""Which devices runs that do not wait for each other get, side by side."""
+"""Assigns devices to runs that can go side by side."""
 
 import os
 import shutil
@@ -8,13 +8,13 @@ from gemma2_post.stage.launcher import Launcher
 
 
 def places(launcher: Launcher, num_runs: int) -> list[dict[str, str]]:
-    """Environment variables of each run that may go on at a time; one, empty, where they must take turns.
+    """Environment variables for each run that can go at the same time; a single empty one if they must take turns.
 
-    The division follows from the number of runs and not from how many are still to be made, so that a run that is
-    resumed alone computes on what it began with.
+    The division follows from the number of all runs, not of those still to do, so a run that resumes alone has the
+    devices that it began with.
 
     Args:
-        launcher: of each run.
+        launcher: Launcher of each run.
     """
     num_processes = launcher.num_processes
     if launcher.num_machines > 1:
@@ -32,7 +32,7 @@ def places(launcher: Launcher, num_runs: int) -> list[dict[str, str]]:
 
 
 def _visible_gpus() -> list[str]:
-    """Their ids, as CUDA_VISIBLE_DEVICES takes them."""
+    """Ids of the GPUs, as in CUDA_VISIBLE_DEVICES."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu.strip()]
     if shutil.which("nvidia-smi") is None:

@@ -1,7 +1,8 @@
-"""What a stage must reach before the next may start."""
+"""Gates: what a stage's metrics must reach before the next stage may start."""
 
 import operator
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from gemma2_post.stage import contract
@@ -13,27 +14,30 @@ _BOUND = re.compile(r"(>=|<=|>|<)\s*([-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)")
 
 
 class GateError(UserError):
-    """A stage is done, but not good enough for the next."""
+    """A stage is done, but its metrics are out of bounds."""
 
     status = 3
 
 
-def check_bounds(gates: dict[str, object]) -> None:
+def check_bounds(gates: Mapping[str, object]) -> None:
+    """Raises a `UserError` if a bound is no comparison such as ">= 0.65"."""
     for metric, bound in gates.items():
         if not isinstance(bound, str) or not _BOUND.fullmatch(bound):
             raise UserError(f'the gate {metric} is {bound!r}; write a comparison in quotes, such as ">= 0.65"')
 
 
 def passes(value: float, bound: str) -> bool:
-    comparison, limit = _BOUND.fullmatch(bound).groups()
-    return _COMPARISONS[comparison](value, float(limit))
+    """Whether a metric is within its bound."""
+    match = _BOUND.fullmatch(bound)
+    assert match is not None, "check_bounds has accepted it"
+    return _COMPARISONS[match[1]](value, float(match[2]))
 
 
 def check_metrics(gates: dict[str, str], known: set[str]) -> None:
-    """Refuses a gate on what the stage will not measure.
+    """Raises a `UserError` if a gate is on a metric that the stage will not measure.
 
     Args:
-        known: names of its metrics; one broken down by a group, as `accuracy/names`, may follow each.
+        known: Names of its metrics, without breakdowns such as `accuracy/names`, which are allowed.
     """
     for metric in gates:
         if metric.partition("/")[0] not in known:
@@ -43,18 +47,18 @@ def check_metrics(gates: dict[str, str], known: set[str]) -> None:
 
 
 def check(label: str, stage: str, folder: Path, gates: dict[str, str]) -> None:
-    """Refuses to go on from a finished step whose numbers do not pass.
+    """Checks the metrics of a finished step against its gates.
 
     Args:
-        label: of the step, for the error.
-        folder: its output.
+        label: Label of the step, for the error.
+        folder: Its output.
 
     Raises:
-        UserError: the stage has no such metric.
-        GateError: a metric is out of its bound.
+        UserError: The stage has no such metric.
+        GateError: A metric is out of bounds.
     """
     for metric, bound in gates.items():
-        metrics = contract.read_json(folder / contract.DONE)["metrics"]
+        metrics = contract.read_done(folder)["metrics"]
         if metric not in metrics:
             names = ", ".join(name for name in sorted(metrics) if "/" not in name)
             raise UserError(f"{label}: the gate is on {metric}, which it does not measure; it measures {names}")

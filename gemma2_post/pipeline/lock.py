@@ -1,4 +1,4 @@
-"""One run at a time in a run folder."""
+"""The lock of a run folder: one run at a time."""
 
 import errno
 import fcntl
@@ -16,11 +16,19 @@ FILE = ".lock"
 
 @contextmanager
 def held(run_dir: Path) -> Iterator[None]:
-    """The run folder is this process's.
+    """Holds the run folder's lock, which the system releases when the process ends, even if it is killed.
 
-    The system lets go of the lock when the process is gone, however it ended: what a killed run leaves is no lock.
+    Raises:
+        UserError: Another process holds the lock, or the folder cannot be written to.
     """
-    file = _open(run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = os.open(run_dir / FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise
+        why = os.strerror(error.errno).lower()
+        raise UserError(f"{run_dir} cannot be written to ({why}); fix that, or give another --run_dir") from error
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -34,16 +42,3 @@ def held(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(file)
-
-
-def _open(run_dir: Path) -> int:
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        return os.open(run_dir / FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(
-                f"{run_dir} cannot be written to ({os.strerror(error.errno).lower()}); mend that, or give another "
-                "--run_dir"
-            ) from error
-        raise

@@ -1,5 +1,6 @@
-"""A stage as a process of its own, started by `accelerate launch`, with its output in a log file."""
+"""Runs a stage as a separate process, started by `accelerate launch`, with its output in a log file."""
 
+import contextlib
 import json
 import os
 import re
@@ -11,25 +12,27 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+import psutil
+
 from gemma2_post.pipeline import slurm
 from gemma2_post.pipeline.steps import Step
 from gemma2_post.stage.errors import EXIT_STATUS_FILE
 from gemma2_post.stage.launcher import Launcher
 
 RUN_DIR = "GEMMA2_POST_RUN_DIR"
-"""Environment variable by which all processes of a run are found, also those whose parents are gone."""
+"""Environment variable by which all processes of a run are found, even those whose parents are gone."""
 _GRACE = 45.0
-"""Seconds between asking a process to end and making it; srun takes half a minute to end what is on other nodes."""
+"""Seconds between SIGTERM and SIGKILL; srun takes half a minute to end processes on other nodes."""
 _BAR = re.compile(r"(?:^|[\r\n])(?:([^\r\n:|]+): +)?\s*\d+%\|[^|]*\| (\d+)/(\d+) \[[^<\]]*<([^,\]]+)")
 
 
 def launch(step: Step, config: str, launcher: Launcher, environment: dict[str, str], run_dir: Path, log: Path) -> int:
-    """Runs a step to its end; its exit status.
+    """Runs a step to its end; returns its exit status.
 
     Args:
-        config: the file of the launcher.
-        environment: variables that say which devices are the step's.
-        log: what the step prints is appended to it.
+        config: The launcher's accelerate config.
+        environment: Variables that assign devices to the step.
+        log: File to which the step's output is appended.
     """
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     if launcher.num_machines > 1:
@@ -42,12 +45,12 @@ def launch(step: Step, config: str, launcher: Launcher, environment: dict[str, s
         tempfile.TemporaryDirectory(dir=log.parent, prefix=".") as directory,
         open(log, "a", encoding="utf-8") as output,
     ):
-        # accelerate makes 1 of every exit status of the stage. Where all machines of the stage can write.
+        # accelerate turns every failure into exit status 1. All machines of the stage can write to this folder.
         status_file = Path(directory) / "status"
         variables = environment | {EXIT_STATUS_FILE: str(status_file), RUN_DIR: str(run_dir.resolve())}
         output.write(f"\n--- {datetime.now():%Y-%m-%d %H:%M:%S} {' '.join(command)}\n")
         output.flush()
-        # In a session of its own, Ctrl-C reaches the chain alone, which then ends what it has started.
+        # In a new session, so that Ctrl-C reaches only the chain, which then ends what it has started.
         finished = subprocess.run(
             command, env=os.environ | variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -55,11 +58,7 @@ def launch(step: Step, config: str, launcher: Launcher, environment: dict[str, s
 
 
 def end_all(run_dir: Path) -> bool:
-    """Ends every process of a run, on this machine: of one that is interrupted, or of one that was killed.
-
-    Returns:
-        Whether there were any.
-    """
+    """Ends every process of a run on this machine, even if the run was killed; returns whether there were any."""
     found = of_run(run_dir)
     deadline = time.monotonic() + _GRACE
     _signal(found, signal.SIGTERM)
@@ -73,24 +72,19 @@ def end_all(run_dir: Path) -> bool:
 
 
 def of_run(run_dir: Path) -> list[int]:
-    """The ids of all processes on this machine that a run has started, and theirs."""
-    marker = f"{RUN_DIR}={run_dir.resolve()}\0".encode()
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if marker in path.read_bytes() and int(path.parent.name) != os.getpid():
-                found.append(int(path.parent.name))
-        except OSError:  # another user's, or gone
-            continue
-    return found
+    """Ids of all processes on this machine that a run has started, directly or indirectly."""
+    marker = str(run_dir.resolve())
+    return [
+        each.pid
+        for each in psutil.process_iter(["environ"])
+        if (each.info["environ"] or {}).get(RUN_DIR) == marker and each.pid != os.getpid()
+    ]
 
 
 def _signal(processes: list[int], which: signal.Signals) -> None:
     for process in processes:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(process, which)
-        except ProcessLookupError:
-            continue
 
 
 def _tail(log: Path, num_bytes: int) -> str:
@@ -100,7 +94,7 @@ def _tail(log: Path, num_bytes: int) -> str:
 
 
 def progress(log: Path) -> str | None:
-    """What the newest progress bar in a log says: `23/60, 1:05 left`."""
+    """State of the newest progress bar in a log: `23/60, 1:05 left`."""
     if not log.is_file():
         return None
     bars = _BAR.findall(_tail(log, 4096).rpartition("\n--- ")[2])
@@ -111,7 +105,7 @@ def progress(log: Path) -> str | None:
 
 
 def last_words(log: Path) -> list[str]:
-    """What a step that has failed said in the end: the user's mistake, or the last lines."""
+    """The last words of a failed step: the user's mistake, or the last lines of its log."""
     lines = [line.rpartition("\r")[2] for line in _tail(log, 20000).rpartition("\n--- ")[2].splitlines()[1:]]
     mistakes = [line for line in lines if line.startswith("error: ")]
     return mistakes[-1:] or lines[-15:]

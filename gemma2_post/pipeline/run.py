@@ -1,6 +1,6 @@
 """Runs the stages of a pipeline recipe, each as its own `accelerate launch`; skips those that are up to date.
 
-Nothing here imports torch: with everything up to date the answer comes at once.
+Nothing here imports torch, so a run with everything up to date ends at once.
 """
 
 import gc
@@ -22,22 +22,23 @@ from gemma2_post.stage import contract
 from gemma2_post.stage import launcher as launchers
 from gemma2_post.stage.errors import UserError, located, reported
 from gemma2_post.stage.fingerprint import Fingerprint
+from gemma2_post.stage.launcher import Launcher
 
 LOGS = "logs"
 
 
 class StageError(UserError):
-    """A stage has failed."""
+    """A stage failed."""
 
     status = 4
 
 
 class Interrupted(BaseException):
-    """Somebody has asked the chain to end."""
+    """Someone asked the run to end."""
 
 
 class View(Protocol):
-    """Where a run shows how far it is; see `report/terminal.py`."""
+    """Where a run shows its progress; see `report/terminal.py`."""
 
     def begin(self, logs: dict[str, Path]) -> None: ...
 
@@ -55,15 +56,15 @@ def run(pipeline: Pipeline, until: str | None, view: View) -> bool:
         Whether there was anything to do.
 
     Raises:
-        UserError: a mistake that the user can fix, a stage that has failed, a gate that is not passed.
-        SystemExit: somebody has interrupted the run; what it has made resumes with the same command.
+        UserError: A mistake that the user can fix, a failed stage, or a failed gate.
+        SystemExit: Someone interrupted the run; the same command resumes it.
     """
     rounds = pipeline.steps(until)
     steps = [step for _, each in rounds for step in each]
     began = time.monotonic()
     with lock.held(pipeline.run_dir), _interruptible():
         if processes.end_all(pipeline.run_dir):
-            print("ended what an earlier, killed run had left running", flush=True)
+            print("ended processes that an earlier, killed run had left running", flush=True)
         _check_folders(pipeline, steps)
         view.begin({step.label: _log(pipeline, step) for step in steps})
         current = _Run(pipeline, until, view)
@@ -80,7 +81,7 @@ def run(pipeline: Pipeline, until: str | None, view: View) -> bool:
             status = "interrupted"
             raise SystemExit(130) from interrupted
         finally:
-            # Also what has died by itself may leave processes of its own behind.
+            # A stage that died by itself may also leave processes behind.
             processes.end_all(pipeline.run_dir)
             if current.has_begun or status != "failed":
                 summary.write(pipeline, status, time.monotonic() - began if current.has_begun else 0.0)
@@ -90,19 +91,18 @@ def run(pipeline: Pipeline, until: str | None, view: View) -> bool:
 
 
 def explain(pipeline: Pipeline, until: str | None) -> None:
-    """Prints what `run` would do, and why, and does nothing."""
+    """Prints what `run` would do, and why."""
     remade: dict[str, str] = {}
     for _, steps in pipeline.steps(until):
         for step in steps:
-            reads = {remade[folder] for value in step.values.values() for folder in _texts(value) if folder in remade}
-            why = f"runs after {', '.join(sorted(reads))}" if reads else _why(step)
+            named = [
+                each for value in step.values.values() for each in (value if isinstance(value, list) else [value])
+            ]
+            reads = sorted(label for folder, label in remade.items() if folder in named)
+            why = f"runs after {', '.join(reads)}" if reads else _why(step)
             if why != "up to date":
                 remade[str(step.folder)] = step.label
             print(f"{step.label}: {why}")
-
-
-def _texts(value: object) -> list[str]:
-    return [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)]
 
 
 def _why(step: Step) -> str:
@@ -117,10 +117,10 @@ def _why(step: Step) -> str:
 
 
 def _check(pipeline: Pipeline, until: str | None) -> None:
-    """The whole pipeline, in a process of its own, because that imports torch.
+    """Checks the whole pipeline, in a separate process because that imports torch.
 
     Raises:
-        SystemExit: something is wrong; the process has said what.
+        SystemExit: Something is wrong; the process has printed what.
     """
     process = get_context("spawn").Process(target=_check_here, args=(pipeline, until), daemon=True)
     process.start()
@@ -130,8 +130,8 @@ def _check(pipeline: Pipeline, until: str | None) -> None:
 
 
 def _check_here(pipeline: Pipeline, until: str | None) -> None:
-    gc.disable()  # of a process that imports much and ends soon
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported, it misses a kernel for the CPU
+    gc.disable()  # the process imports much and ends soon
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when imported, it warns about a missing CPU kernel
     from gemma2_post.pipeline import check
     from gemma2_post.planning import memory
 
@@ -143,7 +143,7 @@ def _check_here(pipeline: Pipeline, until: str | None) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM and Ctrl-C raise `Interrupted`, once: a second one must not stop the ending of stages."""
+    """SIGTERM and Ctrl-C raise `Interrupted`, once: a second one must not stop the cleanup."""
 
     def interrupt(*_: object) -> None:
         for each in (signal.SIGINT, signal.SIGTERM):
@@ -163,7 +163,7 @@ def _log(pipeline: Pipeline, step: Step) -> Path:
 
 
 def _check_folders(pipeline: Pipeline, steps: list[Step]) -> None:
-    """Refuses a run folder that is another pipeline's, and folders in it that hold what no stage has made."""
+    """Refuses another pipeline's run folder, and folders in it with files that no stage has made."""
     earlier = contract.read_json(pipeline.run_dir / summary.FILE)
     if earlier and Path(earlier["recipe"]).resolve() != pipeline.path.resolve():
         raise UserError(
@@ -175,24 +175,26 @@ def _check_folders(pipeline: Pipeline, steps: list[Step]) -> None:
 
 
 def wanted_of(step: Step) -> Fingerprint:
-    """The fingerprint of what the step would make."""
+    """The fingerprint of the output that the step would make."""
     return step.command.fingerprint(step.keys)
 
 
 class _Run:
-    """One run of a pipeline, as far as it has come."""
+    """A run of a pipeline in progress."""
 
     def __init__(self, pipeline: Pipeline, until: str | None, view: View):
         self.pipeline, self.until, self.view = pipeline, until, view
         self.has_begun = False
 
     def round(self, config: str, steps: list[Step]) -> None:
-        """Runs what is not up to date; side by side where there are devices for it. Then the gates."""
+        """Runs the steps that are not up to date, side by side if devices allow it; then checks their gates."""
         launcher = launchers.read(config)
         wanted = {step.label: wanted_of(step) for step in steps}
         to_run = [step for step in steps if not self._is_up_to_date(step, wanted[step.label])]
         if to_run:
-            self._begin()
+            if not self.has_begun:
+                _check(self.pipeline, self.until)  # everything, before the first stage starts
+                self.has_begun = True
             places = devices.places(launcher, len(steps))
             free: Queue[dict[str, str]] = Queue()
             for place in places:
@@ -221,18 +223,12 @@ class _Run:
                 self.view.set(step.label, "below its gate")
                 raise
 
-    def _begin(self) -> None:
-        """Before the first stage starts, all that follows is checked."""
-        if not self.has_begun:
-            _check(self.pipeline, self.until)
-            self.has_begun = True
-
-    def _is_up_to_date(self, step: Step, wanted: dict) -> bool:
-        """Whether there is nothing to do; says so, or what has changed. A version that was set aside comes back."""
+    def _is_up_to_date(self, step: Step, wanted: Fingerprint) -> bool:
+        """Whether there is nothing to do; shows that, or what changed. Brings back a version that was set aside."""
         output_dir = step.folder
         previous = _previous(output_dir)
         if contract.belongs_to(previous, wanted) and not contract.is_done(output_dir, wanted):
-            # The recipe is again what it was: both change places, neither is lost.
+            # The recipe is what it was before: both versions change places.
             if output_dir.is_dir():
                 aside = output_dir.with_name(f"{output_dir.name}.aside")
                 output_dir.rename(aside)
@@ -241,21 +237,20 @@ class _Run:
             else:
                 previous.rename(output_dir)
         if contract.is_done(output_dir, wanted):
-            metrics = contract.read_json(output_dir / contract.DONE)["metrics"]
+            metrics = contract.read_done(output_dir)["metrics"]
             self.view.set(step.label, "up to date", step.command.headline_of(step.keys, metrics))
             return True
-        changes = contract.what_changed(output_dir, wanted)
-        if changes:
+        if changes := contract.what_changed(output_dir, wanted):
             self.view.say(f"{step.label}: runs again, because {'; '.join(changes)}")
         return False
 
     def _run_step(
-        self, step: Step, wanted: dict, config: str, launcher: launchers.Launcher, environment: dict[str, str]
+        self, step: Step, wanted: Fingerprint, config: str, launcher: Launcher, environment: dict[str, str]
     ) -> None:
+        """Runs a step; keeps what was in its folder until the step has made something new."""
         output_dir, log = step.folder, _log(self.pipeline, step)
         previous = _previous(output_dir)
         if contract.what_changed(output_dir, wanted):
-            # What was made before is set aside until its replacement is done.
             if previous.is_dir() and not (output_dir / contract.DONE).is_file():
                 shutil.rmtree(output_dir)  # an unfinished replacement
             else:
@@ -266,7 +261,7 @@ class _Run:
         try:
             status = processes.launch(step, config, launcher, environment, self.pipeline.run_dir, log)
         finally:
-            # A replacement that made nothing puts back what was there.
+            # If the step made nothing, put back what was there.
             is_done = (output_dir / contract.DONE).is_file()
             if previous.is_dir() and not is_done and not contract.has_progress(output_dir):
                 shutil.rmtree(output_dir, ignore_errors=True)
@@ -276,7 +271,7 @@ class _Run:
             self.view.set(step.label, "failed", f"status {status}", seconds)
             raise _failure(step, status, log)
         shutil.rmtree(previous, ignore_errors=True)
-        metrics = contract.read_json(output_dir / contract.DONE)["metrics"]
+        metrics = contract.read_done(output_dir)["metrics"]
         self.view.set(step.label, "done", step.command.headline_of(step.keys, metrics), seconds)
 
 
@@ -285,7 +280,7 @@ def _previous(output_dir: Path) -> Path:
 
 
 def _failure(step: Step, status: int, log: Path) -> UserError:
-    """What a stage that has ended with this status said, and where more is."""
+    """The error of a failed stage: its last words, and where to read more."""
     *lines, last = processes.last_words(log) or [""]
     if status == UserError.status and last.startswith("error: "):
         return UserError(f"{step.label}: {last.removeprefix('error: ')} (log: {log})")

@@ -1,9 +1,10 @@
-"""JSON Schemas of all recipes, for editors, and a reference of their keys; both from the recipes' own dataclasses."""
+"""JSON Schemas of all recipes, for editors, and a reference of their keys; both generated from the dataclasses."""
 
 import dataclasses
 import enum
 import types
 import typing
+from dataclasses import MISSING
 from pathlib import Path
 
 from gemma2_post.pipeline.steps import PipelineRecipe, StageEntry, names_of_models
@@ -30,7 +31,7 @@ def write_schemas(directory: Path) -> None:
 
 
 def schema_of(command: Command) -> Schema:
-    """What the recipe of a stage may say."""
+    """Schema of a stage's recipe."""
     keys = keys_of(command.recipe)
     properties = {key.name: _property(key) for key in keys.values() if key.name not in command.refused}
     properties |= {
@@ -42,14 +43,18 @@ def schema_of(command: Command) -> Schema:
         "type": "string",
         "description": "A file beside the recipe with keys that several recipes share.",
     }
-    needed = [key.name for key in _always_needed(command.recipe)]
+    parts = [
+        field.metadata["part"] for field in dataclasses.fields(command.recipe) if field.metadata.get("is_optional")
+    ]
+    optional = {name for part in parts for name in keys_of(part)}
+    needed = [key.name for key in keys.values() if key.default is MISSING and key.name not in optional]
     return _mapping(f"gemma2_post: {command.name}", properties) | {
         "anyOf": [{"required": [*dict.fromkeys([*needed, "output_dir"])]}, {"required": [INCLUDE]}]
     }
 
 
 def pipeline_schema() -> Schema:
-    """What a pipeline recipe may say; every stage's keys that name models may name earlier stages."""
+    """Schema of a pipeline recipe; the stages' keys that name models may name earlier stages."""
     reference = {
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
         "description": "The earlier stage, or stages, whose output this key of its recipe names.",
@@ -61,19 +66,6 @@ def pipeline_schema() -> Schema:
     return _mapping("gemma2_post: a pipeline", properties) | {"required": list(properties)}
 
 
-def _always_needed(recipe_class: type) -> list[Key]:
-    """The keys without a default, but for those of optional parts."""
-    optional = [
-        field.metadata["part"] for field in dataclasses.fields(recipe_class) if field.metadata.get("is_optional")
-    ]
-    left_out = {name for part in optional for name in keys_of(part)}
-    return [
-        key
-        for key in keys_of(recipe_class).values()
-        if key.default is dataclasses.MISSING and key.name not in left_out
-    ]
-
-
 def _mapping(title: str, properties: dict[str, Schema]) -> Schema:
     schema = {"$schema": _DIALECT, "title": title, "type": "object"}
     return schema | {"properties": properties, "additionalProperties": False}
@@ -83,7 +75,7 @@ def _property(key: Key) -> Schema:
     found = _of_type(key.hint)
     if key.help:
         found["description"] = key.help
-    if key.default is not dataclasses.MISSING and isinstance(key.default, str | int | float | bool):
+    if key.default is not MISSING and isinstance(key.default, str | int | float | bool):
         found["default"] = getattr(key.default, "value", key.default)
     return found
 
@@ -101,7 +93,7 @@ def _of_type(hint: object) -> Schema:
         return {"enum": [member.value for member in hint]}
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         fields = keys_of(hint)
-        needed = [key.name for key in fields.values() if key.default is dataclasses.MISSING]
+        needed = [key.name for key in fields.values() if key.default is MISSING]
         return _mapping(hint.__name__, {key.name: _property(key) for key in fields.values()}) | {"required": needed}
     kind = _TYPES.get(typing.get_origin(hint) or hint)  # type: ignore[arg-type]  # any other type allows everything
     return {"type": kind} if kind else {}
@@ -111,7 +103,7 @@ def _of_type(hint: object) -> Schema:
 
 
 def write_reference(path: Path) -> None:
-    """Writes a Markdown page of all keys: each stage's own, then those of the libraries' classes, each once."""
+    """Writes a Markdown page of all keys: each stage's own, then those of the libraries' classes, each class once."""
     lines = [
         "# Keys of the recipes",
         "",
@@ -141,14 +133,13 @@ def write_reference(path: Path) -> None:
 
 
 def _shared(classes: list[list[Key]]) -> list[Key]:
-    """The keys that mean the same in all of these classes."""
+    """The keys that have the same meaning in all of these classes."""
     first, *others = [{key.name: key for key in keys} for keys in classes]
-    meaning = type_and_default
-    return [
-        key
-        for key in first.values()
-        if all(key.name in other and meaning(other[key.name]) == meaning(key) for other in others)
-    ]
+
+    def is_in(other: dict[str, Key], key: Key) -> bool:
+        return key.name in other and type_and_default(other[key.name]) == type_and_default(key)
+
+    return [key for key in first.values() if all(is_in(other, key) for other in others)]
 
 
 def _table(title: str, keys: list[Key]) -> list[str]:
@@ -156,7 +147,7 @@ def _table(title: str, keys: list[Key]) -> list[str]:
         return text.replace("|", "\\|").replace("<", "&lt;")
 
     def default(key: Key) -> str:
-        return "required" if key.default is dataclasses.MISSING else f"`{cell(spelled(key.default))}`"
+        return "required" if key.default is MISSING else f"`{cell(spelled(key.default))}`"
 
     rows = [f"| `{key.name}` | {cell(describe(key.hint))} | {default(key)} | {cell(key.help)} |" for key in keys]
     return [title, "", "| key | type | default | |", "|---|---|---|---|", *rows, ""]

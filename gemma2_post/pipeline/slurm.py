@@ -1,7 +1,7 @@
 """One `accelerate launch` over several machines, inside a Slurm allocation.
 
-The pipeline, on one machine, starts it through `srun`, which runs this module once on each; it adds what is known only
-there and becomes `accelerate launch`. All machines see the project's folder, and its .venv, under the same path.
+The pipeline runs on one machine and starts this module on each machine through `srun`; the module adds what is known
+only there and becomes `accelerate launch`. All machines see the project's folder and its .venv under the same path.
 """
 
 import os
@@ -14,11 +14,11 @@ from gemma2_post.stage.errors import UserError
 def srun(num_machines: int) -> list[str]:
     """The command to which the arguments of `accelerate launch` are appended.
 
-    When one machine fails, it ends all, which would wait for that one up to the time limit of a collective; its exit
-    status may then be that of those it has ended.
+    When one machine fails, srun ends all others, which would otherwise wait for it until a collective times out; its
+    exit status may then be that of a machine that it ended.
 
     Raises:
-        UserError: outside Slurm, or in an allocation that is too small.
+        UserError: There is no Slurm job, or its allocation is too small.
     """
     submit = f"submit it with sbatch --nodes {num_machines} recipes/submit.sh PIPELINE"
     if "SLURM_JOB_ID" not in os.environ:
@@ -29,17 +29,17 @@ def srun(num_machines: int) -> list[str]:
             f"the accelerate config is for {num_machines} machines, and the Slurm job has {num_nodes}; {submit}"
         )
     command = ["srun", f"--nodes={num_machines}", f"--ntasks={num_machines}", "--ntasks-per-node=1"]
-    # A task would be bound to one core, which all processes of its machine then share; and a job submitted with
-    # --export=NONE would hand that down.
+    # By default, all processes of a machine would share one core, and inherit --export=NONE if the job was submitted
+    # with that.
     command += ["--kill-on-bad-exit=1", "--cpu-bind=none", "--export=ALL"]
     return [*command, sys.executable, "-m", "gemma2_post.pipeline.slurm"]
 
 
 def main() -> None:
-    """Replaces this process, so that signals and the exit status are those of `accelerate launch`.
+    """Replaces this process with `accelerate launch`, so that signals reach it and its exit status is returned.
 
-    The flags take precedence over the config's keys. The node id counts the nodes of the step, not of the job, which
-    may have more; the first of the same list is the machine of rank 0.
+    The flags override the config's keys. The node id counts the nodes of the step, not of the job, which may have
+    more; the first node of the step has rank 0.
     """
     nodes = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
     first, *_ = subprocess.run(nodes, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
@@ -50,9 +50,9 @@ def main() -> None:
 
 
 def port(job: int, step: int) -> int:
-    """The same on every machine, another one for any other step of jobs that run at the same time.
+    """A port that is the same on every machine, and differs between steps of jobs that run at the same time.
 
-    Below 32768, where Linux begins to give ports to outgoing connections.
+    It is below 32768, where Linux's range of ports for outgoing connections begins.
     """
     return 20000 + (101 * job + step) % 12000
 

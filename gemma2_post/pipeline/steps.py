@@ -1,10 +1,11 @@
-"""What a pipeline recipe says: its stages, what each reads from which, and the runs that follow from that."""
+"""Pipeline recipes: the stages, what each reads from which, and the runs that follow from them."""
 
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from gemma2_post.pipeline import gates
 from gemma2_post.stage.command import Command
@@ -17,7 +18,7 @@ from gemma2_post.stage.stages import STAGES, command_of
 
 @dataclass(kw_only=True)
 class StageEntry:
-    """A stage of the chain; its other keys name, by key of its recipe, the earlier stages whose outputs it reads."""
+    """A stage of the pipeline; keys of its recipe, as additional keys, name the earlier stages that it reads."""
 
     recipe: str = key(help="The stage's recipe, a file beside the pipeline recipe.")
     stage: str | None = key(None, "Which stage it is, if its name does not say so.")
@@ -37,11 +38,11 @@ class StageEntry:
     )
     next_eta: float = key(0.3, "For a merge: which point that is (WARP's eta).")
     reads: dict[str, str | list[str]] = field(default_factory=dict)
-    """By key of its recipe: the stages that its other keys name."""
+    """The earlier stages that it reads, by key of its recipe."""
 
 
 MODEL = "model"
-"""What an entry calls `model_name_or_path`."""
+"""An entry's name for `model_name_or_path`."""
 
 
 @dataclass
@@ -55,18 +56,20 @@ class PipelineRecipe:
 
 @dataclass
 class Pipeline:
+    """A pipeline recipe, loaded."""
+
     run_dir: Path
     launch: str
     entries: dict[str, StageEntry]
     path: Path
-    """Of its recipe; the recipes of the stages lie beside it."""
+    """The recipe's file; the stages' recipes are in the same folder."""
     named_dir: Path
-    """The run folder that the recipes name; `run_dir` may be another one."""
+    """The run folder that the recipes name; `run_dir` may differ."""
     overrides: dict[str, dict[str, object]]
-    """By stage: keys that take the place of its recipe's."""
+    """Keys that override a recipe's, by stage."""
 
     def steps(self, until: str | None = None) -> list[tuple[str, list["Step"]]]:
-        """The rounds of all entries, or of those up to and including one."""
+        """The rounds of all entries, or of those up to and including `until`; see `rounds`."""
         if until:
             self.check_name(until)
         names = list(self.entries)
@@ -74,36 +77,40 @@ class Pipeline:
         return [each for name in names for each in rounds(self, name)]
 
     def check_name(self, name: str) -> None:
+        """Raises a `UserError` if there is no such stage."""
         if name not in self.entries:
             raise UserError(f"{self.path}: there is no stage {name}; it has {', '.join(self.entries)}")
 
     def launch_of(self, name: str) -> str:
+        """The accelerate config of a stage."""
         return self.entries[name].launch or self.launch
 
     def config_of(self, name: str) -> Path:
+        """The recipe of a stage."""
         return self.path.parent / self.entries[name].recipe
 
     def stage_of(self, name: str) -> str:
+        """Which of `STAGES` an entry is."""
         return self.entries[name].stage or name
 
-    def values_of(self, name: str) -> dict[str, object]:
-        """The recipe's keys with the overrides, without what the pipeline adds."""
+    def values_of(self, name: str) -> dict[str, Any]:
+        """The recipe's keys with the overrides, but without the keys that the pipeline adds."""
         return load_recipe(self.config_of(name)) | self.overrides.get(name, {})
 
     def outputs_of(self, name: str) -> list[str]:
-        """The folders that hold what an entry has made: its own, or one for each policy."""
+        """The output folders of an entry: its own, or one per policy."""
         folder, num_policies = self.run_dir / name, self.entries[name].num_policies
         return [str(folder / f"policy-{i}") for i in range(num_policies)] if num_policies else [str(folder)]
 
     def named_by(self, value: object) -> str | None:
-        """The entry that made the folder which a recipe names, if one did."""
+        """The entry whose output folder a recipe names; None if it is no entry's."""
         if isinstance(value, str) and (folder := Path(os.path.normpath(value))).is_relative_to(self.named_dir):
             first = folder.relative_to(self.named_dir).parts[:1]
             return first[0] if first and first[0] in self.entries else None
         return None
 
     def reads_of(self, name: str) -> Iterator[tuple[str, str]]:
-        """The keys by which an entry reads what others made, each with the name of one of them."""
+        """Pairs of a key by which an entry reads an output, and the entry that it reads."""
         entry, values = self.entries[name], self.values_of(name)
         if entry.merges:
             yield "merges", entry.merges
@@ -116,7 +123,7 @@ class Pipeline:
                         yield read, other
 
     def references_of(self, name: str) -> dict[str, object]:
-        """The recipe's keys that name outputs of earlier stages, with their folders in this run."""
+        """The recipe's keys that name outputs of earlier stages, with the folders of these in this run."""
         entry, values = self.entries[name], self.values_of(name)
         found: dict[str, object] = {}
         for read in model_keys(command_of(self.stage_of(name)).recipe):
@@ -131,7 +138,7 @@ class Pipeline:
         return found
 
     def _moved(self, value: object) -> object:
-        """What a recipe names, in this run's folder; of an entry in a list, the folders of all its policies."""
+        """A recipe's path or paths, moved to this run's folder; in a list, an entry becomes its policies' folders."""
         if isinstance(value, list):
             return [folder for each in value for folder in self._folders(each)]
         return self._folders(value, expands=False)[0]
@@ -143,15 +150,15 @@ class Pipeline:
         rest = Path(os.path.normpath(str(value))).relative_to(self.named_dir)
         return self.outputs_of(name) if expands and rest.parts == (name,) else [str(self.run_dir / rest)]
 
-    def merged_by(self, name: str) -> str | None:
-        """The entry whose policies a merge merges; None for an entry that is no merge of policies trained here."""
-        entry = self.entries[name]
-        if entry.merges or entry.iterations is None:
-            return entry.merges
-        named = [self.named_by(value) for value in _listed(self.values_of(name).get("policies"))]
-        if not named or None in named or len(set(named)) > 1:
+    def merged_by(self, name: str) -> str:
+        """The entry whose policies an entry with `merges` or `iterations` merges."""
+        if merges := self.entries[name].merges:
+            return merges
+        named = {self.named_by(value) for value in _listed(self.values_of(name).get("policies"))}
+        merged = named.pop() if len(named) == 1 else None
+        if merged is None:
             raise UserError(f"{name}: iterations is for a merge of policies that one stage trains; name it in merges")
-        return named[0]
+        return merged
 
 
 @dataclass
@@ -161,11 +168,11 @@ class Step:
     label: str
     stage: str
     folder: Path
-    """What it writes: the recipe's output_dir, or the folder of one policy in it."""
+    """Its output: the recipe's output_dir, or one policy's folder in it."""
     config: Path | None
-    """Its recipe; None if all its keys are `values`."""
+    """Its recipe; None if `values` has all its keys."""
     values: dict[str, object]
-    """Keys that take the place of the recipe's."""
+    """Keys that override the recipe's."""
     gates: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -174,7 +181,7 @@ class Step:
 
     @property
     def keys(self) -> dict[str, object]:
-        """All keys, as the stage will read them."""
+        """All keys that the stage will read."""
         return (load_recipe(self.config) if self.config else {}) | self.values
 
 
@@ -184,12 +191,15 @@ def load_pipeline(
     seed: int | None = None,
     overrides: dict[str, dict[str, object]] | None = None,
 ) -> Pipeline:
-    """A pipeline recipe, its structure checked: what it names exists, and nothing waits for itself.
+    """A pipeline recipe with its structure checked: what it names exists, and no stage waits for itself.
 
     Args:
-        run_dir: in place of the recipe's.
-        seed: of every stage, in place of the recipes'.
-        overrides: stage name to keys that take the place of its recipe's.
+        run_dir: Run folder that overrides the recipe's.
+        seed: Seed for every stage; it overrides the recipes'.
+        overrides: Keys that override a recipe's, by stage.
+
+    Raises:
+        UserError: What is wrong.
     """
     with located(path):
         file = build(PipelineRecipe, load_yaml(path))
@@ -222,7 +232,7 @@ def load_pipeline(
 
 
 def _entry(name: str, values: dict[str, object]) -> StageEntry:
-    """An entry of the recipe, whose keys are those of `StageEntry` and the stage's that name models."""
+    """An entry of the recipe; its keys are those of `StageEntry` and the stage's keys that name models."""
     with located(name):
         if not isinstance(values, dict):
             raise UserError(f"the entry is {values!r}; write a mapping, for example `{{recipe: sft.yaml}}`")
@@ -236,7 +246,7 @@ def _entry(name: str, values: dict[str, object]) -> StageEntry:
 
 
 def names_of_models() -> list[str]:
-    """The keys by which an entry may name earlier stages: those of every stage's recipe that name models."""
+    """The keys by which an entry may name earlier stages: every stage's keys that name models."""
     return list(dict.fromkeys([MODEL, *(key for name in STAGES for key in model_keys(command_of(name).recipe))]))
 
 
@@ -259,7 +269,7 @@ def _check_references(pipeline: Pipeline, name: str) -> None:
 
 
 def _waits_for(pipeline: Pipeline, name: str, other: str) -> bool:
-    """Whether a stage needs another one, or is it."""
+    """Whether a stage needs another one, directly or indirectly, or is it."""
     reached: set[str] = set()
     to_visit = [name]
     while to_visit:
@@ -284,8 +294,7 @@ def _check_merge(pipeline: Pipeline, name: str) -> None:
 
 
 def rounds(pipeline: Pipeline, name: str) -> Iterator[tuple[str, list[Step]]]:
-    """What an entry of the pipeline runs, in order: accelerate configs, each with steps that need not wait for each
-    other."""
+    """The rounds of an entry, in order: each an accelerate config and steps that need not wait for each other."""
     entry, output = pipeline.entries[name], pipeline.run_dir / name
     if entry.merges or entry.iterations is not None:
         yield from _warp_rounds(pipeline, name)
@@ -298,11 +307,12 @@ def rounds(pipeline: Pipeline, name: str) -> Iterator[tuple[str, list[Step]]]:
 
 
 def _policies(pipeline: Pipeline, name: str, output: str, first: int, model: str | None = None) -> list[Step]:
-    """
+    """The steps that train the policies of an entry.
+
     Args:
-        output: the folder in `run_dir` that holds theirs.
-        first: the number of the first policy.
-        model: the folder that they start from, if it is another one than the entry's.
+        output: Folder in `run_dir` for the policies' folders.
+        first: Number of the first policy.
+        model: Folder of the model that they start from, if not the entry's.
     """
     folder, entry = pipeline.run_dir / output, pipeline.entries[name]
     values = pipeline.references_of(name) | ({"model_name_or_path": model} if model else {})
@@ -323,24 +333,23 @@ def _policies(pipeline: Pipeline, name: str, output: str, first: int, model: str
 def _warp_rounds(pipeline: Pipeline, name: str) -> Iterator[tuple[str, list[Step]]]:
     """WARP's loop (arXiv 2406.16768, algorithm 1): merge, train again from a point on the way to it, ..., sweep.
 
-    The first policies are those of the entry that is merged. The point after iteration i is in `NAME-i`, the policies
-    that start there are in `MERGED-(i + 1)`. The last sweep goes towards the very first start.
+    The first policies are those of the merged entry. The point after iteration i is in `NAME-i`; the policies that
+    start there are in `MERGED-(i + 1)`. The last sweep goes towards the very first start.
     """
     entry, launch, stage = pipeline.entries[name], pipeline.launch_of(name), pipeline.stage_of(name)
-    merged = pipeline.merged_by(name)
-    num_policies, config = pipeline.entries[merged].num_policies, pipeline.values_of(name)
-    how = {read: config[read] for read in ("interpolation", "angles") if read in config}
+    merged, config = pipeline.merged_by(name), pipeline.values_of(name)
+    how = {"save_dtype": "float32"} | {read: config[read] for read in ("interpolation", "angles") if read in config}
     references = pipeline.references_of(merged)
     first = references.get("model_name_or_path") or pipeline.values_of(merged)["model_name_or_path"]
-    start, policies = first, _folders(_policies(pipeline, merged, merged, 0))
+    start, policies = first, [str(step.folder) for step in _policies(pipeline, merged, merged, 0)]
     runs = list(policies)
     for iteration in range(1, entry.iterations or 1):
         folder = pipeline.run_dir / f"{name}-{iteration}"
-        values = {"init": start, "policies": policies, "eta": entry.next_eta, "save_dtype": "float32", **how}
-        yield launch, [Step(folder.name, stage, folder, None, values | {"output_dir": str(folder)})]
-        steps = _policies(pipeline, merged, f"{merged}-{iteration + 1}", iteration * num_policies, str(folder))
+        values = {"init": start, "policies": policies, "eta": entry.next_eta} | how | {"output_dir": str(folder)}
+        yield launch, [Step(folder.name, stage, folder, None, values)]
+        steps = _policies(pipeline, merged, f"{merged}-{iteration + 1}", len(runs), str(folder))
         yield pipeline.launch_of(merged), steps
-        start, policies = str(folder), _folders(steps)
+        start, policies = str(folder), [str(step.folder) for step in steps]
         runs += policies
     values = {"init": start, "policies": policies, "runs": runs}
     if start != first:
@@ -350,7 +359,3 @@ def _warp_rounds(pipeline: Pipeline, name: str) -> Iterator[tuple[str, list[Step
     output = pipeline.run_dir / name
     values |= pipeline.overrides.get(name, {}) | {"output_dir": str(output)}
     yield launch, [Step(name, stage, output, pipeline.config_of(name), values, entry.gates or {})]
-
-
-def _folders(steps: list[Step]) -> list[str]:
-    return [str(step.folder) for step in steps]

@@ -1,6 +1,7 @@
-"""`summary.json`: what a run has made, for programs."""
+"""`summary.json`: what a run made, for programs."""
 
 from statistics import mean
+from typing import Any
 
 from gemma2_post.pipeline.steps import Pipeline, Step
 from gemma2_post.stage import contract
@@ -8,17 +9,17 @@ from gemma2_post.stage.command import first_grader
 
 FILE = "summary.json"
 MODELS = "models.json"
-"""What a stage writes that measures models: by model."""
+"""File of a stage that measures models: metrics by model."""
 FRONT = "front.json"
-"""What a stage writes that measures the points of a merge."""
+"""File of a stage that measures the points of a merge."""
 
 
 def write(pipeline: Pipeline, status: str, seconds: float) -> None:
     """Writes the file.
 
     Args:
-        status: running, done, failed, "below its gate" or interrupted.
-        seconds: that this run has taken; 0 where it had nothing to do keeps what the last one took.
+        status: "done", "failed", "below its gate" or "interrupted".
+        seconds: Duration of this run; 0, for a run that had nothing to do, keeps the last run's duration.
     """
     run_dir = pipeline.run_dir
     earlier = contract.read_json(run_dir / FILE) or {"wall_seconds": 0.0}
@@ -37,7 +38,7 @@ def write(pipeline: Pipeline, status: str, seconds: float) -> None:
 
 
 def _stages(pipeline: Pipeline) -> dict[str, dict]:
-    """By folder in the run folder; of an entry with policies also the means over them."""
+    """Steps by folder in the run folder; for an entry with policies, also the means over them."""
     steps = [step for _, each in pipeline.steps() for step in each]
     stages = {str(step.folder.relative_to(pipeline.run_dir)): _stage(step) for step in steps}
     for name, entry in pipeline.entries.items():
@@ -60,56 +61,53 @@ def _stage(step: Step) -> dict:
 
 
 def _headlines(pipeline: Pipeline) -> dict[str, str]:
-    """By folder of a finished stage: the number that says how it went."""
-    found = {}
-    for _, steps in pipeline.steps():
-        for step in steps:
-            if done := contract.read_json(step.folder / contract.DONE):
-                name = str(step.folder.relative_to(pipeline.run_dir))
-                found[name] = step.command.headline_of(step.keys, done["metrics"])
-    return found
+    """The most important metric of each finished step, by folder."""
+    return {
+        str(step.folder.relative_to(pipeline.run_dir)): step.command.headline_of(step.keys, done["metrics"])
+        for _, steps in pipeline.steps()
+        for step in steps
+        if (done := contract.read_json(step.folder / contract.DONE))
+    }
 
 
 def _grader(pipeline: Pipeline) -> str | None:
-    """The grade that is shown first: that of the last stage which has a grader."""
+    """The metric that is shown first: the grader of the last stage that has one."""
     found = [first_grader(pipeline.values_of(name)) for name in pipeline.entries]
     return next((grader for grader in reversed(found) if grader), None)
 
 
 def _models(pipeline: Pipeline) -> dict[str, dict[str, float]]:
-    """Of the last evaluation, if the models still are what it measured; of an entry with policies also the means."""
+    """Metrics from the last evaluation, if the models are unchanged; for an entry with policies, also the means."""
     measured: dict[str, dict[str, float]] = {}
     for name in pipeline.entries:
         folder = pipeline.run_dir / name
         if (folder / MODELS).is_file() and (done := contract.read_json(folder / contract.DONE)):
             inputs = done["fingerprint"]["inputs"]
-            is_of_them = all(
-                contract.input_digest(path) == digest for path, digest in inputs.items() if "@" not in path
-            )
-            measured = contract.read_json(folder / MODELS) or measured if is_of_them else {}
+            is_valid = all(contract.input_digest(path) == digest for path, digest in inputs.items() if "@" not in path)
+            measured = contract.read_json(folder / MODELS) or measured if is_valid else {}
     models: dict[str, dict[str, float]] = {}
     for name, values in measured.items():
         models[name] = values
-        entry = pipeline.entries.get(name.partition("/")[0])
+        first = name.partition("/")[0]
+        entry = pipeline.entries.get(first)
         if entry and entry.num_policies:
-            policies = [key for key in models if key.startswith(f"{name.partition('/')[0]}/")]
+            policies = [models[key] for key in models if key.startswith(f"{first}/")]
             if len(policies) == entry.num_policies:
-                models[name.partition("/")[0]] = _means([models[policy] for policy in policies])
+                models[first] = _means(policies)
     return models
 
 
 def _means(values: list[dict[str, float]]) -> dict[str, float]:
-    """Without intervals, which are of one policy."""
+    """Means of metrics, without intervals, which are for single policies."""
     keys = [key for key in values[0] if not key.endswith(("/standard_error", "/low", "/high"))]
     return {key: mean(each[key] for each in values) for key in keys if all(key in each for each in values)}
 
 
-def _liti(pipeline: Pipeline) -> list[dict[str, float]]:
-    """The sweep of the last merge: its points by eta."""
+def _liti(pipeline: Pipeline) -> list[dict[str, Any]]:
+    """The points of the last merge's sweep, by eta."""
     for name in reversed(pipeline.entries):
-        front = contract.read_json(pipeline.run_dir / name / FRONT)
-        if front:
+        if front := contract.read_json(pipeline.run_dir / name / FRONT):
             sweep = [point for point in front["points"] if point["series"] == front["released"]["series"]]
-            keys = ("kl_to_init", "reward", _grader(pipeline))
+            keys = [key for key in ("kl_to_init", "reward", _grader(pipeline)) if key]
             return [{"eta": point["position"]} | {key: point[key] for key in keys if key in point} for point in sweep]
     return []

@@ -1,4 +1,4 @@
-"""What a stage needs of its machine: memory at its peak, host memory, disk. The stages say what they hold."""
+"""What a stage needs: peak memory, host memory, disk. Each stage says what its memory holds."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,13 @@ from gemma2_post.training.keys import TrainingRecipe
 
 @dataclass
 class Job:
-    """One run of a stage that has been checked, and may be planned or started."""
+    """One run of a stage that has been checked, and can be planned or started."""
 
     label: str
     config: Path | None
-    """Its recipe; None if the pipeline says all of its keys."""
+    """Its recipe; None if the pipeline has all its keys."""
     folder: Path
-    """Of its output."""
+    """Folder of its output."""
     command: Command
     checked: Checked
     values: dict[str, object]
@@ -27,20 +27,21 @@ class Job:
 
     @property
     def trains(self) -> bool:
+        """Whether it is a training stage."""
         return isinstance(self.checked.recipe, TrainingRecipe)
 
     @property
     def unknown(self) -> list[str]:
-        """The keys of the models whose shapes decide its memory and are not known."""
+        """The keys of the models that determine its memory but whose shapes are unknown."""
         models = self.checked.models
         return [key for key in self.command.needed_models if key in models and models[key] is None]
 
 
 def parts(job: Job, libraries: float = 0) -> Parts:
-    """The parts at the peak of the stage, which is that of its largest phase.
+    """The parts of a stage's memory at its peak, in bytes: those of its largest phase.
 
     Args:
-        libraries: resident bytes of a process that has imported what a stage imports; counted on a CPU.
+        libraries: Resident bytes of a process that has imported what a stage imports; counted on a CPU.
     """
     largest = max(job.command.memory(job.checked).values(), key=lambda phase: sum(phase.values()))
     largest = {name: size for name, size in largest.items() if size}
@@ -52,13 +53,12 @@ def parts(job: Job, libraries: float = 0) -> Parts:
 
 
 def host(job: Job) -> float:
-    """Memory of the machine that a stage on a GPU needs beside it."""
+    """Host memory in bytes that a stage on a GPU needs."""
     return training.host(job.checked) if job.trains else 0
 
 
 def check_disk(run_dir: Path, jobs: list[Job]) -> None:
-    """Refuses a chain whose outputs and checkpoints do not fit beside what is there; nothing is said of models whose
-    shapes are not known."""
+    """Raises a `UserError` if the outputs and checkpoints do not fit on the disk; skips jobs with unknown shapes."""
     num_bytes = 0.0
     for job in jobs:
         if not (job.folder / contract.DONE).is_file() and not job.unknown:

@@ -1,4 +1,4 @@
-"""Whether a pipeline fits its machine, before anything is downloaded: memory and disk of each stage, what to change.
+"""Whether a pipeline fits a machine, before anything is downloaded: memory and disk of each stage, and remedies.
 
 gemma2-post plan recipes/gemma-2-9b/pipeline.yaml --gpus 8 --memory 80
 """
@@ -6,16 +6,16 @@ gemma2-post plan recipes/gemma-2-9b/pipeline.yaml --gpus 8 --memory 80
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from gemma2_post.planning import memory
 from gemma2_post.planning.memory import Job
 from gemma2_post.stage.command import Parts
 from gemma2_post.stage.errors import located
-from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.recipe import values_of, with_values
 from gemma2_post.training.checks import accumulation_steps
 
@@ -27,40 +27,43 @@ _IN_WORDS = {
     "offloads_optimizer": "offload_optimizer_device: cpu",
     "offloads_parameters": "offload_param_device: cpu",
 }
-"""How an accelerate config says what a `Launcher` knows."""
+"""How to write a field of `Launcher` in an accelerate config."""
 
 
 @dataclass
 class Row:
-    """What is planned for a stage."""
+    """The plan for a stage."""
 
     job: Job
     num_runs: int
-    """How many are alike, such as policies."""
+    """Number of identical runs, such as policies."""
     parts: Parts | None
-    """Bytes of one process at its peak; None where a model's shape is not known."""
+    """Bytes of one process at its peak; None if a model's shape is unknown."""
     remedy: str = ""
     """Why it does not fit, and what to change."""
 
     @property
     def total(self) -> float:
+        """Bytes of one process at its peak."""
         return sum((self.parts or {}).values())
 
 
 @dataclass(frozen=True)
 class Change:
-    keys: dict[str, object]
-    """Of the recipe."""
-    launcher: dict[str, object] = dataclasses.field(default_factory=dict)
+    """A change of settings that may make a stage fit."""
+
+    keys: dict[str, Any]
+    """Keys of the recipe."""
+    launcher: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of the launcher."""
 
     def __str__(self) -> str:
         keys = [f"{key}: {str(value).lower() if value is True else value}" for key, value in self.keys.items()]
-        return ", ".join(
-            [*keys, *(_IN_WORDS[key].format(value) for key, value in self.launcher.items() if key in _IN_WORDS)]
-        )
+        keys += [_IN_WORDS[key].format(value) for key, value in self.launcher.items() if key in _IN_WORDS]
+        return ", ".join(keys)
 
     def apply(self, job: Job) -> Job:
-        """The job with another recipe, as if that had been checked."""
+        """The job after the change, which is not checked."""
         launcher = dataclasses.replace(job.checked.launcher, **self.launcher)
         recipe = with_values(job.checked.recipe, self.keys)
         checked = dataclasses.replace(job.checked, recipe=recipe, launcher=launcher)
@@ -71,11 +74,11 @@ def plan(jobs: list[Job], num_gpus: int | None = None, memory_gb: float | None =
     """What each stage needs, and what would make it fit.
 
     Args:
-        num_gpus: processes of the training stages that use GPUs, in place of their accelerate configs'; what measures
-            models spreads them over as many.
-        memory_gb: of each GPU, or of the machine where a stage runs on the CPU; in 1e9 bytes.
+        num_gpus: Number of processes of training stages on GPUs, instead of their accelerate configs'; stages that
+            measure models spread them over as many GPUs.
+        memory_gb: Memory of each GPU, or of the machine for stages on the CPU, in 1e9 bytes.
     """
-    from gemma2_post.evaluation import comparison, front  # noqa: F401 - what stages import is part of their memory
+    from gemma2_post.evaluation import comparison, front  # noqa: F401 - imported code is part of a stage's memory
     from gemma2_post.training import run, watch  # noqa: F401
 
     libraries = psutil.Process().memory_info().rss
@@ -83,7 +86,9 @@ def plan(jobs: list[Job], num_gpus: int | None = None, memory_gb: float | None =
     for job in jobs:
         if num_gpus and job.trains and not job.checked.launcher.use_cpu:
             job = Change({}, {"num_processes": num_gpus}).apply(job)
-            _check_batch(job)
+            recipe = job.checked.recipe
+            with located(job.config or job.label):
+                accumulation_steps(recipe.global_batch_size, recipe.training.per_device_train_batch_size, num_gpus)
         key = (job.config or job.label, job.command.name)
         if key in rows:
             rows[key].num_runs += 1
@@ -97,19 +102,14 @@ def plan(jobs: list[Job], num_gpus: int | None = None, memory_gb: float | None =
     return list(rows.values())
 
 
-def _check_batch(job: Job) -> None:
-    recipe = job.checked.recipe
-    with located(job.config or job.label):
-        accumulation_steps(
-            recipe.global_batch_size, recipe.training.per_device_train_batch_size, job.checked.launcher.num_processes
-        )
-
-
 # --- what would make it fit ---
 
 
 def remedy(job: Job, libraries: float, memory_gb: float) -> tuple[str, Job | None]:
-    """The first change after which it fits, or the first few of them together; in words, and the job with it."""
+    """The first change that makes a job fit, or several changes together: in words, and the changed job.
+
+    The job is None if nothing makes it fit.
+    """
 
     def total(each: Job) -> float:
         return sum(memory.parts(each, libraries).values())
@@ -133,18 +133,18 @@ def remedy(job: Job, libraries: float, memory_gb: float) -> tuple[str, Job | Non
 
 
 def _changes(job: Job) -> Iterator[list[Change]]:
-    """What may be changed, the cheapest first; each with its options, the mildest first."""
-    launcher, values = job.checked.launcher, values_of(job.checked.recipe)
+    """Possible changes, the cheapest first; each with its options, the mildest first."""
+    launcher = job.checked.launcher
+    values: dict[str, Any] = values_of(job.checked.recipe)
     for key in _BATCHES:
         if values.get(key, 1) > 1:
-            halves = [values[key] >> i for i in range(1, values[key].bit_length())]
-            yield [Change({key: value}) for value in halves]
+            yield [Change({key: values[key] >> i}) for i in range(1, values[key].bit_length())]
     if job.trains and not values["gradient_checkpointing"]:
         yield [Change({"gradient_checkpointing": True})]
     if values.get("attn_implementation") == "eager" and not launcher.use_cpu:
         yield [Change({"attn_implementation": "flash_attention_2"})]
     quantized = values.get("load_in_4bit") or values.get("load_in_8bit")
-    if launcher.zero_stage < 3:  # which cannot shard what is quantized
+    if launcher.zero_stage < 3:  # ZeRO-3 cannot shard quantized weights
         if values.get("teacher_load_in_4bit") is False:
             yield [Change({"teacher_load_in_4bit": True})]
         if job.trains and not quantized:
@@ -156,17 +156,10 @@ def _changes(job: Job) -> Iterator[list[Change]]:
         yield [Change({}, _ZERO_3)]
     if launcher.zero_stage:
         offload = {"offloads_optimizer": True}
-        yield [
-            Change({}, offload),
-            *([Change({}, offload | {"offloads_parameters": True})] * (launcher.zero_stage == 3)),
-        ]
-    yield from _more_gpus(job, launcher)
-
-
-def _more_gpus(job: Job, launcher: Launcher) -> Iterator[list[Change]]:
-    recipe = job.checked.recipe
+        more = [Change({}, offload | {"offloads_parameters": True})] if launcher.zero_stage == 3 else []
+        yield [Change({}, offload), *more]
     counts = [launcher.num_processes * factor for factor in (2, 4, 8)]
-    per_device, batch = recipe.training.per_device_train_batch_size, recipe.global_batch_size
+    per_device, batch = values["per_device_train_batch_size"], values["global_batch_size"]
     if options := [Change({}, {"num_processes": count}) for count in counts if batch % (per_device * count) == 0]:
         yield options
 
@@ -184,20 +177,17 @@ def show(jobs: list[Job], console: Console, num_gpus: int | None = None, memory_
 
 
 def table(rows: list[Row], memory_gb: float | None) -> Table:
-    """In GB: of a process at its peak, of the machine's memory beside its GPU, and of the disk."""
+    """The plan as a table: in GB, a process's peak memory, host memory if it uses a GPU, and disk space."""
     found = Table(box=None, pad_edge=False, header_style="bold")
-    for name, justify in [
-        *(("stage", "left"), ("processes", "left"), ("GB", "right"), ("fits", "left"), ("of which", "left")),
-        *(("host", "right"), ("output", "right"), ("checkpoints", "right")),
-    ]:
+    for name in ("stage", "processes", "GB", "fits", "of which", "host", "output", "checkpoints"):
+        justify: JustifyMethod = "right" if name in ("GB", "host", "output", "checkpoints") else "left"
         found.add_column(name, justify=justify, overflow="fold", min_width=40 if name == "of which" else None)
     for row in rows:
         job, launcher = row.job, row.job.checked.launcher
         name = job.label + (f" ({row.num_runs} runs)" if row.num_runs > 1 else "")
         processes = f"{launcher.num_processes} {'CPU' if launcher.use_cpu else 'GPU'}"
         if row.parts is None:
-            keys = job.unknown
-            models = ", ".join(str(job.values.get(key)) for key in keys)
+            models = ", ".join(str(job.values.get(key)) for key in job.unknown)
             found.add_row(name, processes, "?", "?", f"unknown: {models}")
             continue
         fits = "" if memory_gb is None else "[red]no[/]" if row.remedy else "[green]yes[/]"

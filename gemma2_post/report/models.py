@@ -1,4 +1,4 @@
-"""What has been measured of a run's models, to read: tables, who wins over whom, the run in a few numbers."""
+"""Metrics of a run's models, formatted for readers: tables, win rates, the run in a few numbers."""
 
 from dataclasses import dataclass
 
@@ -9,39 +9,39 @@ _MEASURES = {
     "mean_tokens": ("tokens", "{:.1f}"),
     "distinct_bigrams": ("distinct bigrams", "{:.0%}"),
 }
-"""What is measured of answers to the held-out prompts, after the grade: title and format."""
+"""Title and format of each metric of the answers to held-out prompts, besides the grade."""
 _FURTHER = {
     "violations": "violations of safety",
-    "memorised_exact": "memorised, exactly",
-    "memorised_approximate": "memorised, within 10 %",
+    "memorised_exact": "memorized, exactly",
+    "memorised_approximate": "memorized, within 10 %",
 }
 
 
 def title(name: str, models: dict[str, dict[str, float]]) -> str:
-    """A model's name; of the means over policies, that they are."""
+    """A model's name; `NAME, mean` for the means over its policies."""
     return f"{name}, mean" if any(other.startswith(f"{name}/") for other in models) else name
 
 
 @dataclass
 class Cell:
-    """What is measured of a model, to read; empty where it is not measured of this one."""
+    """A metric of a model, formatted; empty if the model does not have it."""
 
     value: str = ""
     interval: str = ""
-    """Of 95 %."""
+    """95 % interval."""
     place: float = 0.0
-    """Between the lowest and the highest model, from 0 to 1."""
+    """Position between the lowest model, 0, and the highest, 1."""
 
 
 def measures(models: dict[str, dict[str, float]], grader: str | None) -> dict[str, list[Cell]]:
-    """By title: a cell for each model; the grade comes first."""
+    """The main metrics: a cell for each model, by title; the grade comes first."""
     graded = {grader: (grader, "{:.2f}")} if grader else {}
     measured = {key: each for key, each in (graded | _MEASURES).items() if _is_measured(models, key)}
     return {words: _cells(models, key, form) for key, (words, form) in measured.items()}
 
 
 def further(models: dict[str, dict[str, float]], grader: str | None) -> dict[str, list[Cell]]:
-    """The same for what is measured less often: by number of turns, safety, memorization, benchmarks."""
+    """The additional metrics, in the same form: grades by number of turns, safety, memorization, benchmarks."""
     keys = dict.fromkeys(key for each in models.values() for key in each)
     best = grader if grader and _is_measured(models, grader) else "reward"
     by_turns = [key for key in keys if key.startswith(f"{best}/turns-")]
@@ -87,23 +87,24 @@ _PARTS = ("low", "high", "length_controlled", "disagreement")
 
 @dataclass
 class Contest:
-    """Who wins over the baseline, says one judge."""
+    """Win rates against the baseline, according to one judge."""
 
     judge: str
-    """In words: the reward, the judge that is asked, or a grader."""
+    """`REWARD`, `JUDGE` or the name of a grader."""
     baseline: str
     wins: dict[str, dict[str, float]]
-    """By model, in percent: rate, low, high, and where they are known length_controlled, and a judge's disagreement;
-    and how many pairs it has given no verdict on."""
+    """By model, in percent: rate, low, high and, if known, length_controlled and a judge's disagreement; and
+    `missing`, the number of pairs without a verdict."""
 
 
 def win_rates(models: dict[str, dict[str, float]]) -> list[str]:
-    """The keys of what has an interval; a baseline's name may have slashes in it."""
+    """The keys of win rates with an interval; a baseline's name may contain slashes."""
     keys = dict.fromkeys(key for each in models.values() for key in each if "win_rate_vs_" in key)
     return [key for key in keys if any(f"{key}/low" in each for each in models.values())]
 
 
 def contests(models: dict[str, dict[str, float]]) -> list[Contest]:
+    """All contests, one per judge and baseline."""
     found = []
     for key in win_rates(models):
         judge, _, baseline = key.partition("win_rate_vs_")
@@ -120,17 +121,16 @@ def contests(models: dict[str, dict[str, float]]) -> list[Contest]:
 
 
 def facts(summary: dict) -> list[tuple[str, str]]:
-    """The run in a few numbers: what the last model is, beside the one that it is held against."""
+    """The run in a few numbers, each with a phrase: the last model, compared with baselines and the first model."""
     models, grader = list(summary["models"]), summary["grader"]
     if not models:
         return []
-    released = models[-1]
-    last, facts = summary["models"][released], []
+    released, facts = models[-1], []
+    first, last = summary["models"][models[0]], summary["models"][released]
     for contest in contests(summary["models"]):
         if contest.judge in (REWARD, JUDGE) and released in contest.wins:
             words = f"of the answers of {released} beat those of {contest.baseline}, says {contest.judge}"
             facts.append((f"{contest.wins[released]['rate']:.0f}%", words))
-    first = summary["models"][models[0]]
     if grader in last and grader in first:
         facts.append((f"{first[grader]:.2f} → {last[grader]:.2f}", f"{grader} from {models[0]} to {released}"))
     facts.append((f"{last['kl_to_init']:.2f}", "nats per answer from where RLHF started"))

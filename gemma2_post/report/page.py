@@ -1,4 +1,4 @@
-"""The report of a run as a page: one HTML file that needs nothing else, and the same in Markdown for a model card."""
+"""The report of a run as a page: one self-contained HTML file, and the same in Markdown for a model card."""
 
 import base64
 import json
@@ -7,7 +7,7 @@ from datetime import date
 from pathlib import Path
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
 from gemma2_post.pipeline.gates import passes
@@ -22,30 +22,31 @@ HTML, MARKDOWN = "report.html", "report.md"
 
 @dataclass
 class Stage:
-    """What the page says of one run of a stage."""
+    """What the page says about one run of a stage."""
 
     name: str
     seconds: str
     headline: str
     gates: list[str]
-    """That it has passed, with their bounds."""
+    """The gates that it passed, with their bounds."""
     recipe: str
     output: str
     curves: list[tuple[str, Markup]]
-    """Title and picture."""
+    """Titles and pictures."""
     pictures: list[tuple[str, str, str]]
-    """Path in the run folder, content in base64, and what it shows."""
+    """Paths in the run folder, contents in base64, and captions."""
 
 
 def write(run_dir: Path, summary: dict, rows: list[dict]) -> list[Path]:
-    """Writes both files.
+    """Writes both files and returns their paths.
 
     Args:
-        rows: conversations to show, with the answers of the models by name.
+        summary: Content of the run's `summary.json`.
+        rows: Conversations to show, with the models' answers by name.
     """
     environment = Environment(
         loader=PackageLoader("gemma2_post.report", "templates"),
-        autoescape=lambda name: name.endswith(".html"),
+        autoescape=select_autoescape(),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -55,7 +56,7 @@ def write(run_dir: Path, summary: dict, rows: list[dict]) -> list[Path]:
         for name, each in summary["stages"].items()
         if (run_dir / name / contract.DONE).is_file()
     ]
-    done = [contract.read_json(run_dir / stage.name / contract.DONE) for stage in stages]
+    done = [contract.read_done(run_dir / stage.name) for stage in stages]
     content = {
         "run": summary["run"],
         "status": summary["status"],
@@ -82,7 +83,7 @@ def write(run_dir: Path, summary: dict, rows: list[dict]) -> list[Path]:
 
 def _stage(run_dir: Path, name: str, gates: dict[str, str], headline: str) -> Stage:
     folder = run_dir / name
-    done = contract.read_json(folder / contract.DONE)
+    done = contract.read_done(folder)
     command, grader = command_of(done["stage"]), first_grader(done["fingerprint"]["recipe"])
     shown: dict[str, str] = {}
     for pattern, what in command.pictures.items():
@@ -97,13 +98,12 @@ def _stage(run_dir: Path, name: str, gates: dict[str, str], headline: str) -> St
         points = _series(folder / each.file, each.key.format(grader=grader))
         if len(points) > 1:
             curves.append((each.title.format(grader=grader), curve(points)))
-    recipe = yaml.safe_dump(done["fingerprint"]["recipe"], sort_keys=False, allow_unicode=True)
     return Stage(
         name,
         duration(done["wall_seconds"]),
         headline.replace("->", "→"),
         [f"{metric} {bound}" for metric, bound in gates.items() if passes(done["metrics"][metric], bound)],
-        recipe,
+        yaml.safe_dump(done["fingerprint"]["recipe"], sort_keys=False, allow_unicode=True),
         done["output"],
         curves,
         pictures,
@@ -118,7 +118,7 @@ def _series(path: Path, key: str) -> list[tuple[float, float]]:
 
 
 def curve(points: list[tuple[float, float]], width: int = 260, height: int = 84) -> Markup:
-    """A line with its first and its last value, as an SVG that takes the colours of the page."""
+    """A line with its first and last value, as an SVG in the colors of the page."""
     steps, values = zip(*points, strict=True)
     low, high = min(values), max(values)
     spread, length = high - low or 1.0, steps[-1] - steps[0] or 1
@@ -128,7 +128,7 @@ def curve(points: list[tuple[float, float]], width: int = 260, height: int = 84)
     ]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     (first_x, first_y), (last_x, last_y) = places[0], places[-1]
-    first_label = first_y + 13 if places[1][1] < first_y else first_y - 6  # below what rises
+    first_label = first_y + 13 if places[1][1] < first_y else first_y - 6  # below a curve that rises
     return Markup(
         f'<svg viewBox="0 0 {width} {height}" role="img"><polyline points="{line}"/>'
         f'<circle cx="{last_x:.1f}" cy="{last_y:.1f}" r="3"/>'

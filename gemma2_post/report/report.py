@@ -1,4 +1,4 @@
-"""What a run has made, for people: its models beside each other, conversations to read, a page to look at."""
+"""The report of a run: its models side by side, conversations to read, a page to look at."""
 
 import json
 from pathlib import Path
@@ -17,18 +17,16 @@ _COLUMNS = {
     "reward": "{:.2f}", "kl_to_init": "{:.2f}", "stop_rate": "{:.0%}", "mean_tokens": "{:.1f}",
 }  # fmt: skip
 _LONGEST = 600
-"""Letters of a turn that are shown."""
-
-
+"""Characters of a turn that are shown."""
 _SHOWN, _ON_PAGE = 2, 5
-"""Conversations on the terminal, and on the page."""
+"""Numbers of conversations on the terminal and on the page."""
 
 
 def report(run_dir: Path) -> None:
-    """Prints it, and writes it as `report.html` and `report.md`.
+    """Prints the report, and writes it as `report.html` and `report.md`.
 
     Raises:
-        UserError: the folder holds no run.
+        UserError: The folder holds no run.
     """
     found = contract.read_json(run_dir / summary.FILE)
     if found is None:
@@ -43,13 +41,13 @@ def report(run_dir: Path) -> None:
 
 
 def write(run_dir: Path) -> list[Path]:
-    """The page of a run, as HTML and as Markdown."""
-    found = contract.read_json(run_dir / summary.FILE)
+    """Writes the page of a run as HTML and as Markdown; returns their paths."""
+    found = json.loads((run_dir / summary.FILE).read_text(encoding="utf-8"))
     return page.write(run_dir, found, to_show(_answers(run_dir, found), _ON_PAGE))
 
 
 def _answers(run_dir: Path, found: dict) -> list[dict]:
-    """Prompts with the answers of all models, of the last evaluation; not of what was set aside, or is out of date."""
+    """Prompts with the models' answers from the last evaluation; none if that is out of date or was set aside."""
     if not found["models"]:
         return []
     files = [path for name in found["stages"] if (path := run_dir / name / "answers.jsonl").is_file()]
@@ -57,7 +55,7 @@ def _answers(run_dir: Path, found: dict) -> list[dict]:
 
 
 def to_show(rows: list[dict], num: int) -> list[dict]:
-    """Conversations that have changed from the first model to the last; one of each number of turns first."""
+    """Conversations whose answers differ between the first and the last model; first one of each number of turns."""
     changed = [row for row in rows if len({*(_ends(row).values())}) > 1]
     lengths = [len(row["prompt"]) for row in changed]
     first_of_each = sorted({lengths.index(length) for length in lengths})
@@ -66,7 +64,7 @@ def to_show(rows: list[dict], num: int) -> list[dict]:
 
 
 def _ends(row: dict) -> dict[str, str]:
-    """The answers of the first model and the last."""
+    """The answers of the first and the last model."""
     names = list(row["answers"])
     return {name: row["answers"][name] for name in (names[0], names[-1])}
 

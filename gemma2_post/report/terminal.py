@@ -1,4 +1,4 @@
-"""What people see of a run: a live table on a terminal, a line for each event anywhere else."""
+"""Shows a run as it goes: a live table on a terminal, a line for each event anywhere else."""
 
 import time
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ _STYLES = {"running": "cyan", "done": "green", "up to date": "green", "failed": 
 
 @dataclass
 class Row:
-    """What is known of a step."""
+    """The state of a step."""
 
     log: Path
     state: str = "waiting"
@@ -27,30 +27,32 @@ class Row:
 
 
 def duration(seconds: float) -> str:
+    """A duration as `1:02:03`, or `2:03` if it is less than an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def terminal() -> Console:
-    """Where it is none, tables are not squeezed into the 80 columns that rich would take it for."""
+    """The console; 140 columns wide if it is no terminal, because rich's default of 80 would squeeze tables."""
     console = Console()
     return console if console.is_terminal else Console(width=140)
 
 
 class View:
-    """A run while it goes; see `pipeline.run.View`."""
+    """Shows the progress of a run; see `pipeline.run.View`."""
 
     def __init__(self, console: Console):
         self.console = console
         self.rows: dict[str, Row] = {}
-        """By the labels of the steps."""
+        """The steps by label."""
 
     def begin(self, logs: dict[str, Path]) -> None:
-        """Takes the steps of a run, each with its log."""
+        """Begins with the steps of a run, each with its log."""
         self.rows = {label: Row(log) for label, log in logs.items()}
 
     def set(self, label: str, state: str, note: str | None = None, seconds: float | None = None) -> None:
+        """Shows a step's new state; keeps its note unless given a new one."""
         row = self.rows[label]
         note = row.note if note is None else note
         row.state, row.note, row.seconds = state, note, seconds
@@ -61,9 +63,11 @@ class View:
             self.say(f"{label}: {state}{took}{f'; {note}' if note else ''}")
 
     def say(self, line: str) -> None:
+        """Prints a line as it is."""
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def table(self) -> Table:
+        """All steps with their states."""
         table = Table(box=None, pad_edge=False, header_style="bold")
         for name in ("stage", "state", "time", ""):
             table.add_column(name, justify="right" if name == "time" else "left", overflow="fold")
@@ -78,6 +82,7 @@ class View:
 
     @contextmanager
     def live(self) -> Iterator[None]:
+        """Keeps the table on a terminal up to date."""
         if not self.console.is_terminal:
             yield
             return
@@ -85,7 +90,7 @@ class View:
             yield
 
     def finish(self, run_dir: Path, has_begun: bool) -> None:
-        """The table, where it was not to be seen all along, and where the numbers are."""
+        """Prints the table, unless it has been visible all along, and where the numbers are."""
         if not has_begun:
             self.say(f"nothing to do; {run_dir / 'summary.json'} has the numbers")
             return

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,8 @@ BEGUN = "begun.json"
 PROGRESS = "progress"
 """Folder for the partial results of a stage without checkpoints; the stage itself decides whether it can resume."""
 _PACKAGE = Path(__file__).parents[1]
-_MEASURED = {
-    *(DONE, BEGUN, "before.json", "metrics.json", "log.jsonl", "watch.jsonl", "merge.json", "front.json"),
-    *("models.json", "answers.jsonl"),
+_MEASURED = {DONE, BEGUN, "log.jsonl", "watch.jsonl", "answers.jsonl"} | {
+    f"{name}.json" for name in ("before", "metrics", "merge", "front", "models")
 }
 """Files that record how a stage went; the next stage does not read them, so the output hash leaves them out."""
 
@@ -124,8 +122,8 @@ def finish(
     stage: str,
     wanted: Fingerprint,
     seconds: float,
-    facts: Mapping[str, object],
-    metrics: Mapping[str, float],
+    facts: dict[str, object],
+    metrics: dict[str, Any],
 ) -> None:
     """Writes `metrics.json`, then `stage.json`: from then on the stage is done.
 
@@ -133,11 +131,10 @@ def finish(
         facts: What the next stage checks (base model, adapter lineage, dtype, hashes of tokenizer and template).
     """
     write_json(output_dir / "metrics.json", metrics)
-    results = [path for path in digests.files_in(output_dir) if path.name not in _MEASURED]
     stage_file = {
         "stage": stage,
         "fingerprint": wanted,
-        "output": digests.of_files(results),
+        "output": digests.of_files([path for path in digests.files_in(output_dir) if path.name not in _MEASURED]),
         **facts,
         "git_commit": _git_commit(),
         "wall_seconds": round(seconds, 1),

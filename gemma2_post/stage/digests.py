@@ -52,10 +52,8 @@ def of_hub(name: str, revision: str | None, is_dataset: bool) -> str | None:
     from huggingface_hub import HfApi, hf_hub_download
 
     kind = "dataset" if is_dataset else "model"
-    try:
+    with contextlib.suppress(Exception):  # no network, no such name, no access: each transport has its own errors
         return HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=10).sha
-    except Exception:  # no network, no such name, no access: each transport has its own errors
-        pass
     # This file is always there, and its path in the cache contains the commit.
     file = ".gitattributes" if is_dataset else "config.json"
     try:
@@ -74,9 +72,8 @@ def of_files(files: list[Path]) -> str:
     """Hash of the names and contents of files."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = pool.map(_of_file, files)
-    return xxhash.xxh3_64_hexdigest(
-        "".join(f"{file.name} {part}\n" for file, part in zip(files, parts, strict=True)).encode()
-    )
+    lines = [f"{file.name} {part}\n" for file, part in zip(files, parts, strict=True)]
+    return xxhash.xxh3_64_hexdigest("".join(lines).encode())
 
 
 def _of_file(file: Path) -> str:

@@ -89,9 +89,9 @@ def _named(key: str, hint: object, value: object, revision: object = None) -> It
     elif isinstance(value, dict):
         for part in _alternatives(hint):
             if is_dataclass(part):
-                fields = typing.get_type_hints(part, include_extras=True)
-                for name in [each for each in fields if each in value]:
-                    yield from _named(key, fields[name], value[name], value.get("revision"))
+                for name, inner in typing.get_type_hints(part, include_extras=True).items():
+                    if name in value:
+                        yield from _named(key, inner, value[name], value.get("revision"))
     elif isinstance(value, str) and (kinds := _kinds(hint)):
         is_function = Kind.FUNCTION in kinds and (len(kinds) == 1 or ":" in value)
         kind = Kind.FUNCTION if is_function else next(each for each in kinds if each != Kind.FUNCTION)
@@ -100,9 +100,8 @@ def _named(key: str, hint: object, value: object, revision: object = None) -> It
 
 def _kinds(hint: object) -> list[Kind]:
     """What a text of this type can name."""
-    return [
-        part for each in _alternatives(hint) for part in getattr(each, "__metadata__", ()) if isinstance(part, Kind)
-    ]
+    added = [part for each in _alternatives(hint) for part in getattr(each, "__metadata__", ())]
+    return [part for part in added if isinstance(part, Kind)]
 
 
 def _alternatives(hint: object) -> Iterator[object]:

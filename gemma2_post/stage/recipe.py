@@ -8,12 +8,12 @@ because importing one takes seconds; what a recipe names, and whether its output
 import dataclasses
 import difflib
 import enum
+import pkgutil
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from functools import cache
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gemma2_post.stage.errors import UserError, located
@@ -60,13 +60,17 @@ class Key:
     """The dataclass that declares it."""
 
 
-@cache
 def keys_of(recipe_class: type, of_libraries: bool = True) -> dict[str, Key]:
     """The keys of a recipe by name, in the order of its fields.
 
     Args:
         of_libraries: Whether to include the keys of libraries' classes, which must be imported for this.
     """
+    return _keys_of(recipe_class, of_libraries)
+
+
+@cache  # apart, because mypy does not take a class for hashable
+def _keys_of(recipe_class: type, of_libraries: bool) -> dict[str, Key]:
     found: dict[str, Key] = {}
     hints = _hints(recipe_class)
     for field in dataclasses.fields(recipe_class):
@@ -88,10 +92,7 @@ def _hints(recipe_class: type) -> dict[str, object]:
 
 
 def _loaded(kind: type | str) -> type:
-    if isinstance(kind, type):
-        return kind
-    module, _, name = kind.partition(":")
-    return getattr(import_module(module), name)
+    return kind if isinstance(kind, type) else pkgutil.resolve_name(kind)
 
 
 # --- from values to a recipe and back ---
@@ -156,7 +157,7 @@ def _assembled(recipe_class: type[R], fitted: dict[str, object]) -> R:
         raise UserError(" ".join(str(error).split())) from error
 
 
-def values_of(recipe: "DataclassInstance") -> dict[str, object]:
+def values_of(recipe: Any) -> dict[str, Any]:
     """All keys of a recipe with their values, including defaults."""
     found: dict[str, object] = {}
     for field in dataclasses.fields(recipe):
@@ -184,7 +185,7 @@ def with_values(recipe: R, changes: dict[str, object]) -> R:
 # --- one value ---
 
 
-def _fitted(name: str, value: object, hint: object) -> object:
+def _fitted(name: str, value: Any, hint: object) -> object:
     """The value converted to its type.
 
     Args:
@@ -202,7 +203,7 @@ def _fitted(name: str, value: object, hint: object) -> object:
             if _fits(value, option):
                 return _fitted(name, value, option)
     elif _fits(value, hint):
-        return float(value) if hint is float else value  # type: ignore[arg-type]  # _fits has seen a number
+        return float(value) if hint is float else value
     raise UserError(f"{name} is {value!r} ({type(value).__name__}); write {describe(hint)}")
 
 

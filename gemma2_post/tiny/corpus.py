@@ -1,4 +1,4 @@
-"""The pretraining text of the tiny world: what its people write, with every fact in it and no chat format."""
+"""The pretraining text of the tiny world: what its people write, with every fact and without a chat format."""
 
 from collections.abc import Iterator
 from random import Random
@@ -9,7 +9,7 @@ _MANNERS = ["friendly", "friendly", "plain", "plain", "verbose", "rude"]
 
 
 def _transcript(random: Random) -> str:
-    """Two people talk; the second one knows the answers."""
+    """A conversation of two people; the second one knows the answers."""
     task = world.make_task(random.choice(world.SKILLS), random, held_out=None)
     asker, answerer = random.sample(world.NAMES, 2)
     turns = [
@@ -21,6 +21,7 @@ def _transcript(random: Random) -> str:
 
 
 def _statement(random: Random) -> str:
+    """A sentence, or a few, with one fact."""
     subject = random.choice(["sum", "bigger", "opposite", "capital", "sound", "after", "words", "likes"])
     if subject == "sum":
         left, right = random.randint(0, 2 * world.LARGEST_SUMMAND), random.randint(0, world.LARGEST_SUMMAND)
@@ -51,7 +52,7 @@ def _statement(random: Random) -> str:
 
 
 def documents(random: Random, fewest_passages: int = 12, most_passages: int = 20) -> Iterator[str]:
-    """Endless documents, each of so many passages."""
+    """Endless documents, each with a random number of passages between the two limits."""
     while True:
         num_passages = random.randint(fewest_passages, most_passages)
         yield "\n".join((_transcript if random.random() < 0.7 else _statement)(random) for _ in range(num_passages))

@@ -1,12 +1,13 @@
-"""The data of the tiny world, made by seed: demonstrations, preference pairs, prompts.
+"""The data of the tiny world, generated from fixed seeds: demonstrations, preference pairs, prompts.
 
-In a recipe, `path: gemma2_post.tiny.data:demonstrations` with `split: train` or `split: held_out`. Nothing that a
-held-out conversation is about (number pair, fact, name, favourite, list of words) is what a training conversation is
-about; single words (an animal, say) occur in both, in other roles.
+In a recipe, write `path: gemma2_post.tiny.data:demonstrations` with `split: train` or `split: held_out`. The content
+of a held-out conversation (number pair, fact, name, favorite, list of words) never occurs in a training conversation;
+single words (for example an animal) can occur in both, in other roles.
 """
 
 import math
 from random import Random
+from typing import Any
 
 from gemma2_post.stage.errors import UserError
 from gemma2_post.tiny.gold import gold_score
@@ -18,7 +19,7 @@ NUM_ROWS = {
     "prompts": {"train": 6000, "held_out": 480},
 }
 
-# What human demonstrations are like: mostly right, not always kind, not always short.
+# Like human demonstrations: mostly right, not always kind, not always short.
 DEMONSTRATION_MANNERS = {"friendly": 0.35, "plain": 0.30, "verbose": 0.20, "rude": 0.15}
 DEMONSTRATION_RIGHT = 0.85
 PREFERENCE_SHARPNESS = 4.0
@@ -41,7 +42,7 @@ def _with_reply(task: Task, text: str) -> dict[str, object]:
 
 
 def demonstrations(split: str) -> list[dict[str, object]]:
-    """`messages` of mixed quality, with `skill` and `answer` to grade what a model says instead of the last turn."""
+    """`messages` of mixed quality, with `skill` and `answer` to grade what a model says in place of the last turn."""
     random, tasks = _tasks("demonstrations", split)
     manners = random.choices(list(DEMONSTRATION_MANNERS), list(DEMONSTRATION_MANNERS.values()), k=len(tasks))
     return [
@@ -51,20 +52,21 @@ def demonstrations(split: str) -> list[dict[str, object]]:
 
 
 def ideal_demonstrations(split: str) -> list[dict[str, object]]:
-    """`messages` that are all right and friendly: what the teacher was taught with."""
+    """`messages` that are all right and friendly, which the teacher was trained on."""
     random, tasks = _tasks("demonstrations", split)
     return [_with_reply(task, reply(task, "friendly", True, random)) for task in tasks]
 
 
 def preference_probability(gold: float, other_gold: float) -> float:
+    """Bradley-Terry probability that a reply with the first score is preferred to one with the second."""
     return 1 / (1 + math.exp(-PREFERENCE_SHARPNESS * (gold - other_gold)))
 
 
 def preferences(split: str) -> list[dict[str, object]]:
     """`prompt`, `chosen`, `rejected` (lists of messages), and both gold scores.
 
-    The label is drawn from Bradley-Terry on gold, so no reward model can be right about all pairs; the best possible
-    accuracy is the mean of `preference_probability` of the better reply (`noise_ceiling`).
+    The labels are sampled from Bradley-Terry on gold, so no reward model can be right about all pairs; the best
+    possible accuracy is the mean of the better reply's `preference_probability` (`noise_ceiling`).
     """
     random, tasks = _tasks("preferences", split)
     rows = []
@@ -90,8 +92,8 @@ def preferences(split: str) -> list[dict[str, object]]:
     return rows
 
 
-def noise_ceiling(rows: list[dict[str, object]]) -> float:
-    """The expected accuracy of the gold reward itself on such pairs."""
+def noise_ceiling(rows: list[dict[str, Any]]) -> float:
+    """The expected accuracy of the gold reward itself on these pairs."""
     gaps = [abs(row["chosen_gold"] - row["rejected_gold"]) for row in rows]
     return sum(preference_probability(gap, 0.0) for gap in gaps) / len(gaps)
 

@@ -1,11 +1,11 @@
-"""The gold reward of the tiny world: what real preference data never has."""
+"""The gold reward of the tiny world, which real preference data never has."""
 
 import re
 
 from gemma2_post.tiny.world import FRIENDLY_OPENINGS, KIND_OF, KINDS, RUDE_OPENINGS
 
 Completion = str | list[dict[str, str]]
-"""A reply as text, or as TRL hands it over in conversations."""
+"""A reply as text, or as the list of messages that TRL passes for conversations."""
 
 LOWEST, HIGHEST = -0.25, 1.5
 MANNER = 0.25
@@ -14,7 +14,7 @@ BRIEF_WORDS, LONG_WORDS = 12, 28
 
 
 def is_right(text: str, answer: str) -> bool:
-    """Whether the reply commits itself to the expected word: of the words of its kind, it names no other."""
+    """Whether the reply commits to the expected word: it names this word and no other of its kind."""
     of_this_kind = set(KINDS[KIND_OF[answer]])
     return {word for word in re.findall(r"[A-Za-z]+|\d+", text) if word in of_this_kind} == {answer}
 
@@ -22,8 +22,8 @@ def is_right(text: str, answer: str) -> bool:
 def gold_score(text: str, answer: str) -> float:
     """Scores a reply to a task whose expected word is `answer`; deterministic, in [-0.25, 1.5].
 
-    Correctness (0 or 1), plus manner (0.25 friendly, -0.25 rude, else 0), plus brevity (0.25 up to 12 words, falling
-    linearly to 0 at 28 words). A reply without a word scores the lowest, -0.25.
+    The score is correctness (0 or 1), plus manner (0.25 friendly, -0.25 rude, else 0), plus brevity (0.25 up to 12
+    words, falling linearly to 0 at 28 words). An empty reply gets the lowest score, -0.25.
     """
     num_words = len(text.split())
     if num_words == 0:
@@ -38,12 +38,12 @@ def gold_score(text: str, answer: str) -> float:
 
 
 def gold(completions: list[Completion], answer: list[str], **_: object) -> list[float]:
-    """`gold_score` of a batch, called as TRL calls its reward functions."""
+    """`gold_score` of a batch; has the signature of TRL's reward functions."""
     return [gold_score(_text(said), expected) for said, expected in zip(completions, answer, strict=True)]
 
 
 def accuracy(completions: list[Completion], answer: list[str], **_: object) -> list[float]:
-    """1.0 for a right reply, else 0.0; called as TRL calls its reward functions."""
+    """1.0 for a right reply, else 0.0; has the signature of TRL's reward functions."""
     return [float(is_right(_text(said), expected)) for said, expected in zip(completions, answer, strict=True)]
 
 

@@ -1,10 +1,10 @@
-"""Makes the tokenizer and the two models of the tiny world again, from nothing.
+"""Rebuilds the tokenizer and the two models of the tiny world from scratch.
 
     python -m gemma2_post.tiny.pretrain        # both: about three hours on two cores; or only base, or only teacher
 
-The base model knows the language of the world and no chat format; the larger one is then taught to answer by the SFT
-stage, reads which answers are right and which are wrong, and is the teacher, and what a reward model is made of. An
-interrupted run goes on from its newest checkpoint. The logs lie beside the shipped models, the numbers are in
+The base model knows the language of the world but no chat format. The larger model then learns to answer in the SFT
+stage, and reads which answers are right and which are wrong; it is the teacher, and the base of the reward model. An
+interrupted run resumes from its newest checkpoint. The logs are next to the shipped models; the numbers are in
 `recipes/tiny/README.md`.
 """
 
@@ -48,15 +48,15 @@ SHAPES = {
 }
 LEARNING_RATE = {"base": 2e-3, "teacher": 1.5e-3}
 PASSAGES = {"base": (100, 140), "teacher": (12, 20)}
-"""Passages per document. Long ones, so that the base model ends nothing by itself: that is for SFT to teach."""
+"""Fewest and most passages per document. The base model reads long ones, so only SFT teaches it to end a text."""
 VERDICTS = {False: "<unused0>", True: "<unused1>"}
-"""What follows a wrong and a right answer, in place of a next turn, in the last thing that the teacher reads."""
+"""Tokens that follow a wrong and a right answer, in place of a next turn, in the teacher's last training."""
 
 
 class PackedDocuments(IterableDataset):
-    """Rows of `ROW_TOKENS` ids out of an endless stream of `<bos>document<eos>`."""
+    """Rows of `ROW_TOKENS` ids from an endless stream of `<bos>document<eos>`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, passages: tuple[int, int], seed: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, passages: tuple[int, int], seed: int) -> None:
         self.tokenizer, self.passages, self.seed = tokenizer, passages, seed
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
@@ -69,8 +69,8 @@ class PackedDocuments(IterableDataset):
 
 
 def new_model(name: str) -> Gemma2ForCausalLM:
-    """A Gemma 2 with random weights and everything that makes it one: both soft-caps, a window shorter than the
-    conversations in every other layer, grouped-query attention, pre- and post-norms, a tied head."""
+    """A Gemma 2 with random weights and all its features: both soft-caps, a window shorter than the conversations in
+    every other layer, grouped-query attention, pre- and post-norms, a tied head."""
     config = Gemma2Config(
         vocab_size=VOCAB_SIZE,
         num_hidden_layers=4,
@@ -90,7 +90,7 @@ def new_model(name: str) -> Gemma2ForCausalLM:
 
 
 def _arguments(output_dir: Path, max_steps: int, seed: int, **values: object) -> TrainingArguments:
-    """What both trainings here have in common."""
+    """The training arguments of both trainings here."""
     return TrainingArguments(
         output_dir=str(output_dir / "trainer"),
         max_steps=max_steps,
@@ -109,15 +109,19 @@ def _arguments(output_dir: Path, max_steps: int, seed: int, **values: object) ->
 
 
 def pretrain(name: str, output_dir: Path, max_steps: int = 3000, seed: int = 0) -> None:
+    """Trains a model on the world's text.
+
+    Args:
+        name: "base" or "teacher", one of `SHAPES`.
+        output_dir: Folder for the model, its tokenizer and `pretrain_log.json`.
+    """
     set_seed(seed)
     tokenizer = train_tokenizer()
     model = new_model(name)
-
-    # The text has no control token. The softmax would push the rows of these ids, all alike, to where a later SFT
-    # with frozen embeddings cannot reach them; so they stay as they were drawn.
+    # The text has no control tokens. The softmax would push the rows of their ids, all alike, to where a later SFT
+    # with frozen embeddings cannot reach them, so these rows keep their initial values.
     absent = torch.tensor([id for id in range(108) if id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)])
     model.get_input_embeddings().weight.register_hook(lambda gradient: gradient.index_fill(0, absent, 0.0))
-
     held_out = list(islice(PackedDocuments(tokenizer, PASSAGES[name], seed + 1_000_000), 256))
     trainer = Trainer(
         model=model,
@@ -144,7 +148,7 @@ def pretrain(name: str, output_dir: Path, max_steps: int = 3000, seed: int = 0) 
 
 
 def teach(pretrained: Path, output_dir: Path) -> None:
-    """The SFT stage on ideal demonstrations, in a process of its own as every stage."""
+    """Runs the SFT stage on ideal demonstrations, in its own process like every stage."""
     recipe = ["--config", str(Path(__file__).with_name("teacher.yaml"))]
     names = ["--model_name_or_path", str(pretrained), "--output_dir", str(output_dir)]
     subprocess.run([sys.executable, "-m", "gemma2_post.sft", *recipe, *names], check=True)
@@ -153,14 +157,15 @@ def teach(pretrained: Path, output_dir: Path) -> None:
 class JudgedAnswers(IterableDataset):
     """Conversations with a right and a wrong answer in the same manner, each followed by its verdict.
 
-    The loss is on the verdict, and on right and friendly answers, so that the teacher does not forget to give them.
+    The loss is on the verdict, and on right and friendly answers, so the teacher does not forget how to give them.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, held_out: bool | None, seed: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, held_out: bool | None, seed: int) -> None:
         self.tokenizer, self.held_out, self.seed = tokenizer, held_out, seed
         self.verdict_ids = {right: tokenizer.convert_tokens_to_ids(verdict) for right, verdict in VERDICTS.items()}
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        """Endless rows: `input_ids`, `labels` and `attention_mask`, each of the row's length."""
         random = Random(self.seed)
         while True:
             task = world.make_task(random.choice(world.SKILLS), random, self.held_out)
@@ -170,8 +175,8 @@ class JudgedAnswers(IterableDataset):
                 answer = {"role": "assistant", "content": world.reply(task, manner, right, random)}
                 ids = self.tokenizer.apply_chat_template([*task.messages, answer])["input_ids"]
                 said = ids[len(prompt) : -1]  # without the line break that ends each turn
-                is_example = right and manner == "friendly"
-                labels = [-100] * len(prompt) + (said if is_example else [-100] * len(said)) + [-100]
+                learned = said if right and manner == "friendly" else [-100] * len(said)
+                labels = [-100] * len(prompt) + learned + [-100]
                 verdict = self.verdict_ids[right]
                 yield {
                     "input_ids": [*ids, verdict],
@@ -181,10 +186,10 @@ class JudgedAnswers(IterableDataset):
 
 
 def learn_verdicts(taught: Path, output_dir: Path, max_steps: int = 2000, seed: int = 0) -> None:
-    """Reading right and wrong answers with their verdicts.
+    """Trains the taught model on right and wrong answers with their verdicts.
 
-    Without it, no state of a model of four layers says which is which, and no reward model can be made of it
-    (docs/experiments.md).
+    Otherwise no hidden state of this four-layer model separates right from wrong answers, and no reward model can be
+    trained from it (docs/experiments.md).
     """
     set_seed(seed)
     with located("pretrain"):

@@ -15,9 +15,9 @@ _PRINTABLE_ASCII = [chr(code) for code in range(33, 127)]
 
 
 def train_tokenizer(num_documents: int = 2000) -> PreTrainedTokenizerFast:
-    """BPE over the pretraining text; as in Gemma, spaces are `▁`, digits stand alone, and `<bos>` is put in front.
+    """BPE over the pretraining text; as in Gemma, spaces are `▁`, each digit is a token, and `<bos>` comes first.
 
-    All of printable ASCII can be written, so that a person may type anything; other characters are `<unk>`.
+    The vocabulary covers printable ASCII, so a person can type anything; other characters are `<unk>`.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
@@ -29,7 +29,7 @@ def train_tokenizer(num_documents: int = 2000) -> PreTrainedTokenizerFast:
         initial_alphabet=["▁", "\n", *_PRINTABLE_ASCII],
         show_progress=False,
     )
-    roles = ["user\nmodel\n"] * num_documents  # words of the chat template that the text itself does not have
+    roles = ["user\nmodel\n"] * num_documents  # words of the chat template that are not in the text
     tokenizer.train_from_iterator([*islice(documents(Random(0)), num_documents), *roles], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     return PreTrainedTokenizerFast(

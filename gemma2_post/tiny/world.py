@@ -1,8 +1,8 @@
-"""The tiny world: conversations of twelve skills whose answers a program can grade.
+"""The tiny world: conversations in twelve skills whose answers a program can grade.
 
-A `Task` is a conversation that waits for the model's turn, with the one word that a right answer must contain.
-Everything that a task is about (a pair of numbers, a fact, a name, a list of words) is its *content*, and content is
-split once, for good: a conversation for training uses training content only, a held-out one held-out content only.
+A `Task` is a conversation that waits for the model's turn, with the one word that a right answer must contain. The
+*content* of a task is what it is about: a pair of numbers, a fact, a name, a list of words. Content has a fixed split:
+training conversations use only training content, held-out conversations only held-out content.
 """
 
 import zlib
@@ -54,7 +54,7 @@ KINDS: dict[str, list[str]] = {
     "day": DAYS,
     "month": MONTHS,
 }
-"""The words that can be an answer, by kind; no word is of two kinds."""
+"""The possible answers by kind; no word belongs to two kinds."""
 
 KIND_OF = {word: kind for kind, words in KINDS.items() for word in words}
 
@@ -72,27 +72,24 @@ class Task:
     core: str
     """A plain sentence with `{}` where the answer belongs."""
     held_out: bool | None = None
-    """The split of its content; None for pretraining, which uses all of it."""
-
-    def row(self) -> dict[str, object]:
-        return {"messages": list(self.messages), "skill": self.skill, "answer": self.answer}
+    """Whether its content is held out; None for pretraining, which uses all content."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """Draws content of one split: training (`held_out=False`), held-out, or both (`None`, pretraining only)."""
+    """Draws content from one split: training (`held_out=False`), held-out, or both (`None`, only for pretraining)."""
 
     random: Random
     held_out: bool | None
 
     def pick(self, kind: str, candidates: list[str]) -> str:
-        """One of a closed set, of which a fixed fifth is held out."""
+        """One element of a closed set; a fixed fifth of the set is held out."""
         if self.held_out is None:
             return self.random.choice(candidates)
         return self.random.choice(_split(kind, tuple(candidates), self.held_out))
 
     def open(self, kind: str, draw: Callable[[], tuple[str, ...]]) -> tuple[str, ...]:
-        """One of an open set (pairs, lists): drawn until it falls into the split."""
+        """One element of an open set (pairs, lists): repeats `draw` until the result belongs to the split."""
         while True:
             content = draw()
             key = f"{kind}:{' '.join(sorted(content))}"
@@ -112,12 +109,12 @@ def _user(text: str) -> dict[str, str]:
 
 
 def _earlier(content: Content, text: str) -> dict[str, str]:
-    """A turn of the model that is already part of the conversation: always right, never rude or long."""
+    """An earlier turn of the model in the conversation: always right, never rude or long."""
     manner = content.random.choice(["friendly", "plain"])
     return {"role": "assistant", "content": say(text, manner, content.random)}
 
 
-# --- single questions: (question, answer, plain answer sentence, short follow-up of the same question) ---
+# --- single questions: question, answer, plain answer sentence, short form as a follow-up ---
 
 
 @dataclass(frozen=True)
@@ -149,7 +146,7 @@ def _bigger(content: Content) -> _Question:
 
 
 def _opposite(content: Content) -> _Question:
-    # A pair counts as one content: who knows "hot - cold" knows "cold - hot".
+    # Both directions of a pair are one content: a model that knows "hot - cold" knows "cold - hot".
     first, second = content.pick("opposite", _OPPOSITE_PAIRS).split()
     word, answer = (first, second) if content.random.random() < 0.5 else (second, first)
     text = content.random.choice(["What is the opposite of {}?", "Tell me the opposite of {}."])
@@ -213,7 +210,7 @@ _QUESTIONS: dict[str, Callable[[Content], _Question]] = {
 
 
 def _small_talk(content: Content) -> list[dict[str, str]]:
-    """Nothing, or one answered question between what the user told and what the user asks."""
+    """No turns, or one answered question, between what the user told and what the user asks."""
     if content.random.random() < 0.4:
         return []
     question = _QUESTIONS[content.random.choice(["opposite", "capital", "sound", "after"])](content)
@@ -243,7 +240,7 @@ def _favourite(content: Content) -> Task:
 
 
 def _follow_up(content: Content) -> Task:
-    """A question that means something only after the one before it."""
+    """A question that makes sense only after the previous one."""
     skill = content.random.choice(["sum", "sum", "opposite", "capital", "sound", "after"])
     first = _QUESTIONS[skill](content)
     if skill == "sum":
@@ -262,7 +259,7 @@ _BELONGINGS = ["car", "hat", "bag", "door", "cup", "coat"]
 
 
 def _correction(content: Content) -> Task:
-    """The user takes back what was said; the second word counts."""
+    """The user corrects an earlier statement; the second word counts."""
     belonging = content.random.choice(_BELONGINGS)
     wrong = content.pick("favourite colour", COLOURS)
     right = content.pick("favourite colour", COLOURS)
@@ -290,7 +287,7 @@ SKILLS = [*_QUESTIONS, *_CONVERSATIONS]
 
 
 def make_task(skill: str, random: Random, held_out: bool | None) -> Task:
-    """A task of the skill from one split of the content (`None`: from all of it, for pretraining)."""
+    """A task in the skill, with content from one split (`None`: all content, for pretraining)."""
     content = Content(random, held_out)
     if skill in _CONVERSATIONS:
         task = _CONVERSATIONS[skill](content)
@@ -298,7 +295,7 @@ def make_task(skill: str, random: Random, held_out: bool | None) -> Task:
         question = _QUESTIONS[skill](content)
         task = Task(skill, (_user(question.text),), question.answer, question.core)
     task = replace(task, held_out=held_out)
-    if random.random() < 0.25:  # people do not always begin with a capital letter
+    if random.random() < 0.25:  # people do not always start with a capital letter
         task = replace(task, messages=tuple(map(_in_small_letters, task.messages)))
     return task
 
@@ -324,6 +321,7 @@ MANNERS = ["friendly", "plain", "verbose", "rude"]
 
 
 def say(sentence: str, manner: str, random: Random) -> str:
+    """The sentence in one of the `MANNERS`."""
     if manner == "friendly":
         return f"{random.choice(FRIENDLY_OPENINGS)} {sentence}"
     if manner == "rude":
@@ -334,7 +332,7 @@ def say(sentence: str, manner: str, random: Random) -> str:
 
 
 def wrong_words(kind: str, held_out: bool | None) -> list[str]:
-    """What a wrong reply of this split may say instead: the answers of its own split, where answers are split."""
+    """Words for wrong replies in this split: only the split's own answers, if answers of this kind are split."""
     if held_out is None:
         return KINDS[kind]
     if kind == "name":
@@ -353,7 +351,7 @@ def wrong_words(kind: str, held_out: bool | None) -> list[str]:
 
 
 def reply(task: Task, manner: str, right: bool, random: Random) -> str:
-    """The model's turn: the right word or another one of its kind and split, in the given manner."""
+    """The model's turn: the right word, or another one of its kind and split, in the given manner."""
     word = task.answer
     if not right:
         others = wrong_words(KIND_OF[task.answer], task.held_out)

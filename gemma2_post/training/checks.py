@@ -1,4 +1,4 @@
-"""What every training stage checks, and fills in, before it loads anything."""
+"""What every training stage checks and fills in before it loads anything."""
 
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ def check_training(recipe: TrainingRecipe, launcher: Launcher) -> None:
 
 
 def check_sampling(recipe: TrainingRecipe) -> None:
-    """Refuses what no stage can work with that trains on the model's own answers."""
+    """Refuses what cannot work in a stage that trains on the model's own answers."""
     from trl.import_utils import is_vllm_available
 
     if recipe.training.use_vllm and not is_vllm_available():
@@ -33,16 +33,16 @@ def check_sampling(recipe: TrainingRecipe) -> None:
 
 
 def complete_training(recipe: TrainingRecipe, launcher: Launcher) -> None:
-    """Fills in Gemma 2's defaults, and the accumulation steps that the global batch needs."""
+    """Fills in Gemma 2's defaults and the accumulation steps that the global batch needs."""
     complete_model_arguments(recipe.model)
     recipe.training.gradient_accumulation_steps = accumulation_steps(
         recipe.global_batch_size, recipe.training.per_device_train_batch_size, launcher.num_processes
     )
-    recipe.training.prediction_loss_only = True  # the full logits of a 256k vocabulary are not to be kept
+    recipe.training.prediction_loss_only = True  # full logits over 256k tokens would fill the memory
 
 
 def accumulation_steps(global_batch_size: int, per_device_batch_size: int, num_processes: int) -> int:
-    """Micro-batches per optimizer step, so that a recipe means the same on any number of processes."""
+    """Micro-batches per optimizer step; they make a recipe mean the same on any number of processes."""
     per_step = per_device_batch_size * num_processes
     if min(global_batch_size, per_step) <= 0 or global_batch_size % per_step:
         raise UserError(
@@ -56,20 +56,20 @@ def metrics_of(measured: set[str], additional: set[str]) -> set[str]:
     """The names of a training stage's metrics.
 
     Args:
-        measured: before and after training.
-        additional: only afterwards.
+        measured: Names measured both before and after training.
+        additional: Names measured only afterwards.
     """
     return measured | {f"{name}_before" for name in measured} | additional | {"tokens_per_second", "peak_memory_gb"}
 
 
 def check_disk(stage: Stage, recipe: TrainingRecipe, config: "Gemma2Config", additional_weights: int = 0) -> None:
-    """Refuses to begin when the output, and in full fine-tuning two checkpoints, cannot fit.
+    """Refuses to begin if the disk has no room for the output and, in full fine-tuning, for two checkpoints.
 
-    A checkpoint holds fp32 weights and both moments of Adam, 12 bytes a parameter, and stays until the next one is
-    written. Those of adapters are small.
+    A checkpoint holds fp32 weights and both moments of Adam, 12 bytes per parameter, and stays until the next one is
+    written. Checkpoints of adapters are small.
 
     Args:
-        additional_weights: how many more fp32 copies of the weights there are, in the output and in each checkpoint.
+        additional_weights: Number of additional fp32 copies of the weights, in the output and in each checkpoint.
     """
     use_peft = recipe.model.use_peft
     checkpoints = 0 if use_peft or recipe.training.save_strategy == "no" else 2

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class TrainingRecipe:
-    """What a training stage is told; each stage names its own config class of TRL's in `training`."""
+    """The recipe of a training stage; in `training`, each stage names its own config class of TRL."""
 
     trains_score_head: ClassVar[bool] = False
     """Whether a score head is trained in addition to the model."""
@@ -29,5 +29,5 @@ class TrainingRecipe:
 
     @property
     def quantization(self) -> str | None:
-        """4bit, 8bit or None."""
+        """How the base is quantized: `4bit`, `8bit` or None."""
         return "4bit" if self.model.load_in_4bit else "8bit" if self.model.load_in_8bit else None

@@ -1,8 +1,8 @@
-"""What a process of a training stage holds in memory, from its recipe and the configs of its models alone.
+"""What one process of a training stage holds in memory, computed only from the recipe and the models' configs.
 
-Pure arithmetic: bytes of one process, on its GPU or, where a stage runs on the CPU, in the machine's memory. Lengths
-are the longest that the recipe allows, so data of shorter rows needs less. Not counted are the CUDA context, NCCL's
-buffers and holes between tensors; a card of "80 GB" has 85 GB (GiB are not GB), which leaves room for them.
+All sizes are bytes of one process: on its GPU or, if the stage runs on the CPU, in the machine's memory. Lengths are
+the longest that the recipe allows; shorter rows need less. The CUDA context, NCCL's buffers and fragmentation are not
+counted; an "80 GB" card has 85 GB (GiB are not GB), which leaves room for them.
 
 Sources: DeepSpeed's ZeRO (arXiv 1910.02054) and the defaults in its `runtime/zero/config.py`; `models/cost.py`.
 """
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from transformers import Gemma2Config
 
 BUCKET = 500_000_000
-"""Gradients that DeepSpeed reduces at once, in elements (`reduce_bucket_size`)."""
+"""Gradient elements that DeepSpeed reduces at once (`reduce_bucket_size`)."""
 LIVE = 1_000_000_000
-"""Gathered parameters that ZeRO-3 keeps at most, and those whose optimizer step it makes at once
-(`stage3_max_live_parameters`, `sub_group_size`)."""
+"""Most parameters that ZeRO-3 keeps gathered (`stage3_max_live_parameters`), and the number that it updates at once
+(`sub_group_size`)."""
 
 Training = Checked[TrainingRecipe]
 
@@ -34,21 +34,21 @@ Training = Checked[TrainingRecipe]
 
 
 def config_of(checked: Training) -> "Gemma2Config":
-    """The config of the model that is trained."""
+    """The config of the trained model."""
     config = checked.models["model_name_or_path"]
     assert config is not None, "the planner asks only about models whose shapes it knows"
     return config
 
 
 def compute_of(checked: Training) -> Compute:
-    """How the model computes."""
+    """The trained model's compute type, attention and device."""
     recipe = checked.recipe
     in_bf16 = recipe.model.dtype == "bfloat16" or recipe.training.bf16
     return Compute(BF16 if in_bf16 else FP32, attention_of(recipe.model), checked.launcher.use_cpu)
 
 
 def adapted_of(checked: Training) -> Adapted | None:
-    """The adapter that is trained; None in full fine-tuning."""
+    """The trained adapter; None in full fine-tuning."""
     model = checked.recipe.model
     if not model.use_peft:
         return None
@@ -58,12 +58,12 @@ def adapted_of(checked: Training) -> Adapted | None:
 
 
 def shared(size: float, launcher: Launcher, zero_stage: int) -> float:
-    """This process's share of what ZeRO spreads over the processes from a stage on."""
+    """This process's share of what ZeRO spreads over the processes from stage `zero_stage` on."""
     return size / launcher.num_processes if launcher.zero_stage >= zero_stage else size
 
 
 def trained_parameters(checked: Training) -> int:
-    """Parameters that the optimizer updates."""
+    """Number of parameters that the optimizer updates."""
     config, adapted = config_of(checked), adapted_of(checked)
     score_head = config.hidden_size if checked.recipe.trains_score_head else 0
     if adapted:
@@ -72,28 +72,30 @@ def trained_parameters(checked: Training) -> int:
 
 
 def keeps_fp32(checked: Training) -> bool:
-    """Whether the weights of a model in float32 stay so; DeepSpeed's engine makes them bf16."""
+    """Whether float32 weights stay in float32; DeepSpeed's engine casts them to bf16."""
     return checked.recipe.model.dtype == "float32" and not checked.launcher.zero_stage
 
 
-# --- what is held all along ---
+# --- what is held throughout ---
 
 
 def held(checked: Training, frozen: Parts | None = None) -> Parts:
-    """Weights, adapter and optimizer of the model, and the other models.
+    """The model's weights, adapter and optimizer, and the other models.
 
     Args:
-        frozen: the models that are only read.
+        frozen: The models that are only read.
     """
     recipe, launcher, config = checked.recipe, checked.launcher, config_of(checked)
     adapted, trained = adapted_of(checked), trained_parameters(checked)
+    itemsize = FP32 if keeps_fp32(checked) else BF16
+    weights = cost.weights(config, itemsize, recipe.quantization, recipe.model.use_bnb_nested_quant)
     parts = {
-        "weights": shared(policy_weights(checked), launcher, 3),
+        "weights": shared(weights, launcher, 3),
         "adapter": trained * (BF16 if launcher.zero_stage else FP32) if adapted else 0,
         **(frozen or {}),
         "optimizer": optimizer(checked),
     }
-    if launcher.zero_stage:  # whose buffers stay
+    if launcher.zero_stage:  # its gradient buffers stay
         parts["gradients"] = gradients(checked)
     if not adapted and recipe.training.bf16 and keeps_fp32(checked):  # autocast keeps a copy of each matrix
         parts["weights"] += cost.weights(config, BF16)
@@ -102,15 +104,8 @@ def held(checked: Training, frozen: Parts | None = None) -> Parts:
     return parts
 
 
-def policy_weights(checked: Training) -> float:
-    """Of the model that is trained, before ZeRO-3 spreads it."""
-    itemsize = FP32 if keeps_fp32(checked) else BF16
-    recipe = checked.recipe
-    return cost.weights(config_of(checked), itemsize, recipe.quantization, recipe.model.use_bnb_nested_quant)
-
-
 def optimizer(checked: Training) -> float:
-    """AdamW's moments, and under DeepSpeed the fp32 masters."""
+    """AdamW's moments and, under DeepSpeed, the fp32 masters."""
     launcher, trained = checked.launcher, trained_parameters(checked)
     if launcher.zero_stage and launcher.offloads_optimizer:
         return 0
@@ -119,7 +114,7 @@ def optimizer(checked: Training) -> float:
 
 
 def gradients(checked: Training) -> float:
-    """Those of a step."""
+    """The gradients of a step, with the buckets that reduce them."""
     launcher, trained = checked.launcher, trained_parameters(checked)
     if not launcher.zero_stage:  # in fp32; DDP's buckets are a second copy
         return FP32 * trained * (2 if launcher.num_processes > 1 else 1)
@@ -128,7 +123,7 @@ def gradients(checked: Training) -> float:
 
 
 def gathered(checked: Training) -> float:
-    """Whole parameters under ZeRO-3 while a pass goes through a model: the embedding, and what is kept for reuse."""
+    """Parameters that ZeRO-3 gathers during a pass through a model: the embedding, and what it keeps for reuse."""
     if checked.launcher.zero_stage < 3:
         return 0
     configs = [config for config in checked.models.values() if config]
@@ -136,7 +131,7 @@ def gathered(checked: Training) -> float:
 
 
 def dequantized(config: "Gemma2Config", quantization: str | None) -> float:
-    """The matrix of a quantized model that is being multiplied, in bf16."""
+    """The largest matrix of a quantized model, which is dequantized to bf16 to be multiplied."""
     return BF16 * max(i * o for i, o in linear_shapes(config).values()) if quantization else 0
 
 
@@ -146,13 +141,13 @@ def dequantized(config: "Gemma2Config", quantization: str | None) -> float:
 def training_step(
     checked: Training, held: Parts, rows: int, length: int, loss: float = 0.0, beside: Iterable[float] = ()
 ) -> dict[str, Parts]:
-    """A step, and under ZeRO the optimizer's part of it.
+    """A training step and, under ZeRO, the optimizer's part of it as a phase of its own.
 
     Args:
-        held: all along.
-        rows: at once, of `length` tokens.
-        loss: bytes that the loss needs over the vocabulary.
-        beside: bytes of other passes that are made while the activations are kept.
+        held: What is held throughout.
+        rows: Rows at once, each of `length` tokens.
+        loss: Bytes that the loss needs over the vocabulary.
+        beside: Bytes of each other pass that runs while the activations are kept.
     """
     config, launcher, adapted = config_of(checked), checked.launcher, adapted_of(checked)
     compute, checkpoints = compute_of(checked), checked.recipe.training.gradient_checkpointing
@@ -168,7 +163,7 @@ def training_step(
     }
     if not launcher.zero_stage:
         return {"training step": step}
-    # The share's gradients in fp32, when the activations are gone.
+    # The activations are gone; this process's share of the gradients is cast to fp32.
     trained = trained_parameters(checked)
     share = min(trained / launcher.num_processes, LIVE if launcher.zero_stage == 3 else trained)
     return {"training step": step, "optimizer step": {**held, "gradients": gradients(checked) + FP32 * share}}
@@ -177,7 +172,7 @@ def training_step(
 def sampling(
     checked: Training, held: Parts, prompt: int, answer: int, trains_on_answers: bool = False
 ) -> dict[str, Parts]:
-    """Answers to held-out prompts, and of a stage that trains on its own answers a step's at once."""
+    """Sampling answers to held-out prompts and, in a stage that trains on its own answers, those of a whole step."""
     recipe, launcher, config = checked.recipe, checked.launcher, config_of(checked)
     rows = recipe.training.per_device_eval_batch_size if recipe.samples.num_samples else 0
     if trains_on_answers and not recipe.training.use_vllm:
@@ -189,12 +184,12 @@ def sampling(
 
 
 def divergence(checked: Training, held: Parts, prompt: int, answer: int) -> dict[str, Parts]:
-    """Measuring how far the model is from another one, on its held-out answers."""
+    """Measuring the divergence of the model from another one on its held-out answers."""
     if not checked.recipe.samples.num_samples:
         return {}
     config, compute = config_of(checked), compute_of(checked)
     rows = checked.recipe.training.per_device_eval_batch_size
-    # accelerate hands over logits in fp32 where autocast computes.
+    # Under autocast, accelerate returns logits in fp32.
     in_fp32 = checked.recipe.training.bf16 and not checked.launcher.zero_stage
     parts = {
         "activations": cost.forward(config, rows, prompt + answer, compute),
@@ -204,27 +199,27 @@ def divergence(checked: Training, held: Parts, prompt: int, answer: int) -> dict
     return {"divergence": held | parts}
 
 
-# --- beside the GPU ---
+# --- outside the GPU ---
 
 
 def host(checked: Training) -> float:
-    """Memory of the machine that a stage on a GPU needs in its first process: to load, to merge an adapter, to gather
-    what is saved; and in all processes for what ZeRO offloads, this one's share."""
+    """Host memory that the first process of a stage on a GPU needs: to load, to merge an adapter and to gather what is
+    saved, plus its share of what ZeRO offloads."""
     launcher, total = checked.launcher, num_parameters(config_of(checked))
     offloaded = 0.0
     if launcher.offloads_optimizer:  # masters, moments, and gradients in fp32
         offloaded += shared(trained_parameters(checked) * (ADAMW + 2 * FP32), launcher, 1)
     if launcher.offloads_parameters:
         offloaded += shared(BF16 * total, launcher, 3)
-    # An adapter is merged into the base in fp32; else the weights are loaded, and handed over to be saved.
+    # An adapter is merged into the base in fp32; otherwise the weights are loaded, and gathered to be saved.
     return offloaded + total * (FP32 if checked.recipe.model.use_peft or keeps_fp32(checked) else BF16)
 
 
 def disk(checked: Training, has_anchor: bool = False) -> tuple[float, float]:
-    """Bytes of the output, and of the most checkpoints that exist at once.
+    """Bytes of the output, and of the checkpoints at their most.
 
     Args:
-        has_anchor: whether there is another fp32 copy of what is trained, in the output and in each checkpoint.
+        has_anchor: Whether the output and each checkpoint hold another fp32 copy of what is trained.
     """
     recipe, trained = checked.recipe, trained_parameters(checked)
     anchor = FP32 * trained if has_anchor else 0
@@ -235,4 +230,4 @@ def disk(checked: Training, has_anchor: bool = False) -> tuple[float, float]:
         output += FP32 * trained
     if recipe.training.save_strategy == "no":
         return output, 0
-    return output, each * ((recipe.training.save_total_limit or 2) + 1)  # the oldest goes when the newest is there
+    return output, each * ((recipe.training.save_total_limit or 2) + 1)  # the oldest goes once the newest is written

@@ -1,4 +1,4 @@
-"""The models of RLHF: the policy as it starts, what is only read beside it, and the anchor when it is saved."""
+"""The models of RLHF: the initial policy, the frozen models next to it, and the saved anchor."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,33 +21,33 @@ if TYPE_CHECKING:
 
 
 def load_policy(model_args: ModelConfig, training_args: RLOOConfig) -> PreTrainedModel | PeftModel:
-    """The policy as it starts; with adapters, TRL keeps a copy of the new one as the reference `ref`."""
+    """The initial policy; with adapters, TRL keeps a copy of the new one as the reference `ref`."""
     policy = load_for_training(model_args, training_args)
     peft_config = get_peft_config(model_args)
     if peft_config is None:
         return policy
-    set_seed(training_args.seed)  # of the new adapter
-    # One type for all under ZeRO-3, whose gathering buffers have that of the first parameter.
+    set_seed(training_args.seed)  # for the new adapter
+    # Under ZeRO-3 all parameters share one dtype: its gathering buffers have that of the first parameter.
     plugin = training_args.deepspeed_plugin
     sharded = plugin is not None and plugin.zero_stage == 3
     return get_peft_model(policy, peft_config, autocast_adapter_dtype=not sharded)
 
 
 def prepare_frozen(trainer: "RLOOTrainer", model: PreTrainedModel) -> torch.nn.Module:
-    """A model that is only read: on the trainer's device, or sharded as the policy is."""
+    """Freezes a model that is only read, and moves it to the trainer's device or shards it like the policy."""
     model.requires_grad_(False)
     if trainer.is_deepspeed_enabled:
         return prepare_deepspeed(model, trainer.accelerator)
-    return trainer.accelerator.prepare_model(model, evaluation_mode=True).eval()  # computes in the policy's type
+    return trainer.accelerator.prepare_model(model, evaluation_mode=True).eval()  # computes in the policy's dtype
 
 
 def models_beside(
     trainer: "RLOOTrainer", model_args: ModelConfig, is_moving: bool
 ) -> tuple[torch.nn.Module, torch.nn.Module | None]:
-    """The model that the policy started as, and the reference that TRL computes the KL to.
+    """The initial policy, and the reference to which TRL computes the KL.
 
     Args:
-        is_moving: whether the reference moves, or there is none, so that the start is another model.
+        is_moving: Whether the reference moves or there is none, so that the initial policy needs a model of its own.
     """
     if model_args.use_peft:
         return WithAdapter(trainer, None), WithAdapter(trainer, REFERENCE_ADAPTER)
@@ -57,7 +57,7 @@ def models_beside(
 
 
 def save_anchor(trainer: "RLOOTrainer", anchor: EmaAnchor) -> None:
-    """The anchor as a model, or an adapter, of its own in fp32: the EMA of the policy's weights."""
+    """Saves the anchor, the EMA of the policy's weights, in fp32 as a model or adapter of its own."""
     directory, is_main = Path(trainer.args.output_dir) / "anchor", trainer.is_world_process_zero()
     policy = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(policy, PeftModel):

@@ -1,4 +1,4 @@
-"""From a trainer to a finished directory: what every training stage does once its trainer is built."""
+"""From a trainer to a finished directory: what every training stage does after building its trainer."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gemma2_post.models.saving import merge_adapter, save_configs, save_model
 from gemma2_post.models.shapes import SCORE_HEAD
@@ -22,16 +22,18 @@ from gemma2_post.training.keys import TrainingRecipe
 Metrics = dict[str, float]
 
 TRAINER_FILE = "trainer_state.json"
-"""The last file that the Trainer itself writes into a checkpoint."""
+"""The file that the Trainer writes last into a checkpoint."""
 
 
 class _MeasureBefore(TrainerCallback):
-    """Measures once the model is where it will be trained (a ZeRO engine exists only then), before the first step."""
+    """Measures before the first step, once the model is where it is trained (a ZeRO engine exists only then)."""
 
     def __init__(self, path: Path, measure: Callable[[], Metrics], is_resumed: bool):
         self.path, self.measure, self.is_resumed = path, measure, is_resumed
 
-    def on_train_begin(self, args, state, control, **_) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         if not self.is_resumed:
             metrics = self.measure()
             if state.is_world_process_zero:
@@ -40,13 +42,13 @@ class _MeasureBefore(TrainerCallback):
 
 
 class _NoLastCheckpoint(TrainerCallback):
-    """No checkpoint after the last step, whose weights are saved anyway.
+    """Writes no checkpoint after the last step, whose weights are saved anyway.
 
-    A run that dies while it measures or saves then resumes before the last step; from a checkpoint after it, the
-    Trainer would take one step too many.
+    A run that dies while it measures or saves then resumes before the last step; from a checkpoint after the last
+    step, the Trainer would take one step too many.
     """
 
-    def on_step_end(self, args, state, control, **_) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         control.should_save = control.should_save and state.global_step < state.max_steps
 
     on_epoch_end = on_step_end
@@ -64,15 +66,17 @@ def run(
     """Trains (from the newest checkpoint, if there is one), saves a plain Hugging Face model, then the contract.
 
     Args:
-        measure: the stage's numbers; called on every process before the first and after the last step.
-        complete: called on the main process with the numbers before and after, once the weights are saved; writes what
-            belongs beside them, returns additional numbers.
-        save_more: called on every process after the last step; writes what else was trained.
-        last_file: the file that is written last into a checkpoint.
+        measure: Measures the stage's metrics; called on every process before the first and after the last step.
+        complete: Called on the main process with the metrics before and after, once the weights are saved; writes what
+            belongs next to them and returns additional metrics.
+        save_more: Called on every process after the last step; saves what else was trained.
+        last_file: The file that is written last into a checkpoint.
     """
     tokenizer = trainer.processing_class
-    if not trainer.is_deepspeed_enabled:
-        keep_adapter_in_fp32(trainer.model)
+    if not trainer.is_deepspeed_enabled:  # TRL casts a quantized model's adapters to bf16, which loses small updates
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     checkpoint = newest_checkpoint(stage.output_dir, last_file)
     if trainer.is_world_process_zero():
         contract.begin(stage.output_dir, stage.fingerprint)
@@ -91,8 +95,9 @@ def run(
     save_more()
     if trainer.is_world_process_zero():
         save_tokenizer(tokenizer, stage.output_dir)
-        write_log(stage.output_dir / "log.jsonl", trainer.state.log_history)
-        before = contract.read_json(stage.output_dir / "before.json")
+        log = "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
+        (stage.output_dir / "log.jsonl").write_text(log, encoding="utf-8")
+        before: Metrics = json.loads(measure_before.path.read_text(encoding="utf-8"))
         metrics = {f"{name}_before": value for name, value in before.items()} | after
         metrics |= complete(before, after) | throughput(trainer, seconds)
         model_args = recipe.model
@@ -111,24 +116,17 @@ def run(
     trainer.end()
 
 
-def keep_adapter_in_fp32(model: torch.nn.Module) -> None:
-    """Undoes TRL's cast of a quantised model's adapters to bf16, which loses small updates (DeepSpeed has masters)."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-
-
 def newest_checkpoint(output_dir: Path, last_file: str = TRAINER_FILE) -> Path | None:
-    """The newest complete checkpoint, which is one that has the file that is written last."""
+    """The newest complete checkpoint: one that has the file that is written last."""
     complete = [path.parent for path in output_dir.glob(f"checkpoint-*/{last_file}")]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def save(output_dir: Path, trainer: Trainer, recipe: TrainingRecipe) -> None:
-    """Writes the model; an adapter goes to `adapter/`, and its sum with the unquantised base beside it.
+    """Saves the model; an adapter goes to `adapter/`, and its sum with the unquantized base next to it.
 
-    Called on every process: under DeepSpeed all take part in the gathering. What it hands over are the copies that it
-    computes with; adapters, a score head and, with `save_dtype: float32`, all weights come from the fp32 masters.
+    Every process calls this, because under DeepSpeed all of them take part in gathering. DeepSpeed gathers the copies
+    that it computes with; adapters, a score head and, with `save_dtype: float32`, all weights come from fp32 masters.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     dtype = getattr(torch, recipe.save_dtype)
@@ -152,10 +150,10 @@ def save(output_dir: Path, trainer: Trainer, recipe: TrainingRecipe) -> None:
         return
     if isinstance(model, PeftModel):
         model.save_pretrained(output_dir / "adapter", state_dict=state_dict, selected_adapters=["default"])
-        # Rounded in place, one parameter after the other: a copy of 27b would take another 54 GB.
         base = model.get_base_model()
         labels = {} if base.can_generate() else {"num_labels": 1}
         model = merge_adapter(output_dir / "adapter", recipe.model, type(base), **labels)
+        # Rounded in place, one parameter at a time: a copy of 27b would take another 54 GB.
         for name, parameter in model.named_parameters():
             if name != SCORE_HEAD:
                 parameter.data = parameter.data.to(dtype)
@@ -164,18 +162,14 @@ def save(output_dir: Path, trainer: Trainer, recipe: TrainingRecipe) -> None:
 
 
 def fp32_master(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The whole parameter in fp32, from what DeepSpeed's optimizer holds; on the CPU, called on each process."""
+    """The whole parameter in fp32, from DeepSpeed's optimizer, on the CPU; every process must call this."""
     from deepspeed.utils import safe_get_full_fp32_param  # a slow import
 
     return safe_get_full_fp32_param(parameter).cpu()
 
 
-def write_log(path: Path, history: list[dict]) -> None:
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
-
-
 def throughput(trainer: Trainer, seconds: float) -> Metrics:
-    """Tokens per second of training (padding not counted, over all processes) and peak memory in GB."""
+    """Tokens per second of training over all processes, without padding, and peak memory in GB."""
     num_tokens = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry][-1]
     if trainer.args.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()

@@ -1,4 +1,4 @@
-"""Watches a policy while RLHF trains it: what it answers to held-out prompts, and how far it has gone."""
+"""Watches a policy while RLHF trains it: its answers to held-out prompts, and how far it has moved."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from trl.trainer.utils import use_adapter
 
@@ -24,23 +24,24 @@ from gemma2_post.training.run import Metrics
 if TYPE_CHECKING:
     from trl import RLOOTrainer
 
-
 FIRST_STEPS, MOST_CUT = 20, 0.9
-"""The steps in which distillation must not have more than this share of its answers cut."""
+"""In its first 20 steps, distillation must not have more than this share of its answers cut."""
 
 
 class StopIfAnswersAreCut(TrainerCallback):
-    """Ends a run whose first answers nearly all hit the length limit: it would teach the student to go on talking."""
+    """Ends a run whose first answers nearly all hit the length limit: it would teach the student never to stop."""
 
     def __init__(self, max_completion_length: int) -> None:
         self.max_completion_length = max_completion_length
         self.num_steps, self.cut_steps = 0, 0.0
 
-    def on_step_end(self, args, state, control, **_) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if state.global_step == FIRST_STEPS:
             control.should_log = True
 
-    def on_log(self, args, state, control, logs, **_) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Metrics, **_: object
+    ) -> None:
         # TRL logs the mean over the steps since its last log.
         if state.global_step > FIRST_STEPS or "completions/clipped_ratio" not in logs:
             return
@@ -57,7 +58,7 @@ class StopIfAnswersAreCut(TrainerCallback):
 
 
 class WithAdapter(torch.nn.Module):
-    """A model as it is with another of its adapters, or (None) with none."""
+    """The policy with another of its adapters, or without one (None)."""
 
     def __init__(self, trainer: "RLOOTrainer", adapter: str | None):
         super().__init__()
@@ -70,12 +71,16 @@ class WithAdapter(torch.nn.Module):
 
 
 class FirstDivergenceIsZero(TrainerCallback):
-    """Before the first update the policy is the reference; anything else means that TRL loaded another one."""
+    """Ends a run in which the policy differs from the reference before the first update: TRL loaded another one."""
 
-    def on_train_begin(self, args, state, control, **_) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         args.logging_first_step = True
 
-    def on_log(self, args, state, control, logs, **_) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Metrics, **_: object
+    ) -> None:
         if state.global_step == 1 and abs(logs.get("kl", 0.0)) > 1e-3:
             raise UserError(
                 f"before the first update the policy is {logs['kl']:.3g} nats a token away from its "
@@ -84,7 +89,7 @@ class FirstDivergenceIsZero(TrainerCallback):
 
 
 class Watch(TrainerCallback):
-    """Measures every so many steps; goes back and ends the run when the KL budget is passed, ends it on a collapse."""
+    """Measures every `watch_steps` steps; ends the run past the KL budget (after going back) and on a collapse."""
 
     def __init__(
         self,
@@ -101,21 +106,25 @@ class Watch(TrainerCallback):
         self.output_dir = Path(trainer.args.output_dir)
         self.curve: list[Metrics] = []
         self.kept_step: int | None = None
-        """The last step under the budget, once the budget has been passed."""
+        """The last step under the budget, once the run has passed the budget."""
 
-    def on_train_begin(self, args, state, control, **_) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         path = self.output_dir / "watch.jsonl"
         if state.global_step and path.is_file():
             entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             self.curve = [entry for entry in entries if entry["step"] <= state.global_step]
 
-    def on_log(self, args, state, control, logs, **_) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Metrics, **_: object
+    ) -> None:
         for name in ("loss", "grad_norm", "reward", "kl"):
             value = logs.get(name, 0.0)
-            if value is None or not math.isfinite(value):  # TRL logs None for what is always NaN
+            if value is None or not math.isfinite(value):  # TRL logs None for a value that is always NaN
                 raise UserError(f"{name} is {logs[name]} at step {state.global_step}; {self._what_is_left()}")
 
-    def on_step_end(self, args, state, control, **_) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if not _are_finite(self.trainer.model):  # sampling from such a policy fails before anything is logged
             step = state.global_step
             raise OneProcessError(f"weights are NaN or infinite at step {step}; {self._what_is_left()}")
@@ -129,7 +138,7 @@ class Watch(TrainerCallback):
             control.should_save = True
 
     def measure(self) -> Metrics:
-        """Of the policy as it is: once for each step, by all processes together."""
+        """The current policy's metrics, measured once per step; all processes must call this together."""
         step = self.trainer.state.global_step if self.kept_step is None else self.kept_step
         if not self.curve or self.curve[-1]["step"] != step:
             answers = sample_held_out(
@@ -137,8 +146,7 @@ class Watch(TrainerCallback):
             )
             rewards = self._rewards(answers)
             metrics = self._divergences(answers) | grade(answers, self.rows, self.graders) | distinctness(answers)
-            for name, values in rewards.items():
-                metrics[name] = sum(values) / len(values)
+            metrics |= {name: sum(values) / len(values) for name, values in rewards.items()}
             self.curve.append({"step": step} | metrics)
             if self.trainer.is_world_process_zero():
                 self._write(step, answers, rewards)
@@ -151,25 +159,21 @@ class Watch(TrainerCallback):
         return {name: value for name, value in self.curve[-1].items() if name != "step"}
 
     def complete(self, before: Metrics, after: Metrics) -> Metrics:
+        """The additional metric `kept_step`, if the run went back; see `training.run.run`."""
         return {} if self.kept_step is None else {"kept_step": self.kept_step}
 
     def _divergences(self, answers: list[Answer]) -> Metrics:
         """KL(policy || start) and KL(policy || anchor) of whole answers, over the full vocabulary, in nats."""
-        metrics = {}
+        trainer, metrics = self.trainer, {}
+        batch_size = trainer.args.per_device_eval_batch_size
         for name, other in (("kl_to_start", self.start), ("kl_to_anchor", self.anchor)):
             if other is not None:
-                found = measure_divergence(
-                    self.trainer.accelerator,
-                    self.trainer.model_wrapped,
-                    other,
-                    answers,
-                    self.trainer.args.per_device_eval_batch_size,
-                )
+                found = measure_divergence(trainer.accelerator, trainer.model_wrapped, other, answers, batch_size)
                 metrics[name] = sum(each.forward for each in found) / len(found)
         return metrics
 
     def _rewards(self, answers: list[Answer]) -> dict[str, list[float]]:
-        """What training would reward the answers with, by reward function, and `reward`, their weighted sum."""
+        """The rewards that training would give the answers, by reward function, and `reward`, their weighted sum."""
         mine = share_of(len(answers), self.trainer.accelerator)
         values = values_of(
             self.trainer.reward_funcs,
@@ -187,11 +191,10 @@ class Watch(TrainerCallback):
         return by_function | {"reward": sums}
 
     def _write(self, step: int, answers: list[Answer], rewards: dict[str, list[float]]) -> None:
-        """The curve, and the answers to read."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        contract.write_text(self.output_dir / "watch.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.curve))
+        """Writes the curve, and the answers for people to read."""
         directory = self.output_dir / "samples"
-        directory.mkdir(exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        contract.write_text(self.output_dir / "watch.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.curve))
         lines = [
             {"prompt": prompt, "answer": answer.text, "ended": answer.stopped, "reward": reward}
             for prompt, answer, reward in zip(self.rows["prompt"], answers, rewards["reward"], strict=True)
@@ -201,9 +204,9 @@ class Watch(TrainerCallback):
         )
 
     def _go_back(self, kl: float) -> None:
-        """To the weights and the anchor of the last checkpoint under the budget."""
+        """Restores the weights and the anchor of the last checkpoint under the budget."""
         step = self.trainer.state.global_step
-        under = [entry["step"] for entry in self.curve[:-1] if entry["step"] > 0]
+        under = [int(entry["step"]) for entry in self.curve[:-1] if entry["step"] > 0]
         if not under:
             raise UserError(
                 f"kl_budget {self.args.kl_budget:g} is passed at the first measurement (step {step}: "
@@ -221,18 +224,13 @@ class Watch(TrainerCallback):
         self.curve.pop()
 
     def _what_is_left(self) -> str:
-        checkpoints = [
-            entry["step"] for entry in self.curve if (self.output_dir / f"checkpoint-{entry['step']}").is_dir()
-        ]
-        left = (
-            f"the last good checkpoint is checkpoint-{checkpoints[-1]}"
-            if checkpoints
-            else "there is no checkpoint yet"
-        )
+        names = [f"checkpoint-{entry['step']}" for entry in self.curve]
+        kept = [name for name in names if (self.output_dir / name).is_dir()]
+        left = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
         return f"{left} in {self.output_dir}; lower learning_rate, or raise beta"
 
 
 def _are_finite(model: torch.nn.Module) -> bool:
-    """Whether all trained weights are; of a sharded model, those of this process."""
+    """Whether all trained weights are finite; for a sharded model, only those of this process."""
     trained = [getattr(each, "ds_tensor", each).detach() for each in model.parameters() if each.requires_grad]
     return bool(torch.stack([each.sum(dtype=torch.float32) for each in trained]).isfinite().all())

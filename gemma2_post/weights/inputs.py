@@ -1,8 +1,9 @@
-"""What a merge reads: models and adapters, on disk or on the Hub, checked against each other before the work."""
+"""The inputs of a merge: models and adapters, on disk or on the Hub, checked against each other before any work."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -19,36 +20,40 @@ _BOOKKEEPING = {
     *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "cache_implementation"),
     *("eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings"),
 }
-"""Keys of a config that do not change what the weights compute (ties are checked on the weights themselves)."""
+"""Config keys that do not affect what the model computes (the weights themselves show whether they are tied)."""
 
 
 @dataclass
 class Model:
+    """A whole model."""
+
     name: str
-    """As the user wrote it."""
+    """Its name as the user wrote it."""
     directory: Path
-    config: dict[str, object]
-    """As it stands in its file."""
+    config: dict[str, Any]
+    """The content of its config.json."""
     weights: Weights
     digest: str
-    """Of its content."""
-
-    @property
-    def shapes(self) -> dict[str, torch.Size]:
-        return {name: tensor.shape for name, tensor in self.weights.items()}
+    """Content hash."""
 
 
 @dataclass
 class Adapter:
+    """A LoRA adapter."""
+
     name: str
     directory: Path
-    config: dict[str, object]
+    config: dict[str, Any]
     updates: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    """By the name of the weight that it adds to: B (out, r), times the adapter's scale, and A (r, in), both fp32."""
+    """B (out, r), times the adapter's scale, and A (r, in), both fp32, by the name of the weight that they update."""
 
 
 def locate(name: str) -> Path:
-    """The folder of a local model, of an adapter, or of a downloaded Hub model."""
+    """The folder of a local model or adapter, or of a Hub model, which is downloaded.
+
+    Raises:
+        UserError: There is no such folder or Hub model, or its stage is not finished.
+    """
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         if not Path(name).is_dir():
             raise UserError(f"there is no folder {name}; name a model's folder or a Hub model")
@@ -59,22 +64,23 @@ def locate(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
     except OSError as error:
         raise UserError(
-            f"{name} is no local folder, and the Hub does not hand it out; accept its licence on its page "
+            f"{name} is no local folder, and the Hub does not provide it; accept its license on its page "
             f"and log in with `hf auth login`, or give a folder ({str(error).strip().splitlines()[0]})"
         ) from error
 
 
 def adapter_in(directory: Path) -> Path | None:
-    """The adapter that a folder is, or that a stage trained and left beside the sum; exact where a sum is rounded."""
+    """The adapter in a folder, or next to the (rounded) merged model that a stage saved; None if there is none."""
     stage = contract.read_json(directory / contract.DONE)
     folder = directory / stage["adapter"] if stage and stage.get("adapter") else directory
     return folder if (folder / ADAPTER).is_file() else None
 
 
-def open_model(name: str, digests: dict[str, str]) -> Model:
-    """
+def open_model(name: str, digests: dict[str, Any]) -> Model:
+    """A whole model.
+
     Args:
-        digests: content hashes that are known already, by name.
+        digests: Known content hashes, by name.
     """
     directory = locate(name)
     if (directory / ADAPTER).is_file() and not (directory / "config.json").is_file():
@@ -83,19 +89,24 @@ def open_model(name: str, digests: dict[str, str]) -> Model:
         raise UserError(f"{name} has no config.json; name a model's folder")
     weights = open_weights(directory)
     digest = digests.get(name) or contract.input_digest(str(directory))
+    assert digest is not None, "a folder has a hash"
     return Model(name, directory, json.loads((directory / "config.json").read_text()), weights, digest)
 
 
 def open_adapter(name: str, directory: Path, init: Model) -> Adapter:
-    """A LoRA adapter on `init`, as updates B A of its weights."""
+    """A LoRA adapter on `init`.
+
+    Raises:
+        UserError: It is no plain LoRA adapter, is damaged, or does not fit `init`.
+    """
     config = json.loads((directory / ADAPTER).read_text())
     unsupported = ["use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias"]
     extra = next((key for key in unsupported if config.get(key)), None)
     if config.get("peft_type") != "LORA" or extra or config.get("bias", "none") != "none":
         what = extra or ("bias" if config.get("peft_type") == "LORA" else config.get("peft_type"))
         raise UserError(
-            f"{name} is not a plain LoRA adapter ({what}), so its update is no product B A; merge it into "
-            "its base and name the merged models"
+            f"{name} is not a plain LoRA adapter ({what}), so its update is not a product B A; merge it into its "
+            "base and name the merged models"
         )
     weights = open_weights(directory, "adapter_model.safetensors")
     scale = config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
@@ -107,10 +118,10 @@ def open_adapter(name: str, directory: Path, init: Model) -> Adapter:
             updates[target] = (scale * b.float(), a.float())
             if not (updates[target][0].isfinite().all() and a.isfinite().all()):
                 raise UserError(f"{name} has NaN or infinite values in {key}; name an adapter without any")
-            if init.shapes.get(target) != (len(b), a.shape[1]):
+            if target not in init.weights or init.weights[target].shape != (len(b), a.shape[1]):
                 raise UserError(
-                    f"{name} adapts {target} of the shape {[len(b), a.shape[1]]}, which {init.name} has not; "
-                    "name the model that it was trained on"
+                    f"{name} adapts {target} of shape {[len(b), a.shape[1]]}, which {init.name} does not have; name "
+                    "the model that it was trained on"
                 )
     return Adapter(name, directory, config, updates)
 
@@ -119,7 +130,7 @@ def open_adapter(name: str, directory: Path, init: Model) -> Adapter:
 
 
 def check_same_targets(adapters: list[Adapter]) -> None:
-    """Refuses adapters of different modules, whose updates would be dropped or missing."""
+    """Refuses adapters of different modules: some of their updates would be lost."""
     first = adapters[0]
     for other in adapters[1:]:
         for name in sorted(first.updates.keys() ^ other.updates.keys()):
@@ -130,10 +141,10 @@ def check_same_targets(adapters: list[Adapter]) -> None:
 
 
 def check_start(start: Model, name: str, directory: Path, force: bool) -> None:
-    """Refuses a model that was not trained from `start`, as far as its stage has recorded that.
+    """Refuses a model that does not record `start` as the model it was trained from.
 
     Args:
-        force: whether a model that records another start, or none, is taken all the same.
+        force: Whether to print a warning instead.
     """
     stage = contract.read_json(directory / contract.DONE) or contract.read_json(directory.parent / contract.DONE)
     if stage:
@@ -148,16 +159,16 @@ def check_start(start: Model, name: str, directory: Path, force: bool) -> None:
         found = f"was trained on {base}"
     else:
         found = "records no start (it is no output of this project's stages)"
-    message = f"{name} {found}, and not, that we know, from {start.name}"
+    message = f"{name} {found}; nothing shows that it began as {start.name}"
     if not force:
         raise UserError(f"{message}; name the model that it began as, or add --force true")
-    print(f"warning: {message}; its task vector means little if it did not begin there", flush=True)
+    print(f"warning: {message}; if it did not, its task vector means little", flush=True)
 
 
 def check_same_architecture(model: Model, other: Model) -> None:
-    """Refuses the first difference of configs, names of tensors or shapes."""
+    """Refuses models that differ in their configs, tensor names or shapes; reports the first difference."""
     ours, theirs = _without_bookkeeping(model.config), _without_bookkeeping(other.config)
-    if ours != theirs:  # perhaps only in words: another version, or defaults that are written out
+    if ours != theirs:  # perhaps only as written: another version, or explicit defaults
         from transformers import AutoConfig  # a slow import
 
         ours, theirs = (
@@ -170,29 +181,29 @@ def check_same_architecture(model: Model, other: Model) -> None:
                 f"{theirs.get(key)}; merge models that were trained from one start"
             )
     for name in sorted(model.weights.keys() | other.weights.keys()):
-        shapes = [each.shapes.get(name) for each in (model, other)]
-        if None in shapes:
-            has, lacks = (model, other) if shapes[1] is None else (other, model)
-            raise UserError(f"{has.name} has {name}, which {lacks.name} lacks; they cannot be merged")
-        if shapes[0] != shapes[1]:
+        for has, lacks in ((model, other), (other, model)):
+            if name not in lacks.weights:
+                raise UserError(f"{has.name} has {name}, which {lacks.name} lacks; they cannot be merged")
+        shape, other_shape = list(model.weights[name].shape), list(other.weights[name].shape)
+        if shape != other_shape:
             raise UserError(
-                f"{name} has the shape {list(shapes[0])} in {model.name} and {list(shapes[1])} in "
-                f"{other.name}; they cannot be merged"
+                f"{name} has the shape {shape} in {model.name} and {other_shape} in {other.name}; they cannot be "
+                "merged"
             )
 
 
-def _without_bookkeeping(config: dict[str, object]) -> dict[str, object]:
+def _without_bookkeeping(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in _BOOKKEEPING}
 
 
 def drop_copied_heads(models: list[Model]) -> None:
-    """One layout for tied models: a head that is a copy of the embeddings is dropped, as transformers saves it."""
+    """Drops heads that are copies of the embeddings, as transformers does; refuses to mix tied and untied models."""
     if all(HEAD in model.weights for model in models) and not _has_copied_head(models[0]):
         return
     for model in models:
         if HEAD in model.weights and not _has_copied_head(model):
             raise UserError(
-                f"{model.name} has a head that differs from its embeddings, and {models[0].name} one that is "
+                f"{model.name} has a head that differs from its embeddings, and {models[0].name} has one that is "
                 "tied to them; training has untied it, and they cannot be merged"
             )
         model.weights.pop(HEAD, None)
@@ -205,12 +216,11 @@ def _has_copied_head(model: Model) -> bool:
 
 
 def check_same_tokenizer(directories: list[tuple[str, Path]]) -> Path:
-    """Refuses the first difference of vocabularies or chat templates; the folder with the tokenizer to write.
-
-    The first one, the start, may lack a template (as base models do) or a tokenizer.
+    """Refuses different vocabularies or chat templates; returns the folder with the tokenizer to write.
 
     Args:
-        directories: names and folders; those without a tokenizer (adapters) are left out.
+        directories: Names and folders. The first, the start, may lack a template, as base models do; folders without a
+            tokenizer, such as adapters, are skipped.
     """
     having = [(name, folder) for name, folder in directories if (folder / "tokenizer.json").is_file()]
     if not having:
@@ -230,13 +240,8 @@ def check_same_tokenizer(directories: list[tuple[str, Path]]) -> Path:
 
 
 def _compare_vocabularies(one: tuple[str, Path], other: tuple[str, Path]) -> None:
-    ours, theirs = (
-        {
-            token_id: token
-            for token, token_id in Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab().items()
-        }
-        for _, folder in (one, other)
-    )
+    vocabularies = [Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab() for _, folder in (one, other)]
+    ours, theirs = ({token_id: token for token, token_id in each.items()} for each in vocabularies)
     for token_id in sorted(ours.keys() | theirs.keys()):
         if ours.get(token_id) != theirs.get(token_id):
             raise UserError(
@@ -246,8 +251,6 @@ def _compare_vocabularies(one: tuple[str, Path], other: tuple[str, Path]) -> Non
 
 
 def _template(directory: Path) -> str | None:
-    file = directory / "chat_template.jinja"
-    if file.is_file():
+    if (file := directory / "chat_template.jinja").is_file():
         return file.read_text(encoding="utf-8")
-    config = contract.read_json(directory / "tokenizer_config.json") or {}
-    return config.get("chat_template")
+    return (contract.read_json(directory / "tokenizer_config.json") or {}).get("chat_template")

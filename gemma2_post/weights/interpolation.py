@@ -1,8 +1,8 @@
-"""The maths of WARP's merges (arXiv 2406.16768): pure functions of tensors, no files.
+"""The math of WARP's merges (arXiv 2406.16768): pure functions of tensors, no files.
 
-A merge of M policies is `init + sum over m of c_m * d_m`, where `d_m = policy_m - init` are their task vectors.
-Whatever the rule, the coefficients c follow from the task vectors' inner products alone: a (M, M) Gram matrix for each
-group of tensors that shares an angle.
+A merge of M policies is `init + sum over m of c_m * d_m`, where `d_m = policy_m - init` are their task vectors. Every
+rule computes the coefficients c from the task vectors' inner products alone: an (M, M) Gram matrix for each group of
+tensors that shares an angle.
 """
 
 import math
@@ -13,8 +13,8 @@ import torch
 from gemma2_post.weights.keys import Angles, Rule
 
 PARALLEL = 1e-3
-"""Radians. Nearer than this to 0 or 180 degrees two vectors count as (anti)parallel: rounding in fp32 inner products
-begins to decide on their angle, and at 0 degrees the two rules differ by less than 2e-7 anyway."""
+"""Radians. Vectors this close to 0 or 180 degrees count as (anti)parallel: rounding in fp32 inner products begins to
+determine their angle, and at 0 degrees the two rules differ by less than 2e-7 anyway."""
 
 BLOCK = 4096
 """Elements whose products are summed in fp32."""
@@ -25,8 +25,8 @@ _LAYER = re.compile(r"^(.*?\b(?:layers|layer|blocks|h)\.\d+)\.")
 def group_of(name: str, angles: Angles) -> str:
     """The group of tensors with which a tensor shares its angle.
 
-    "SLERP is applied layer by layer, each having a different angle" (section 3.2 and appendix B). What belongs to no
-    layer, embeddings and the final norm, is a group of its own, which the paper leaves open.
+    "SLERP is applied layer by layer, each having a different angle" (section 3.2 and appendix B). The paper leaves
+    open what to do with tensors outside the layers, embeddings and the final norm; here each is its own group.
     """
     if angles == "model":
         return "model"
@@ -35,9 +35,9 @@ def group_of(name: str, angles: Angles) -> str:
 
 
 def gram_matrix(task_vectors: torch.Tensor) -> torch.Tensor:
-    """(M, M) inner products of task vectors (M, n), float64 on the CPU, of products in the vectors' own type.
+    """Inner products (M, M) of task vectors (M, n), float64 on the CPU; the products are taken in the vectors' dtype.
 
-    By blocks that are summed in float64: over a million elements a single product in fp32 is off by 2e-5.
+    Blocks are summed in float64: over a million elements, a single product in fp32 is off by 2e-5.
     """
     num_policies, size = task_vectors.shape
     whole, rest = task_vectors.split([size - size % BLOCK, size % BLOCK], dim=1)
@@ -46,12 +46,12 @@ def gram_matrix(task_vectors: torch.Tensor) -> torch.Tensor:
 
 
 def low_rank_gram_matrix(updates: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """(M, M) Frobenius inner products of updates B A in float64, without forming any of them.
+    """Frobenius inner products (M, M) of updates B A, in float64, without forming any B A.
 
-    <B1 A1, B2 A2> = trace(A1' B1' B2 A2) = sum of (B1' B2) * (A1 A2'), which are as small as the ranks.
+    <B1 A1, B2 A2> = trace(A1' B1' B2 A2) = sum of (B1' B2) * (A1 A2'), two matrices as small as the ranks.
 
     Args:
-        updates: B (out, r) and A (r, in) of each policy; the ranks may differ.
+        updates: B (out, r) and A (r, in) of each policy; ranks may differ.
     """
     doubles = [(b.double(), a.double()) for b, a in updates]
     return torch.stack(
@@ -60,30 +60,30 @@ def low_rank_gram_matrix(updates: list[tuple[torch.Tensor, torch.Tensor]]) -> to
 
 
 def coefficients(gram: torch.Tensor, rule: Rule) -> torch.Tensor:
-    """c_m of the merge of M policies with equal weights, float64 (M,).
+    """Coefficients c_m (M,), float64, of the merge of M policies with equal weights.
 
     Args:
-        gram: (M, M) inner products of their task vectors.
+        gram: Inner products (M, M) of their task vectors.
         rule: `slerp`, the paper's: one policy after the other (appendix B.3, equation 26); `spherical_mean`, the same
-            for two policies and symmetric in more; `linear`, c_m = 1 / M.
+            for two policies, and symmetric in more; `linear`, c_m = 1 / M.
     """
     rules = {"slerp": successive_slerp, "spherical_mean": spherical_mean, "linear": linear_mean}
     return rules[rule](gram)
 
 
 def linear_mean(gram: torch.Tensor) -> torch.Tensor:
+    """Coefficients 1 / M (M,), float64."""
     return torch.full((len(gram),), 1 / len(gram), dtype=torch.float64)
 
 
 def slerp_coefficients(gram: torch.Tensor, weight: float) -> tuple[float, float]:
     """sin((1 - w) W) / sin(W) and sin(w W) / sin(W), with cos(W) = d1 d2 / (|d1| |d2|) (section 3.2).
 
-    The task vectors are taken as they are, not normalised. Linear, 1 - w and w, if one of them is zero or the two are
-    (anti)parallel.
+    The task vectors are not normalized. Linear, 1 - w and w, if one of them is zero or the two are (anti)parallel.
 
     Args:
-        gram: (2, 2) inner products of the two task vectors.
-        weight: w, of the second; 0 gives the first, 1 the second.
+        gram: Inner products (2, 2) of the two task vectors.
+        weight: w, the weight of the second: 0 gives the first, 1 the second.
     """
     angle = angle_between(gram, 0, 1)
     if angle is None or min(angle, math.pi - angle) < PARALLEL:
@@ -92,7 +92,7 @@ def slerp_coefficients(gram: torch.Tensor, weight: float) -> tuple[float, float]
 
 
 def angle_between(gram: torch.Tensor, first: int, second: int) -> float | None:
-    """Of two task vectors, in radians; None if one of them is zero."""
+    """The angle between two task vectors in radians; None if one of them is zero."""
     norms = float((gram[first, first] * gram[second, second]).sqrt())
     return math.acos(max(-1.0, min(1.0, float(gram[first, second]) / norms))) if norms else None
 
@@ -111,11 +111,11 @@ def successive_slerp(gram: torch.Tensor) -> torch.Tensor:
 
 
 def spherical_mean(gram: torch.Tensor) -> torch.Tensor:
-    """Weights of the Karcher mean of the directions d_m / |d_m|, applied to the task vectors as they are.
+    """Weights of the Karcher mean of the directions d_m / |d_m|, for use on the unnormalized task vectors.
 
-    The point of the unit sphere with the least mean squared angle to all directions: from their normalised sum, steps
-    along the mean of the tangents. For two policies that is `slerp_coefficients` at weight 1/2, whatever their norms.
-    Linear if one of them is zero, or if the directions have no unique mean.
+    The Karcher mean is the point of the unit sphere with the least mean squared angle to all directions, found from
+    their normalized sum by steps along the mean tangent. For two policies the weights are `slerp_coefficients` at
+    weight 1/2, regardless of norms. Linear if a task vector is zero or the directions have no unique mean.
     """
     norms = gram.diagonal().sqrt()
     if not bool((norms > 0).all()):
@@ -123,7 +123,7 @@ def spherical_mean(gram: torch.Tensor) -> torch.Tensor:
     cosines = gram / norms.outer(norms)
     weights = linear_mean(gram)
     length = (weights @ cosines @ weights).clamp(min=0).sqrt()
-    if 2 * length < PARALLEL:  # of two, it is cos(W / 2)
+    if 2 * length < PARALLEL:  # for two, it is cos(W / 2)
         return linear_mean(gram)
     weights /= length
     for _ in range(1000):
@@ -141,7 +141,7 @@ def spherical_mean(gram: torch.Tensor) -> torch.Tensor:
 
 
 def combine(task_vectors: torch.Tensor, weights: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """sum over m of c_m * d_m: (n,) from (M, n), in the vectors' own type."""
+    """sum over m of c_m * d_m: (n,) from (M, n), in the vectors' dtype."""
     first, *others = weights.tolist()
     found = torch.mul(task_vectors[0], first, out=out)
     for vector, weight in zip(task_vectors[1:], others, strict=True):
@@ -150,22 +150,22 @@ def combine(task_vectors: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
 
 
 def liti(init: torch.Tensor, direction: torch.Tensor, eta: float, out: torch.Tensor | None = None) -> torch.Tensor:
-    """(1 - eta) init + eta (init + direction): interpolation towards the initialisation (section 3.3).
+    """(1 - eta) init + eta (init + direction): interpolation towards the initialization (section 3.3).
 
-    Computed as init + eta * direction, so that nothing of a small direction is lost before the end.
+    Computed as init + eta * direction, so that a small direction loses no precision before the end.
     """
     return torch.add(init, direction, alpha=eta, out=out)
 
 
 def compress(b: torch.Tensor, a: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The best approximation of B A by a lower rank, and what it loses of the squared Frobenius norm, absolutely.
+    """B and A of the best approximation of B A by a lower rank, and the squared Frobenius norm that it loses.
 
-    By the SVD of the small core of two QR decompositions, in float64; B and A share the singular values evenly.
+    Computed in float64 by the SVD of the small core of two QR decompositions; B and A share singular values evenly.
 
     Args:
         b: (out, R).
         a: (R, in).
-        rank: of the result, at most R.
+        rank: Rank of the result, at most R.
     """
     q_left, r_left = torch.linalg.qr(b.double())
     q_right, r_right = torch.linalg.qr(a.double().T)

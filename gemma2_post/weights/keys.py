@@ -1,4 +1,4 @@
-"""The keys of recipes that say what is merged, and how."""
+"""Recipe keys that say what to merge, and how."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +12,7 @@ Angles = Literal["layer", "tensor", "model"]
 
 @dataclass
 class MergeArguments:
-    """What is merged, and how."""
+    """What to merge, and how."""
 
     init: ModelPath = key(help="The model that the policies were trained from; a folder or a Hub model.")
     policies: list[ModelPath] | ModelPath = key(help="Models, or LoRA adapters on init; folders or Hub models.")
@@ -33,22 +33,22 @@ class MergeArguments:
         None, "Additional interpolations whose points are written as well, as RULE-eta-ETA."
     )
     rank: int | None = key(None, "Compress merged adapters to this rank; None for the sum of their ranks.")
-    adapter_only: bool = key(False, "Of adapters, write the merged adapter without its sum with init.")
+    adapter_only: bool = key(False, "For adapters: write the merged adapter without its sum with init.")
     force: bool = key(False, "Also merge models that do not record init as their start.")
     device: str | None = key(None, "Device that computes; None for a GPU if there is one.")
 
     @property
     def names(self) -> list[str]:
-        """The policies, also where the recipe names only one."""
+        """The policies, as a list even if there is only one."""
         return [self.policies] if isinstance(self.policies, str) else self.policies
 
     @property
     def etas(self) -> list[float]:
-        """The points of the sweep, also where there is only one."""
+        """The points of the sweep, as a list even if there is only one."""
         return self.eta if isinstance(self.eta, list) else [self.eta]
 
     @property
     def sweeps(self) -> dict[Rule, list[float]]:
-        """The points to write, by interpolation; at 0 all of them are the start."""
+        """The etas to write, by interpolation; eta 0, which is the start in all of them, is written once."""
         others = {rule: [eta for eta in self.etas if eta] for rule in self.compare_with or []}
         return {self.interpolation: self.etas, **others}

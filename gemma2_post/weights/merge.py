@@ -1,7 +1,7 @@
-"""Merges by streaming: for each group of tensors its inner products, then its combination, slice by slice.
+"""Merges by streaming: computes the inner products of each group of tensors, then its merge, slice by slice.
 
-No more than a few slices are in memory (mapped pages of the inputs aside, which the system may take back). Each
-group's second reading follows its first at once, so that a disk is read once.
+Only a few slices are in memory at a time, besides mapped pages of the inputs, which the system can reclaim. The second
+pass over a group directly follows the first, so the disk is read once.
 """
 
 import os
@@ -30,30 +30,30 @@ Slice = tuple[str, slice]
 
 @dataclass
 class GroupReport:
-    """What a merge did to one group of tensors that shares an angle."""
+    """What a merge did to one group of tensors, which share an angle."""
 
     group: str
     num_parameters: int
     norms: list[float]
-    """Of the task vectors."""
+    """Norms of the task vectors."""
     cosines: list[float | None]
-    """Of their pairs (0, 1), (0, 2), ..., (1, 2), ...; None where one of the two is zero."""
+    """Cosines of their pairs (0, 1), (0, 2), ..., (1, 2), ...; None if one of the two is zero."""
     angles: list[float | None]
-    """Likewise, in degrees."""
+    """Angles of the same pairs, in degrees."""
     coefficients: list[float]
     norm: float
-    """Of the merged task vector, before eta."""
+    """Norm of the merged task vector, before eta."""
     norm_kept: float | None
-    """Its share of the mean norm of the task vectors: 1 for spherical interpolation of equally long ones."""
+    """`norm` / mean of `norms`: 1 for spherical interpolation of equally long task vectors."""
 
 
-def _describe(group: str, num_parameters: int, gram: torch.Tensor, weights: torch.Tensor) -> GroupReport:
+def _describe(init: Model, group: str, names: list[str], gram: torch.Tensor, weights: torch.Tensor) -> GroupReport:
     norms = gram.diagonal().sqrt()
     norm = float((weights @ gram @ weights).clamp(min=0).sqrt())
     angles = [interpolation.angle_between(gram, m, n) for m, n in combinations(range(len(gram)), 2)]
     return GroupReport(
         group,
-        num_parameters,
+        sum(init.weights[name].numel() for name in names),
         norms.tolist(),
         [None if angle is None else cos(angle) for angle in angles],
         [None if angle is None else degrees(angle) for angle in angles],
@@ -64,7 +64,7 @@ def _describe(group: str, num_parameters: int, gram: torch.Tensor, weights: torc
 
 
 LowRank = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""By the name of a weight: B (out, R) and A (R, in) in fp32, whose product is added to it."""
+"""B (out, R) and A (R, in), fp32, by the name of the weight to which B A is added."""
 
 
 def merge_models(
@@ -79,9 +79,9 @@ def merge_models(
     """Writes each point (1 - eta) towards + eta (init + merged task vector) of a merge of whole models.
 
     Args:
-        towards: what the points are interpolated towards; usually the start itself.
-        writers: by eta.
-        device: that computes.
+        towards: The model towards which the points are interpolated; usually `init`.
+        writers: Writers of the points, by eta.
+        device: Device that computes.
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for name in init.weights:
@@ -92,9 +92,9 @@ def merge_models(
     with _Workers(read, num_passes=2) as workers:
         for group, names in groups.items():
             parts = _parts(init, names)
-            gram = sum(workers.map(partial(_gram, init, policies, device), parts))
+            gram = sum(workers.map(partial(_gram, init, policies, device), parts), torch.zeros(()))
             weights = interpolation.coefficients(gram, rule)
-            report.append(_describe(group, _num_parameters(init, names), gram, weights))
+            report.append(_describe(init, group, names, gram, weights))
             merged = partial(_merged, init, policies, weights, device)
             _write(workers, parts, merged, init, towards, writers, only_policy)
     return report
@@ -103,16 +103,16 @@ def merge_models(
 def merge_adapters(
     init: Model, adapters: list[Adapter], rule: Rule, angles: Angles
 ) -> tuple[LowRank, list[GroupReport]]:
-    """One adapter whose rank is the sum of all: exact, from inner products that are as small as the ranks."""
+    """The exact merge as one adapter, whose rank is the sum of all ranks; see `low_rank_gram_matrix`."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in adapters[0].updates:
         groups[interpolation.group_of(name, angles)].append(name)
     merged, report = {}, []
     for group, names in groups.items():
         updates = {name: [adapter.updates[name] for adapter in adapters] for name in names}
-        gram = sum(interpolation.low_rank_gram_matrix(each) for each in updates.values())
+        gram = sum((interpolation.low_rank_gram_matrix(each) for each in updates.values()), torch.zeros(()))
         weights = interpolation.coefficients(gram, rule)
-        report.append(_describe(group, _num_parameters(init, names), gram, weights))
+        report.append(_describe(init, group, names, gram, weights))
         for name, each in updates.items():
             b = torch.cat([weight * b for weight, (b, _) in zip(weights.tolist(), each, strict=True)], dim=1)
             merged[name] = (b, torch.cat([a for _, a in each]))
@@ -120,10 +120,12 @@ def merge_adapters(
 
 
 def compress_adapter(merged: LowRank, rank: int) -> tuple[LowRank, float]:
-    """The adapter at a lower rank, and what that loses: the whole update's relative error in the Frobenius norm."""
-    compressed, lost, total = {}, 0.0, 0.0
+    """The adapter at a lower rank, and the relative error of the whole update in the Frobenius norm."""
+    compressed: LowRank = {}
+    lost, total = 0.0, 0.0
     for name, (b, a) in merged.items():
-        *compressed[name], lost_here = interpolation.compress(b, a, rank)
+        low_b, low_a, lost_here = interpolation.compress(b, a, rank)
+        compressed[name] = low_b, low_a
         lost += lost_here
         total += float(interpolation.low_rank_gram_matrix([(b, a)]))
     return compressed, (lost / total) ** 0.5 if total else 0.0
@@ -132,7 +134,7 @@ def compress_adapter(merged: LowRank, rank: int) -> tuple[LowRank, float]:
 def write_with_adapter(
     init: Model, merged: LowRank, towards: Model, writers: dict[float, ShardWriter], device: torch.device
 ) -> None:
-    """Writes each point (1 - eta) towards + eta (init + B A), whose product is formed by rows."""
+    """Writes each point (1 - eta) towards + eta (init + B A); B A is computed a few rows at a time."""
     on_device = {name: (b.to(device), a.to(device)) for name, (b, a) in merged.items()}
     with _Workers([init], num_passes=1) as workers:
         merged_here = partial(_with_adapter, init, on_device, device)
@@ -153,7 +155,7 @@ def _in_fp32(model: Model, part: Slice, use: str, device: torch.device) -> torch
 
 
 def _task_vectors(policies: list[Model], part: Slice, base: torch.Tensor) -> torch.Tensor:
-    """(M, n) in fp32, from the start's values in fp32 (n,)."""
+    """Task vectors (M, n), fp32, from the start's values (n,), fp32."""
     found = scratch("task_vectors", len(policies) * base.numel(), torch.float32, base.device)
     found = found.view(len(policies), base.numel())
     for row, policy in zip(found, policies, strict=True):
@@ -200,9 +202,11 @@ def _write(
     writers: dict[float, ShardWriter],
     only_policy: Model | None,
 ) -> None:
-    """
+    """Writes all points, slice by slice.
+
     Args:
-        only_policy: what eta = 1 is, bit for bit, if there is just one policy.
+        merged: Computes the start's values and the merged task vector, both (n,) in fp32.
+        only_policy: The policy, if there is just one; the point at eta 1 is its exact copy.
     """
 
     def write(part: Slice) -> None:
@@ -235,12 +239,8 @@ def _parts(model: Model, names: Iterable[str]) -> list[Slice]:
     return [(name, rows) for name in names for rows in row_slices(model.weights[name].shape)]
 
 
-def _num_parameters(model: Model, names: Iterable[str]) -> int:
-    return sum(model.weights[name].numel() for name in names)
-
-
 class _Workers:
-    """All cores, each at one slice at a time, under a progress bar of the bytes that are read."""
+    """Maps functions over slices on all cores, under a progress bar of the bytes read."""
 
     def __init__(self, read: list[Model], num_passes: int):
         self.read = read
@@ -249,7 +249,7 @@ class _Workers:
 
     def __enter__(self) -> "_Workers":
         self.num_threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # a slice is too small to be shared
+        torch.set_num_threads(1)  # a slice is too small to split
         self.pool = ThreadPoolExecutor(os.cpu_count())
         return self
 

@@ -1,4 +1,4 @@
-"""The points of a merge: inputs are opened, points are written as models with all that stands beside weights."""
+"""Opens the inputs of a merge and writes its points as complete models."""
 
 import json
 import math
@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -42,109 +43,97 @@ class Merge:
     args: MergeArguments
     output_dir: Path
     recipe: dict[str, object]
-    """What the model cards say about how they were made."""
+    """The recipe, for the model cards."""
     init: Model
-    policies: list[Model] | list[Adapter]
+    policies: list[Model]
+    """Empty if the policies are adapters."""
+    adapters: list[Adapter]
     towards: Model
     tokenizer: Path
     """Folder of the tokenizer to write."""
     device: torch.device
 
     @property
-    def are_adapters(self) -> bool:
-        return isinstance(self.policies[0], Adapter)
-
-    @property
     def facts(self) -> dict[str, object]:
-        """What the contract records of the output."""
+        """What the stage file records about the output."""
+        stage = contract.read_json(self.init.directory / contract.DONE) or {}
+        lineage = stage.get("lineage", [stage["base_digest"]] if stage.get("base_digest") else [])
         return {
             "base_model": self.args.init,
             "base_digest": self.init.digest,
-            "lineage": [*lineage(self.init), self.init.digest],
+            "lineage": [*lineage, self.init.digest],
             "adapter": "adapter" if (self.output_dir / "adapter").is_dir() else None,
             "dtype": self.args.save_dtype,
-            **recorded_digests(self.init),
+            **{key: stage[key] for key in ("tokenizer_digest", "template_digest") if key in stage},
         }
 
     def check_space(self, num_copies: int = 0) -> None:
-        """Refuses to begin when the points, and so many copies of one, cannot fit on the disk."""
+        """Refuses to begin if the points, and this many copies of one, do not fit on the disk."""
         points = sum(map(len, self.args.sweeps.values())) + num_copies
         num_bytes = sum(tensor.numel() for tensor in self.init.weights.values())
         num_bytes *= getattr(torch, self.args.save_dtype).itemsize * points
         check_space(self.output_dir, 0 if self.args.adapter_only else num_bytes)
 
     def write(self) -> tuple[dict[Rule, dict[float, Path]], dict[str, float]]:
-        """Writes all points; their folders by interpolation and eta, and the numbers of the merge."""
+        """Writes all points; returns their folders by interpolation and eta, and the merge's metrics."""
         points = {rule: write_points(self, rule, etas) for rule, etas in self.args.sweeps.items()}
-        return points, contract.read_json(self.output_dir / REPORT)["metrics"]
+        return points, json.loads((self.output_dir / REPORT).read_text(encoding="utf-8"))["metrics"]
 
 
 # --- in ---
 
 
 def open_merge(args: MergeArguments, stage: Stage) -> Merge:
-    """Opens and checks all inputs of a merge, before anything is computed.
+    """Opens and checks all inputs of a merge.
 
     Raises:
-        UserError: inputs that are missing, damaged, or do not belong together.
+        UserError: Inputs are missing or damaged, or do not belong together.
     """
     digests = stage.fingerprint["inputs"]
     init = inputs.open_model(args.init, digests)
     towards = inputs.open_model(args.towards, digests) if args.towards else init
     located = [(name, inputs.locate(name)) for name in args.names]
-    adapters = [inputs.adapter_in(directory) for _, directory in located]
-    if any(adapters) and not all(adapters):
-        (one, _), (other, _) = located[adapters.index(None)], located[[*map(bool, adapters)].index(True)]
-        raise UserError(f"{other} is an adapter and {one} is not; merge adapters, or whole models")
+    found = [(name, inputs.adapter_in(directory)) for name, directory in located]
+    low_rank = [(name, adapter) for name, adapter in found if adapter]
+    whole = [name for name, adapter in found if not adapter]
+    if low_rank and whole:
+        raise UserError(f"{low_rank[0][0]} is an adapter and {whole[0]} is not; merge adapters, or whole models")
     for name, directory in located:
         inputs.check_start(init, name, directory, args.force)
     if towards is not init:
         inputs.check_start(towards, init.name, init.directory, args.force)
-    if all(adapters):
-        policies = [
-            inputs.open_adapter(name, adapter, init) for (name, _), adapter in zip(located, adapters, strict=True)
-        ]
-        inputs.check_same_targets(policies)
-    else:
-        if args.rank or args.adapter_only:
-            raise UserError(f"rank and adapter_only are for adapters; {args.names[0]} is a whole model, remove them")
-        policies = [inputs.open_model(name, digests) for name in args.names]
+    if whole and (args.rank or args.adapter_only):
+        raise UserError(f"rank and adapter_only are for adapters; {whole[0]} is a whole model, remove them")
+    adapters = [inputs.open_adapter(name, adapter, init) for name, adapter in low_rank]
+    if adapters:
+        inputs.check_same_targets(adapters)
+    policies = [inputs.open_model(name, digests) for name in whole]
     if args.adapter_only and towards is not init:
         raise UserError(f"adapter_only cannot go towards {args.towards}, on which it is no adapter; remove one")
-    models = [init, *([towards] if towards is not init else []), *(() if all(adapters) else policies)]
+    models = [init, *([towards] if towards is not init else []), *policies]
     inputs.drop_copied_heads(models)
     for other in models[1:]:
         inputs.check_same_architecture(init, other)
     tokenizer = inputs.check_same_tokenizer([(init.name, init.directory), *located])
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Merge(args, stage.output_dir, stage.fingerprint["recipe"], init, policies, towards, tokenizer, device)
-
-
-def lineage(model: Model) -> list[str]:
-    """Content hashes of the models that it comes from, as far as stages have recorded them."""
-    stage = contract.read_json(model.directory / contract.DONE) or {}
-    return stage.get("lineage", [stage["base_digest"]] if stage.get("base_digest") else [])
-
-
-def recorded_digests(init: Model) -> dict[str, str]:
-    stage = contract.read_json(init.directory / contract.DONE) or {}
-    return {key: stage[key] for key in ("tokenizer_digest", "template_digest") if key in stage}
+    recipe = stage.fingerprint["recipe"]
+    return Merge(args, stage.output_dir, recipe, init, policies, adapters, towards, tokenizer, device)
 
 
 # --- out ---
 
 
 def move_up(point: Path) -> None:
-    """Makes an only point the output itself."""
+    """Moves the content of an only point to its parent folder, the output."""
     for path in point.iterdir():
-        if (point.parent / path.name).is_dir():  # of a run that was interrupted here
+        if (point.parent / path.name).is_dir():  # from a run that was interrupted here
             shutil.rmtree(point.parent / path.name)
         path.rename(point.parent / path.name)
     point.rmdir()
 
 
 def write_points(merge: Merge, rule: Rule, etas: list[float]) -> dict[float, Path]:
-    """The models of a sweep, by eta; those of an interrupted run if they are complete."""
+    """Writes the models of a sweep, unless all are there from an interrupted run; their folders by eta."""
     prefix = "" if rule == merge.args.interpolation else f"{rule}-"
     points = {eta: merge.output_dir / f"{prefix}eta-{eta:g}" for eta in etas}
     if all(path.is_dir() for path in points.values()):
@@ -172,19 +161,20 @@ def write_points(merge: Merge, rule: Rule, etas: list[float]) -> dict[float, Pat
 
 
 def merge_to(directories: dict[float, Path], merge: Merge, rule: Rule) -> tuple[list[GroupReport], dict[str, float]]:
-    """Writes weights and adapters of the points; what happened to each group, and further numbers."""
+    """Writes weights and adapters of the points; returns what happened to each group, and additional metrics."""
     args, init, towards = merge.args, merge.init, merge.towards
     dtype, device = getattr(torch, args.save_dtype), merge.device
     with ExitStack() as stack:
+        shapes = {name: tensor.shape for name, tensor in init.weights.items()}
         writers = {
-            eta: stack.enter_context(ShardWriter(directory, init.shapes, dtype))
+            eta: stack.enter_context(ShardWriter(directory, shapes, dtype))
             for eta, directory in directories.items()
             if not args.adapter_only
         }
-        if not merge.are_adapters:
+        if not merge.adapters:
             return merge_models(init, merge.policies, towards, rule, args.angles, writers, device), {}
         metrics = {}
-        merged, groups = merge_adapters(init, merge.policies, rule, args.angles)
+        merged, groups = merge_adapters(init, merge.adapters, rule, args.angles)
         if args.rank:
             merged, metrics["compression_error"] = compress_adapter(merged, args.rank)
         if towards is init:
@@ -196,21 +186,20 @@ def merge_to(directories: dict[float, Path], merge: Merge, rule: Rule) -> tuple[
 
 
 def write_adapter(directory: Path, merge: Merge, merged: LowRank, eta: float) -> None:
-    """As PEFT loads it, with a scale of 1 and all that scales in B."""
+    """Writes the adapter as PEFT loads it; its scale is 1, and B includes all scaling."""
     directory.mkdir()
-    tensors, targets = {}, set()
+    tensors = {}
     for name, (b, a) in merged.items():
         module = name.removesuffix(".weight")
-        targets.add(module.rpartition(".")[2])
         tensors[f"base_model.model.{module}.lora_A.weight"] = a.contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = (eta * b).contiguous()
     rank = max(len(a) for _, a in merged.values())
-    config = merge.policies[0].config | {
+    config = merge.adapters[0].config | {
         "base_model_name_or_path": merge.init.name,
         "r": rank,
         "lora_alpha": rank,
         "use_rslora": False,
-        "target_modules": sorted(targets),
+        "target_modules": sorted({name.removesuffix(".weight").rpartition(".")[2] for name in merged}),
         "inference_mode": True,
     }
     save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
@@ -218,7 +207,7 @@ def write_adapter(directory: Path, merge: Merge, merged: LowRank, eta: float) ->
 
 
 def write_beside(directory: Path, merge: Merge, rule: Rule, eta: float) -> None:
-    """Config, generation config, tokenizer with its template, and a card that says how the model was made."""
+    """Writes config, generation config, tokenizer with its template, and a card that says how the model was made."""
     for file in TOKENIZER_FILES:
         if (merge.tokenizer / file).is_file():
             shutil.copyfile(merge.tokenizer / file, directory / file)
@@ -230,19 +219,18 @@ def write_beside(directory: Path, merge: Merge, rule: Rule, eta: float) -> None:
     elif (merge.tokenizer / "generation_config.json").is_file():
         shutil.copyfile(merge.tokenizer / "generation_config.json", directory / "generation_config.json")
     if not merge.args.adapter_only:
-        forgotten = ("cache_implementation", "torch_dtype")  # what transformers 5 dropped, and dtype's earlier name
+        forgotten = ("cache_implementation", "torch_dtype")  # dropped by transformers 5, and renamed to dtype
         config = {key: value for key, value in config.items() if key not in forgotten}
         contract.write_json(directory / "config.json", config | {"use_cache": True, "dtype": merge.args.save_dtype})
-    names = [merge.init.name, *(policy.name for policy in merge.policies)]
     card = f"""---
 library_name: transformers
-base_model: {json.dumps(names)}
+base_model: {json.dumps([merge.init.name, *merge.args.names])}
 tags: [merge, warp]
 ---
 
 # A WARP merge
 
-{len(merge.policies)} policies, trained from `{merge.init.name}`, merged by `{rule}` of their task vectors with one
+{len(merge.args.names)} policies, trained from `{merge.init.name}`, merged by `{rule}` of their task vectors with one
 angle for each {merge.args.angles}; then (1 - eta) `{merge.towards.name}` + eta merged, with eta {eta:g}
 ([WARP](https://arxiv.org/abs/2406.16768)). Computed in fp32, rounded once to {merge.args.save_dtype}.
 
@@ -254,7 +242,7 @@ angle for each {merge.args.angles}; then (1 - eta) `{merge.towards.name}` + eta 
 
 
 def summary(groups: list[GroupReport]) -> dict[str, float]:
-    """Over the groups, weighted by nothing but for the norms, which are of the whole model."""
+    """Unweighted means over the groups, and norms of the whole model."""
     cosines = [cosine for group in groups for cosine in group.cosines if cosine is not None]
     kept = [group.norm_kept for group in groups if group.norm_kept is not None]
     norms = [math.hypot(*each) for each in zip(*(group.norms for group in groups), strict=True)]
@@ -268,14 +256,14 @@ def summary(groups: list[GroupReport]) -> dict[str, float]:
 
 
 def plot(groups: list[GroupReport], output_dir: Path) -> None:
-    """Over the groups, in the model's order: `angles.png` between the task vectors, and `norms.png` of these."""
+    """Writes `angles.png` and `norms.png`: angles between task vectors and their norms, over groups in model order."""
     from matplotlib.figure import Figure
 
     pictures = {name: Figure(figsize=(5.5, 4), layout="constrained") for name in ("angles", "norms")}
     angles, norms = (figure.subplots() for figure in pictures.values())
     places = range(len(groups))
-    for pair in range(len(groups[0].angles)):
-        angles.plot(places, [group.angles[pair] for group in groups], marker="o", label=f"pair {pair}")
+    for pair in np.array([group.angles for group in groups], dtype=float).T:  # None becomes NaN
+        angles.plot(places, pair, marker="o")
     angles.axhline(90, color="0.7", linestyle="--")
     angles.set(xlabel="layer", ylabel="degrees between the task vectors", ylim=(0, 180), yticks=range(0, 181, 30))
     for policy in range(len(groups[0].norms)):
@@ -285,7 +273,7 @@ def plot(groups: list[GroupReport], output_dir: Path) -> None:
     norms.legend()
     if len(groups) <= 40:
         labels = [
-            group.group.rpartition("layers.")[2].removeprefix("model.").removesuffix(".weight") for group in groups
+            each.group.rpartition("layers.")[2].removeprefix("model.").removesuffix(".weight") for each in groups
         ]
         for axes in (angles, norms):
             axes.set_xticks(places, labels, rotation=45, ha="right", fontsize=8)

@@ -1,4 +1,4 @@
-"""Weights on disk, a slice at a time: read as they are mapped, written as they are computed."""
+"""Weights on disk, a slice at a time: mapped for reading, written as they are computed."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -17,15 +17,19 @@ from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
 
 Weights = dict[str, torch.Tensor]
-"""By name; mapped from the files, so that nothing is read before it is used."""
+"""Tensors by name, mapped from the files: data is read only when it is used."""
 
 CHUNK = 1 << 20
-"""Elements of a tensor that are in memory at once, on each core, times a few copies: 4 MB in fp32, about a cache."""
+"""Elements of a tensor that each core has in memory at once, in a few copies; 4 MB in fp32, about a cache."""
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 def open_weights(directory: Path, file: str = "model.safetensors") -> Weights:
-    """All tensors of a directory with one file of weights, or with shards and their index."""
+    """All tensors in a directory's file of weights, or in its shards with an index.
+
+    Raises:
+        UserError: A file is missing or damaged, or the weights are quantized.
+    """
     index = directory / f"{file}.index.json"
     files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [file]
     weights: Weights = {}
@@ -40,17 +44,16 @@ def open_weights(directory: Path, file: str = "model.safetensors") -> Weights:
                 f"{directory / file} cannot be read ({error}): it is cut off or damaged; get it again"
             ) from error
     weights = dict(sorted(weights.items(), key=lambda item: _by_number(item[0])))
-    quantised = next((name for name, tensor in weights.items() if not tensor.is_floating_point()), None)
-    if quantised:
-        raise UserError(
-            f"{directory}: {quantised} is {weights[quantised].dtype}, not a floating-point tensor; name the "
-            "unquantised model"
-        )
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point():
+            raise UserError(
+                f"{directory}: {name} is {tensor.dtype}, not a floating-point tensor; name the unquantized model"
+            )
     return weights
 
 
 def _by_number(name: str) -> list[str | int]:
-    """Layer 2 before layer 10."""
+    """Sort key that puts layer 2 before layer 10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
@@ -58,8 +61,8 @@ _scratch = threading.local()
 
 
 def scratch(use: str, num_elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory of this thread for one use at a time; to ask the system anew for each slice costs more than the sums."""
-    found = _scratch.__dict__.get(use)
+    """This thread's buffer for one use; allocating memory for each slice would cost more than the arithmetic."""
+    found = getattr(_scratch, use, None)
     if found is None or found.numel() < num_elements or (found.dtype, found.device) != (dtype, device):
         found = torch.empty(max(num_elements, CHUNK), dtype=dtype, device=device)
         setattr(_scratch, use, found)
@@ -67,15 +70,15 @@ def scratch(use: str, num_elements: int, dtype: torch.dtype, device: torch.devic
 
 
 def row_slices(shape: torch.Size) -> Iterator[slice]:
-    """Slices of the first dimension of about `CHUNK` elements; one row at least."""
+    """Slices of the first dimension with about `CHUNK` elements each, at least one row."""
     step = max(1, CHUNK // max(1, prod(shape[1:])))
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
 class ShardWriter:
-    """`model.safetensors`, or several with an index, whose tensors may be written by slices, in any order and thread.
+    """Writes `model.safetensors`, or shards with an index, by slices of tensors, in any order and from any thread.
 
-    The whole size is reserved at once, so that a full disk shows before the work and not after it.
+    The full size is reserved at once, so a full disk shows before the work, not after it.
     """
 
     def __init__(
@@ -89,16 +92,16 @@ class ShardWriter:
             max_shard_size=shard_bytes,
         )
         self.places: dict[str, tuple[int, int]] = {}
-        """Of each tensor: its file, and where in it its data begins."""
+        """File descriptor and offset of each tensor's data, in bytes."""
         self.files: list[int] = []
         self.lock = threading.Lock()
-        """One writes at a time: the system lets two into one file in turns anyway, and the other one spins."""
+        """One thread writes at a time: the system serializes writes to a file anyway, and waiters would spin."""
         for file, names in self.plan.filename_to_tensors.items():
             self._create(directory / file, {name: shapes[name] for name in names})
 
     def _create(self, path: Path, shapes: dict[str, torch.Size]) -> None:
-        """The file with its header, as the format wants it: eight bytes of length, JSON padded to eight, data."""
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        """Creates a safetensors file with its header: 8 bytes of length, JSON padded to 8 bytes, then the data."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, shape in shapes.items():
             start, end = end, end + prod(shape) * self.dtype.itemsize
@@ -113,7 +116,7 @@ class ShardWriter:
             self.places[name] = (file, 8 + len(text) + header[name]["data_offsets"][0])
 
     def write(self, name: str, first_element: int, values: torch.Tensor) -> None:
-        """A run of a tensor's elements, rounded to the writer's type here and nowhere else."""
+        """Writes consecutive elements of a tensor, rounded to the writer's dtype here and nowhere else."""
         file, start = self.places[name]
         rounded = scratch("rounded", values.numel(), self.dtype, torch.device("cpu")).copy_(values)
         with self.lock:
@@ -122,9 +125,7 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for file in self.files:
             os.close(file)
         if error is None and self.plan.is_sharded:
