@@ -1,10 +1,10 @@
-"""Our EMA anchor and TRL's SyncRefModelCallback under ZeRO-3: how exact, how fast, how much memory.
+"""Accuracy, speed and memory of our EMA anchor and of TRL's SyncRefModelCallback under ZeRO-3.
 
-    python benchmarks/anchor.py     # two CPU processes, a random Gemma 2 of about 35M parameters, mu 0.01
+    python benchmarks/anchor.py     # two CPU processes, a random Gemma 2 with about 35M parameters, mu 0.01
 
-Each trains the same policy for some steps at RLHF's learning rate of 1e-6, with a reward that is noise. The error is
-that of what the anchor has moved, against an average in float64 of the fp32 masters. Time and memory are the update's
-alone; memory is all that one process allocates during it, in sizes of the model in bf16.
+Each trains the same policy for a few steps at RLHF's learning rate of 1e-6, with noise as the reward. The error is the
+relative error of the anchor's movement, compared with a float64 average of the fp32 masters. Time and memory cover
+only the update; memory is everything that one process allocates in it, in units of the bf16 model's size.
 """
 
 import argparse
@@ -22,6 +22,7 @@ LAUNCH = ["--config_file", "accelerate_configs/deepspeed_zero3_cpu.yaml", "--mai
 
 
 def make_policy(directory: Path) -> None:
+    """Saves a random model in bf16, with the tiny world's tokenizer."""
     import torch
     from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
@@ -37,11 +38,18 @@ def make_policy(directory: Path) -> None:
 
 
 def noise(completions: list, **_: object) -> list[float]:
+    """A reward function that returns random values."""
     return [random.random() for _ in completions]
 
 
 def worker(which: str, policy: str, num_steps: int, report: str) -> None:
-    """One of two ranks."""
+    """Trains and measures on one of the two ranks.
+
+    Args:
+        which: "ours" or "trl".
+        policy: Folder of the model.
+        report: File for the results, as JSON.
+    """
     import torch
     from datasets import Dataset
     from deepspeed.utils import safe_get_full_fp32_param
@@ -83,7 +91,7 @@ def worker(which: str, policy: str, num_steps: int, report: str) -> None:
     update = ours if which == "ours" else SyncRefModelCallback(trainer.ref_model, trainer.accelerator)
 
     class Allocated(TorchDispatchMode):
-        """Bytes of all new tensors."""
+        """Counts the bytes of all new tensors."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -104,7 +112,7 @@ def worker(which: str, policy: str, num_steps: int, report: str) -> None:
         return {name: safe_get_full_fp32_param(each).double() for name, each in model.named_parameters()}
 
     class Measured(TrainerCallback):
-        """The update, and around it the clock and the average in float64."""
+        """Runs the update, times it, and keeps the average in float64."""
 
         def on_train_begin(self, args, state, control, **further) -> None:
             self.start = masters()

@@ -1,10 +1,10 @@
-"""What the anchor buys in the tiny world: an average of the policy or its start, at several betas.
+"""What the anchor gains in the tiny world: an average of the policy compared with its start, at several betas.
 
-    python benchmarks/anchor_front.py --runs runs/seed-0 runs/seed-1 runs/seed-2     # each with sft and reward in it
+    python benchmarks/anchor_front.py --runs runs/seed-0 runs/seed-1 runs/seed-2     # each contains sft and reward
 
 Runs the RLHF stage of `recipes/tiny/rlhf.yaml` for each anchor, beta and run, and draws reward and gold over KL to the
-start, from what each run has watched. A finished run is not run again. `--anchors ema copy --anchor_mu 0.1` compares
-the average with what other trainers do: a copy of the policy as it was at the last multiple of 1 / mu steps.
+start, from each run's watched values. Finished runs are skipped. `--anchors ema copy --anchor_mu 0.1` compares the
+average with what other trainers do: copy the policy every 1 / mu steps.
 """
 
 import argparse
@@ -23,7 +23,7 @@ STYLES = ["-", "--", ":", "-."]
 def train(
     run: Path, anchor: str, beta: float, mu: float, seed: int, max_steps: int, output: Path
 ) -> list[dict[str, float]]:
-    """The watched curve of one policy."""
+    """Trains one policy, unless that is done; returns its watched curve."""
     folder = output / f"{anchor}-{beta:g}" / run.name
     if not (folder / "policy-0" / "stage.json").is_file():
         values = {
@@ -42,7 +42,7 @@ def train(
 
 
 def train_with_copies() -> None:
-    """The RLHF stage, its average replaced by a copy every 1 / mu steps."""
+    """Runs the RLHF stage with a copy every 1 / mu steps in place of the average."""
     from gemma2_post import rlhf
     from gemma2_post.weights import anchor
 
@@ -58,7 +58,7 @@ def train_with_copies() -> None:
 
 
 def draw(curves: dict[tuple[str, float], list[list[dict[str, float]]]], path: Path) -> None:
-    """The mean over the runs at each watched step, with every single run behind it."""
+    """Draws the mean over the runs at each watched step, and the single runs behind it."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     betas = sorted({beta for _, beta in curves})
     for axes, name in zip(figure.subplots(1, 2), ("reward", "gold"), strict=True):

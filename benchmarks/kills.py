@@ -1,7 +1,7 @@
-"""Kills a pipeline at random moments and starts it again: in the end its outputs are those of an undisturbed run.
+"""Kills a pipeline at random moments and restarts it: its final outputs must equal those of an undisturbed run.
 
-Either the chain alone is killed (its stages go on, and the next start ends them) or everything at once, as when the
-power fails. Compared are the content hashes of what every stage has made, and what was measured of the models.
+Each kill hits either only the chain (its stages continue until the next start ends them) or all processes at once, as
+in a power failure. The script compares the content hashes of all stages' outputs, and the models' measurements.
 
     python benchmarks/kills.py recipes/tiny/pipeline.yaml --kills 30 --run_dir /tmp/kills
 """
@@ -18,11 +18,11 @@ from gemma2_post.pipeline import processes
 
 
 def disturb(command: list[str], run_dir: Path, num_kills: int, longest: float, seed: int) -> list[str]:
-    """Starts a run and kills it, so often; then lets it come to its end. What happened to it, line by line.
+    """Starts and kills a run `num_kills` times, then lets it finish; returns one line per kill.
 
     Args:
-        command: that runs the pipeline in `run_dir`.
-        longest: a run is killed after 0 to so many seconds.
+        command: Runs the pipeline in `run_dir`.
+        longest: Upper limit of the random time before a kill, in seconds.
     """
     randomness = random.Random(seed)
     events = []
@@ -53,7 +53,7 @@ def disturb(command: list[str], run_dir: Path, num_kills: int, longest: float, s
 
 
 def made_by(run_dir: Path) -> dict[str, object]:
-    """What must be the same: the hash of each stage's output, and what was measured of the models."""
+    """What must be equal: the hash of each stage's output, and the models' measurements."""
     stages = {
         str(path.parent.relative_to(run_dir)): json.loads(path.read_text())["output"]
         for path in sorted(run_dir.rglob("stage.json"))
@@ -63,6 +63,7 @@ def made_by(run_dir: Path) -> dict[str, object]:
 
 
 def run_command(pipeline: Path, run_dir: Path, settings: list[str]) -> list[str]:
+    """The command that runs the pipeline in `run_dir`, with `STAGE.KEY=VALUE` settings."""
     sets = [f"--set={setting}" for setting in settings]
     return [sys.executable, "-m", "gemma2_post.cli", "run", str(pipeline), "--run_dir", str(run_dir), *sets]
 

@@ -1,12 +1,12 @@
-"""On-policy distillation against plain SFT on the teacher's answers: the same student, steps and batch, by seed.
+"""On-policy distillation compared with SFT on the teacher's answers: the same student, steps and batch, by seed.
 
     python benchmarks/on_policy.py --seeds 0 1 2        # about half an hour on two cores; prints a table
 
-The claim is that of GKD (arXiv 2306.13649): what is trained on its own answers is nearer to the teacher on its own
-answers. Each seed makes its own student with recipes/tiny/sft.yaml; the teacher's answers come from
-recipes/tiny/synthesize.yaml. SFT gets several learning rates, so that it does not lose for want of tuning. The
-`distill` stage measures, on 240 held-out prompts and over the whole vocabulary: its own output at its end, what SFT
-made before a first step.
+GKD (arXiv 2306.13649) claims that a student trained on its own answers is closer to the teacher on its own answers.
+Each seed makes its own student with recipes/tiny/sft.yaml; the teacher's answers come from
+recipes/tiny/synthesize.yaml. SFT gets several learning rates, so it does not lose for lack of tuning. The `distill`
+stage measures all models, on 240 held-out prompts and over the whole vocabulary: its own output after training, the
+SFT models before the first step.
 """
 
 import argparse
@@ -20,6 +20,7 @@ COLUMNS = ["kl_student_teacher_per_token", "kl_student_teacher", "kl_teacher_stu
 
 
 def stage(name: str, recipe: str, output_dir: Path, **values: object) -> Path:
+    """Runs a stage in its own process; returns its output folder."""
     command = [sys.executable, "-m", f"gemma2_post.{name}", "--config", f"recipes/tiny/{recipe}.yaml"]
     command += [f"--{key}={json.dumps(value)}" for key, value in (values | {"output_dir": str(output_dir)}).items()]
     finished = subprocess.run(command, capture_output=True, text=True)
@@ -29,10 +30,12 @@ def stage(name: str, recipe: str, output_dir: Path, **values: object) -> Path:
 
 
 def report(label: str, seed: int, metrics: dict[str, float], suffix: str = "") -> None:
+    """Prints a row of the table."""
     print(f"{label:24} {seed:4} " + " ".join(f"{metrics[name + suffix]:14.4f}" for name in COLUMNS), flush=True)
 
 
 def metrics_of(directory: Path) -> dict[str, float]:
+    """The metrics of a stage's output."""
     return json.loads((directory / "metrics.json").read_text())
 
 

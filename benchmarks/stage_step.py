@@ -1,11 +1,11 @@
-"""A stage against a bare script with its trainer on the same rows: steps per second of training, run in turn.
+"""Training speed of a stage and of a bare script with its trainer on the same rows, run in turn.
 
-    python benchmarks/stage_step.py sft       # six pairs on recipes/tiny/sft.yaml; prints both and the ratios
+    python benchmarks/stage_step.py sft       # six pairs on recipes/tiny/sft.yaml; prints both speeds and the ratios
     python benchmarks/stage_step.py distill   # the same with recipes/tiny/distill.yaml; needs runs/tiny/sft
     python benchmarks/stage_step.py rlhf      # recipes/tiny/rlhf.yaml; needs runs/tiny/sft and runs/tiny/reward
 
-Both train the same weights with the same batches; neither evaluates or saves while it is timed, but for one answer to
-one prompt at the end of rlhf. There the stage also updates its anchor, which the bare script leaves where it is.
+Both train the same weights with the same batches. Neither evaluates or saves while it is timed, except for one answer
+to one prompt at the end of rlhf. In rlhf the stage also updates its anchor; the bare script's does not move.
 """
 
 import argparse
@@ -26,7 +26,7 @@ STUDENT, TEACHER = "runs/tiny/sft", "gemma2_post/tiny/models/teacher"
 
 
 def stage(name: str, max_steps: int, directory: Path) -> float:
-    """Steps per second of `python -m gemma2_post.NAME`, from the tokens per second that it reports itself."""
+    """Steps per second of `python -m gemma2_post.NAME`, from the tokens per second that it reports."""
     values = {"output_dir": directory / "stage", "max_steps": max_steps, "num_samples": 1}
     if name == "rlhf":
         values |= {"watch_steps": max_steps, "normalize_rewards": False, "missing_end_penalty": 0}
@@ -41,7 +41,7 @@ def stage(name: str, max_steps: int, directory: Path) -> float:
 
 
 def bare(name: str, max_steps: int, directory: Path) -> float:
-    """Steps per second of the scripts below, in a process of their own."""
+    """Steps per second of one of the scripts below, in its own process."""
     command = [sys.executable, __file__, name, "--bare", str(max_steps), str(directory / "bare")]
     finished = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(finished.stdout.splitlines()[-1])
@@ -131,7 +131,7 @@ def bare_distill(max_steps: int, output_dir: str) -> "DistillationTrainer":
 
 
 def bare_rlhf(max_steps: int, output_dir: str) -> "RLOOTrainer":
-    """What a user of TRL would write: no average, no penalty for cut answers."""
+    """What a user of TRL would write: no average and no penalty for cut answers."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -170,6 +170,7 @@ def bare_rlhf(max_steps: int, output_dir: str) -> "RLOOTrainer":
 
 
 def steps_per_second(trainer: "SFTTrainer | DistillationTrainer | RLOOTrainer") -> float:
+    """Trains, and returns the speed."""
     began = time.monotonic()
     trainer.train()
     return trainer.args.max_steps / (time.monotonic() - began)
@@ -194,7 +195,7 @@ def main() -> None:
         pairs.append(speeds)
         print(f"stage {speeds['stage']:.3f} steps/s, bare {speeds['bare']:.3f} steps/s", flush=True)
     ratios = [speeds["bare"] / speeds["stage"] for speeds in pairs]
-    # Half of the pairs in either order, because on a shared machine whichever runs first may be the slower one.
+    # Half of the pairs in either order, because on a shared machine the first run may be slower (or faster).
     mean, lowest, highest = statistics.geometric_mean(ratios), min(ratios), max(ratios)
     print(f"time per step, stage / bare: geometric mean {mean:.3f} ({lowest:.3f} to {highest:.3f})")
 

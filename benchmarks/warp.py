@@ -1,17 +1,17 @@
-"""Our streaming merge beside mergekit's, a plain loop and plain copying: seconds, memory of its own, and equality.
+"""Our streaming merge compared with mergekit's, a plain loop and plain copying: seconds, memory, and equality.
 
     python benchmarks/warp.py --mergekit VENV/bin/mergekit-yaml --work DIR --repeats 3
 
-mergekit is `pip install mergekit==0.1.5` in a virtual environment of its own; without it, its rows are left out. DIR
-holds three random models of the size of Gemma 2 2B in bf16 (5.2 GB each, made once) and one output at a time.
+Install mergekit (`pip install mergekit==0.1.5`) in its own virtual environment; without it, its rows are left out. DIR
+holds three random models with the size of Gemma 2 2B in bf16 (5.2 GB each, made once) and one output at a time.
 
-Whole processes, in turn, on the CPU. Before each its inputs are read, so that they come from the page cache as far as
-memory goes (what mergekit needs itself may push them out again). Memory is the peak of anonymous and shared pages of
-a process and its children, every 50 ms: mapped pages of files, which the system may take back, do not count.
+The script times whole processes, in turn, on the CPU. It reads the inputs before each run, so they come from the page
+cache if memory allows (mergekit's own memory may evict them). Memory is the peak of a process's and its children's
+anonymous and shared pages, sampled every 50 ms; mapped file pages, which the system can reclaim, do not count.
 
-What they do differs. Ours hashes its inputs, computes in fp32 with one angle for each layer, and goes back by eta to
-the start; the loop does the same without hashes, with one angle for each tensor and a shard at a time in memory;
-mergekit's nuslerp has one angle for each tensor, computes in bf16, and has no eta.
+The candidates differ. Ours hashes its inputs, computes in fp32 with one angle per layer, and moves back to the start
+by eta. The loop does the same without hashes, with one angle per tensor and one shard at a time in memory. mergekit's
+nuslerp has one angle per tensor, computes in bf16, and has no eta.
 """
 
 import argparse
@@ -39,9 +39,9 @@ MODELS = ["init", "policy-0", "policy-1"]
 ETA = 0.3
 TOKENIZER = Path("gemma2_post/tiny/models/base")
 BUFFER = 1 << 24
-"""Bytes that are copied at once."""
+"""Bytes copied at once."""
 CHUNK = 1 << 22
-"""Elements that the loop computes at once."""
+"""Elements that the loop processes at once."""
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 
@@ -49,7 +49,7 @@ ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 
 def make_models(work: Path, config: "Gemma2Config", dtype: "torch.dtype") -> None:
-    """A random start and two policies, each with its own noise: their task vectors are orthogonal, nearly."""
+    """Makes a random start and two policies, each with its own noise: their task vectors are nearly orthogonal."""
     import torch
     from huggingface_hub import save_torch_state_dict
     from safetensors.torch import load_file
@@ -81,6 +81,7 @@ def make_models(work: Path, config: "Gemma2Config", dtype: "torch.dtype") -> Non
 
 
 def weights_of(directory: Path) -> list[Path]:
+    """The model's safetensors files."""
     return sorted(directory.glob("*.safetensors"))
 
 
@@ -88,6 +89,7 @@ def weights_of(directory: Path) -> list[Path]:
 
 
 def ours(work: Path, output: Path, eta: float = ETA, dtype: str = "bfloat16", angles: str = "layer") -> list[str]:
+    """The command for our merge."""
     init, *policies = (str(work / name) for name in MODELS)
     command = [sys.executable, "-m", "gemma2_post.warp", "--init", init, "--policies", *policies]
     command += ["--eta", str(eta), "--output_dir", str(output), "--force", "true"]
@@ -95,7 +97,10 @@ def ours(work: Path, output: Path, eta: float = ETA, dtype: str = "bfloat16", an
 
 
 def mergekit(program: str, work: Path, output: Path, dtype: str = "bfloat16") -> list[str]:
-    """As documented: with a `base_model` it merges task vectors, as ours does; equal weights meet half-way."""
+    """The command for mergekit's merge; as documented, with a `base_model` it merges task vectors, like ours.
+
+    Equal weights meet halfway.
+    """
     init, *policies = (work / name for name in MODELS)
     models = "".join(f"  - {{model: {policy}, parameters: {{weight: 1.0}}}}\n" for policy in policies)
     parameters = "parameters: {nuslerp_flatten: true, nuslerp_row_wise: false}\n"
@@ -105,11 +110,12 @@ def mergekit(program: str, work: Path, output: Path, dtype: str = "bfloat16") ->
 
 
 def worker(function: Callable[[Path, Path], None], work: Path, output: Path) -> list[str]:
+    """The command that runs `copy` or `loop` in its own process."""
     return [sys.executable, __file__, "--work", str(work), "--worker", function.__name__, str(output)]
 
 
 def copy(work: Path, output: Path) -> None:
-    """All inputs are read, the start is written, nothing is computed."""
+    """Reads all inputs and writes the start; computes nothing."""
     output.mkdir()
     block = memoryview(bytearray(BUFFER))
     for name in MODELS:
@@ -121,7 +127,7 @@ def copy(work: Path, output: Path) -> None:
 
 
 def loop(work: Path, output: Path) -> None:
-    """What one would write first: two passes over each tensor, in fp32, by chunks; a shard is saved whole."""
+    """The obvious implementation: two passes over each tensor, in fp32, in chunks; saves whole shards."""
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -152,7 +158,7 @@ def loop(work: Path, output: Path) -> None:
 
 
 def own_memory(process: int) -> int:
-    """Bytes of anonymous and shared pages of a process and its children."""
+    """Bytes in anonymous and shared pages of a process and its children."""
     total = 0
     with suppress(OSError):  # it has just ended
         status = Path(f"/proc/{process}/status").read_text()
@@ -163,7 +169,7 @@ def own_memory(process: int) -> int:
 
 
 def run(command: list[str]) -> tuple[float, int]:
-    """Seconds of a whole process, and its peak of `own_memory`."""
+    """Runs a command; returns its seconds and its peak of `own_memory` in bytes."""
     with tempfile.TemporaryFile("w+") as log:
         began, peak = time.monotonic(), 0
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT)
@@ -180,7 +186,7 @@ def run(command: list[str]) -> tuple[float, int]:
 
 
 def read(files: list[Path]) -> int:
-    """Reads files into the page cache; their size in bytes."""
+    """Reads files into the page cache; returns their size in bytes."""
     block = bytearray(BUFFER)
     num_bytes = 0
     for file in files:
@@ -191,7 +197,7 @@ def read(files: list[Path]) -> int:
 
 
 def measure(commands: dict[str, list[str]], work: Path, output: Path, repeats: int) -> None:
-    """Prints the table."""
+    """Runs all commands `repeats` times, in alternating order, and prints the table."""
     files = [file for name in MODELS for file in weights_of(work / name)]
     runs: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
     shutil.rmtree(output, ignore_errors=True)  # of a benchmark that was interrupted
@@ -215,7 +221,7 @@ def measure(commands: dict[str, list[str]], work: Path, output: Path, repeats: i
 
 
 def compare(program: str) -> None:
-    """The largest differences of one merge by both, in fp32, with eta 1 and one angle for each tensor."""
+    """Prints the largest differences between our merge and mergekit's, in fp32 with eta 1 and one angle per tensor."""
     import torch
     from safetensors.torch import load_file
     from transformers import Gemma2Config
@@ -247,7 +253,7 @@ def compare(program: str) -> None:
 
 
 def versions(program: str | None) -> str:
-    """The date, the processor, and what is measured, with nothing else of the machine."""
+    """The date, the processor and the libraries' versions; nothing else about the machine."""
     (model, *_) = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     found = f"{datetime.date.today()}, {os.cpu_count()} cores of {model}, no GPU used; torch {version('torch')}"
     if program:

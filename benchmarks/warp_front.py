@@ -1,14 +1,14 @@
-"""What WARP buys in the tiny world: its front beside single runs, their averages and linear merges, by seeds.
+"""What WARP gains in the tiny world: its front compared with single runs, their averages and linear merges, by seed.
 
     for seed in 0 1 2; do
         gemma2-post run recipes/tiny/pipeline.yaml --until warp --run_dir runs/seed-$seed --seed $seed
     done
     python benchmarks/warp_front.py --runs runs/seed-0 runs/seed-1 runs/seed-2
 
-Beside each run's own front (the last iteration's) it measures that of the first iteration alone, and a linear one
-whose eta is stretched until its task vectors are as long as the spherical ones; what is measured already is not
-measured again. Then it prints what became of the claims in the WARP paper (arXiv 2406.16768), and draws all seeds on
-one plane.
+In addition to each run's own front (the last iteration's), the script measures the front of the first iteration, and
+a linear one with eta stretched until its task vectors are as long as the spherical ones. Finished measurements are
+skipped. Then the script prints numbers for each claim of the WARP paper (arXiv 2406.16768), and draws all seeds in one
+figure.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 
 ETAS = [0, 0.1, 0.3, 0.5, 0.8, 1]
 GRID = numpy.linspace(0.1, 1.1, 11)
-"""Nats at which fronts are compared."""
+"""KL values, in nats, at which fronts are compared."""
 LOOKS = {
     "single runs": ("tab:blue", "-"),
     "their averages (EMA)": ("tab:cyan", "D"),
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def measure(run: Path, output: Path, rule: str, etas: list[float], compare_with: list[str]) -> None:
-    """The front of the first iteration's policies."""
+    """Measures the front of the first iteration's policies, unless that is done."""
     if (output / "stage.json").is_file():
         return
     policies = [str(run / "rlhf" / f"policy-{m}") for m in range(2)]
@@ -73,6 +73,7 @@ def measure(run: Path, output: Path, rule: str, etas: list[float], compare_with:
 
 
 def points_of(folder: Path) -> dict[str, Points]:
+    """The measured points of a front, by series."""
     series = defaultdict(list)
     for point in json.loads((folder / "front.json").read_text())["points"]:
         series[point["series"]].append(point)
@@ -80,18 +81,19 @@ def points_of(folder: Path) -> dict[str, Points]:
 
 
 def groups_of(folder: Path) -> list[dict]:
+    """The geometry of a merge (norms, cosines, angles), by parameter group."""
     return json.loads((folder / "merge.json").read_text())["groups"]
 
 
 def stretch(run: Path) -> float:
-    """How much longer the spherical task vector is than the linear one, over the whole model."""
+    """Ratio of the norms of the spherical and the linear task vector, over the whole model."""
     groups = groups_of(run / "warp-once")
     linear = sum((a**2 + b**2 + 2 * a * b * group["cosines"][0]) / 4 for group in groups for a, b in [group["norms"]])
     return sqrt(sum(group["norm"] ** 2 for group in groups) / linear)
 
 
 def series_of(run: Path) -> dict[str, list[Points]]:
-    """By what is compared: one line for each policy, or one alone; each begins at the start."""
+    """The compared fronts by name: one line per policy, or a single line; each begins at the start."""
     once, twice = points_of(run / "warp-once"), points_of(run / "warp")
     start = once["slerp"][0]
     names = ["rlhf/policy-0", "rlhf/policy-1"]
@@ -108,12 +110,14 @@ def series_of(run: Path) -> dict[str, list[Points]]:
 
 
 def show(label: str, values: list[float]) -> None:
+    """Prints the mean, the standard deviation and the single values."""
     mean = statistics.mean(values)
     spread = f" (s.d. {statistics.stdev(values):.3f})" if len(values) > 1 else ""
     print(f"  {label}: {mean:.3f}{spread}  [{', '.join(f'{value:.3f}' for value in values)}]")
 
 
 def claims_about_task_vectors(runs: list[Path]) -> None:
+    """Prints the angles and lengths of task vectors and of whole weights."""
     print("5. task vectors are orthogonal and equally long, whole weights are parallel")
     for name in ("warp-1", "warp"):
         groups = [groups_of(run / name) for run in runs]
@@ -137,11 +141,13 @@ def claims_about_task_vectors(runs: list[Path]) -> None:
 
 
 def flat(folder: Path) -> torch.Tensor:
+    """All weights of a model as one float64 vector."""
     tensors = load_file(folder / "model.safetensors")
     return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
 
 
 def claims_about_merging(runs: list[Path]) -> None:
+    """Prints how merges differ from their two policies, and linear from spherical ones."""
     print("6, 7. the merge of two runs (eta 1) against the mean of the two")
     for name in ("reward", "gold", "kl_to_init"):
         for rule in ("slerp", "linear"):
@@ -177,6 +183,7 @@ def claims_about_merging(runs: list[Path]) -> None:
 
 
 def claims_about_interpolation(runs: list[Path]) -> None:
+    """Prints the share of KL and gain that each eta has."""
     print("10. along eta KL is convex and reward concave; shares of what eta 1 has")
     for name, folder in (("first iteration", "warp-once"), ("last iteration", "warp")):
         sweeps = [points_of(run / folder)["slerp"] for run in runs]
@@ -190,17 +197,19 @@ def claims_about_interpolation(runs: list[Path]) -> None:
 
 
 def at_kl(points: Points, name: str) -> Callable[[float], float]:
+    """A metric as a function of KL, linear between the points; NaN past the last one."""
     ordered = sorted(points, key=lambda point: point["kl_to_init"])
     xs, ys = [point["kl_to_init"] for point in ordered], [point[name] for point in ordered]
     return lambda kl: float(numpy.interp(kl, xs, ys)) if kl <= xs[-1] else float("nan")
 
 
 def on_grid(lines: list[Points], name: str) -> list[float]:
-    """The mean of a seed's lines at each KL of the grid; NaN past the end of one."""
+    """The mean of a seed's lines at each KL of the grid; NaN past the end of any line."""
     return numpy.mean([[at_kl(line, name)(kl) for kl in GRID] for line in lines], axis=0).tolist()
 
 
 def compare(fronts: dict[str, list[list[Points]]]) -> None:
+    """Prints how much higher the fronts are than single runs at the same KL."""
     print("fronts at the KL where a single run ends: difference to its end, mean of both runs")
     for name in ("reward", "gold"):
         for label in ("WARP, 1 iteration", "WARP, 2 iterations", "linear, 1 iteration"):
@@ -230,7 +239,7 @@ def compare(fronts: dict[str, list[list[Points]]]) -> None:
 
 
 def draw(fronts: dict[str, list[list[Points]]], path: Path) -> None:
-    """The mean over seeds at each KL with its standard deviation as a band; averages as points with bars."""
+    """Draws the mean over seeds at each KL, with a band of one standard deviation; averages are points with bars."""
     figure = Figure(figsize=(12, 5), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("reward", "gold"), strict=True):
         for label, seeds in fronts.items():

@@ -7,6 +7,9 @@ from typing import Any
 
 from gemma2_post.stage.errors import UserError, reported
 
+Overrides = dict[str, dict[str, object]]
+"""Recipe keys by stage, which replace the recipe's."""
+
 
 def main() -> None:
     """Runs the subcommand that the command line names."""
@@ -20,7 +23,7 @@ def main() -> None:
 def run(
     pipeline: Path,
     until: str | None = None,
-    overrides: dict[str, dict[str, object]] | None = None,
+    overrides: Overrides | None = None,
     run_dir: Path | None = None,
     seed: int | None = None,
     report: bool = False,
@@ -30,7 +33,6 @@ def run(
 
     Args:
         until: The last stage to run.
-        overrides: Recipe keys by stage; they replace the recipe's.
         run_dir: Replaces the pipeline's.
         seed: Seed of every stage; replaces the recipes'.
         report: Whether to print the report at the end.
@@ -55,7 +57,7 @@ def run(
 def say_what_would_run(
     pipeline: Path,
     until: str | None = None,
-    overrides: dict[str, dict[str, object]] | None = None,
+    overrides: Overrides | None = None,
     run_dir: Path | None = None,
     seed: int | None = None,
 ) -> None:
@@ -78,13 +80,7 @@ def check(pipelines: list[Path]) -> None:
         print(f"{each.path}: {check.report(check.check(each))}")
 
 
-def plan(
-    pipeline: Path,
-    until: str | None = None,
-    overrides: dict[str, dict[str, object]] | None = None,
-    gpus: int | None = None,
-    memory: float | None = None,
-) -> None:
+def plan(pipeline: Path, until: str | None, overrides: Overrides, gpus: int | None, memory: float | None) -> None:
     """Shows the memory and disk that each stage needs.
 
     Args:
@@ -127,7 +123,7 @@ def schema(directory: Path, markdown: Path | None) -> None:
         write_reference(markdown)
 
 
-def parse_overrides(settings: list[str]) -> dict[str, dict[str, object]]:
+def parse_overrides(settings: list[str]) -> Overrides:
     """`["sft.learning_rate=1e-4"]` becomes `{"sft": {"learning_rate": 0.0001}}`.
 
     Raises:
@@ -135,7 +131,7 @@ def parse_overrides(settings: list[str]) -> dict[str, dict[str, object]]:
     """
     from gemma2_post.stage.recipe_file import parse_value
 
-    overrides: dict[str, dict[str, object]] = {}
+    overrides: Overrides = {}
     for setting in settings:
         target, equals, value = setting.partition("=")
         stage, dot, key = target.partition(".")

@@ -105,12 +105,12 @@ def metrics(recipe: Recipe) -> set[str]:
 
 def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
     config, recipe, compute = held.config_of(checked), checked.recipe, held.compute_of(checked)
-    rows, length = recipe.training.per_device_train_batch_size, recipe.training.max_length
-    length = length or config.max_position_embeddings
+    rows = recipe.training.per_device_train_batch_size
+    length = recipe.training.max_length or config.max_position_embeddings
     loss = cost.fused_loss(config, rows * length, compute, trains_all=not recipe.model.use_peft)
     parts = held.held(checked)
-    step = held.training_step(checked, parts, rows, length, loss)
-    return step | held.sampling(checked, parts, length, recipe.max_new_tokens)
+    sampling = held.sampling(checked, parts, length, recipe.max_new_tokens)
+    return held.training_step(checked, parts, rows, length, loss) | sampling
 
 
 COMMAND = Command(

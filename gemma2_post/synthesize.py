@@ -1,7 +1,7 @@
 """SFT data written by a teacher: prompts in, conversations out.
 
-Reads prompts (conversations lose the model's last turn) and a teacher: a Gemma 2 model, or whatever an
-OpenAI-compatible endpoint serves. Writes `data.jsonl`, a data set for `sft`: `messages`, the requested columns, and
+Reads prompts (conversations lose the model's last turn) and a teacher: a Gemma 2 model, or any model behind an
+OpenAI-compatible endpoint. Writes `data.jsonl`, a data set for `sft`: `messages`, the requested columns, and
 `teacher` (which model wrote the answer and how it was sampled). An answer is kept if it ended by itself, is a valid
 turn, is the best for its prompt (with `reward_model`), and does not repeat another row.
 

@@ -1,4 +1,4 @@
-"""A random two-layer Gemma 2, a recipe that trains it in seconds, and the stage's real `main` to run it with."""
+"""A random two-layer Gemma 2, recipes that train it in seconds, and the stages' real `main` functions to run them."""
 
 import gc
 import json
@@ -32,35 +32,38 @@ BASE, TEACHER = "gemma2_post/tiny/models/base", "gemma2_post/tiny/models/teacher
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first: a worker that is left with one at the end would keep the other waiting."""
+    """Slow tests first: otherwise one worker ends with a slow test while the other one waits."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def in_the_project() -> None:
+    """Runs the tests in the project's folder."""
     os.chdir(Path(__file__).parents[1])
-    gc.freeze()  # imported objects stay; visiting them in every collection takes a seventh of the time
+    gc.freeze()  # imported objects stay; traversing them in every collection takes a seventh of the time
 
 
 @cache
 def rows_of(make: Callable[[str], list[dict[str, object]]], split: str) -> list[dict[str, object]]:
-    """The tiny world's rows, made once; only to be read."""
+    """The tiny world's rows, made once; do not change them."""
     return make(split)
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is left in the user's cache of data sets, and nothing is read from it."""
+    """Keeps the tests from reading and writing the user's cache of data sets."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
+    """The tiny world's tokenizer."""
     return load_tokenizer(BASE, load_config(BASE))
 
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
+    """The folder with real data; skips the test without one."""
     if "GEMMA2_POST_DATA" not in os.environ:
         pytest.skip("set GEMMA2_POST_DATA to the folder with real data to run this")
     return Path(os.environ["GEMMA2_POST_DATA"])
@@ -68,7 +71,7 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """A small random model, in bf16 as Gemma 2 is shipped."""
+    """A small random model, in bf16 like Gemma 2's releases."""
     directory = tmp_path_factory.mktemp("model")
     random_model(len(tokenizer), dtype=torch.bfloat16).save_pretrained(directory)
     save_tokenizer(tokenizer, directory)
@@ -97,7 +100,7 @@ def random_model(
 
 
 def write_rows(path: Path, num_rows: int) -> Path:
-    """Conversations of very uneven length, single- and multi-turn."""
+    """Writes conversations of very different lengths, single- and multi-turn."""
     rows = []
     for i in range(num_rows):
         messages = []
@@ -111,7 +114,7 @@ def write_rows(path: Path, num_rows: int) -> Path:
 
 @pytest.fixture
 def recipe(tmp_path: Path, model_dir: Path) -> dict[str, object]:
-    """Full fine-tuning in fp32 for two steps of eight rows; tests change what they are about."""
+    """Full fine-tuning in fp32 for two steps of eight rows; each test changes the keys it is about."""
     return {
         "model_name_or_path": str(model_dir),
         "dtype": "float32",
@@ -140,7 +143,7 @@ def recipe(tmp_path: Path, model_dir: Path) -> dict[str, object]:
 
 @pytest.fixture
 def distill_recipe(recipe: dict[str, object], tmp_path: Path) -> dict[str, object]:
-    """A student that ends its turns, and the untaught base model as its teacher: far apart, both small."""
+    """A student that ends its turns, and the base model, without any SFT, as its teacher: far apart, both small."""
     return {key: value for key, value in recipe.items() if key not in ("max_length", "max_new_tokens")} | {
         "model_name_or_path": TEACHER,
         "teacher_model_name_or_path": BASE,
@@ -155,13 +158,14 @@ def distill_recipe(recipe: dict[str, object], tmp_path: Path) -> dict[str, objec
 
 
 def write_prompts(path: Path, split: str, num_rows: int) -> Path:
+    """Writes the tiny world's first prompts."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(prompts, split)[:num_rows]))
     return path
 
 
 @pytest.fixture
 def reward_recipe(recipe: dict[str, object], tmp_path: Path) -> dict[str, object]:
-    """Pairs of one to three user turns, every third with a margin; rewards are centred."""
+    """Pairs with one to three user turns, every third with a margin; rewards are centered."""
     return recipe | {
         "datasets": [{"path": str(write_pairs(tmp_path / "pairs.jsonl", "train", 16))}],
         "held_out_datasets": [{"path": str(write_pairs(tmp_path / "held_out_pairs.jsonl", "held_out", 12))}],
@@ -171,6 +175,7 @@ def reward_recipe(recipe: dict[str, object], tmp_path: Path) -> dict[str, object
 
 
 def write_pairs(path: Path, split: str, num_rows: int) -> Path:
+    """Writes the tiny world's first pairs, every third with a margin."""
     rows = [row | {"margin": 0.5 * (i % 3 == 0)} for i, row in enumerate(rows_of(preferences, split)[:num_rows])]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -178,7 +183,7 @@ def write_pairs(path: Path, split: str, num_rows: int) -> Path:
 
 @pytest.fixture(scope="session")
 def reward_model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """A sealed reward model with a random head, which is no better than any other opinion."""
+    """A sealed reward model with a random head, so its rewards mean nothing."""
     directory = tmp_path_factory.mktemp("reward_model")
     set_seed(5)
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -194,7 +199,7 @@ def reward_model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTra
 
 @pytest.fixture
 def rlhf_recipe(recipe: dict[str, object], tmp_path: Path, reward_model_dir: Path) -> dict[str, object]:
-    """A policy that ends its turns and a reward model without a clue; four groups of two answers a step."""
+    """A policy that ends its turns and a random reward model; four groups of two answers per step."""
     others = ("max_length", "max_new_tokens", "save_strategy")
     return {key: value for key, value in recipe.items() if key not in others} | {
         "model_name_or_path": TEACHER,
@@ -214,28 +219,32 @@ def rlhf_recipe(recipe: dict[str, object], tmp_path: Path, reward_model_dir: Pat
 
 @pytest.fixture
 def run_sft(tmp_path: Path) -> Callable[[dict[str, object]], Path]:
+    """Runs the stage `sft` on a recipe; returns its output directory."""
     return partial(run_stage, tmp_path / "recipe.yaml", sft.COMMAND)
 
 
 @pytest.fixture
 def run_distill(tmp_path: Path) -> Callable[[dict[str, object]], Path]:
+    """Runs the stage `distill` on a recipe; returns its output directory."""
     return partial(run_stage, tmp_path / "recipe.yaml", distill.COMMAND)
 
 
 @pytest.fixture
 def run_reward(tmp_path: Path) -> Callable[[dict[str, object]], Path]:
+    """Runs the stage `reward` on a recipe; returns its output directory."""
     return partial(run_stage, tmp_path / "recipe.yaml", reward.COMMAND)
 
 
 @pytest.fixture
 def run_rlhf(tmp_path: Path) -> Callable[[dict[str, object]], Path]:
+    """Runs the stage `rlhf` on a recipe; returns its output directory."""
     return partial(run_stage, tmp_path / "recipe.yaml", rlhf.COMMAND)
 
 
 def run_stage(file: Path, command: Command, values: dict[str, object]) -> Path:
     """Writes the recipe to a file and runs the stage on it, in this process; returns its output directory.
 
-    What it has measured is what it says that it measures.
+    Asserts that the stage measured only the metrics that it declares.
     """
     file.write_text(yaml.safe_dump(values))
     stage, recipe = command.parse(["--config", str(file)])
@@ -246,5 +255,6 @@ def run_stage(file: Path, command: Command, values: dict[str, object]) -> Path:
 
 
 def losses(output_dir: Path) -> list[float]:
+    """The logged training losses."""
     entries = [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
     return [entry["loss"] for entry in entries if "loss" in entry]

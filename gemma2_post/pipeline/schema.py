@@ -81,6 +81,7 @@ def _property(key: Key) -> Schema:
 
 
 def _of_type(hint: object) -> Schema:
+    """Schema of a key's values, from its type."""
     if typing.get_origin(hint) is typing.Annotated:
         return _of_type(typing.get_args(hint)[0])
     if typing.get_origin(hint) in (typing.Union, types.UnionType):

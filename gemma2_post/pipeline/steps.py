@@ -177,6 +177,7 @@ class Step:
 
     @property
     def command(self) -> Command:
+        """The stage as a command."""
         return command_of(self.stage)
 
     @property

@@ -93,7 +93,7 @@ def plan(jobs: list[Job], num_gpus: int | None = None, memory_gb: float | None =
         if key in rows:
             rows[key].num_runs += 1
             continue
-        job.checked.num_gpus = num_gpus or 1
+        job = dataclasses.replace(job, checked=dataclasses.replace(job.checked, num_gpus=num_gpus or 1))
         rows[key] = row = Row(job, 1, None)
         if not job.unknown:
             row.parts = memory.parts(job, libraries)

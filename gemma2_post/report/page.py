@@ -82,6 +82,7 @@ def write(run_dir: Path, summary: dict, rows: list[dict]) -> list[Path]:
 
 
 def _stage(run_dir: Path, name: str, gates: dict[str, str], headline: str) -> Stage:
+    """What the page says about a finished step, from the files in its folder."""
     folder = run_dir / name
     done = contract.read_done(folder)
     command, grader = command_of(done["stage"]), first_grader(done["fingerprint"]["recipe"])

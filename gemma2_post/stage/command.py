@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from gemma2_post.stage import contract, fingerprint, launcher, recipe
 from gemma2_post.stage.command_line import read
@@ -19,7 +19,10 @@ from gemma2_post.stage.recipe import R
 from gemma2_post.stage.reference import describe_keys
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from transformers import Gemma2Config
+
+R_co = TypeVar("R_co", bound="DataclassInstance", covariant=True)
 
 Parts = dict[str, float]
 """Memory in bytes, by what it holds."""
@@ -55,11 +58,11 @@ class Curve:
     title: str
 
 
-@dataclass
-class Checked(Generic[R]):
+@dataclass(frozen=True)
+class Checked(Generic[R_co]):
     """A recipe that has passed its checks, and what they found."""
 
-    recipe: R
+    recipe: R_co
     launcher: Launcher
     models: "dict[str, Gemma2Config | None]"
     """Configs of the models that it names, by key; None if a config is only on the Hub."""

@@ -254,6 +254,7 @@ class _Workers:
         return self
 
     def map(self, function: Callable[[Slice], Result], parts: list[Slice]) -> Iterator[Result]:
+        """The results for all slices, in order."""
         for part, result in zip(parts, self.pool.map(function, parts), strict=True):
             self.bar.update(sum(_values(model, part).nbytes for model in self.read))
             yield result

@@ -79,6 +79,10 @@ class ShardWriter:
     """Writes `model.safetensors`, or shards with an index, by slices of tensors, in any order and from any thread.
 
     The full size is reserved at once, so a full disk shows before the work, not after it.
+
+    Args:
+        dtype: Dtype of all tensors in the files.
+        shard_bytes: Largest size of a shard.
     """
 
     def __init__(
