@@ -80,7 +80,13 @@ def check(pipelines: list[Path]) -> None:
         print(f"{each.path}: {check.report(check.check(each))}")
 
 
-def plan(pipeline: Path, until: str | None, overrides: Overrides, gpus: int | None, memory: float | None) -> None:
+def plan(
+    pipeline: Path,
+    until: str | None = None,
+    overrides: Overrides | None = None,
+    gpus: int | None = None,
+    memory: float | None = None,
+) -> None:
     """Shows the memory and disk that each stage needs.
 
     Args:

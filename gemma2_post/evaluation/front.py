@@ -105,10 +105,10 @@ def plot(
         kl, values = [point["kl_to_init"] for point in points], [point[name] for point in points]
         if is_sweep:
             kind = label
-            colour, line = ("black", "-") if label == sweeps[0] else ("tab:red", "--")
+            color, line = ("black", "-") if label == sweeps[0] else ("tab:red", "--")
         else:
             kind, line = "average of a policy" if is_anchor else "policy", "-"
-            colour = f"C{runs.index(label.removesuffix(' anchor')) % 10}"
+            color = f"C{runs.index(label.removesuffix(' anchor')) % 10}"
         axes.errorbar(
             kl,
             values,
@@ -118,14 +118,14 @@ def plot(
             alpha=1 if is_sweep else 0.7,
             capsize=2,
             label=None if kind in in_legend else kind,
-            color=colour,
+            color=color,
             linestyle=line,
         )
         in_legend.add(kind)
         if label in runs:
             axes.annotate(
                 label, (kl[-1], values[-1]), xytext=(0, -12), textcoords="offset points", ha="center", fontsize=7,
-                color=colour,
+                color=color,
             )  # fmt: skip
     axes.plot(
         released["kl_to_init"], released[name], marker="*", markersize=18, color="#ffd700", markeredgecolor="black",

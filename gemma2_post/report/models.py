@@ -40,7 +40,7 @@ def measures(models: dict[str, dict[str, float]], grader: str | None) -> dict[st
     return {words: _cells(models, key, form) for key, (words, form) in measured.items()}
 
 
-def further(models: dict[str, dict[str, float]], grader: str | None) -> dict[str, list[Cell]]:
+def additional(models: dict[str, dict[str, float]], grader: str | None) -> dict[str, list[Cell]]:
     """The additional metrics, in the same form: grades by number of turns, safety, memorization, benchmarks."""
     keys = dict.fromkeys(key for each in models.values() for key in each)
     best = grader if grader and _is_measured(models, grader) else "reward"

@@ -68,7 +68,7 @@ def write(run_dir: Path, summary: dict, rows: list[dict]) -> list[Path]:
         "grader": summary["grader"],
         "models": [models.title(name, summary["models"]) for name in summary["models"]],
         "measures": models.measures(summary["models"], summary["grader"]),
-        "further": models.further(summary["models"], summary["grader"]),
+        "additional": models.additional(summary["models"], summary["grader"]),
         "contests": models.contests(summary["models"]),
         "facts": models.facts(summary),
         "conversations": [_conversation(row) for row in rows],

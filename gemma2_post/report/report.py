@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.padding import Padding
 from rich.table import Table
@@ -28,10 +29,7 @@ def report(run_dir: Path) -> None:
     Raises:
         UserError: The folder holds no run.
     """
-    found = contract.read_json(run_dir / summary.FILE)
-    if found is None:
-        raise UserError(f"{run_dir} has no {summary.FILE}; name the folder of a run, such as runs/tiny")
-    console = terminal()
+    found, console = _summary(run_dir), terminal()
     if found["models"]:
         console.print(_models(found["models"], found["grader"]))
     for row in to_show(_answers(run_dir, found), _SHOWN):
@@ -42,8 +40,16 @@ def report(run_dir: Path) -> None:
 
 def write(run_dir: Path) -> list[Path]:
     """Writes the page of a run as HTML and as Markdown; returns their paths."""
-    found = json.loads((run_dir / summary.FILE).read_text(encoding="utf-8"))
+    found = _summary(run_dir)
     return page.write(run_dir, found, to_show(_answers(run_dir, found), _ON_PAGE))
+
+
+def _summary(run_dir: Path) -> dict[str, Any]:
+    """What the run recorded; runs made before there were headlines and a grader have none."""
+    found = contract.read_json(run_dir / summary.FILE)
+    if found is None:
+        raise UserError(f"{run_dir} has no {summary.FILE}; name the folder of a run, such as runs/tiny")
+    return {"headlines": {}, "grader": None} | found
 
 
 def _answers(run_dir: Path, found: dict) -> list[dict]:
