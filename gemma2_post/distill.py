@@ -71,12 +71,13 @@ class Recipe(TrainingRecipe):
 
 
 def main(stage: Stage, recipe: Recipe) -> None:
+    """Trains the student; measures the divergences (nats) and the graders, and how much of the gap it closed."""
     from trl import DistillationTrainer, get_peft_config
 
     from gemma2_post.data.preparation import check_enough, drop_long_prompts, split_held_out
     from gemma2_post.data.sources import load_prompts
     from gemma2_post.evaluation.divergence import mean_divergences
-    from gemma2_post.evaluation.samples import grade, load_graders, sample_held_out
+    from gemma2_post.evaluation.samples import grade, rows_to_answer, sample_held_out
     from gemma2_post.models.loading import load_for_training
     from gemma2_post.models.tokenizer import check_same_vocabulary, load_config_and_tokenizer
     from gemma2_post.training.run import run
@@ -96,8 +97,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
             drop_long_prompts(rows, tokenizer, longest, recipe.data.max_too_long_share) for rows in (train, held_out)
         )
     check_enough(train, recipe.global_batch_size, f"global_batch_size {recipe.global_batch_size}")
-    graders = load_graders(recipe.samples, held_out)
-    to_answer = held_out.select(range(min(recipe.samples.num_samples, len(held_out))))
+    to_answer, graders = rows_to_answer(recipe.samples, held_out)
 
     trainer = DistillationTrainer(
         model=load_for_training(recipe.model, recipe.training),

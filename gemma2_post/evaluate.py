@@ -47,6 +47,7 @@ class Recipe:
 
 
 def main(stage: Stage, recipe: Recipe) -> None:
+    """Lets all models answer and compares them; resumes from the answers of an interrupted run."""
     from gemma2_post.evaluation import benchmarks
     from gemma2_post.evaluation.comparison import Comparison, load_corpus, load_judge, load_safety_prompts
     from gemma2_post.evaluation.measure import Measurement

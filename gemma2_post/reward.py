@@ -5,7 +5,8 @@ Reads a base (an instruction model, preferably larger than the policy) and pairs
 that the model is unchanged. The loss is Bradley-Terry, -log sigmoid(r(chosen) - r(rejected) - margin), plus
 `center_rewards_coefficient` times the square of the sum of both rewards.
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml -m gemma2_post.reward --config recipes/tiny/reward.yaml
+    accelerate launch --config_file accelerate_configs/cpu.yaml \\
+        -m gemma2_post.reward --config recipes/tiny/reward.yaml
 """
 
 from dataclasses import dataclass
@@ -58,13 +59,14 @@ class Recipe(TrainingRecipe):
 
 
 def main(stage: Stage, recipe: Recipe) -> None:
+    """Trains on the pairs; measures held-out pairs and answers of policies; writes what a loader checks."""
     from trl import RewardTrainer, get_peft_config
 
     from gemma2_post.data.preparation import balance_turns, split_held_out, tokenize_pairs
     from gemma2_post.data.sources import load_preferences
     from gemma2_post.evaluation import policies
     from gemma2_post.evaluation.pairs import measure_pairs, plot_pairs
-    from gemma2_post.evaluation.samples import load_graders
+    from gemma2_post.evaluation.samples import rows_to_answer
     from gemma2_post.models import reward_model
     from gemma2_post.models.tokenizer import load_config_and_tokenizer
     from gemma2_post.training.run import run
@@ -80,8 +82,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
             tokenize_pairs(pairs, tokenizer, max_length, recipe.data.max_too_long_share) for pairs in (train, held_out)
         )
         train = train if share is None else balance_turns(train, share, seed)
-    graders = load_graders(recipe.samples, held_out)
-    to_answer = held_out.select(range(min(recipe.samples.num_samples, len(held_out))))
+    to_answer, graders = rows_to_answer(recipe.samples, held_out)
     named, names = recipe.noise_ceiling, recipe.policies or []
     ceiling = {"noise_ceiling": policies.noise_ceiling_of(named, held_out)} if named else {}
     policies.check_tokenizers(names, tokenizer)

@@ -3,10 +3,10 @@
 Reads a policy that ends its turns, a reward model and prompts; writes a plain Hugging Face model for each policy of
 WARP (arXiv 2406.16768), `policy-0`, `policy-1`, ..., which differ in their seeds and the order of their prompts. The
 update is REINFORCE with a leave-one-out baseline on reward - beta * log(policy / anchor), summed over an answer's
-tokens. The anchor is an exponential moving average of the policy (`ema`), the model that training starts from
-(`start`), or `none`.
+tokens. The anchor is an exponential moving average of the policy, the model that training starts from, or none.
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml -m gemma2_post.rlhf --config recipes/tiny/rlhf.yaml
+    accelerate launch --config_file accelerate_configs/cpu.yaml \\
+        -m gemma2_post.rlhf --config recipes/tiny/rlhf.yaml
 """
 
 from dataclasses import dataclass
@@ -66,12 +66,13 @@ class Recipe(TrainingRecipe):
 
 
 def main(stage: Stage, recipe: Recipe) -> None:
+    """Trains one policy, and stops it past its KL budget or when it collapses."""
     from trl import RLOOTrainer
 
     from gemma2_post.data.preparation import check_enough, drop_long_prompts, split_held_out
     from gemma2_post.data.sources import load_prompts
     from gemma2_post.evaluation.rewards import ModelReward, load_reward_functions
-    from gemma2_post.evaluation.samples import load_graders
+    from gemma2_post.evaluation.samples import rows_to_answer
     from gemma2_post.models.tokenizer import load_config_and_tokenizer
     from gemma2_post.training.policy import load_policy, models_beside, prepare_frozen, save_anchor
     from gemma2_post.training.run import TRAINER_FILE, run
@@ -94,8 +95,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
         )
     num_prompts = recipe.global_batch_size // recipe.training.num_generations
     check_enough(train, num_prompts, f"the {num_prompts} of a step (global_batch_size / num_generations)")
-    graders = load_graders(recipe.samples, held_out)
-    to_answer = held_out.select(range(min(recipe.samples.num_samples, len(held_out))))
+    to_answer, graders = rows_to_answer(recipe.samples, held_out)
     reward_functions = load_reward_functions(recipe.rewards, train.column_names, score, recipe.training.reward_weights)
 
     recipe.training.save_strategy = "no"  # the watch decides when

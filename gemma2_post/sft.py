@@ -4,7 +4,8 @@ Reads a base model and conversations; writes a plain Hugging Face model with the
 chooses between LoRA adapters on a 4-bit base (QLoRA) or an unquantized one, and all weights. The loss covers what the
 model itself says: its words, each `<end_of_turn>`, and the final `<eos>`.
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml -m gemma2_post.sft --config recipes/tiny/sft.yaml
+    accelerate launch --config_file accelerate_configs/cpu.yaml \\
+        -m gemma2_post.sft --config recipes/tiny/sft.yaml
 """
 
 from dataclasses import dataclass
@@ -47,10 +48,11 @@ class Recipe(TrainingRecipe):
 
 
 def main(stage: Stage, recipe: Recipe) -> None:
+    """Trains on the data, and measures `held_out_nll` (nats a token) and the graders before and after it."""
     from trl import SFTTrainer, get_peft_config
 
     from gemma2_post.data.preparation import split_held_out, tokenize
-    from gemma2_post.evaluation.samples import grade, load_graders, sample_held_out
+    from gemma2_post.evaluation.samples import grade, rows_to_answer, sample_held_out
     from gemma2_post.models.loading import load_for_training
     from gemma2_post.models.tokenizer import load_config_and_tokenizer
     from gemma2_post.training.run import run
@@ -63,8 +65,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
         train, held_out = (
             tokenize(rows, tokenizer, max_length, recipe.data.max_too_long_share) for rows in (train, held_out)
         )
-    graders = load_graders(recipe.samples, held_out)
-    to_answer = held_out.select(range(min(recipe.samples.num_samples, len(held_out))))
+    to_answer, graders = rows_to_answer(recipe.samples, held_out)
     prompts = [messages[:-1] for messages in to_answer["messages"]]
 
     trainer = SFTTrainer(

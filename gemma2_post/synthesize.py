@@ -62,6 +62,7 @@ class Recipe:
 
 
 def main(stage: Stage, recipe: Recipe) -> None:
+    """Asks the teacher, appends each answer to `progress/answers.jsonl`, and writes what is worth keeping."""
     from tqdm import tqdm
     from trl import ModelConfig
 

@@ -41,6 +41,7 @@ class Recipe:
 
 
 def main(stage: Stage, recipe: Recipe) -> None:
+    """Merges; with held-out prompts it also measures the points and releases one."""
     from gemma2_post.weights.points import move_up, open_merge
 
     args, front = recipe.merge, None

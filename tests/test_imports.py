@@ -3,6 +3,7 @@
 import ast
 from pathlib import Path
 
+from gemma2_post.stage import digests
 from gemma2_post.stage.stages import STAGES
 
 PACKAGE = Path("gemma2_post")
@@ -52,3 +53,20 @@ def test_nothing_outside_the_tiny_world_knows_it() -> None:
     for path in PACKAGE.rglob("*.py"):
         if path.relative_to(PACKAGE).parts[0] != "tiny":
             assert "gold" not in path.read_text(), path
+
+
+def test_a_stage_depends_on_the_modules_that_its_code_imports() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        names = []
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+        found = (
+            PACKAGE.resolve().parent.joinpath(*name.split(".")) for name in names if name.startswith("gemma2_post")
+        )
+        expected = {
+            each for base in found for each in (base.with_suffix(".py"), base / "__init__.py") if each.is_file()
+        }
+        assert set(digests.imported(path)) == expected, path

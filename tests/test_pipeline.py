@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -238,6 +239,16 @@ def test_a_recipe_that_is_missing_is_refused_before_anything_starts(tmp_path: Pa
     path = write_pipeline(tmp_path, {"sft": {"recipe": "sft.yaml"}, "reward": {"recipe": "reward.yaml"}})
     (tmp_path / "reward.yaml").unlink()
     with pytest.raises(UserError, match=r"reward: there is no recipe .*/reward\.yaml"):
+        load_pipeline(path)
+
+
+def test_a_recipe_that_is_not_valid_yaml_is_named_once(tmp_path: Path) -> None:
+    path = write_pipeline(tmp_path, {"sft": {"recipe": "sft.yaml"}})
+    (tmp_path / "sft.yaml").write_text("seed: 1\nseed: 2\n")
+    with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path))}/sft.yaml: seed is given twice"):
+        load_pipeline(path)
+    path.write_text("- sft\n")
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: expected `key: value` lines"):
         load_pipeline(path)
 
 
@@ -664,7 +675,7 @@ def test_chat_remembers_the_conversation_and_ends_with_the_input() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("run", "nowhere.yaml"), "nowhere.yaml: there is no such recipe"),
+        (("run", "nowhere.yaml"), "error: nowhere.yaml: there is no such recipe"),
         (("run", "recipes/tiny/pipeline.yaml", "--until", "rlfh"), "there is no stage rlfh; it has sft"),
         (("run", "recipes/tiny/pipeline.yaml", "--set", "sft=1"), "expected STAGE.KEY=VALUE"),
         (("chat", "nowhere"), "cannot get nowhere"),

@@ -152,7 +152,8 @@ def test_a_boolean_key_needs_no_value(arguments: list[str], found: dict[str, obj
     [
         (["--learning_rate"], "command line: --learning_rate has no value; write --learning_rate VALUE"),
         (["--no_learning_rate"], "command line: --no_learning_rate has no value"),
-        (["--no_such"], "command line: --no_such has no value"),
+        (["--use_pefd"], f"{TINY}: unknown key use_pefd (value True); did you mean use_peft?"),
+        (["--no_such"], f"{TINY}: unknown key no_such (value True)"),
         (["--use_peft", "--no_use_peft"], "command line: --use_peft is given twice; keep one of them"),
         (["--use_peft", "maybe"], f"{TINY}: use_peft is 'maybe' (str); write true or false"),
     ],

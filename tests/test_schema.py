@@ -8,7 +8,7 @@ from jsonschema import Draft7Validator
 
 from gemma2_post.pipeline.schema import pipeline_schema, schema_of, write_reference
 from gemma2_post.stage.recipe_file import load_yaml
-from gemma2_post.stage.reference import WIDTH, describe_keys
+from gemma2_post.stage.reference import WIDTH, describe_keys, wrapped
 from gemma2_post.stage.stages import STAGES, command_of
 
 SCHEMAS = Path("recipes/schema")
@@ -80,7 +80,10 @@ def test_a_recipe_without_a_key_that_it_needs_is_invalid_unless_it_includes_a_fi
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_help_has_every_key_with_its_type_and_default_in_100_columns(stage: str) -> None:
     command = command_of(stage)
-    lines = describe_keys(command.recipe, command.refused).splitlines()
+    lines = [
+        *wrapped(command.documentation).splitlines(),
+        *describe_keys(command.recipe, command.refused).splitlines(),
+    ]
     assert max(map(len, lines)) <= WIDTH == 100
     properties = {name for name, each in schema_of(command)["properties"].items() if "not" not in each} - {"include"}
     assert {line.split()[0].removeprefix("--") for line in lines if line.startswith("  --")} == properties

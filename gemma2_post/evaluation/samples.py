@@ -42,12 +42,22 @@ class Answer:
 
 
 def load_graders(sample_args: SampleArguments, rows: Dataset) -> dict[str, Grader]:
-    """The graders, by their functions' names; also checks the other arguments."""
+    """The graders, by their functions' names; also checks the other arguments.
+
+    Raises:
+        UserError: `num_samples` is negative, the rows lack the `group_by` column, or a grader cannot be loaded.
+    """
     if sample_args.num_samples < 0:
         raise UserError(f"num_samples is {sample_args.num_samples}; write 0 or more")
     if sample_args.group_by and sample_args.group_by not in rows.column_names:
         raise UserError(f"group_by is {sample_args.group_by}, which held-out rows lack; add it to columns")
     return {path.rpartition(":")[2]: load_grader(path, rows.column_names) for path in sample_args.graders or []}
+
+
+def rows_to_answer(sample_args: SampleArguments, held_out: Dataset) -> tuple[Dataset, dict[str, Grader]]:
+    """The first `num_samples` held-out rows, which the model answers, and the graders of the answers."""
+    graders = load_graders(sample_args, held_out)
+    return held_out.select(range(min(sample_args.num_samples, len(held_out)))), graders
 
 
 def sample_answers(

@@ -16,7 +16,7 @@ from gemma2_post.stage.fingerprint import Fingerprint
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.paths import with_policies
 from gemma2_post.stage.recipe import R
-from gemma2_post.stage.reference import describe_keys
+from gemma2_post.stage.reference import describe_keys, wrapped
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -118,7 +118,7 @@ class Command(Generic[R]):
     def launch(self) -> None:
         """What `python -m` does: runs the stage, unless its output is already there."""
         if "--help" in sys.argv or "-h" in sys.argv:
-            print(self.documentation, describe_keys(self.recipe, self.refused), sep="\n\n")
+            print(wrapped(self.documentation), describe_keys(self.recipe, self.refused), sep="\n\n")
             return
         with reported():
             gc.disable()  # an eighth of the start: imports make half a million objects that stay
@@ -133,9 +133,9 @@ class Command(Generic[R]):
     def parse(self, arguments: Sequence[str]) -> tuple[Stage, R]:
         """The stage and its recipe, with every key and combination checked; loads no models and no data."""
 
-        def is_boolean(name: str) -> bool:
+        def is_boolean(name: str) -> bool | None:
             key = recipe.keys_of(self.recipe).get(name)
-            return key is not None and recipe.is_boolean(key.hint)
+            return recipe.is_boolean(key.hint) if key else None
 
         where, values = read(arguments, self.needs_config, is_boolean)
         values = with_policies(self.recipe, values)

@@ -7,7 +7,7 @@ from gemma2_post.stage.recipe_file import load_recipe, parse_value
 
 
 def read(
-    arguments: Sequence[str], needs_config: bool = True, is_boolean: Callable[[str], bool] = lambda key: False
+    arguments: Sequence[str], needs_config: bool = True, is_boolean: Callable[[str], bool | None] = lambda key: False
 ) -> tuple[str, dict[str, object]]:
     """The place that errors name first (the recipe's file), and the merged keys, not yet checked.
 
@@ -15,7 +15,7 @@ def read(
 
     Args:
         needs_config: Whether a file is required; without one, errors name the command line.
-        is_boolean: Whether a key is true or false; called only for keys without a value.
+        is_boolean: Whether a key is true or false, None if there is no such key; called only for keys without a value.
     """
     values: dict[str, object] = {}
     config = None
@@ -35,6 +35,8 @@ def read(
             read_values = [True]
         elif is_boolean(key.removeprefix("no_")):
             key, read_values = key.removeprefix("no_"), [False]
+        elif key != "config" and is_boolean(key.removeprefix("no_")) is None:
+            read_values = [True]  # the recipe refuses the key, and names a similar one
         else:
             raise UserError(f"command line: --{key} has no value; write --{key} VALUE")
         if key in values or (key == "config" and config):

@@ -3,7 +3,6 @@
 They tell versions apart at memory speed, on all cores; only the hashes of texts are cryptographic.
 """
 
-import ast
 import contextlib
 import hashlib
 import importlib.util
@@ -18,6 +17,7 @@ import xxhash
 
 _PACKAGE = Path(__file__).parents[1]
 _SUFFIXES = {".py", ".safetensors", ".json", ".jsonl", ".jinja", ".model", ".parquet", ".yaml"}
+_IMPORT = re.compile(r"^ *(?:from ([.\w]+) )?import (\([^)]*\)|[^#\n]*)", re.MULTILINE)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -97,19 +97,17 @@ def of_code(file: Path) -> str:
     while to_visit:
         if (current := to_visit.pop()) not in reached:
             reached.add(current)
-            to_visit += _imported(current)
+            to_visit += imported(current)
     return of_files(sorted(reached))
 
 
 @cache
-def _imported(file: Path) -> list[Path]:
-    """The modules of this package that a module imports directly."""
+def imported(file: Path) -> list[Path]:
+    """The modules of this package that a module imports directly, by its text: parsing all takes a quarter second."""
     names: list[str] = []
-    for node in ast.walk(ast.parse(file.read_bytes())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+    for module, imported in _IMPORT.findall(file.read_text(encoding="utf-8")):
+        names += [module, *(f"{module}.{name}" for name in re.findall(r"\w+", imported))]
+        names += [] if module else re.findall(r"[.\w]+", imported)
     paths = [_PACKAGE.parent.joinpath(*name.split(".")) for name in names if name.split(".")[0] == _PACKAGE.name]
     candidates = [file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py")]
     return [file for file in candidates if file.is_file()]

@@ -18,6 +18,10 @@ class UserError(Exception):
     """Exit status of the command."""
 
 
+class PlacedError(UserError):
+    """A mistake whose message names its place itself: a file, or the command line."""
+
+
 class OneProcessError(UserError):
     """A mistake that a single process may find because it depends on that process's rows or weights.
 
@@ -27,9 +31,14 @@ class OneProcessError(UserError):
 
 @contextmanager
 def located(place: object) -> Iterator[None]:
-    """Prefixes the message of any `UserError` raised inside with a place, such as a recipe's file or a key."""
+    """Prefixes the message of a `UserError` raised inside with a place, such as a recipe's file or a key.
+
+    A `PlacedError` keeps its message.
+    """
     try:
         yield
+    except PlacedError:
+        raise
     except UserError as error:
         error.args = (f"{place}: {error}",)
         raise

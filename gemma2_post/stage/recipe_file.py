@@ -3,12 +3,14 @@
 Unlike YAML libraries, refuses duplicate keys and reads values as YAML 1.2 does (`no` is text, `2e-5` is a number).
 """
 
+import copy
 import re
+from functools import cache
 from pathlib import Path
 
 import yaml
 
-from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.errors import PlacedError
 
 INCLUDE = "include"
 """Key that names a file in the same folder, whose keys apply unless the recipe sets them itself."""
@@ -22,9 +24,9 @@ class _StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key, line = key_node.value, key_node.start_mark.line + 1
             if key_node.tag != "tag:yaml.org,2002:str":
-                raise UserError(f"{self.name}: the key in line {line} is not text; write `key: value`")
+                raise PlacedError(f"{self.name}: the key in line {line} is not text; write `key: value`")
             if key in lines:
-                raise UserError(
+                raise PlacedError(
                     f"{self.name}: {key} is given twice, in lines {lines[key]} and {line}; keep one of them"
                 )
             lines[key] = line
@@ -48,10 +50,10 @@ _StrictLoader.add_implicit_resolver(
 def load_yaml(path: str | Path) -> dict[str, object]:
     """The mapping in a YAML file."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: there is no such recipe; `ls recipes/*/` shows those that come with the project")
+        raise PlacedError(f"{path}: there is no such recipe; `ls recipes/*/` shows those that come with the project")
     values = _parse(Path(path).read_bytes(), str(path))
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
+        raise PlacedError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
     return values
 
 
@@ -62,7 +64,7 @@ def load_recipe(path: str | Path) -> dict[str, object]:
     if included is None:
         return values
     if not isinstance(included, str):
-        raise UserError(f"{path}: include is {included!r}; write the name of one file beside the recipe")
+        raise PlacedError(f"{path}: include is {included!r}; write the name of one file beside the recipe")
     return load_yaml(Path(path).parent / included) | values
 
 
@@ -72,9 +74,14 @@ def parse_value(text: str) -> object:
 
 
 def _parse(text: str | bytes, name: str) -> object:
+    return copy.deepcopy(_parsed(text, name))
+
+
+@cache  # a pipeline reads each recipe many times, and YAML is slow
+def _parsed(text: str | bytes, name: str) -> object:
     try:
         loader = _StrictLoader(text)
         loader.name = name
         return loader.get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{name}: this is not valid YAML ({' '.join(str(error).split())})") from error
+        raise PlacedError(f"{name}: this is not valid YAML ({' '.join(str(error).split())})") from error

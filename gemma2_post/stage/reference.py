@@ -9,6 +9,12 @@ from gemma2_post.stage.recipe import Key, describe, keys_of
 WIDTH = 100
 
 
+def wrapped(text: str) -> str:
+    """A module's docstring in `WIDTH` columns; indented paragraphs, which show commands, stay as they are."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(each if each.startswith(" ") else textwrap.fill(each, WIDTH) for each in paragraphs)
+
+
 def describe_keys(recipe_class: type, refused: Mapping[str, str]) -> str:
     """Every key with its type, its default and its help, grouped by the class that declares it."""
     lines = []
