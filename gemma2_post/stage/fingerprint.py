@@ -6,7 +6,8 @@ Nothing here imports torch, so checking whether a stage is up to date is instant
 import inspect
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 from gemma2_post.stage import digests
@@ -18,6 +19,8 @@ Fingerprint = dict[str, dict[str, object]]
 _VERSIONS_THAT_MATTER = ["torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "deepspeed"]
 _WITHOUT_EFFECT = {"output_dir", "report_to", "run_name", "logging_steps", "disable_tqdm", "logging_dir"}
 """Keys of TRL's classes that do not affect the output; our own keys say so with `has_effect=False`."""
+
+_version = cache(metadata.version)  # reads files, and a pipeline asks once for each step
 
 
 def fingerprint(
@@ -41,7 +44,7 @@ def fingerprint(
         "recipe": decisive,
         "inputs": _inputs(list(references(recipe_class, decisive)), digest_of),
         "code": {"gemma2_post": digests.of_code(Path(inspect.getfile(main)))},
-        "versions": {name: version(name) for name in _VERSIONS_THAT_MATTER},
+        "versions": {name: _version(name) for name in _VERSIONS_THAT_MATTER},
     }
 
 
