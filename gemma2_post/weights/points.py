@@ -213,7 +213,7 @@ def write_beside(directory: Path, merge: Merge, rule: Rule, eta: float) -> None:
             shutil.copyfile(merge.tokenizer / file, directory / file)
     config = merge.init.config
     if config["model_type"] == "gemma2":
-        config |= {"eos_token_id": EOS, "bos_token_id": BOS, "pad_token_id": PAD}
+        config = config | {"eos_token_id": EOS, "bos_token_id": BOS, "pad_token_id": PAD}
         stops = {"bos_token_id": BOS, "eos_token_id": STOP_TOKEN_IDS, "pad_token_id": PAD}
         contract.write_json(directory / "generation_config.json", stops)
     elif (merge.tokenizer / "generation_config.json").is_file():
