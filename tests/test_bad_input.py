@@ -55,8 +55,12 @@ BAD = {
     "wrong type": (with_values(max_steps=2.5), "max_steps is 2.5 (float); write a whole number"),
     "unknown file": (with_values(datasets=[{"path": "nowhere.jsonl"}]), "nowhere.jsonl: there is no such file"),
     "unsupported columns": (
-        with_rows([{"question": "a", "reply": "b"}]),
-        "the columns question, reply are of no known format",
+        with_rows([{"title": "a", "reply": "b"}]),
+        "the columns title, reply are of no known format",
+    ),
+    "fewer rows than a step": (
+        with_rows([{"messages": [USER, MODEL]}] * 7),
+        "7 conversations are fewer than global_batch_size 8, which one step needs",
     ),
     "empty data": (with_rows(""), "bad.jsonl: the file is empty"),
     "roles out of order": (
@@ -64,7 +68,7 @@ BAD = {
         "row 1: turn 0 is by assistant, expected user",
     ),
     "list content": (
-        with_rows([{"messages": [USER, MODEL | {"content": [{"type": "text", "text": "Hello"}]}]}]),
+        with_rows([{"messages": [USER, MODEL | {"content": [{"type": "image", "text": "Hello"}]}]}]),
         "row 0: the content of turn 1 is list, not text",
     ),
     "control tokens": (

@@ -79,10 +79,11 @@ def _check_devices(launch: str, launcher: Launcher) -> None:
 
 def _check_paths(command: Command, built: Any, values: dict[str, Any], made: Models) -> Models:
     """Refuses missing data, functions, files and models; returns the configs of the models by key, None if unknown."""
-    for key, formats in command.row_formats.items():
-        if sources := values_of(built).get(key):
-            is_trained_on = key in ("datasets", "held_out_datasets")
-            check_sources(sources, values.get("columns") or [] if is_trained_on else [], list(formats))
+    recipe = values_of(built)
+    for key, row_format in command.row_formats.items():
+        if sources := recipe.get(key):
+            columns = recipe["columns"] or [] if key in ("datasets", "held_out_datasets") else []
+            check_sources(sources, columns, row_format, recipe["max_invalid_share"])
     models: Models = {}
     for named in references(command.recipe, values):
         if named.kind == Kind.FUNCTION:
