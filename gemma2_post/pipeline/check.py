@@ -115,9 +115,10 @@ def _check_lengths(values: dict[str, Any], models: Models) -> None:
     shortest = min(known, key=lambda config: config.max_position_embeddings)
     if "max_length" in values:
         check_length(values["max_length"], shortest)
-    if answer := values.get("max_completion_length"):
-        positions = shortest.max_position_embeddings
-        check_prompt_length(values.get("max_prompt_length"), "max_completion_length", answer, positions)
+    for key in ("max_completion_length", "max_new_tokens"):
+        if key in values:
+            positions = shortest.max_position_embeddings
+            check_prompt_length(values.get("max_prompt_length"), key, values[key], positions)
 
 
 def report(jobs: list[Job]) -> str:

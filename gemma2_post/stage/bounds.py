@@ -34,18 +34,18 @@ class Bounds:
         if is_inside and math.isfinite(value):
             return ""
         if self.at_least is None:
-            return f"is {value:g}; write a {'number' if self.words else 'finite number'} {self.words}".rstrip()
-        return f"is {value:g}; write {self.words}"
+            return f"is {value:.12g}; write a {'number' if self.words else 'finite number'} {self.words}".rstrip()
+        return f"is {value:.12g}; write {self.words}"
 
     @property
     def words(self) -> str:
         """The range in words, for help and errors: `1 or more`, `above 0, at most 1`."""
-        low = [f"{self.at_least:g} or more"] if self.at_least is not None else []
-        low += [f"above {self.above:g}"] if self.above is not None else []
-        high = [f"at most {self.at_most:g}"] if self.at_most is not None else []
-        high += [f"below {self.below:g}"] if self.below is not None else []
+        low = [f"{self.at_least:.12g} or more"] if self.at_least is not None else []
+        low += [f"above {self.above:.12g}"] if self.above is not None else []
+        high = [f"at most {self.at_most:.12g}"] if self.at_most is not None else []
+        high += [f"below {self.below:.12g}"] if self.below is not None else []
         words = ", ".join(low + high)
-        return f"{words} (or {self.also:g})" if self.also is not None else words
+        return f"{words} (or {self.also:.12g})" if self.also is not None else words
 
     @property
     def schema(self) -> dict[str, object]:

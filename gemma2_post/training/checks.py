@@ -18,18 +18,38 @@ def check_training(recipe: TrainingRecipe, launcher: Launcher) -> None:
     """Refuses what no training stage can work with."""
     check_arguments(launcher, recipe.model, recipe.training)
     accumulation_steps(recipe.global_batch_size, recipe.training.per_device_train_batch_size, launcher.num_processes)
+    _check_optimizer(recipe.training)
     _check_scheduler(recipe.training)
     _check_trackers(recipe.training.report_to)
 
 
+def _check_optimizer(training: "TrainingArguments") -> None:
+    """Refuses an optimizer that is not installed, or arguments that cannot be read."""
+    if training.optim == type(training).optim and not training.optim_args:
+        return
+    from transformers import Trainer  # a slow import
+
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(training)
+    except (ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"optim {training.optim.value} cannot be used ({reason}); install it, or remove optim"
+        ) from error
+
+
 def _check_scheduler(training: "TrainingArguments") -> None:
-    """Refuses arguments that the scheduler does not take, by making one."""
+    """Refuses arguments that the scheduler does not take, by making one, or ignores."""
     import torch
     from transformers import get_scheduler
 
     steps = training.max_steps if training.max_steps > 0 else 1000
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
-    arguments = training.lr_scheduler_kwargs or {}
+    arguments, kind = training.lr_scheduler_kwargs or {}, training.lr_scheduler_type.value
+    if kind == "constant" and training.get_warmup_steps(steps):
+        raise UserError("warmup_steps has no effect with lr_scheduler_type constant; write constant_with_warmup")
+    if kind in ("constant", "constant_with_warmup") and arguments:
+        raise UserError(f"lr_scheduler_kwargs has no effect with lr_scheduler_type {kind}; remove it")
     try:
         get_scheduler(
             training.lr_scheduler_type,
@@ -41,7 +61,7 @@ def _check_scheduler(training: "TrainingArguments") -> None:
     except (ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"lr_scheduler_type {training.lr_scheduler_type.value} does not work with lr_scheduler_kwargs {arguments} "
+            f"lr_scheduler_type {kind} does not work with lr_scheduler_kwargs {arguments} "
             f"({reason}); correct one of them"
         ) from error
 
