@@ -157,7 +157,7 @@ def test_a_list_of_texts_is_the_users_turns_where_they_are_asked_one_by_one() ->
         found = QUESTION.read({name: ["Hi", "And now?"], "category": "x"})
         assert found["prompt"] == [USER] and found["later"] == ["And now?"]
     assert PROMPT.read({"prompt": ["Hi"]})["prompt"] == [USER]
-    with pytest.raises(InvalidRow, match="a turn has no role and content: Hi"):
+    with pytest.raises(InvalidRow, match="a list of 2 texts does not say who speaks"):
         PROMPT.read({"prompt": ["Hi", "And now?"]})
 
 

@@ -52,6 +52,8 @@ def as_turns(value: object, role: str) -> list[Turn]:
     turns = [value] if isinstance(value, dict) else value
     if isinstance(turns, list) and len(turns) == 1 and isinstance(turns[0], str):
         return _turns_of_text(turns[0], role)
+    if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):
+        raise InvalidRow(f"a list of {len(turns)} texts does not say who speaks; give turns with role and content")
     if not isinstance(turns, list):
         raise InvalidRow(f"the conversation is {type(turns).__name__}, not a list")
     return [_turn(i, turn) for i, turn in enumerate(turns)]
@@ -195,6 +197,8 @@ def check_messages(messages: list[Turn], last: str = "assistant") -> None:
             raise InvalidRow(f"the content of turn {i} is {type(content).__name__}, not text")
         if not content.strip():
             raise InvalidRow(f"the content of turn {i} is empty")
+        if "\0" in content:
+            raise InvalidRow(f"turn {i} holds a NUL character; remove it")
         if any("\ud800" <= character <= "\udfff" for character in content):
             raise InvalidRow(f"turn {i} holds half a character (a lone surrogate)")
         if token := _CONTROL_TOKENS.search(content):

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound="DataclassInstance")
 
+_NAME_BYTES = 255
+
 
 def key(default: object = MISSING, help: str = "", has_effect: bool = True, bounds: Bounds = ANY) -> Any:
     """A field that is a key of the recipe.
@@ -163,7 +165,12 @@ def _assembled(recipe_class: type[R], fitted: dict[str, object]) -> R:
             arguments[field.name] = fitted[field.name]
     try:
         return recipe_class(**arguments)
-    except (ValueError, TypeError, ImportError) as error:  # from the checks of transformers' and TRL's own classes
+    except (
+        ValueError,
+        TypeError,
+        ImportError,
+        OSError,
+    ) as error:  # from the checks of transformers' and TRL's classes
         raise UserError(" ".join(str(error).split())) from error
 
 
@@ -202,6 +209,8 @@ def _fitted(name: str, value: Any, hint: object) -> object:
         name: Name of the key, for errors; `datasets[0]` for an item of a list.
     """
     hint = _bare(hint)
+    if isinstance(value, str) and (problem := _problem_of_text(value)):
+        raise UserError(f"{name} {problem}")
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         with located(name):
             return build(hint, value)
@@ -215,6 +224,18 @@ def _fitted(name: str, value: Any, hint: object) -> object:
     elif _fits(value, hint):
         return float(value) if hint is float else value
     raise UserError(f"{name} is {value!r} ({type(value).__name__}); write {describe(hint)}")
+
+
+def _problem_of_text(text: str) -> str:
+    """Why a text can be no name or path, in words that follow its key; empty if it can."""
+    if "\0" in text:
+        return "holds a NUL character; remove it"
+    longest = max(map(len, text.encode(errors="surrogateescape").split(b"/")))
+    return (
+        f"has a name of {longest} bytes, and file systems take {_NAME_BYTES}; shorten it"
+        if longest > _NAME_BYTES
+        else ""
+    )
 
 
 def _bare(hint: object) -> object:
