@@ -28,7 +28,7 @@ from gemma2_post.models.arguments import check_prompt_length
 from gemma2_post.models.loading import generation_config, load_config
 from gemma2_post.models.tokenizer import load_tokenizer
 from gemma2_post.stage import contract
-from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.errors import UserError, located
 
 
 @dataclass
@@ -112,7 +112,8 @@ class Measurement:
         missing = [path for path in models if path not in found]
         start = load(Path(self.start), self.accelerator.device) if missing else None
         for path in tqdm(missing, desc="answers", unit="model"):
-            found[path] = self._answer_one(path, start)
+            with located(path):
+                found[path] = self._answer_one(path, start)
             record = vars(found[path]) | {"model": str(path), "answers": [vars(each) for each in found[path].answers]}
             with open(cache, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
