@@ -92,7 +92,9 @@ def test_the_last_good_checkpoint_is_kept_and_named(
 
     with_run(monkeypatch, change)
     saving = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
-    with pytest.raises(UserError, match="infinite at step 3; the last good checkpoint is checkpoint-2 in .*/out; lower"):
+    with pytest.raises(
+        UserError, match=r"infinite at step 3; the last good checkpoint is checkpoint-2 in .*/out; lower"
+    ):
         run_stage(tmp_path / "recipe.yaml", sft.COMMAND, recipe | saving)
     assert (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").is_file()
 

@@ -138,7 +138,8 @@ class Comparison:
 
     def _each(self, measure_one: Callable[[Path], T], file: str) -> dict[str, T]:
         """Measures one model at a time and appends its result to a file, from which an interrupted run resumes."""
-        found = {record["model"]: record["measured"] for record in contract.read_lines(self.progress / file)}
+        records = contract.read_lines(self.progress / file, {"model": str, "measured": (dict, list)})
+        found = {record["model"]: record["measured"] for record in records}
         for path, name in self.names.items():
             if name not in found:
                 found[name] = measure_one(path)

@@ -114,7 +114,7 @@ class Judge:
     def _ask(self, questions: list[str], read: Callable[[str], float | None]) -> dict[str, float | None]:
         """The verdict on each question, parsed by `read`; None if the judge never gives one."""
         replies: dict[str, list[str | None]] = defaultdict(list)
-        for record in contract.read_lines(self.replies):
+        for record in contract.read_lines(self.replies, {"key": str, "reply": str}):
             replies[record["key"]].append(record["reply"])
         key_of = {text: digests.of_text(f"{self.name}\n{text}") for text in questions}
 

@@ -30,6 +30,9 @@ from gemma2_post.models.tokenizer import load_tokenizer
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError, located
 
+_RECORD: contract.Keys = {"model": str, **dict.fromkeys(("prompts", "answers", "kl", "lengths"), list)}
+"""The keys of a model's answers in the file of an interrupted run."""
+
 
 @dataclass
 class Answered:
@@ -106,7 +109,7 @@ class Measurement:
         """
         cache.parent.mkdir(exist_ok=True)
         found: dict[Path, Answered] = {}
-        for record in contract.read_lines(cache):
+        for record in contract.read_lines(cache, _RECORD):
             answers = [Answer(**answer) for answer in record["answers"]]
             found[Path(record["model"])] = Answered(record["prompts"], answers, record["kl"], record["lengths"])
         missing = [path for path in models if path not in found]

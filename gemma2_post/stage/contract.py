@@ -39,32 +39,36 @@ _DONE_KEYS: Keys = {"stage": str, "fingerprint": dict, "output": str, "wall_seco
 
 def input_digest(path: str) -> str | None:
     """Content hash of an input that a recipe names; see `digests.of_input`."""
-    done = read_done(Path(path))
+    done = read_done(Path(path), "output")
     return done["output"] if done else digests.of_input(path, DONE)
 
 
-def read_json(path: Path, keys: Keys | None = None, advice: str = "") -> dict[str, Any] | None:
-    """The object in a JSON file; None if there is no such file.
+def read_json(path: Path, keys: Keys | None = None, advice: str = "") -> Any:
+    """The content of a JSON file; None if there is no such file.
 
     Args:
-        keys: The keys that it must have.
+        keys: The content must be an object with these keys; None: it may be anything.
         advice: What to do about a file that a crash has damaged; by default, to move its folder away.
 
     Raises:
-        UserError: The file is cut, is not JSON, or is not such an object.
+        UserError: The file is cut, is no JSON, or lacks a key.
     """
     if not path.is_file():
         return None
     advice = advice or f"move {path.parent} away, then run again what makes it"
     try:
-        return _record(path.read_bytes(), keys or {})
+        return _parsed(path.read_bytes()) if keys is None else _record(path.read_bytes(), keys)
     except ValueError as error:
         raise PlacedError(f"{path}: the file is damaged ({error}); {advice}") from error
 
 
-def read_done(folder: Path) -> dict[str, Any] | None:
-    """The stage file of a finished stage; None if the folder holds none."""
-    return _read_run(folder / DONE, _DONE_KEYS)
+def read_done(folder: Path, *needed: str) -> dict[str, Any] | None:
+    """The stage file of a finished stage; None if the folder holds none.
+
+    Args:
+        needed: The keys that it must have; by default, all of them.
+    """
+    return _read_run(folder / DONE, {key: kind for key, kind in _DONE_KEYS.items() if not needed or key in needed})
 
 
 def read_begun(folder: Path) -> dict[str, Any] | None:
@@ -72,9 +76,16 @@ def read_begun(folder: Path) -> dict[str, Any] | None:
     return _read_run(folder / BEGUN, _BEGUN_KEYS)
 
 
+def metrics_of(folder: Path) -> dict[str, Any]:
+    """The metrics of a finished stage."""
+    done = read_done(folder, "metrics")
+    assert done is not None, f"{folder} is finished"
+    return done["metrics"]
+
+
 def _read_run(path: Path, keys: Keys) -> dict[str, Any] | None:
     found = read_json(path, keys)
-    if found is not None and (problem := _problem(found["fingerprint"], _FINGERPRINT)):
+    if found is not None and "fingerprint" in keys and (problem := _problem(found["fingerprint"], _FINGERPRINT)):
         raise PlacedError(
             f"{path}: the file is damaged (in its fingerprint {problem}); move {path.parent} away, then run again "
             "what makes it"
@@ -100,7 +111,9 @@ def read_lines(path: Path, keys: Keys | None = None, is_appended_to: bool = True
     for number, record in enumerate(records_of(written[:whole], keys), start=1):
         if isinstance(record, ValueError):
             advice = "remove that line" if is_appended_to else f"move {path.parent} away"
-            raise PlacedError(f"{path}: line {number} is damaged ({record}); {advice}, then run the same command again")
+            raise PlacedError(
+                f"{path}: line {number} is damaged ({record}); {advice}, then run the same command again"
+            )
         records.append(record)
     if whole < len(written):
         os.truncate(path, whole)
@@ -124,17 +137,21 @@ def _record(text: bytes, keys: Keys) -> dict[str, Any]:
     Raises:
         ValueError: What is wrong with it.
     """
-    try:
-        record = json.loads(text.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError("it is not UTF-8") from error
-    except (ValueError, RecursionError) as error:  # recursion: a thousand open brackets
-        raise ValueError("it is empty" if not text.strip() else "it is not JSON") from error
+    record = _parsed(text)
     if not isinstance(record, dict):
         raise ValueError(f"it holds {type(record).__name__}, not an object")
     if problem := _problem(record, keys):
         raise ValueError(problem)
     return record
+
+
+def _parsed(text: bytes) -> Any:
+    try:
+        return json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError("it is not UTF-8") from error
+    except (ValueError, RecursionError) as error:  # recursion: a thousand open brackets
+        raise ValueError("it is not JSON" if text.strip() else "it is empty") from error
 
 
 def _problem(record: dict[str, Any], keys: Keys) -> str:
@@ -161,7 +178,7 @@ def write_text(path: Path, text: str) -> None:
 
 def is_done(output_dir: Path, wanted: Fingerprint) -> bool:
     """Whether the directory holds the finished output of exactly this fingerprint."""
-    return _is_of(read_done(output_dir), wanted)
+    return _is_of(read_done(output_dir, "fingerprint"), wanted)
 
 
 def belongs_to(output_dir: Path, wanted: Fingerprint) -> bool:
@@ -179,7 +196,7 @@ def what_changed(output_dir: Path, wanted: Fingerprint) -> list[str]:
     Raises:
         UserError: The directory holds files that no stage has made.
     """
-    found = read_done(output_dir)
+    found = read_done(output_dir, "fingerprint")
     if found is None and checkpoints(output_dir):
         found = read_begun(output_dir)
     if found is not None:
@@ -189,8 +206,8 @@ def what_changed(output_dir: Path, wanted: Fingerprint) -> list[str]:
 
 
 def refuse_strange_files(output_dir: Path) -> None:
-    """Raises a `UserError` if the directory holds files that no stage has made."""
-    is_ours = (output_dir / DONE).is_file() or (output_dir / BEGUN).is_file()
+    """Raises a `UserError` if the directory holds files that no stage has made, or the files of one are damaged."""
+    is_ours = read_done(output_dir, "fingerprint") is not None or read_begun(output_dir) is not None
     if output_dir.is_dir() and any(output_dir.iterdir()) and not is_ours:
         raise UserError(f"output_dir {output_dir}: holds files that no stage has made; choose another output_dir")
 

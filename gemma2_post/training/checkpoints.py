@@ -15,16 +15,19 @@ _ZIPPED = {".pt", ".pth", ".bin"}
 
 
 def newest_checkpoint(output_dir: Path, last_file: str = TRAINER_FILE) -> Path | None:
-    """The newest whole checkpoint; warns of damaged ones that are newer.
+    """The newest whole checkpoint, None if there is none; warns of damaged ones that are newer.
 
     Args:
         last_file: The file that is written last into a checkpoint.
     """
-    for checkpoint in reversed(contract.checkpoints(output_dir)):
+    found = contract.checkpoints(output_dir)
+    for checkpoint in reversed(found):
         damage = damage_of(checkpoint, last_file)
         if not damage:
             return checkpoint
-        logger.warning("%s is damaged (%s) and is not used", checkpoint, damage)
+        logger.warning("%s is damaged (%s); an older checkpoint is used, if there is one", checkpoint, damage)
+    if found:
+        logger.warning("%s holds no checkpoint that is whole; training begins from the start", output_dir)
     return None
 
 

@@ -77,7 +77,7 @@ def run(
                 parameter.data = parameter.data.float()
     checkpoint = newest_checkpoint(stage.output_dir, last_file)
     before_file = stage.output_dir / "before.json"
-    if checkpoint and contract.read_json(before_file) is None:
+    if checkpoint and contract.read_json(before_file, {}) is None:
         raise UserError(
             f"{before_file} is missing, which was measured before the first step of {checkpoint.name}; move "
             f"{stage.output_dir} away to begin again"
@@ -109,8 +109,8 @@ def run(
     if trainer.is_world_process_zero():
         save_tokenizer(tokenizer, stage.output_dir)
         log = "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
-        (stage.output_dir / "log.jsonl").write_text(log, encoding="utf-8")
-        before: Metrics = contract.read_json(before_file) or {}
+        contract.write_text(stage.output_dir / "log.jsonl", log)
+        before: Metrics = contract.read_json(before_file, {})
         additional = complete(before, after)
         finite.check(additional, trainer.state.global_step)
         metrics = {f"{name}_before": value for name, value in before.items()} | after
