@@ -167,3 +167,66 @@ def test_what_is_on_the_hub_counts_with_its_commit(tmp_path: Path, monkeypatch: 
         "someone/data@main": "1" * 40,
         "someone/data@v2": "2" * 40,
     }
+
+
+DAMAGED = {
+    "empty": b"",
+    "cut": b'{"stage": "sft", "finger',
+    "zeros": b"\0" * 40,
+    "no UTF-8": b'{"stage": "\xff\xfe"}',
+    "a list": b"[]",
+    "null": b"null",
+    "no keys": b"{}",
+    "no fingerprint": b'{"stage": "sft", "output": "0", "metrics": {}, "wall_seconds": 1}',
+    "a fingerprint of the wrong shape": b'{"fingerprint": {"recipe": []}}',
+    "a fingerprint that is text": b'{"fingerprint": "abc"}',
+    "deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED.keys())
+@pytest.mark.parametrize("file", [contract.DONE, contract.BEGUN])
+def test_a_damaged_stage_file_is_one_sentence_that_names_it(file: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / file).write_bytes(content)
+    wanted = sft.COMMAND.fingerprint(RECIPE)
+    readers = [
+        lambda: contract.what_changed(tmp_path, wanted),
+        lambda: contract.belongs_to(tmp_path, wanted),
+        lambda: contract.refuse_strange_files(tmp_path),
+        lambda: contract.begin_afresh(tmp_path, wanted) if file == contract.BEGUN else contract.read_done(tmp_path),
+    ]
+    for read in readers:
+        with pytest.raises(UserError, match=rf"{tmp_path}/{file}: the file is damaged \(.*\); move {tmp_path} away"):
+            read()
+    assert (tmp_path / file).read_bytes() == content and (tmp_path / "checkpoint-1").is_dir()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"output": ', b"[]", b"{}", b'{"output": 5}', b"\xff"])
+def test_a_damaged_stage_file_of_an_input_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "stage.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"stage\.json: the file is damaged"):
+        sft.COMMAND.fingerprint({"model_name_or_path": str(tmp_path)})
+
+
+LINE = b'{"key": "a", "reply": "[[A]]"}\n'
+
+
+@pytest.mark.parametrize(
+    "middle", [b"\n", b'{"key": "a", "rep\n', b"\xff\n", b"[]\n", b"{}\n", b'{"key": 1, "reply": ""}\n']
+)
+def test_a_damaged_line_is_named_and_the_file_is_left_as_it_is(middle: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    file.write_bytes(LINE + middle + LINE + b'{"key": "cut')
+    with pytest.raises(UserError, match=rf"{file}: line 2 is damaged \(.*\); remove that line, then run the same"):
+        contract.read_lines(file, {"key": str, "reply": str})
+    assert file.read_bytes() == LINE + middle + LINE + b'{"key": "cut'
+
+
+def test_only_a_file_that_is_appended_to_loses_a_last_line_that_is_cut(tmp_path: Path) -> None:
+    file = tmp_path / "watch.jsonl"
+    file.write_bytes(LINE + LINE[:-5])
+    with pytest.raises(UserError, match=rf"{file}: line 2 is damaged \(it is not JSON\); move {tmp_path} away"):
+        contract.read_lines(file, is_appended_to=False)
+    assert contract.read_lines(file) == [{"key": "a", "reply": "[[A]]"}]
+    assert file.read_bytes() == LINE

@@ -8,6 +8,7 @@ from typing import Any
 
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.stages import STAGES
 
 _PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
@@ -31,10 +32,14 @@ class Files:
     def done(self, folder: Path) -> dict[str, Any] | None:
         """The stage file of a finished stage; None if there is none that can be read."""
         try:
-            return contract.read_done(folder)
+            done = contract.read_done(folder)
         except UserError as error:
             self.left_out.append(str(error).partition(";")[0])
             return None
+        if done and done["stage"] not in STAGES:
+            self.left_out.append(f"{folder / contract.DONE}, of the stage {done['stage']}, which is no stage")
+            return None
+        return done
 
     def picture(self, path: Path) -> str | None:
         """A PNG file in base64; None if it is cut."""

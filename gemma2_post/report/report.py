@@ -73,9 +73,9 @@ def to_show(rows: list[dict], num: int) -> list[dict]:
 
 
 def _ends(row: dict) -> dict[str, str]:
-    """The answers of the first and the last model."""
+    """The answers of the first and the last model; none if no model has answered."""
     names = list(row["answers"])
-    return {name: row["answers"][name] for name in (names[0], names[-1])}
+    return {name: row["answers"][name] for name in (*names[:1], *names[-1:])}
 
 
 def _models(measured: dict[str, dict[str, float]], grader: str | None) -> Table:
