@@ -12,8 +12,9 @@ from huggingface_hub import constants
 from transformers import Gemma2Config
 
 from gemma2_post import distill, evaluate, sft
-from gemma2_post.stage import contract, digests
+from gemma2_post.stage import contract, digests, disk
 from gemma2_post.stage.command import Stage
+from gemma2_post.stage.disk import check_folder
 from gemma2_post.stage.errors import UserError, reported
 from gemma2_post.stage.fingerprint import differences
 from gemma2_post.stage.recipe import build
@@ -230,3 +231,60 @@ def test_only_a_file_that_is_appended_to_loses_a_last_line_that_is_cut(tmp_path:
         contract.read_lines(file, is_appended_to=False)
     assert contract.read_lines(file) == [{"key": "a", "reply": "[[A]]"}]
     assert file.read_bytes() == LINE
+
+
+def test_a_folder_for_an_output_is_checked_before_anything_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nowhere").symlink_to("gone")
+    refused = {
+        "file": "not a directory",
+        "file/below": "not a directory",
+        "loop/below": "not a directory",
+        "nowhere": "not a directory",
+        "a\0b": "it holds a NUL character",
+        "n" * 300: "file name too long",
+        "not/there/" + "n" * 300: "file name too long",
+        "/".join(["n" * 200] * 30): "file name too long",
+        "/proc/not/there": "no such file or directory",
+    }
+    values = {"datasets": [{"path": "a.jsonl"}], "global_batch_size": 8, "use_cpu": True, "bf16": False}
+    for name, why in refused.items():
+        with pytest.raises(UserError, match=rf"^output_dir: .* cannot be written to \({why}\); fix that, or name"):
+            sft.COMMAND.build(values | {"output_dir": str(tmp_path / name)})
+    for folder in (tmp_path, tmp_path / "not" / "there", Path("runs/not/there"), Path("ä" * 100)):
+        check_folder(folder, "output_dir")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop", "nowhere"]
+
+
+def test_a_folder_of_someone_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests may run as root, whom nothing stops."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(disk.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(UserError, match=rf"run_dir: {tmp_path}/run cannot be written to \(permission denied\)"):
+        check_folder(tmp_path / "run", "run_dir")
+
+
+ERRNOS = "EACCES EPERM EROFS EDQUOT EIO ENOTDIR EISDIR EEXIST ENAMETOOLONG ELOOP".split()
+
+
+@pytest.mark.parametrize("name", ERRNOS)
+def test_a_path_that_the_system_refuses_is_one_sentence(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = getattr(errno, name)
+    with pytest.raises(SystemExit) as stopped, reported():
+        raise OSError(code, os.strerror(code), "runs/x/sft")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: runs/x/sft: {os.strerror(code).lower()}; correct the path")
+
+
+@pytest.mark.parametrize("config", [".", "recipes", "n" * 300, "README.md/sft.yaml"])
+def test_a_config_that_is_no_file_is_one_sentence(
+    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sft", "--config", config])
+    with pytest.raises(SystemExit) as stopped:
+        sft.COMMAND.launch()
+    assert stopped.value.code == 2 and config in capsys.readouterr().err
