@@ -12,16 +12,17 @@ is the reverse KL(student || teacher), 0 the forward KL(teacher || student), and
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from gemma2_post.data.rows import PROMPT_FORMATS
+from gemma2_post.data.rows import PROMPT
 from gemma2_post.models import cost
 from gemma2_post.models.arguments import REFUSED_KEYS, check_model_arguments, check_prompt_length
+from gemma2_post.stage.bounds import COUNT, SHARE
 from gemma2_post.stage.command import GRADER, Checked, Command, Curve, Parts, Stage
 from gemma2_post.stage.errors import UserError, located
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.recipe import key, part
 from gemma2_post.training import memory as held
 from gemma2_post.training.checks import check_disk, check_sampling, check_training, complete_training, metrics_of
-from gemma2_post.training.keys import TrainingRecipe
+from gemma2_post.training.keys import TRAINING_BOUNDS, TrainingRecipe
 
 if TYPE_CHECKING:
     import torch
@@ -47,12 +48,12 @@ DIVERGENCES = {"student_nll"} | {
 class Recipe(TrainingRecipe):
     """The keys of a distillation."""
 
-    training: "DistillationConfig" = part("trl:DistillationConfig")
+    training: "DistillationConfig" = part("trl:DistillationConfig", bounds=TRAINING_BOUNDS | {"beta": SHARE})
     teacher_dtype: Literal["bfloat16", "float32"] = key("bfloat16", "Dtype in which the teacher is loaded.")
     teacher_load_in_4bit: bool = key(False, "Quantize the teacher to NF4.")
     teacher_load_in_8bit: bool = key(False, "Quantize the teacher to LLM.int8.")
     max_prompt_length: int | None = key(
-        None, "Longer prompts are dropped; None: what the answer leaves of the model's positions."
+        None, "Longer prompts are dropped; None: what the answer leaves of the model's positions.", bounds=COUNT
     )
 
     @property
@@ -194,7 +195,7 @@ COMMAND = Command(
     check,
     complete,
     refused=REFUSED_KEYS | REFUSED,
-    row_formats={"datasets": PROMPT_FORMATS, "held_out_datasets": PROMPT_FORMATS},
+    row_formats={"datasets": PROMPT, "held_out_datasets": PROMPT},
     headline=[GRADER, "kl_student_teacher"],
     below_gate="does the student end its turns, is the teacher better than it, is learning_rate high enough?",
     curves=[Curve("log.jsonl", "loss", "loss")],

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma2_post.data.rows import FORMATS, PROMPT_FORMATS, QUESTION_FORMATS
+from gemma2_post.data.rows import DOCUMENT, PROMPT, QUESTION
 from gemma2_post.evaluation import memory as measuring
 from gemma2_post.evaluation.keys import BenchmarkArguments, CorpusArguments, JudgeArguments, MeasureArguments
 from gemma2_post.models import cost
 from gemma2_post.stage import contract
+from gemma2_post.stage.bounds import FILLED
 from gemma2_post.stage.command import Checked, Command, Parts, Stage
 from gemma2_post.stage.errors import UserError, located
 from gemma2_post.stage.launcher import Launcher
@@ -37,7 +38,7 @@ class Recipe:
 
     output_dir: str = key(help="Folder of the output.")
     init: ModelPath = key(help="The model that RLHF started from; KL is measured to it.")
-    models: list[ModelPath] = key(help="Folders of the models; metrics.json is about the last one.")
+    models: list[ModelPath] = key(help="Folders of the models; metrics.json is about the last one.", bounds=FILLED)
     baseline: ModelPath = key(help="One of the models; the others' answers win or lose against its answers.")
     base: ModelPath | None = key(None, "The model that all training started from; measured, too, as `base`.")
     measured: MeasureArguments = part(MeasureArguments)
@@ -117,8 +118,6 @@ def names_of(recipe: Recipe) -> dict[Path, str]:
 def check(recipe: Recipe, launcher: Launcher) -> None:
     if launcher.num_processes > 1:
         raise UserError("evaluate is one process; start it with accelerate_configs/single_gpu.yaml or cpu.yaml")
-    if not recipe.models:
-        raise UserError("models is empty; name one or more folders")
     judging, tasks = recipe.judging, recipe.benchmarks
     if tasks.benchmarks:
         from gemma2_post.evaluation import benchmarks  # a slow import
@@ -129,11 +128,6 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
         from gemma2_post.evaluation import endpoint  # a slow import
 
         endpoint.connect(judging.judge_endpoint, judging.endpoint, endpoint.JUDGE_RETRIES)
-    counts = (judging.endpoint.concurrency, judging.judge_max_tokens, recipe.memorizing.num_memorised)
-    if min(*counts, tasks.benchmark_batch_size) < 1:
-        raise UserError(
-            "concurrency, judge_max_tokens, num_memorised and benchmark_batch_size are counts; write 1 or more"
-        )
     if recipe.baseline not in recipe.models:
         raise UserError(f"baseline is {recipe.baseline}, which is none of the models; add it to models")
     recipe.measured.check()
@@ -172,9 +166,9 @@ COMMAND = Command(
     metrics,
     check,
     row_formats={
-        **dict.fromkeys(["datasets", "held_out_datasets"], QUESTION_FORMATS),
-        "safety_datasets": PROMPT_FORMATS,
-        "corpus": FORMATS,
+        **dict.fromkeys(["datasets", "held_out_datasets"], QUESTION),
+        "safety_datasets": PROMPT,
+        "corpus": DOCUMENT,
     },
     headline=["win_rate"],
     below_gate="read answers.jsonl next to models.json: which model fails, and on which prompts?",

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from gemma2_post.data.keys import PreferenceArguments
-from gemma2_post.data.pairs import PAIR_FORMATS
+from gemma2_post.data.pairs import PAIR
 from gemma2_post.models import cost
 from gemma2_post.models.arguments import REFUSED_KEYS, check_length
+from gemma2_post.stage.bounds import COUNT
 from gemma2_post.stage.command import Checked, Command, Curve, Parts, Stage
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher
@@ -25,7 +26,7 @@ from gemma2_post.stage.paths import FunctionPath, ModelPath
 from gemma2_post.stage.recipe import key, part
 from gemma2_post.training import memory as held
 from gemma2_post.training.checks import check_disk, check_training, complete_training, metrics_of
-from gemma2_post.training.keys import TrainingRecipe
+from gemma2_post.training.keys import TRAINING_BOUNDS, TrainingRecipe
 
 if TYPE_CHECKING:
     from trl import RewardConfig
@@ -47,12 +48,12 @@ class Recipe(TrainingRecipe):
 
     trains_score_head: ClassVar[bool] = True
 
-    training: "RewardConfig" = part("trl:RewardConfig")
+    training: "RewardConfig" = part("trl:RewardConfig", bounds=TRAINING_BOUNDS)
     preferences: PreferenceArguments = part(PreferenceArguments)
     policies: list[ModelPath] | None = key(
         None, "Models whose answers to held-out prompts are scored, for normalization and for graders."
     )
-    max_new_tokens: int = key(256, "Longest answer of a policy, in tokens.")
+    max_new_tokens: int = key(256, "Longest answer of a policy, in tokens.", bounds=COUNT)
     noise_ceiling: FunctionPath | None = key(
         None, "Function (module:function) of the held-out rows: the best accuracy that noisy labels allow."
     )
@@ -62,7 +63,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     """Trains on the pairs; measures held-out pairs and answers of policies; writes what a loader checks."""
     from trl import RewardTrainer, get_peft_config
 
-    from gemma2_post.data.preparation import balance_turns, split_held_out, tokenize_pairs
+    from gemma2_post.data.preparation import balance_turns, check_enough, split_held_out, tokenize_pairs
     from gemma2_post.data.sources import load_preferences
     from gemma2_post.evaluation import policies
     from gemma2_post.evaluation.pairs import measure_pairs, plot_pairs
@@ -82,6 +83,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
             tokenize_pairs(pairs, tokenizer, max_length, recipe.data.max_too_long_share) for pairs in (train, held_out)
         )
         train = train if share is None else balance_turns(train, share, seed)
+    check_enough(train, recipe.global_batch_size, f"global_batch_size {recipe.global_batch_size}", "pairs")
     to_answer, graders = rows_to_answer(recipe.samples, held_out)
     named, names = recipe.noise_ceiling, recipe.policies or []
     ceiling = {"noise_ceiling": policies.noise_ceiling_of(named, held_out)} if named else {}
@@ -163,7 +165,7 @@ COMMAND = Command(
     check,
     complete,
     refused=REFUSED_KEYS | REFUSED,
-    row_formats={"datasets": PAIR_FORMATS, "held_out_datasets": PAIR_FORMATS},
+    row_formats={"datasets": PAIR, "held_out_datasets": PAIR},
     headline=["accuracy"],
     below_gate="are the preferences consistent, is the base large enough, is learning_rate right for the method?",
     curves=[Curve("log.jsonl", "accuracy", "accuracy on the pairs it learns from")],

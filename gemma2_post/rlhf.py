@@ -13,17 +13,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from gemma2_post.data.rows import PROMPT_FORMATS
+from gemma2_post.data.rows import PROMPT
 from gemma2_post.evaluation.keys import RewardFunctionArguments, WatchArguments
 from gemma2_post.models import cost
 from gemma2_post.models.arguments import REFUSED_KEYS, check_prompt_length
+from gemma2_post.stage.bounds import COUNT, NOT_NEGATIVE, Bounds
 from gemma2_post.stage.command import GRADER, Checked, Command, Curve, Parts, Stage
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.recipe import key, part
 from gemma2_post.training import memory as held
 from gemma2_post.training.checks import check_disk, check_sampling, check_training, complete_training, metrics_of
-from gemma2_post.training.keys import TrainingRecipe
+from gemma2_post.training.keys import TRAINING_BOUNDS, TrainingRecipe
 
 if TYPE_CHECKING:
     from trl import RLOOConfig
@@ -52,16 +53,18 @@ REFUSED = {
 class Recipe(TrainingRecipe):
     """The keys of RLHF."""
 
-    training: "RLOOConfig" = part("trl:RLOOConfig")
+    training: "RLOOConfig" = part("trl:RLOOConfig", bounds=TRAINING_BOUNDS | {"beta": NOT_NEGATIVE})
     rewards: RewardFunctionArguments = part(RewardFunctionArguments)
     watch: WatchArguments = part(WatchArguments)
     anchor: Literal["ema", "start", "none"] = key(
         "ema", "Model that the KL is measured to: an average of the policy, its start, or none."
     )
-    anchor_mu: float = key(0.01, "Share of the policy in each update of the average.")
-    policy: int = key(0, "Number of this policy; sets its seed and its folder policy-N.")
+    anchor_mu: float = key(
+        0.01, "Share of the policy in each update of the average.", bounds=Bounds(above=0, at_most=1)
+    )
+    policy: int = key(0, "Number of this policy; sets its seed and its folder policy-N.", bounds=NOT_NEGATIVE)
     max_prompt_length: int | None = key(
-        None, "Longer prompts are dropped; None: what the answer leaves of the model's positions."
+        None, "Longer prompts are dropped; None: what the answer leaves of the model's positions.", bounds=COUNT
     )
 
 
@@ -138,21 +141,11 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
         raise UserError(f"beta is 0, so the anchor {recipe.anchor} holds nothing; write anchor: none, or raise beta")
     if recipe.anchor == "none" and beta:
         raise UserError(f"anchor is none with beta {beta:g}; write beta: 0, or name an anchor")
-    if beta < 0:
-        raise UserError(f"beta is {beta:g}, which would reward going away; write 0 or more")
-    if not 0 < recipe.anchor_mu <= 1:
-        raise UserError(f"anchor_mu is {recipe.anchor_mu:g}; write a number above 0, at most 1")
-    if recipe.watch.watch_steps < 1:
-        raise UserError(f"watch_steps is {recipe.watch.watch_steps}; write 1 or more")
-    if recipe.watch.kl_budget is not None and not recipe.watch.kl_budget > 0:
-        raise UserError(f"kl_budget is {recipe.watch.kl_budget:g} nats; write a number above 0, or remove it")
     if recipe.training.save_total_limit is not None and recipe.training.save_total_limit < 2:
         raise UserError(
             f"save_total_limit is {recipe.training.save_total_limit}, but the last checkpoint is needed until "
             "the next one is complete; write 2 or more"
         )
-    if recipe.policy < 0:
-        raise UserError(f"policy is {recipe.policy}; write 0, 1, ...")
     if not recipe.training.ds3_gather_for_generation:
         raise UserError("ds3_gather_for_generation is false, which takes hours a step; remove it")
 
@@ -232,7 +225,7 @@ COMMAND = Command(
     complete,
     implied,
     refused=REFUSED_KEYS | REFUSED,
-    row_formats={"datasets": PROMPT_FORMATS, "held_out_datasets": PROMPT_FORMATS},
+    row_formats={"datasets": PROMPT, "held_out_datasets": PROMPT},
     headline=[GRADER, "reward"],
     below_gate="read samples/ and watch.jsonl: is the reward what you want, are beta and learning_rate right?",
     curves=[

@@ -11,16 +11,17 @@ model itself says: its words, each `<end_of_turn>`, and the final `<eos>`.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gemma2_post.data.rows import FORMATS
+from gemma2_post.data.rows import CONVERSATION
 from gemma2_post.models import cost
-from gemma2_post.models.arguments import REFUSED_KEYS, attention_of, check_length
+from gemma2_post.models.arguments import REFUSED_KEYS, attention_of, check_length, check_prompt_length
+from gemma2_post.stage.bounds import COUNT
 from gemma2_post.stage.command import GRADER, Checked, Command, Curve, Parts, Stage
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.recipe import key, part
 from gemma2_post.training import memory as held
 from gemma2_post.training.checks import check_disk, check_training, complete_training, metrics_of
-from gemma2_post.training.keys import TrainingRecipe
+from gemma2_post.training.keys import TRAINING_BOUNDS, TrainingRecipe
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -43,15 +44,15 @@ REFUSED = {
 class Recipe(TrainingRecipe):
     """The keys of supervised fine-tuning."""
 
-    training: "SFTConfig" = part("trl:SFTConfig")
-    max_new_tokens: int = key(256, "Longest sampled answer, in tokens.")
+    training: "SFTConfig" = part("trl:SFTConfig", bounds=TRAINING_BOUNDS)
+    max_new_tokens: int = key(256, "Longest sampled answer, in tokens.", bounds=COUNT)
 
 
 def main(stage: Stage, recipe: Recipe) -> None:
     """Trains on the data, and measures `held_out_nll` (nats a token) and the graders before and after it."""
     from trl import SFTTrainer, get_peft_config
 
-    from gemma2_post.data.preparation import split_held_out, tokenize
+    from gemma2_post.data.preparation import check_enough, split_held_out, tokenize
     from gemma2_post.evaluation.samples import grade, rows_to_answer, sample_held_out
     from gemma2_post.models.loading import load_for_training
     from gemma2_post.models.tokenizer import load_config_and_tokenizer
@@ -59,12 +60,14 @@ def main(stage: Stage, recipe: Recipe) -> None:
 
     config, tokenizer = load_config_and_tokenizer(recipe.model)
     max_length = check_length(recipe.training.max_length, config)
+    check_prompt_length(None, "max_new_tokens", recipe.max_new_tokens, config.max_position_embeddings)
     check_disk(stage, recipe, config)
     with recipe.training.main_process_first():
         train, held_out = split_held_out(recipe.data, recipe.training.seed)
         train, held_out = (
             tokenize(rows, tokenizer, max_length, recipe.data.max_too_long_share) for rows in (train, held_out)
         )
+    check_enough(train, recipe.global_batch_size, f"global_batch_size {recipe.global_batch_size}", "conversations")
     to_answer, graders = rows_to_answer(recipe.samples, held_out)
     prompts = [messages[:-1] for messages in to_answer["messages"]]
 
@@ -122,7 +125,7 @@ COMMAND = Command(
     check,
     complete,
     refused=REFUSED_KEYS | REFUSED,
-    row_formats={"datasets": FORMATS, "held_out_datasets": FORMATS},
+    row_formats={"datasets": CONVERSATION, "held_out_datasets": CONVERSATION},
     headline=[GRADER, "held_out_nll"],
     below_gate="is the data what it should be, is there enough of it, is learning_rate right for the method?",
     curves=[Curve("log.jsonl", "loss", "loss")],

@@ -18,10 +18,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from gemma2_post.data.keys import DataArguments
-from gemma2_post.data.rows import PROMPT_FORMATS
+from gemma2_post.data.rows import PROMPT
 from gemma2_post.evaluation.keys import SynthesisArguments
 from gemma2_post.models import cost
 from gemma2_post.models.arguments import (
+    MODEL_BOUNDS,
     REFUSED_KEYS,
     attention_of,
     check_model_arguments,
@@ -52,7 +53,7 @@ class Recipe:
 
     output_dir: str = key(help="Folder of the output.")
     synthesis: SynthesisArguments = part(SynthesisArguments)
-    model: "ModelConfig" = part("trl:ModelConfig")
+    model: "ModelConfig" = part("trl:ModelConfig", bounds=MODEL_BOUNDS)
     data: DataArguments = part(DataArguments)
 
     @property
@@ -163,9 +164,7 @@ def resume(
 
 def check(recipe: Recipe, launcher: Launcher) -> None:
     args = recipe.synthesis
-    if min(args.num_answers, args.batch_size, args.server.concurrency, args.max_new_tokens) < 1:
-        raise UserError("num_answers, batch_size, concurrency and max_new_tokens are counts; write 1 or more")
-    if args.temperature < 0 or (args.temperature == 0 and args.num_answers > 1):
+    if args.temperature == 0 and args.num_answers > 1:
         raise UserError(
             f"temperature {args.temperature:g} with num_answers {args.num_answers} gives no different "
             "answers; write a temperature above 0"
@@ -213,7 +212,7 @@ COMMAND = Command(
     check,
     complete,
     refused=REFUSED_KEYS | REFUSED,
-    row_formats={"datasets": PROMPT_FORMATS},
+    row_formats={"datasets": PROMPT},
     headline=["num_kept"],
     needed_models=["model_name_or_path", "reward_model"],
     memory=memory,

@@ -99,10 +99,10 @@ def random_model(
     return Gemma2ForCausalLM._from_config(config, attn_implementation="eager", dtype=dtype)
 
 
-def write_rows(path: Path, num_rows: int) -> Path:
+def write_rows(path: Path, num_rows: int, first: int = 0) -> Path:
     """Writes conversations of very different lengths, single- and multi-turn."""
     rows = []
-    for i in range(num_rows):
+    for i in range(first, first + num_rows):
         messages = []
         for turn in range(1 + i % 3):
             messages.append({"role": "user", "content": f"What is {i} plus {turn}?" + " Please add." * (i % 5)})
@@ -120,7 +120,7 @@ def recipe(tmp_path: Path, model_dir: Path) -> dict[str, object]:
         "dtype": "float32",
         "save_dtype": "float32",
         "datasets": [{"path": str(write_rows(tmp_path / "train.jsonl", 32))}],
-        "held_out_datasets": [{"path": str(write_rows(tmp_path / "held_out.jsonl", 4))}],
+        "held_out_datasets": [{"path": str(write_rows(tmp_path / "held_out.jsonl", 4, first=60))}],
         "max_length": 256,
         "output_dir": str(tmp_path / "out"),
         "use_cpu": True,

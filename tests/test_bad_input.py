@@ -55,8 +55,12 @@ BAD = {
     "wrong type": (with_values(max_steps=2.5), "max_steps is 2.5 (float); write a whole number"),
     "unknown file": (with_values(datasets=[{"path": "nowhere.jsonl"}]), "nowhere.jsonl: there is no such file"),
     "unsupported columns": (
-        with_rows([{"question": "a", "reply": "b"}]),
-        "the columns question, reply are of no known format",
+        with_rows([{"title": "a", "reply": "b"}]),
+        "the columns title, reply are of no known format",
+    ),
+    "fewer rows than a step": (
+        with_rows([{"messages": [USER, MODEL]}] * 7),
+        "7 conversations are fewer than global_batch_size 8, which one step needs",
     ),
     "empty data": (with_rows(""), "bad.jsonl: the file is empty"),
     "roles out of order": (
@@ -64,7 +68,7 @@ BAD = {
         "row 1: turn 0 is by assistant, expected user",
     ),
     "list content": (
-        with_rows([{"messages": [USER, MODEL | {"content": [{"type": "text", "text": "Hello"}]}]}]),
+        with_rows([{"messages": [USER, MODEL | {"content": [{"type": "image", "text": "Hello"}]}]}]),
         "row 0: the content of turn 1 is list, not text",
     ),
     "control tokens": (
@@ -95,6 +99,70 @@ BAD = {
         "is not finished; run the stage that makes it",
     ),
     "grouping by nothing": (with_values(group_by="skill"), "group_by is skill, which held-out rows lack"),
+    **{
+        f"{name}: {value}": (with_values(**{name: value}), f"{name} is {found}")
+        for name, value, found in [
+            ("learning_rate", 0, "0; write a number above 0"),
+            ("learning_rate", -1e-4, "-0.0001; write a number above 0"),
+            ("learning_rate", float("nan"), "nan; write a number above 0"),
+            ("learning_rate", float("inf"), "inf; write a number above 0"),
+            ("max_steps", 0, "0; write 1 or more (or -1)"),
+            ("num_train_epochs", 0, "0; write a number above 0"),
+            ("seed", -1, "-1; write 0 or more, at most 4294967295"),
+            ("seed", 2**32, "4294967296; write 0 or more"),
+            ("max_length", 0, "0; write 1 or more"),
+            ("max_new_tokens", 0, "0; write 1 or more"),
+            ("logging_steps", 0, "0; write a number above 0"),
+            ("save_steps", -5, "-5; write a number above 0"),
+            ("warmup_steps", -1, "-1; write 0 or more"),
+            ("weight_decay", -0.1, "-0.1; write 0 or more"),
+            ("adam_beta2", 1.0, "1; write 0 or more, below 1"),
+            ("max_grad_norm", -1, "-1; write 0 or more"),
+            ("dataloader_num_workers", -1, "-1; write 0 or more"),
+            ("num_samples", -1, "-1; write 0 or more"),
+            ("held_out_share", 1.5, "1.5; write a number above 0, below 1"),
+            ("max_invalid_share", 2.0, "2; write 0 or more, at most 1"),
+            ("report_to", "nonsense", "nonsense, which transformers does not know"),
+            ("report_to", ["comet_ml"], "comet_ml, which is not installed; pip install comet_ml"),
+        ]
+    },
+    **{
+        f"adapter, {name}: {value}": (with_values(use_peft=True, **{name: value}), f"{name} is {found}")
+        for name, value, found in [
+            ("lora_r", 0, "0; write 1 or more"),
+            ("lora_alpha", 0, "0; write 1 or more"),
+            ("lora_dropout", 1.0, "1; write 0 or more, below 1"),
+        ]
+    },
+    "an empty list of data": (with_values(datasets=[]), "datasets is empty; write one or more"),
+    "a negative weight": (
+        with_values(datasets=[{"path": "a.jsonl", "weight": -1}]),
+        "datasets[0]: weight is -1; write a number above 0",
+    ),
+    "answers beyond the positions": (
+        with_values(max_new_tokens=256),
+        "max_new_tokens 256 leaves 0 of the model's 256 positions for a prompt",
+    ),
+    "arguments of another scheduler": (
+        with_values(lr_scheduler_type="cosine", lr_scheduler_kwargs={"min_lr": 0.1}),
+        "lr_scheduler_type cosine does not work with lr_scheduler_kwargs {'min_lr': 0.1}",
+    ),
+    "an optimizer that is not installed": (
+        with_values(optim="galore_adamw"),
+        "optim galore_adamw cannot be used (You need to install `galore_torch`",
+    ),
+    "arguments of an optimizer that are none": (
+        with_values(optim_args="fast"),
+        "optim adamw_torch_fused cannot be used",
+    ),
+    "arguments that a scheduler ignores": (
+        with_values(lr_scheduler_kwargs={"min_lr": 0.1}),
+        "lr_scheduler_kwargs has no effect with lr_scheduler_type constant",
+    ),
+    "a scheduler without its arguments": (
+        with_values(lr_scheduler_type="cosine_with_min_lr"),
+        "lr_scheduler_type cosine_with_min_lr does not work with lr_scheduler_kwargs {}",
+    ),
     "packing": (with_values(packing=True), "packing with eager attention needs memory"),
     "grader": (
         with_values(graders=["gemma2_post.tiny.gold:silver"]),

@@ -60,7 +60,7 @@ def with_entry(path: Path, **changes: object) -> None:
 
 
 def no_turns(folder: Path) -> Recipe:
-    (folder / "rows.jsonl").write_text(json.dumps({"question": "?", "reply": "!"}) + "\n")
+    (folder / "rows.jsonl").write_text(json.dumps({"title": "?", "reply": "!"}) + "\n")
     return {"datasets": [{"path": str(folder / "rows.jsonl")}]}
 
 
@@ -72,7 +72,7 @@ WRONG: dict[str, tuple[Callable[[Path], Recipe], str]] = {
         "global_batch_size 9 does not divide by per_device_train_batch_size",
     ),
     "no file": (lambda _: {"datasets": [{"path": "no.jsonl"}]}, "no.jsonl: there is no such file"),
-    "columns": (no_turns, "the columns question, reply are of no known format; expected prompt | messages"),
+    "columns": (no_turns, "the columns title, reply are of no known format; expected prompt | instruction"),
     "kept column": (lambda _: {"columns": ["mood"], "graders": None}, "columns: no source has mood"),
     "function": (lambda _: {"graders": ["gemma2_post.tiny.gold:silver"]}, "gemma2_post.tiny.gold:silver: there is no"),
     "folder": (

@@ -13,10 +13,11 @@ from trl.data_utils import pack_dataset
 from gemma2_post.data import rows
 from gemma2_post.data.keys import DataArguments, Source
 from gemma2_post.data.preparation import split_held_out, tokenize
-from gemma2_post.data.rows import to_messages
+from gemma2_post.data.rows import CONVERSATION
 from gemma2_post.data.sources import load_conversations
 from gemma2_post.models.tokenizer import render
 from gemma2_post.stage.errors import UserError, located
+from gemma2_post.stage.recipe import build
 
 USER, MODEL = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
 CHAT = [USER, MODEL]
@@ -59,9 +60,8 @@ def test_every_format_becomes_the_same_messages(row: dict, tmp_path: Path) -> No
 
 
 def test_the_input_of_alpaca_follows_its_instruction() -> None:
-    assert (
-        to_messages({"instruction": "Translate.", "input": "Ja", "output": "Yes"})[0]["content"] == "Translate.\n\nJa"
-    )
+    row = {"instruction": "Translate.", "input": "Ja", "output": "Yes"}
+    assert CONVERSATION.read(row)["messages"][0]["content"] == "Translate.\n\nJa"
 
 
 def test_a_system_message_is_folded_into_the_first_user_turn_and_counted(
@@ -87,7 +87,7 @@ INVALID = {
     ),
     "list content under a system message": (
         [{"role": "system", "content": "x"}, {"role": "user", "content": [{"text": "x"}]}, MODEL],
-        "the content of the system message or of the first user turn is not text",
+        "the content of turn 1 is list, not text",
     ),
     "null content": ([USER, {"role": "assistant", "content": None}], "the content of turn 1 is NoneType, not text"),
     "blank content": ([USER, {"role": "assistant", "content": " \n"}], "the content of turn 1 is empty"),
@@ -97,14 +97,13 @@ INVALID = {
         "turn 1 holds the control token <end_of_turn>",
     ),
     "user last": ([USER, MODEL, USER], "the last turn is the user's"),
-    "no turns": ([], "the conversation is empty"),
+    "no turns": ([], "column messages is empty"),
     "no role": ([{"content": "x"}, MODEL], "a turn has no role and content"),
 }
 
 
 @pytest.mark.parametrize(("messages", "message"), INVALID.values(), ids=INVALID.keys())
 def test_an_invalid_row_is_refused_with_source_row_and_finding(messages: list, message: str, tmp_path: Path) -> None:
-    # One row alone, since Arrow itself may refuse to read rows of different types from one file.
     path = write(tmp_path / "rows.jsonl", [{"messages": messages}])
     with pytest.raises(UserError) as refused, located("recipe"):
         load(path)
@@ -132,14 +131,15 @@ def test_a_share_of_invalid_rows_can_be_allowed_and_is_dropped(
     [
         ("missing.jsonl", None, "there is no such file"),
         ("empty.jsonl", "", "the file is empty"),
-        ("broken.jsonl", '{"messages": [', "not readable as jsonl"),
-        ("table.csv", "a,b\n", r"expected \.json, \.jsonl or \.parquet"),
+        ("broken.jsonl", '{"messages": [', r"line 1 is not JSON \(Expecting value"),
+        ("table.csv", "a,b\n", "there are no rows"),
+        ("table.xlsx", "a,b\n", r"expected \.json, \.jsonl, \.ndjson, \.csv"),
         (
             "columns.jsonl",
-            '{"question": "a", "answer": "b"}\n',
-            "the columns question, answer are of no known format; expected",
+            '{"title": "a", "body": "b"}\n',
+            "row 0: the columns title, body are of no known format; expected messages",
         ),
-        ("none.json", "[]", "there are no rows|not readable"),
+        ("none.json", "[]", "there are no rows"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused(name: str, content: str | None, message: str, tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_what_grades_answers_survives() -> None:
     rows = load_conversations(sources, 0.0, seed=0, columns=["skill", "answer"])
     with pytest.raises(UserError, match="columns: no source has anser"):
         load_conversations(sources, 0.0, seed=0, columns=["anser"])
-    assert set(rows.column_names) == {"skill", "answer", "messages"} and len(rows) == 480
+    assert set(rows.column_names) == {"skill", "answer", "messages", "trained"} and len(rows) == 480
 
 
 def test_a_mixture_has_its_proportions_and_uses_no_row_twice(tmp_path: Path) -> None:
@@ -215,7 +215,9 @@ def test_long_rows_are_dropped_and_counted_and_never_cut(
     tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
 ) -> None:
     long = [{"role": "user", "content": "Hi " * 50}, MODEL]
-    rows = Dataset.from_list([{"messages": CHAT}] * 19 + [{"messages": long}])
+    rows = Dataset.from_list(
+        [{"messages": CHAT, "trained": [False, True]}] * 19 + [{"messages": long, "trained": [False, True]}]
+    )
     length = len(render(tokenizer, CHAT)["input_ids"])
     kept = tokenize(rows, tokenizer, max_length=length, max_too_long_share=0.05)
     assert len(kept) == 19 and all(ids == render(tokenizer, CHAT)["input_ids"] for ids in kept["input_ids"])
@@ -257,11 +259,21 @@ def test_turns_and_a_system_message_survive_in_every_format(
             {"messages": [USER, {"role": "assistant", "content": ["x"]}]},
             "the content of turn 1 is",
         ),
-        ({"messages": CHAT}, {"messages": None}, "the conversation is NoneType, not a list"),
-        ({"prompt": "x", "completion": "y"}, {"prompt": "x", "completion": None}, "the conversation is NoneType"),
-        ({"instruction": "x", "output": "y"}, {"instruction": ["x"], "output": "y"}, "the instruction or its"),
-        ({"instruction": "x", "output": "y"}, {"instruction": "x", "output": None}, "the content of turn 1 is None"),
-        ({"conversations": []}, {"conversations": CHAT}, "a turn has no from and value"),
+        ({"messages": CHAT}, {"messages": None}, "column messages is empty"),
+        ({"messages": CHAT}, {"messages": 5}, "the conversation is int, not a list"),
+        ({"prompt": "x", "completion": "y"}, {"prompt": "x", "completion": None}, "column completion is empty"),
+        (
+            {"instruction": "x", "output": "y"},
+            {"instruction": [5], "output": "y"},
+            "a turn has no role and content: 5",
+        ),
+        (
+            {"instruction": "x", "output": "y"},
+            {"instruction": "x", "input": 5, "output": "y"},
+            "the instruction or its",
+        ),
+        ({"instruction": "x", "output": "y"}, {"instruction": "x", "output": None}, "column output is empty"),
+        ({"conversations": []}, {"conversations": [{"from": "human"}]}, "a turn has no role and content"),
         ({"text": ""}, {"text": "<|im_start|>user\nx<|im_end|>"}, "the last turn is the user's"),
     ],
     ids=str,
@@ -272,10 +284,9 @@ def test_a_bad_value_is_found_whatever_the_format(valid: dict, invalid: dict, fo
 
 
 def test_an_invalid_row_far_down_is_found_and_can_be_dropped(tmp_path: Path) -> None:
-    # datasets writes 1,000 rows at a time and guesses the types of what it writes from the first of them.
     path = write(tmp_path / "rows.jsonl", [*numbered(0, 1000), {"messages": [USER]}])
     assert refusal(path).startswith(f"recipe: {path}: row 1000: the last turn is the user's")
-    assert load(path, max_invalid_share=0.01).to_list() == numbered(0, 1000)
+    assert load(path, max_invalid_share=0.01)["messages"] == [row["messages"] for row in numbered(0, 1000)]
 
 
 def test_a_source_without_one_valid_row_is_refused_whatever_the_share(tmp_path: Path) -> None:
@@ -285,7 +296,7 @@ def test_a_source_without_one_valid_row_is_refused_whatever_the_share(tmp_path: 
 
 def test_a_parquet_file_is_read_and_a_broken_one_refused(tmp_path: Path) -> None:
     Dataset.from_list(numbered(0, 3)).to_parquet(tmp_path / "rows.parquet")
-    assert load(str(tmp_path / "rows.parquet")).to_list() == numbered(0, 3)
+    assert load(str(tmp_path / "rows.parquet"))["messages"] == [row["messages"] for row in numbered(0, 3)]
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     assert "broken.parquet: not readable as parquet" in refusal(str(tmp_path / "broken.parquet"))
 
@@ -304,17 +315,15 @@ def test_a_function_without_rows_is_refused(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("weight", [0.0, -1.0])
 def test_a_weight_must_be_above_0(weight: float, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", numbered(0, 4))
-    with (
-        pytest.raises(UserError, match=r"^recipe: datasets: give a weight above 0 to every source or to none"),
-        located("recipe"),
-    ):
-        load_conversations([Source(path, weight=1.0), Source(path, weight=weight)], 0.0, seed=0)
+    with pytest.raises(UserError, match=r"^datasets\[0\]: weight is -?\d; write a number above 0"):
+        build(DataArguments, {"datasets": [{"path": path, "weight": weight}]})
 
 
 def test_held_out_datasets_take_the_place_of_the_share_and_one_row_cannot_be_split(tmp_path: Path) -> None:
     paths = [write(tmp_path / f"{i}.jsonl", numbered(i, i + 1)) for i in range(2)]
     train, held_out = split_held_out(DataArguments([Source(paths[0])], [Source(paths[1])]), seed=0)
-    assert train.to_list() == numbered(0, 1) and held_out.to_list() == numbered(1, 2)
+    assert train["messages"] == [numbered(0, 1)[0]["messages"]]
+    assert held_out["messages"] == [numbered(1, 2)[0]["messages"]]
     with pytest.raises(UserError, match=r"^recipe: 1 rows cannot be split"), located("recipe"):
         split_held_out(DataArguments([Source(paths[0])]), seed=0)
 
@@ -334,13 +343,13 @@ def test_packing_does_not_bring_back_what_an_earlier_code_made(
         ]
 
     before = packed()
-    monkeypatch.setattr(rows, "fold_system", lambda messages: [{**turn, "content": "new"} for turn in messages])
+    monkeypatch.setattr(rows, "fold_system", lambda turns: [{**turn, "content": "new"} for turn in turns])
     assert packed() != before
 
 
 def test_what_would_be_lost_beside_the_conversation_is_refused(tmp_path: Path) -> None:
-    row = {"instruction": "Hi", "output": "Hello!", "history": [["a", "b"]]}
-    assert "row 0: column history would be lost" in refusal(write(tmp_path / "rows.jsonl", [row]))
+    row = {"instruction": "Hi", "output": "Hello!", "tools": [{"name": "search"}]}
+    assert "row 0: column tools would be lost" in refusal(write(tmp_path / "rows.jsonl", [row]))
 
 
 def test_sources_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
@@ -375,7 +384,7 @@ def test_real_conversations_are_read(
         ),
         ("sft/self-instruct/seed_tasks.jsonl", "are of no known format"),
         ("sft/tulu-1/eval_instances_tulu_1.jsonl", "are of no known format"),
-        ("benchmarks/gsm8k/train.first2000.jsonl", "the columns question, answer are of no known format"),
+        ("text/wikitext-2/valid.txt", "row 0: text is not ChatML"),
     ],
 )
 def test_real_files_that_are_no_demonstrations_are_refused(file: str, message: str, real_data: Path) -> None:

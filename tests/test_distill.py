@@ -486,7 +486,7 @@ BAD: dict[str, tuple[Change, str]] = {
         "row 0: no user turn follows the system message",
     ),
     "a column that is not there": (with_values(columns=["skil"]), "columns: no source has skil"),
-    "beta": (with_values(beta=1.5), "beta must be in [0.0, 1.0], got 1.5"),
+    "beta": (with_values(beta=1.5), "beta is 1.5; write 0 or more, at most 1"),
     "vLLM": (with_values(use_vllm=True), "use_vllm is true, but vLLM is not installed"),
     "TRL's own keys for the teacher": (
         with_values(teacher_model_init_kwargs={"dtype": "bfloat16"}),

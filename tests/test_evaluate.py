@@ -80,10 +80,10 @@ def test_models_are_measured_beside_each_other(evaluate_recipe: Recipe, tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"models": []}, "models is empty; name one or more folders"),
+        ({"models": []}, "models is empty; write one or more"),
         ({"baseline": BASE}, f"baseline is {BASE}, which is none of the models; add it"),
         ({"models": ["nowhere"], "baseline": "nowhere"}, "models names nowhere, which holds no model"),
-        ({"num_samples": 1}, "num_samples must be 2 or more"),
+        ({"num_samples": 1}, "num_samples is 1; write 2 or more"),
         ({"graders": ["tests.test_evaluate:reward"]}, "reward is the name of another measure"),
         ({"init": "nowhere/at/all"}, "cannot get nowhere/at/all"),
     ],
@@ -168,7 +168,7 @@ def num_turns(prompts: list[list[dict[str, str]]], **_: object) -> list[float]:
 def test_a_question_that_is_no_list_of_turns_is_named_by_its_row(evaluate_recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "questions.jsonl").write_text(json.dumps({"turns": []}) + "\n")
     values = {key: value for key, value in evaluate_recipe.items() if key not in ("graders", "columns")}
-    with pytest.raises(UserError, match=r"questions\.jsonl: row 0: turns is '\[\]', not a list of texts"):
+    with pytest.raises(UserError, match=r"questions\.jsonl: row 0: column turns is empty; expected turns | prompt"):
         run_stage(
             tmp_path / "evaluate.yaml",
             evaluate.COMMAND,
@@ -250,7 +250,7 @@ def test_a_corpus_of_conversations_is_in_the_format_that_sft_reads(
     text = tokenizer.decode(windows[0])
     assert text.startswith("<start_of_turn>user\nSay it.<end_of_turn>\n<start_of_turn>model\nit is so")
     (tmp_path / "chatml.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
-    with pytest.raises(UserError, match="row 1: text is None, not a text"):
+    with pytest.raises(UserError, match=r"row 1: column text is empty; expected text \| messages"):
         comparison.load_corpus(args, tokenizer, max_invalid_share=0.0, seed=0)
 
 
@@ -301,7 +301,7 @@ def test_memorisation_is_measured_over_a_corpus(evaluate_recipe: Recipe, tmp_pat
             {"judge": "j", "judge_endpoint": "http://h/v1", "api_key_variable": "NO_KEY"},
             "NO_KEY, but that environment",
         ),
-        ({"judge": "j", "concurrency": 0}, "are counts; write 1 or more"),
+        ({"judge": "j", "concurrency": 0}, "concurrency is 0; write 1 or more"),
         ({"corpus": [{"path": "nowhere.jsonl"}]}, "there is no such file"),
     ],
 )
@@ -318,7 +318,7 @@ def test_models_are_named_by_what_they_do_not_share(tmp_path: Path) -> None:
         (tmp_path / name).mkdir(parents=True)
     folders = [str(tmp_path / "sft"), str(tmp_path / "rlhf" / "policy-0")]
     values = {"output_dir": str(tmp_path / "evaluate"), "init": "init", "baseline": folders[0], "base": BASE}
-    values |= {"models": [*folders, "google/gemma-2-2b-it"], "datasets": []}
+    values |= {"models": [*folders, "google/gemma-2-2b-it"], "datasets": [{"path": "rows.jsonl"}]}
     built = recipe.build(evaluate.Recipe, values)
     assert list(evaluate.names_of(built).values()) == ["base", "sft", "rlhf/policy-0", "google/gemma-2-2b-it"]
     built.models.append(str(tmp_path / "base"))

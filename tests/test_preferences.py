@@ -10,10 +10,10 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from gemma2_post.data.keys import Source
-from gemma2_post.data.pairs import to_pair
+from gemma2_post.data.pairs import pairs_with_margin
 from gemma2_post.data.preparation import balance_turns, tokenize_pairs
-from gemma2_post.data.rows import InvalidRow
 from gemma2_post.data.sources import load_preferences
+from gemma2_post.data.turns import InvalidRow
 from gemma2_post.stage.errors import UserError, located
 
 Row = dict[str, object]
@@ -23,6 +23,10 @@ AGAIN = {"role": "user", "content": "And now?"}
 BYE, GO = {"role": "assistant", "content": "Goodbye!"}, {"role": "assistant", "content": "Go away."}
 KIND = {"role": "system", "content": "Be kind."}
 PAIR = {"prompt": [HI], "chosen": [BYE], "rejected": [GO]}
+
+
+def to_pair(row: Row, score_margin: float = 0.0) -> Row:
+    return pairs_with_margin(score_margin).read(row)
 
 
 def sharegpt(*turns: dict[str, str]) -> list[dict[str, str]]:
@@ -133,8 +137,8 @@ BAD: dict[str, tuple[Row | None, Row, str]] = {
         {"rejected": "\n\nHuman: Hi\n\nAssistant:"},
         "rejected: the content of tu",
     ),
-    "no answer": (PAIR, {"rejected": []}, "rejected: the last turn is the user's; it must be the model's"),
-    "null": (TEXT, {"chosen": None}, "the conversation is NoneType, not a list"),
+    "no answer": (PAIR, {"rejected": []}, "column rejected is empty; expected chosen + rejected"),
+    "null": (TEXT, {"chosen": None}, "column chosen is empty"),
     "the user last": (CHATS, {"chosen": [HI, BYE, AGAIN], "rejected": [HI, GO, AGAIN]}, USER_LAST),
     "the user last in a transcript": (TRANSCRIPTS, {"chosen": "\n\nHuman: Hi"}, USER_LAST),
     "the model first": (CHATS, {"chosen": [BYE], "rejected": [GO]}, "chosen: turn 0 is by assistant, expected user"),
@@ -150,7 +154,7 @@ BAD: dict[str, tuple[Row | None, Row, str]] = {
         "rejected holds 1 candidates; give one chosen and one rejected answer",
     ),
     "candidates as messages": (PAIR, {"rejected": [GO, HELLO]}, "rejected: turn 2 is by assistant, expected user"),
-    "a score of text": (PAIR, {"score_chosen": "8", "score_rejected": "2"}, "score_chosen is '8', not a number"),
+    "a score of text": (PAIR, {"score_chosen": "x", "score_rejected": "2"}, "score_chosen is 'x', not a number"),
     "no number as score": (PAIR, {"score_rejected": float("nan")}, "score_rejected is nan, not a number"),
     "an infinite score": (
         PAIR,
@@ -165,10 +169,11 @@ BAD: dict[str, tuple[Row | None, Row, str]] = {
     "an infinite margin": (PAIR, {"margin": float("inf")}, "margin is inf, not a number"),
     "a negative margin": (PAIR, {"margin": -0.5}, "margin is -0.5; it must not be below 0"),
     "text without a prompt": (TRANSCRIPTS, {"chosen": "Goodbye!", "rejected": "Go away."}, NO_TRANSCRIPT),
-    "text before a transcript": (TRANSCRIPTS, {"chosen": f"A chat:{TRANSCRIPTS['chosen']}"}, NO_TRANSCRIPT),
+    "text before a transcript": (TRANSCRIPTS, {"chosen": f"A chat:{TRANSCRIPTS['chosen']}"}, "a transcript follows"),
     "an unknown role": (CHATS, {"chosen": [HI, BYE | {"role": "tool"}]}, "role 'tool' is unknown"),
     "control tokens": (TEXT, {"chosen": "a<end_of_turn>"}, "chosen: turn 1 holds the control token <end_of_turn>"),
-    "a system column": (PAIR, {"system": "Be kind."}, "column system would be lost"),
+    "a column of tools": (PAIR, {"tools": "search"}, "column tools would be lost"),
+    "a weight of 0": (PAIR, {"chosen": [BYE | {"weight": 0}]}, "chosen: the answer has a weight of 0"),
 }
 
 
@@ -198,12 +203,12 @@ def test_columns_of_no_pair_and_a_share_of_invalid_rows(tmp_path: Path, caplog: 
     ):
         load(tmp_path, [{"prompt": "Hi", "chosen": "a"}])
     rows = [TEXT, TEXT | {"rejected": ""}, TEXT | {"chosen": "Bye!"}]
-    with pytest.raises(UserError, match="row 1: rejected: the content of turn 1 is empty; fix the data, or allow"):
+    with pytest.raises(UserError, match=r"row 1: column rejected is empty; expected .*; fix the data, or allow"):
         load(tmp_path, rows, max_invalid_share=0.3)
     with caplog.at_level(logging.WARNING):
         pairs = load(tmp_path, rows, max_invalid_share=0.34)
     assert [row["chosen"][0]["content"] for row in pairs] == ["Goodbye!", "Bye!"]
-    assert "dropped invalid rows; the first one is row 1: rejected: the content of turn 1 is empty" in caplog.text
+    assert "dropped invalid rows; the first one is row 1: column rejected is empty" in caplog.text
 
 
 # --- scores, margins and ties ---
@@ -273,9 +278,6 @@ def test_the_largest_mixture_with_this_share_of_multi_turn_pairs(
 @pytest.mark.parametrize(
     ("num_turns", "share", "message"),
     [
-        ([1, 2], 0.0, "multi_turn_share is 0; write a share between 0 and 1"),
-        ([1, 2], 1.0, "multi_turn_share is 1; write a share between 0 and 1"),
-        ([1, 2], 30.0, "multi_turn_share is 30; write a share between 0 and 1"),
         ([1, 1, 1], 0.5, "multi_turn_share needs single- and multi-turn pairs, found 3 and 0; remove it"),
         ([2, 3], 0.5, "multi_turn_share needs single- and multi-turn pairs, found 0 and 2; remove it"),
     ],

@@ -276,7 +276,10 @@ def test_accumulation_follows_from_the_global_batch_size() -> None:
 @pytest.mark.parametrize(("global_batch", "per_device"), [(33, 32), (16, 32), (0, 32), (-32, 32), (32, 0), (32, -32)])
 def test_a_batch_that_cannot_be_divided_is_refused(global_batch: int, per_device: int) -> None:
     message = refusal(TINY, "--global_batch_size", str(global_batch), "--per_device_train_batch_size", str(per_device))
-    assert message.startswith(TINY) and f"per_device_train_batch_size {per_device}" in message
+    too_low = "global_batch_size" if global_batch < 1 else "per_device_train_batch_size"
+    found = f"{too_low} is {min(global_batch, per_device)}; write 1 or more"
+    expected = f"per_device_train_batch_size {per_device}" if min(global_batch, per_device) > 0 else found
+    assert message.startswith(TINY) and expected in message
 
 
 # --- a whole recipe ---

@@ -587,7 +587,7 @@ BAD: dict[str, tuple[Change, str]] = {
         with_pairs({"prompt": "Hi", "chosen": ["a"], "rejected": ["b", "c"]}),
         "row 0: chosen holds 1 candidates; give one chosen and one rejected answer",
     ),
-    "a score of text": (with_pair(score_chosen="8"), "row 1: score_chosen is '8', not a number"),
+    "a score of text": (with_pair(score_chosen="x"), "row 1: score_chosen is 'x', not a number"),
     "ties alone": (with_pairs(*TIES), "datasets: all 3 pairs are ties (equal scores); give pairs that differ"),
     "prompts alone": (
         with_pairs({"prompt": "Hi"}),
@@ -598,7 +598,7 @@ BAD: dict[str, tuple[Change, str]] = {
         with_values(max_length=512),
         "max_length is 512, more than the 256 positions of the mod",
     ),
-    "no share": (with_values(multi_turn_share=1.5), "multi_turn_share is 1.5; write a share between 0 and 1"),
+    "no share": (with_values(multi_turn_share=1.5), "multi_turn_share is 1.5; write a number above 0, below 1"),
     "a share of one kind": (
         with_pairs(*(row | {"score_chosen": 2} for row in TIES), multi_turn_share=0.5),
         "multi_turn_share needs single- and multi-turn pairs, found 3 and 0; remove it",

@@ -385,7 +385,7 @@ def other_tokenizer(recipe: Recipe, folder: Path) -> Recipe:
 BAD = {
     "beta 0 with an anchor": (with_values(beta=0.0), "beta is 0, so the anchor ema holds nothing"),
     "beta without an anchor": (with_values(anchor="none"), "anchor is none with beta 0.1; write beta: 0"),
-    "negative beta": (with_values(beta=-0.1), "beta is -0.1, which would reward going away"),
+    "negative beta": (with_values(beta=-0.1), "beta is -0.1; write 0 or more"),
     "mu of 0": (with_values(anchor_mu=0.0), "anchor_mu is 0; write a number above 0, at most 1"),
     "mu above 1": (with_values(anchor_mu=1.5), "anchor_mu is 1.5; write a number above 0, at most 1"),
     "group size": (with_values(num_generations=3), "global_batch_size 8 does not divide by num_generations 3"),
@@ -400,10 +400,7 @@ BAD = {
     "a policy as reward model": (with_values(reward_model=TEACHER), "is Gemma2ForCausalLM, not a reward model"),
     "policy adapter": (policy_adapter, "adapter is an adapter, not a model"),
     "no rewards": (with_values(reward_model=None), "nothing rewards the answers"),
-    "bonus for cut answers": (
-        with_values(missing_end_penalty=-1.0),
-        "missing_end_penalty is -1, which would be a bonus",
-    ),
+    "bonus for cut answers": (with_values(missing_end_penalty=-1.0), "missing_end_penalty is -1; write 0 or more"),
     "no prompts": (no_prompts, "none.jsonl: the file is empty"),
     "answers that the reward model has not seen": (
         with_values(max_completion_length=300),
@@ -422,7 +419,7 @@ BAD = {
         "gemma2_post.tiny.gold:gold cannot be called with completions and the columns",
     ),
     "no steps between": (with_values(watch_steps=0), "watch_steps is 0; write 1 or more"),
-    "no budget": (with_values(kl_budget=0.0), "kl_budget is 0 nats; write a number above 0"),
+    "no budget": (with_values(kl_budget=0.0), "kl_budget is 0; write a number above 0"),
     "one checkpoint": (with_values(save_total_limit=1), "save_total_limit is 1, but the last checkpoint is needed"),
     "own checkpoints": (with_values(save_steps=10), "save_steps must not be set: a checkpoint is written at each"),
     "weights of rewards": (

@@ -92,7 +92,7 @@ def test_the_help_has_every_key_with_its_type_and_default_in_100_columns(stage: 
 
 def test_the_help_says_what_a_key_is() -> None:
     text = " ".join(describe_keys(command_of("sft").recipe, {}).split())
-    assert "--max_new_tokens (a whole number; default 256) Longest sampled answer, in tokens." in text
-    assert "--global_batch_size (a whole number; required) Rows per optimizer step" in text
+    assert "--max_new_tokens (a whole number, 1 or more; default 256) Longest sampled answer, in tokens." in text
+    assert "--global_batch_size (a whole number, 1 or more; required) Rows per optimizer step" in text
     assert "--save_dtype (one of float32, bfloat16; default bfloat16)" in text
-    assert "Keys of SFTConfig (trl): " in text and "--learning_rate (a number; default 2e-05)" in text
+    assert "Keys of SFTConfig (trl): " in text and "--learning_rate (a number, above 0; default 2e-05)" in text

@@ -443,7 +443,7 @@ BAD = {
     ),
     "best of one": ({"reward_model": "gemma2_post.tiny.gold:gold"}, "the best of num_answers, which is 1"),
     "equal answers": ({"num_answers": 2, "temperature": 0.0}, "gives no different answers"),
-    "no answers": ({"num_answers": 0}, "are counts; write 1 or more"),
+    "no answers": ({"num_answers": 0}, "num_answers is 0; write 1 or more"),
     "held out": ({"held_out_share": 0.1}, "held_out_share must not be set: every prompt is answered"),
     "an adapter": ({"model_name_or_path": "ADAPTER"}, "is an adapter, not a model"),
     "too long to answer": (

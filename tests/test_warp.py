@@ -498,9 +498,9 @@ def test_an_interrupted_front_samples_no_answer_twice(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kl_budget": -1.0}, "kl_budget is -1 nats; write 0 or more"),
+        ({"kl_budget": -1.0}, "kl_budget is -1; write 0 or more"),
         ({"kl_budget": 1.0, "eta": [0.5, 1]}, "with a kl_budget, eta needs 0"),
-        ({"num_samples": 1}, "num_samples must be 2 or more"),
+        ({"num_samples": 1}, "num_samples is 1; write 2 or more"),
         ({"runs": ["nowhere"]}, "runs names nowhere, which is no finished policy"),
         ({"reward_functions": None}, "nothing rewards the answers"),
         ({"compare_with": ["cubic"]}, "compare_with[0] is 'cubic' (str); write one of slerp, spherical_mean, linear"),
@@ -676,7 +676,7 @@ BAD: dict[str, tuple[Callable[[Path], None], Recipe, str]] = {
         "google/gemma-2-2b is no local folder, and the Hub does not",
     ),
     "eta is text": (nothing, {"eta": "half"}, "eta is 'half' (str); write a list, each item a number or a number"),
-    "eta is NaN": (nothing, {"eta": float("nan")}, "eta is nan, which is no number"),
+    "eta is NaN": (nothing, {"eta": float("nan")}, "eta is nan; write a finite number"),
     "eta twice": (nothing, {"eta": [0.3, 0.3]}, "eta has 0.3 more than once"),
     "unknown rule": (nothing, {"interpolation": "cubic"}, "write one of slerp, spherical_mean, linear"),
     "unknown key": (nothing, {"etta": 0.3}, "unknown key etta (value 0.3); did you mean eta?"),

@@ -9,8 +9,8 @@ from gemma2_post.stage.errors import UserError
 
 def is_function(path: str) -> bool:
     """Whether a path has the form `module:function`."""
-    module, colon, _ = path.partition(":")
-    return bool(colon) and all(part.isidentifier() for part in module.split("."))
+    module, colon, name = path.partition(":")
+    return bool(colon) and not name.startswith("//") and all(part.isidentifier() for part in module.split("."))
 
 
 def load_function(path: str) -> Callable:

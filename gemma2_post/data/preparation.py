@@ -1,5 +1,6 @@
 """Turns rows into what trainers read: splits, balanced turns, token ids; drops and counts what is too long."""
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -20,11 +21,15 @@ logger = logging.getLogger(__name__)
 def split_held_out(
     data_args: DataArguments, seed: int, load: Callable[..., Dataset] = load_conversations
 ) -> tuple[Dataset, Dataset]:
-    """Training rows and held-out rows; `load` loads sources, as `load_conversations` does."""
+    """Training rows and held-out rows; `load` loads sources, as `load_conversations` does.
+
+    Training rows that are held out, too, are dropped and counted.
+    """
     settings = data_args.max_invalid_share, seed, data_args.columns
     train = load(data_args.datasets, *settings)
     if data_args.held_out_datasets:
-        return train, load(data_args.held_out_datasets, *settings)
+        held_out = load(data_args.held_out_datasets, *settings)
+        return _without(train, held_out), held_out
     num_held_out = max(1, round(data_args.held_out_share * len(train)))
     if num_held_out >= len(train):
         raise UserError(
@@ -32,7 +37,26 @@ def split_held_out(
             "give more rows"
         )
     parts = train.train_test_split(test_size=num_held_out, seed=seed)
-    return parts["train"], parts["test"]
+    return _without(parts["train"], parts["test"]), parts["test"]
+
+
+def _without(train: Dataset, held_out: Dataset) -> Dataset:
+    """The training rows whose conversations (prompts, pairs) are not held out."""
+    columns = [name for name in ("messages", "prompt", "chosen", "rejected") if name in train.column_names]
+
+    def texts(rows: Dataset) -> list[str]:
+        return [json.dumps(row) for row in rows.select_columns(columns)]
+
+    seen, held = texts(train), set(texts(held_out))
+    kept = [number for number, text in enumerate(seen) if text not in held]
+    if not kept:
+        raise UserError(
+            "held_out_datasets: every training row is held out, too; hold out rows that are not trained on"
+        )
+    if num_dropped := len(train) - len(kept):
+        logger.warning("dropped %d of %d training rows, because they are held out, too", num_dropped, len(train))
+        return train.select(kept)
+    return train
 
 
 def tokenize(
@@ -40,9 +64,12 @@ def tokenize(
 ) -> Dataset:
     """The rows with their `input_ids` and `labels`; drops and counts rows over `max_length` tokens, never cuts them.
 
+    Rows whose loss no token counts in cannot be here: `read_conversation` refuses them.
+
     A cut row would lack its `<end_of_turn>`, and the model would learn not to stop.
     """
-    rendered = dataset.map(lambda messages: render(tokenizer, messages), input_columns="messages")
+    columns = ["messages", "trained"]
+    rendered = dataset.map(lambda messages, trained: render(tokenizer, messages, trained), input_columns=columns)
     return _drop_too_long(rendered, "rows", "max_length", max_length, max_too_long_share)
 
 
@@ -75,8 +102,6 @@ def _drop_too_long(rendered: Dataset, what: str, key: str, max_length: int, max_
 
 def balance_turns(pairs: Dataset, multi_turn_share: float, seed: int) -> Dataset:
     """As many of the pairs as possible such that this share is multi-turn."""
-    if not 0 < multi_turn_share < 1:
-        raise UserError(f"multi_turn_share is {multi_turn_share:g}; write a share between 0 and 1")
     is_multi_turn = [num_turns > 1 for num_turns in pairs["num_turns"]]
     rows = {kind: [row for row, each in enumerate(is_multi_turn) if each == kind] for kind in (True, False)}
     if not rows[True] or not rows[False]:
@@ -123,10 +148,14 @@ def tokenize_pairs(
     return kept
 
 
-def check_enough(prompts: Dataset, num_needed: int, needed: str) -> None:
-    """Refuses fewer prompts than one step needs; `needed` is `num_needed` in words, for the error."""
-    if len(prompts) < num_needed:
+def check_enough(rows: Dataset, num_needed: int, needed: str, what: str = "prompts") -> None:
+    """Refuses fewer rows than one step needs.
+
+    Args:
+        needed: `num_needed` in words, for the error.
+        what: What the rows are, for the error.
+    """
+    if len(rows) < num_needed:
         raise UserError(
-            f"{len(prompts)} prompts are fewer than {needed}, and TRL leaves out steps that are not full; lower it, "
-            "or give more prompts"
+            f"{len(rows)} {what} are fewer than {needed}, which one step needs; lower it, or give more {what}"
         )

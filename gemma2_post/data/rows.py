@@ -1,169 +1,246 @@
-"""Reads one row of a data set as a conversation: converts every known format to `messages` and checks them."""
+"""Reads one row of a data set, in any of the known formats, as a conversation, a prompt, questions or a document.
 
-import re
-from collections.abc import Callable
+What belongs to a row's meaning is read or refused: a column of a known name whose text does not appear in what was
+read would be lost. Columns of other names are metadata and stay unread.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from gemma2_post.models.tokens import SPECIAL_TOKENS
+from gemma2_post.data.turns import (
+    InvalidRow,
+    Turn,
+    as_prompt,
+    as_turns,
+    check_messages,
+    fold_system,
+    is_chat,
+    is_empty,
+    without_weights,
+)
 
-Message = dict[str, str]
+CONVERSATIONS = ("messages", "conversations", "conversation")
+QUESTIONS = ("prompt", "instruction", "question", "query")
+ADDITIONS = ("input", "context")
+"""What follows a question: Alpaca's input, Dolly's context."""
+ANSWERS = ("completion", "response", "output", "answer")
+SYSTEM = ("system", "system_prompt", "system_message")
+HISTORY = "history"
+"""Earlier turns: a list of [question, answer], or messages."""
+UNSUPPORTED = ("tools", "functions", "tool_calls", "documents", "image", "images", "audio", "video", "videos")
 
-_CONTROL_TOKENS = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
-_PARTS_OF_A_CONVERSATION = ("system", "history", "tools")
-_CHATML_TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\s*", re.DOTALL)
-_ROLES = {
-    "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "system": "system",
-}  # fmt: skip
+_OF_A_QUESTION = (*QUESTIONS, *ADDITIONS, *SYSTEM, HISTORY, *UNSUPPORTED, *CONVERSATIONS)
+_KNOWN = frozenset((*_OF_A_QUESTION, *ANSWERS, "text", "turns", "label"))
 
 
-class InvalidRow(Exception):
-    """What is wrong with one row, in words that follow "row 3: "."""
+class Row:
+    """A row whose columns are taken one by one, so that what was not taken can be found at the end."""
+
+    def __init__(self, columns: dict[str, Any], for_graders: Iterable[str] = ()):
+        """Empty columns count as missing.
+
+        Args:
+            for_graders: Columns that the recipe keeps beside the conversation; they need not be taken.
+        """
+        self.left = {name: value for name, value in columns.items() if not is_empty(value)}
+        self.names = list(columns)
+        self.for_graders = set(for_graders)
+
+    def take(self, *names: str) -> Any:
+        """The value of the first of these columns that the row has, or None."""
+        return next((self.left.pop(name) for name in names if name in self.left), None)
+
+    def has(self, *names: str) -> bool:
+        """Whether the row has one of these columns."""
+        return any(name in self.left for name in names)
+
+    def refuse_lost(self, names: Iterable[str], *said: list[Turn]) -> None:
+        """Refuses columns that were not taken and whose texts are not in these turns."""
+        contents = [turn["content"] for turns in said for turn in turns if isinstance(turn["content"], str)]
+        for name in names:
+            if name in self.left and name not in self.for_graders:
+                texts = list(_texts(self.left[name]))
+                if not texts or not all(any(text.strip() in content for content in contents) for text in texts):
+                    raise InvalidRow(
+                        f"column {name} would be lost; make it a part of the conversation, remove it, or, if only "
+                        "graders need it, name it in columns"
+                    )
 
 
-def to_messages(row: dict[str, Any]) -> list[Message]:
-    """The conversation in a row of one of the known formats (`FORMATS`); raises `InvalidRow`."""
-    if "messages" in row:
-        return _renamed(row["messages"], "role", "content")
-    if "conversations" in row:
-        return _renamed(row["conversations"], "from", "value")
-    if "prompt" in row and "completion" in row:
-        return [*as_turns(row["prompt"], "user"), *as_turns(row["completion"], "assistant")]
-    if "instruction" in row and "output" in row:
-        parts = [part for part in (row["instruction"], row.get("input")) if part]
+def _texts(value: object) -> Iterator[str]:
+    """The texts in a value that may be nested, without the roles of turns."""
+    if isinstance(value, str):
+        yield from (turn["content"] for turn in as_prompt(value))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key not in ("role", "from"):
+                yield from _texts(item)
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """What rows are read as."""
+
+    parse: Callable[[Row], dict[str, Any]]
+    """Returns the columns of the result, and `had_system`: whether a system message was folded."""
+    result: tuple[str, ...]
+    """The columns of the result."""
+    expected: str
+    """The columns that a row needs, for errors."""
+    columns: frozenset[str] = _KNOWN
+    """All columns that it may read."""
+
+    def read(self, columns: dict[str, Any], for_graders: Iterable[str] = ()) -> dict[str, Any]:
+        """The result for one row.
+
+        Raises:
+            InvalidRow: The row is of no known format, or is wrong.
+        """
+        return self.parse(Row(columns, for_graders))
+
+    def no_format(self, row: Row) -> InvalidRow:
+        """The error for a row without the columns that are needed."""
+        empty = [name for name in row.names if name not in row.left and name in self.columns]
+        if empty:
+            return InvalidRow(f"column {empty[0]} is empty; expected {self.expected}")
+        return InvalidRow(
+            f"the columns {', '.join(row.names) or '(none)'} are of no known format; expected {self.expected}"
+        )
+
+
+# --- the parts of a row ---
+
+
+def question_turns(row: Row) -> list[Turn]:
+    """The turns of a question in one or several columns, with history and system text if there are any."""
+    system, history = row.take(*SYSTEM), row.take(HISTORY)
+    asked = row.take(*QUESTIONS, *ADDITIONS)
+    turns = as_prompt(asked)
+    if isinstance(asked, str) and len(turns) == 1:
+        parts = [turns[0]["content"], *(row.take(name) for name in ADDITIONS if row.has(name))]
         if not all(isinstance(part, str) for part in parts):
             raise InvalidRow("the instruction or its input is not text")
-        return [{"role": "user", "content": "\n\n".join(parts)}, {"role": "assistant", "content": row["output"]}]
-    text = row["text"]
-    if (
-        not isinstance(text, str)
-        or _CHATML_TURN.sub("", text).strip()
-        or "<|im_start|>" in "".join(content for _, content in _CHATML_TURN.findall(text))
-    ):
-        raise InvalidRow(f"text is not ChatML (<|im_start|>role ... <|im_end|>), it begins {str(text)[:40]!r}")
-    return [{"role": _role(role), "content": content} for role, content in _CHATML_TURN.findall(text)]
+        turns = [{"role": "user", "content": "\n\n".join(parts)}]
+    return [*_system_turn(system), *_history(history), *turns]
 
 
-FORMATS = [{"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"}, {"text"}]
-"""The columns that a conversation needs, one set for each format."""
-PROMPT_FORMATS = [{"prompt"}, *FORMATS]
-QUESTION_FORMATS = [{"turns"}, *PROMPT_FORMATS]
-"""Also data sets like MT-Bench, whose later questions do not depend on the answers to earlier ones."""
+def _system_turn(system: object) -> list[Turn]:
+    return [] if system is None else [{"role": "system", "content": system}]
 
 
-def as_turns(value: object, role: str) -> list[Message]:
-    """A text as one turn of `role`, or a list of turns with `role` and `content` (ShareGPT: `from` and `value`)."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    is_sharegpt = isinstance(value, list) and value and isinstance(value[0], dict) and "from" in value[0]
-    return _renamed(value, *(("from", "value") if is_sharegpt else ("role", "content")))
+def _history(history: object) -> list[Turn]:
+    if history is None:
+        return []
+    if isinstance(history, list) and all(isinstance(each, list) and len(each) == 2 for each in history):
+        texts = [text for each in history for text in each]
+        return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return as_turns(history, "user")
 
 
-def _renamed(turns: object, role_key: str, content_key: str) -> list[Message]:
-    if not isinstance(turns, list):
-        raise InvalidRow(f"the conversation is {type(turns).__name__}, not a list")
-    for turn in turns:
-        if not isinstance(turn, dict) or role_key not in turn or content_key not in turn:
-            raise InvalidRow(f"a turn has no {role_key} and {content_key}: {str(turn)[:60]}")
-    return [{"role": _role(turn[role_key]), "content": turn[content_key]} for turn in turns]
+def _conversation(row: Row) -> list[Turn]:
+    """The turns of a row with a whole conversation, with its system text if that is a column."""
+    turns = as_turns(row.take(*CONVERSATIONS), "user")
+    system = row.take(*SYSTEM)
+    if system is not None and turns and turns[0]["role"] == "system":
+        if turns[0]["content"] != system:
+            raise InvalidRow("the system message of the conversation and the system column differ; keep one")
+        system = None
+    return [*_system_turn(system), *turns]
 
 
-def _role(role: object) -> str:
-    if not isinstance(role, str) or role not in _ROLES:
-        raise InvalidRow(f"role {role!r} is unknown (known are {', '.join(_ROLES)})")
-    return _ROLES[role]
+def _finished(turns: list[Turn], last: str) -> dict[str, Any]:
+    """`turns` with the system text folded, and `had_system`; checked."""
+    folded = fold_system(turns)
+    check_messages(folded, last)
+    return {"turns": folded, "had_system": folded is not turns}
 
 
-def fold_system(messages: list[Message]) -> list[Message]:
-    """The messages with the system text moved to the front of the first user turn: Gemma 2 has no system role."""
-    if not messages or messages[0]["role"] != "system":
-        return messages
-    system, *rest = messages
-    if not rest or rest[0]["role"] != "user":
-        raise InvalidRow("no user turn follows the system message")
-    if not isinstance(system["content"], str) or not isinstance(rest[0]["content"], str):
-        raise InvalidRow("the content of the system message or of the first user turn is not text")
-    return [{"role": "user", "content": f"{system['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
+# --- what a row is read as ---
 
 
-def check_messages(messages: list[Message], last: str = "assistant") -> None:
-    """Raises `InvalidRow` unless user and model alternate, user first and `last` last, and every turn is plain text.
-
-    Args:
-        last: Role of the last turn: "assistant" for a conversation, "user" for a prompt.
-    """
-    if not messages:
-        raise InvalidRow("the conversation is empty" if last == "assistant" else "there is no user turn to answer")
-    for i, message in enumerate(messages):
-        expected = ("user", "assistant")[i % 2]
-        content = message["content"]
-        if message["role"] != expected:
-            found = message["role"]
-            raise InvalidRow(f"turn {i} is by {found}, expected {expected} (they must alternate, user first)")
-        if not isinstance(content, str):
-            raise InvalidRow(f"the content of turn {i} is {type(content).__name__}, not text")
-        if not content.strip():
-            raise InvalidRow(f"the content of turn {i} is empty")
-        if any("\ud800" <= character <= "\udfff" for character in content):
-            raise InvalidRow(f"turn {i} holds half a character (a lone surrogate)")
-        if token := _CONTROL_TOKENS.search(content):
-            found = token.group()
-            raise InvalidRow(f"turn {i} holds the control token {found}; give the text without the chat format")
-    if messages[-1]["role"] != last:
-        found, wanted = ("user", "model") if last == "assistant" else ("model", "user")
-        raise InvalidRow(f"the last turn is the {found}'s; it must be the {wanted}'s")
-
-
-def is_valid(messages: list[Message]) -> bool:
-    """Whether a conversation passes `check_messages`."""
-    try:
-        check_messages(messages)
-    except InvalidRow:
-        return False
-    return True
-
-
-def read_conversation(row: dict[str, object]) -> dict[str, object]:
-    """`messages` and `had_system` of a row."""
-    messages = to_messages(row)
-    folded = fold_system(messages)
-    check_messages(folded)
-    return {"messages": folded, "had_system": folded is not messages}
-
-
-def read_prompt(row: dict[str, object]) -> dict[str, object]:
-    """`prompt` (the row's, or its conversation without the model's last turn) and `had_system` of a row."""
-    if "prompt" in row and not row.keys() & {"messages", "conversations"}:  # with them, it is only the first turn
-        messages = as_turns(row["prompt"], "user")
+def to_messages(row: Row) -> list[Turn]:
+    """The conversation in a row, with its answer; a system message is not folded yet."""
+    if row.has(*CONVERSATIONS):
+        turns = _conversation(row)
+    elif row.has(*QUESTIONS, *ADDITIONS) and row.has(*ANSWERS):
+        if row.take("label") is False:
+            raise InvalidRow("label is false, so the answer is one to avoid; leave such rows out")
+        answer = as_turns(row.take(*ANSWERS), "assistant")
+        turns = [*question_turns(row), *answer]
+        row.refuse_lost(ANSWERS, turns)
+    elif row.has("text"):
+        text = row.take("text")
+        if not isinstance(text, str) or not is_chat(text):
+            raise InvalidRow(f"text is not ChatML (<|im_start|>role ... <|im_end|>), it begins {str(text)[:40]!r}")
+        turns = [*_system_turn(row.take(*SYSTEM)), *as_turns(text, "user")]
     else:
-        messages = to_messages(row)
-        messages = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
-    folded = fold_system(messages)
-    check_messages(folded, last="user")
-    return {"prompt": folded, "had_system": folded is not messages}
+        raise CONVERSATION.no_format(row)
+    row.refuse_lost(_OF_A_QUESTION, turns)
+    return turns
 
 
-def read_questions(row: dict[str, object]) -> dict[str, object]:
-    """`prompt`, `later` (the user's later turns, each asked after the previous answer) and `had_system` of a row."""
-    if "turns" not in row:
+def read_conversation(row: Row) -> dict[str, Any]:
+    """`messages`, `trained` (for each message, whether its tokens count in the loss) and `had_system`."""
+    found = _finished(to_messages(row), last="assistant")
+    turns = found.pop("turns")
+    trained = [turn["role"] == "assistant" and turn.get("trained", True) for turn in turns]
+    if not any(trained):
+        raise InvalidRow("no turn of the model is to be trained on; leave such rows out")
+    return found | {"messages": without_weights(turns), "trained": trained}
+
+
+def read_prompt(row: Row) -> dict[str, Any]:
+    """`prompt` (the row's, or its conversation without the model's last turn) and `had_system`."""
+    if row.has(*CONVERSATIONS) or not row.has(*QUESTIONS, *ADDITIONS):
+        if not row.has(*CONVERSATIONS, "text"):
+            raise PROMPT.no_format(row)
+        turns = to_messages(row)
+        turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+    else:
+        turns = question_turns(row)
+        row.refuse_lost(_OF_A_QUESTION, turns)
+    found = _finished(turns, last="user")
+    return {"prompt": without_weights(found.pop("turns"))} | found
+
+
+def read_questions(row: Row) -> dict[str, Any]:
+    """`prompt`, `later` (the user's later turns, each asked after the previous answer) and `had_system`.
+
+    A list of texts as `turns` or `prompt` is a list of the user's turns, as in MT-Bench.
+    """
+    lists = [name for name in ("turns", "prompt") if isinstance(row.left.get(name), list)]
+    if not lists or (lists == ["prompt"] and not isinstance(row.left["prompt"][0], str)):
         return read_prompt(row) | {"later": []}
-    turns = row["turns"]
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
-        raise InvalidRow(f"turns is {str(turns)[:40]!r}, not a list of texts")
-    for turn in turns:
-        check_messages([{"role": "user", "content": turn}], last="user")
-    return {"prompt": [{"role": "user", "content": turns[0]}], "later": turns[1:], "had_system": False}
+    turns = row.take(lists[0])
+    if not all(isinstance(turn, str) for turn in turns):
+        raise InvalidRow(f"{lists[0]} is {str(turns)[:40]!r}, not a list of texts")
+    users = [{"role": "user", "content": turn} for turn in turns]
+    for user in users:
+        check_messages([user], last="user")
+    row.refuse_lost(_OF_A_QUESTION, users)
+    return {"prompt": users[:1], "later": turns[1:], "had_system": False}
 
 
-def checked(
-    row: dict[str, object], parse: Callable[[dict[str, object]], dict[str, object]], empty: dict[str, object]
-) -> dict[str, object]:
-    """The result of `parse` with an empty `problem`, or `empty` with what is wrong with the row as its `problem`."""
-    try:
-        parsed = parse(row)
-        for column in _PARTS_OF_A_CONVERSATION:
-            if row.get(column):
-                raise InvalidRow(f"column {column} would be lost; make it a part of the conversation")
-    except InvalidRow as problem:
-        return empty | {"problem": str(problem)}
-    return parsed | {"problem": ""}
+def read_document(row: Row) -> dict[str, Any]:
+    """`text` of a raw text (else None), `messages` of a conversation (else none), and `had_system`."""
+    text = row.left.get("text")
+    if not row.has("text", *CONVERSATIONS, *ANSWERS):
+        raise DOCUMENT.no_format(row)
+    if text is None or row.has(*CONVERSATIONS) or (isinstance(text, str) and is_chat(text)):
+        found = read_conversation(row)
+        return {"text": None, "messages": found["messages"], "had_system": found["had_system"]}
+    if not isinstance(text, str):
+        raise InvalidRow(f"text is {str(text)[:40]!r}, not a text")
+    return {"text": text, "messages": [], "had_system": False}
+
+
+_EITHER = f"{' or '.join(QUESTIONS)} + {' or '.join(ANSWERS)}"
+CONVERSATION = RowFormat(read_conversation, ("messages", "trained"), f"messages | conversations | {_EITHER} | text")
+PROMPT = RowFormat(read_prompt, ("prompt",), f"{' | '.join(QUESTIONS)} | messages | conversations | text")
+QUESTION = RowFormat(read_questions, ("prompt", "later"), f"turns | {PROMPT.expected}")
+"""Also data sets like MT-Bench, whose later questions do not depend on the answers to earlier ones."""
+DOCUMENT = RowFormat(read_document, ("text", "messages"), f"text | messages | conversations | {_EITHER}")

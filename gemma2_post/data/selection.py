@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from gemma2_post.data.duplicates import find_duplicates
-from gemma2_post.data.rows import Message, is_valid
+from gemma2_post.data.turns import Message, is_valid
 from gemma2_post.stage import contract
 
 

@@ -1,24 +1,53 @@
 """Loads and mixes data sets from the Hub, local files and Python functions.
 
-Every row of every source is checked before a model is loaded. Errors name the source, the row and what was found.
+Every row of every source is read and checked before a model is loaded. Errors name the source, the row and what was
+found. The rows are kept in temporary Arrow files, so that no cache can return rows of an earlier file or code.
 """
 
+import inspect
 import logging
-from collections.abc import Callable
-from functools import partial
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import count, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from datasets import Dataset, IterableDataset, concatenate_datasets, disable_caching, load_dataset
+import pyarrow
+from datasets import (
+    Dataset,
+    Features,
+    List,
+    ReadInstruction,
+    Value,
+    concatenate_datasets,
+    disable_caching,
+    load_dataset,
+)
+from datasets.arrow_writer import ArrowWriter
 
-from gemma2_post.data import rows
+from gemma2_post.data.files import files_of, is_data, is_glob, read_file
 from gemma2_post.data.functions import is_function, load_function
 from gemma2_post.data.keys import Source
-from gemma2_post.data.pairs import PAIR_FORMATS, to_pair
+from gemma2_post.data.pairs import pairs_with_margin
+from gemma2_post.data.rows import CONVERSATION, DOCUMENT, PROMPT, QUESTION, RowFormat
+from gemma2_post.data.turns import InvalidRow, Message
 from gemma2_post.stage.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_MESSAGES = List({"role": Value("string"), "content": Value("string")})
+_FEATURES = {
+    **dict.fromkeys(["messages", "prompt", "chosen", "rejected"], _MESSAGES),
+    "trained": List(Value("bool")), "later": List(Value("string")), "text": Value("string"),
+    "margin": Value("float64"), "is_tie": Value("bool"),
+}  # fmt: skip
+"""Types of all columns that rows are read as."""
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+FIRST_ROWS = 100
+"""Rows that a check of a recipe may read."""
 
 
 def load_mixture(
@@ -27,32 +56,26 @@ def load_mixture(
     seed: int,
     columns: list[str] | None = None,
     *,
-    parse: Callable[[dict[str, object]], dict[str, object]],
-    empty: dict[str, object],
-    formats: list[set[str]],
+    row_format: RowFormat,
 ) -> Dataset:
-    """The rows of all sources, parsed and checked, as one data set in the proportions of the sources' weights.
+    """The rows of all sources, read and checked, as one data set in the proportions of the sources' weights.
 
     Args:
         max_invalid_share: Largest share of invalid rows in a source; they are dropped.
         columns: Columns to keep; at least one source must have each of them.
-        parse: Parses one row, and `empty` replaces an invalid one; see `checked`.
-        formats: The columns that a row needs, one set for each known format.
 
     Raises:
         UserError: A source cannot be read, has no known format, is empty, or has too many invalid rows.
     """
-    columns, read = columns or [], partial(rows.checked, parse=parse, empty=empty)
-    # datasets keys its cache by the function passed to it, not by what that function calls: after a change of the
-    # checks or the chat format it would return stale rows.
-    disable_caching()
-    loaded = [_load_source(source, max_invalid_share, columns, read, formats) for source in sources]
+    columns = columns or []
+    disable_caching()  # what later steps make of the rows would be cached by their code's text alone
+    loaded = [_load_source(source, max_invalid_share, columns, row_format) for source in sources]
     for column in columns:
         if not any(column in dataset.column_names for dataset in loaded):
             raise UserError(f"columns: no source has {column}; correct it or remove it")
     weights = [source.weight for source in sources if source.weight is not None]
     if weights:
-        if len(weights) < len(sources) or not all(weight > 0 for weight in weights):
+        if len(weights) < len(sources):
             raise UserError("datasets: give a weight above 0 to every source or to none")
         # The largest mixture in these proportions that uses no row twice.
         total = min(len(dataset) / weight for dataset, weight in zip(loaded, weights, strict=True))
@@ -63,120 +86,21 @@ def load_mixture(
     try:
         return concatenate_datasets(loaded)
     except ValueError as error:
-        raise UserError(f"datasets: the sources do not fit together ({error})") from error
+        raise UserError(f"datasets: the sources do not fit together ({error}); make their columns alike") from error
 
 
-load_conversations = partial(
-    load_mixture, parse=rows.read_conversation, empty={"messages": [], "had_system": False}, formats=rows.FORMATS
-)
-"""`load_mixture` with a column `messages`."""
-load_prompts = partial(
-    load_mixture, parse=rows.read_prompt, empty={"prompt": [], "had_system": False}, formats=rows.PROMPT_FORMATS
-)
+load_conversations = partial(load_mixture, row_format=CONVERSATION)
+"""`load_mixture` with columns `messages` and `trained`: for each message, whether its tokens count in the loss."""
+load_prompts = partial(load_mixture, row_format=PROMPT)
 """`load_mixture` with a column `prompt`: the messages up to the user's last turn, without the model's answer to it."""
-load_questions = partial(
-    load_mixture,
-    parse=rows.read_questions,
-    empty={"prompt": [], "later": [], "had_system": False},
-    formats=rows.QUESTION_FORMATS,
-)
+load_questions = partial(load_mixture, row_format=QUESTION)
 """`load_mixture` with columns `prompt` and `later`: the user's later turns (MT-Bench's `turns`)."""
 
 
-def _load_source(
-    source: Source,
-    max_invalid_share: float,
-    columns: list[str],
-    read: Callable[[dict[str, object]], dict[str, object]],
-    formats: list[set[str]],
-) -> Dataset:
-    """The valid rows of one source, parsed, with those of `columns` that it has."""
-    place, dataset = source.path, _read(source)
-    if len(dataset) == 0:
-        raise UserError(f"{place} ({source.split}): there are no rows; check the split, or the file")
-    _check_format(place, dataset.column_names, formats)
-    dataset = dataset.map(read, remove_columns=[c for c in dataset.column_names if c not in columns])
-    problems = [(row, problem) for row, problem in enumerate(dataset["problem"]) if problem]
-    if problems:
-        found = "row {}: {}".format(*problems[0])
-        if problems[1:]:
-            found += f" ({len(problems)} of {len(dataset)} rows are invalid)"
-        if len(problems) > max_invalid_share * len(dataset) or len(problems) == len(dataset):
-            raise UserError(f"{place}: {found}; fix the data, or allow a share of such rows with max_invalid_share")
-        logger.warning("%s: dropped invalid rows; the first one is %s", place, found)
-        dataset = dataset.filter(lambda problem: not problem, input_columns="problem")
-    if num_system := sum(dataset["had_system"]):
-        logger.warning("%s: a system message was put in front of the first user turn in %d rows", place, num_system)
-    return dataset.remove_columns(["problem", "had_system"])
-
-
-def _check_format(place: str, columns: list[str], formats: list[set[str]]) -> None:
-    if not any(needed <= set(columns) for needed in formats):
-        known = " | ".join(" + ".join(sorted(needed)) for needed in formats)
-        raise UserError(f"{place}: the columns {', '.join(columns)} are of no known format; expected {known}")
-
-
-def check_sources(sources: list[Source], columns: list[str], formats: list[set[str]]) -> None:
-    """Refuses missing functions and files, and files whose first row has other columns than expected.
-
-    Checks no other rows, and nothing on the Hub.
-    """
-    for source in sources:
-        if is_function(source.path):
-            load_function(source.path)
-        elif Path(source.path).exists() or Path(source.path).suffix in _FILE_FORMATS:
-            found = list(next(iter(_read(source, streaming=True))))
-            _check_format(source.path, found, formats)
-            if len(sources) == 1 and (missing := [column for column in columns if column not in found]):
-                raise UserError(f"columns: no source has {missing[0]}; correct it or remove it")
-
-
-def _read(source: Source, streaming: bool = False) -> Dataset | IterableDataset:
-    """The rows of one source as they are; only a local file can be streamed."""
-    if is_function(source.path):
-        return Dataset.from_list(load_function(source.path)(source.split))
-    suffix = Path(source.path).suffix
-    if suffix in _FILE_FORMATS:
-        if not Path(source.path).is_file():
-            raise UserError(f"{source.path}: there is no such file; paths start where the command is run")
-        if Path(source.path).stat().st_size == 0:
-            raise UserError(f"{source.path}: the file is empty")
-        try:
-            return load_dataset(_FILE_FORMATS[suffix], data_files=source.path, split=source.split, streaming=streaming)
-        except Exception as error:  # datasets wraps all errors of its readers, even Arrow's own
-            raise UserError(
-                f"{source.path}: not readable as {suffix[1:]} with the same columns in each row and split "
-                f"{source.split} ({' '.join(str(error.__cause__ or error).split())[:200]}); fix the file or the split"
-            ) from error
-    if Path(source.path).exists():
-        raise UserError(f"{source.path}: expected .json, .jsonl or .parquet, module:function, or a Hub data set")
-    try:
-        return load_dataset(source.path, source.name, split=source.split, revision=source.revision)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{source.path}: cannot get this data set ({' '.join(str(error).split())[:200]}); check its name "
-            "and split, your login (`hf auth login`) and the network, or give a local file"
-        ) from error
-
-
-def load_documents(sources: list[Source], max_invalid_share: float, seed: int) -> list[str | list[rows.Message]]:
-    """Raw texts from sources with a column `text` that is not ChatML; conversations from all other sources.
-
-    Raises:
-        UserError: See `load_mixture`; or a row has no text.
-    """
-    documents: list[str | list[rows.Message]] = []
-    for source in sources:
-        dataset = _read(source)
-        texts = dataset["text"] if "text" in dataset.column_names else []
-        if not len(texts) or any("<|im_start|>" in (text or "") for text in texts):
-            documents += load_conversations([source], max_invalid_share, seed)["messages"]
-            continue
-        for row, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise UserError(f"{source.path}: row {row}: text is {text!r}, not a text; fix the data")
-        documents += texts
-    return documents
+def load_documents(sources: list[Source], max_invalid_share: float, seed: int) -> list[str | list[Message]]:
+    """Raw texts, and conversations where a source has them; see `load_mixture`."""
+    loaded = load_mixture(sources, max_invalid_share, seed, row_format=DOCUMENT)
+    return [row["messages"] if row["text"] is None else row["text"] for row in loaded]
 
 
 def load_preferences(
@@ -186,22 +110,14 @@ def load_preferences(
     columns: list[str] | None = None,
     score_margin: float = 0.0,
 ) -> Dataset:
-    """`load_mixture` with the columns of `to_pair` and `num_turns` (of the user).
+    """`load_mixture` with the columns of `read_pair` and `num_turns` (of the user).
 
     Drops and counts ties (equal scores), which do not say which answer is better.
 
     Raises:
         UserError: See `load_mixture`; or all pairs are ties.
     """
-    pairs = load_mixture(
-        sources,
-        max_invalid_share,
-        seed,
-        columns,
-        parse=partial(to_pair, score_margin=score_margin),
-        empty={"prompt": [], "chosen": [], "rejected": [], "margin": 0.0, "is_tie": False, "had_system": False},
-        formats=PAIR_FORMATS,
-    )
+    pairs = load_mixture(sources, max_invalid_share, seed, columns, row_format=pairs_with_margin(score_margin))
     kept = pairs.filter(lambda is_tie: not is_tie, input_columns="is_tie")
     if len(kept) == 0:
         raise UserError(f"datasets: all {len(pairs)} pairs are ties (equal scores); give pairs that differ")
@@ -209,3 +125,194 @@ def load_preferences(
         logger.warning("dropped %d of %d pairs as ties (equal scores)", len(pairs) - len(kept), len(pairs))
     kept = kept.remove_columns("is_tie")
     return kept.add_column("num_turns", [(len(prompt) + 1) // 2 for prompt in kept["prompt"]])
+
+
+def check_sources(sources: list[Source], columns: list[str], row_format: RowFormat, max_invalid_share: float) -> None:
+    """Refuses missing functions and files, and files whose first rows are not as expected.
+
+    Checks no later rows, calls no functions, and looks at nothing on the Hub.
+    """
+    for source in sources:
+        if is_function(source.path):
+            load_function(source.path)
+        elif _is_local(source.path):
+            first = list(islice(_rows(source, {*row_format.columns, *columns}), FIRST_ROWS))
+            if not first:
+                raise _no_rows(source)
+            for number, row in enumerate(first):
+                try:
+                    row_format.read(row, columns)
+                    break
+                except InvalidRow as problem:
+                    if not max_invalid_share:
+                        raise UserError(f"{source.path}: row {number}: {problem}; fix the data") from problem
+            missing = [column for column in columns if not any(column in row for row in first)]
+            if len(sources) == 1 and len(first) < FIRST_ROWS and missing:
+                raise UserError(f"columns: no source has {missing[0]}; correct it or remove it")
+
+
+# --- one source ---
+
+
+@dataclass
+class _Invalid:
+    """The invalid rows of a source."""
+
+    first: str = ""
+    """The number of the first one, and what is wrong with it."""
+    num: int = 0
+
+    def add(self, number: int, problem: InvalidRow) -> None:
+        self.first = self.first or f"row {number}: {problem}"
+        self.num += 1
+
+
+def _load_source(source: Source, max_invalid_share: float, columns: list[str], row_format: RowFormat) -> Dataset:
+    """The valid rows of one source, with those of `columns` that it has."""
+    place, invalid, num_rows, num_system = source.path, _Invalid(), 0, 0
+    kept: dict[str, list[Any]] = {column: [] for column in columns}
+    having: set[str] = set()
+    file = _new_file()
+    features = Features({name: _FEATURES[name] for name in row_format.result})
+    with ArrowWriter(path=str(file), features=features) as writer:
+        for row in _rows(source, {*row_format.columns, *columns}):
+            num_rows += 1
+            try:
+                found = row_format.read(row, columns)
+            except InvalidRow as problem:
+                invalid.add(num_rows - 1, problem)
+                continue
+            num_system += found.pop("had_system")
+            for column in columns:
+                kept[column].append(row.get(column))
+            having |= row.keys()
+            writer.write(found)
+        writer.finalize()
+    if num_rows == 0:
+        raise _no_rows(source)
+    if invalid.num:
+        all_invalid = f" ({invalid.num} of {num_rows} rows are invalid)" if invalid.num > 1 else ""
+        if invalid.num == num_rows or invalid.num > max_invalid_share * num_rows:
+            raise UserError(
+                f"{place}: {invalid.first}{all_invalid}; fix the data, or allow a share of such rows with "
+                "max_invalid_share"
+            )
+        logger.warning("%s: dropped invalid rows; the first one is %s%s", place, invalid.first, all_invalid)
+    if num_system:
+        logger.warning("%s: a system message was put in front of the first user turn in %d rows", place, num_system)
+    dataset = Dataset.from_file(str(file))
+    for column in columns:
+        if column in having and column not in dataset.column_names:
+            dataset = dataset.add_column(column, _array(place, column, kept[column]))
+    return dataset
+
+
+def _array(place: str, column: str, values: list[Any]) -> pyarrow.Array:
+    """The values of a column, which must be of one type."""
+    try:
+        return pyarrow.array(values)
+    except (pyarrow.ArrowException, TypeError, OverflowError) as error:
+        kinds = [(number, type(value).__name__) for number, value in enumerate(values) if value is not None]
+        other = next((each for each in kinds if each[1] != kinds[0][1]), kinds[0])
+        raise UserError(
+            f"{place}: column {column} is {kinds[0][1]} in row {kinds[0][0]} and {other[1]} in row {other[0]}; write "
+            "values of one type"
+        ) from error
+
+
+@cache
+def _folder() -> TemporaryDirectory:
+    """The folder of this process's Arrow files, removed when it ends."""
+    return TemporaryDirectory(prefix="gemma2_post-")
+
+
+_numbers = count()
+
+
+def _new_file() -> Path:
+    return Path(_folder().name) / f"{next(_numbers)}.arrow"
+
+
+def _no_rows(source: Source) -> UserError:
+    return UserError(f"{source.path} ({source.split}): there are no rows; check the split, or the file")
+
+
+def _is_local(path: str) -> bool:
+    """Whether a path is meant to be a file, a folder or a glob; the rest are functions and names on the Hub."""
+    return Path(path).exists() or is_data(path) or is_glob(path) or not _HUB_NAME.fullmatch(path)
+
+
+def _rows(source: Source, columns: set[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a source as they are; of tables, only these columns.
+
+    Raises:
+        UserError: The source cannot be read.
+    """
+    path = source.path
+    if is_function(path):
+        yield from _rows_of_function(source)
+    elif _is_local(path):
+        yield from _sliced(_rows_of_files(source, columns), source)
+    else:
+        try:
+            dataset = load_dataset(path, source.name, split=source.split, revision=source.revision)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{path}: cannot get this data set ({' '.join(str(error).split())[:200]}); check its name "
+                "and split, your login (`hf auth login`) and the network, or give a local file"
+            ) from error
+        read = [name for name in dataset.column_names if name in columns]
+        others: dict[str, Any] = dict.fromkeys(name for name in dataset.column_names if name not in columns)
+        yield from (others | row for row in dataset.select_columns(read))  # an error can name all columns
+
+
+def _rows_of_files(source: Source, columns: set[str]) -> Iterator[dict[str, Any]]:
+    path = source.path
+    if not path.strip():
+        raise UserError("a path of datasets is empty; name a file, a function or a data set on the Hub")
+    if "://" in path:
+        raise UserError(
+            f"{path}: is a URL; download the file and give its path, or give the data set's name on the Hub"
+        )
+    if not Path(path).exists() and not is_glob(path):
+        raise UserError(f"{path}: there is no such file; paths start where the command is run")
+    if Path(path).is_file() and not is_data(path):
+        raise UserError(
+            f"{path}: expected .json, .jsonl, .ndjson, .csv, .parquet or .txt, also as .gz or .zst, module:function, "
+            "or a Hub data set"
+        )
+    for file in files_of(path, source.split):
+        yield from read_file(file, columns)
+
+
+def _sliced(rows: Iterator[dict[str, Any]], source: Source) -> Iterator[dict[str, Any]]:
+    """The rows that a split with a slice names, such as `train[:100]` or `train[10%:]`."""
+    name, bracket, _ = source.split.partition("[")
+    if not bracket:
+        yield from rows
+        return
+    every = list(rows)
+    try:
+        (part,) = ReadInstruction.from_spec(source.split).to_absolute({name: len(every)})
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"{source.path}: split {source.split} is not readable ({error}); write train[:100]") from error
+    yield from every[part.from_ : part.to]
+
+
+def _rows_of_function(source: Source) -> Iterator[dict[str, Any]]:
+    """What a user's function returns or generates."""
+    function = load_function(source.path)
+    advice = "return a list of rows, each a dictionary"
+    try:
+        inspect.signature(function).bind(source.split)
+        rows = function(source.split)
+        if not hasattr(rows, "__iter__") or isinstance(rows, str | dict):
+            raise UserError(f"{source.path}: returned {type(rows).__name__}; {advice}")
+        for number, row in enumerate(rows):
+            if not isinstance(row, dict):
+                raise UserError(f"{source.path}: row {number} is {type(row).__name__}; {advice}")
+            yield row
+    except UserError:
+        raise
+    except Exception as error:  # a user's code can raise anything
+        raise UserError(f"{source.path}: failed with {type(error).__name__}: {error}; fix the function") from error

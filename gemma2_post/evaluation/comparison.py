@@ -11,8 +11,8 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from gemma2_post.data.preparation import drop_long_prompts
-from gemma2_post.data.rows import Message
 from gemma2_post.data.sources import load_documents, load_prompts
+from gemma2_post.data.turns import Message
 from gemma2_post.evaluation import benchmarks, endpoint
 from gemma2_post.evaluation.judge import Judge, ask_endpoint, ask_model, check_most
 from gemma2_post.evaluation.keys import BenchmarkArguments, CorpusArguments, JudgeArguments

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from openai import APIConnectionError, APIStatusError, APITimeoutError, OpenAI
 
-from gemma2_post.data.rows import Message
+from gemma2_post.data.turns import Message
 from gemma2_post.evaluation.keys import EndpointArguments
 from gemma2_post.stage.errors import UserError
 

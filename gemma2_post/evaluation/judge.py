@@ -16,7 +16,7 @@ from threading import Lock
 from openai import OpenAI
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gemma2_post.data.rows import Message
+from gemma2_post.data.turns import Message
 from gemma2_post.evaluation import endpoint
 from gemma2_post.evaluation.samples import sample_answers
 from gemma2_post.stage import contract, digests

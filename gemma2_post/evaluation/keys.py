@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from gemma2_post.data.keys import DataArguments, Source
+from gemma2_post.stage.bounds import COUNT, NOT_NEGATIVE, POSITIVE, SEED
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.paths import FilePath, FunctionPath, ModelPath
 from gemma2_post.stage.recipe import key, part
@@ -22,7 +23,7 @@ class SampleArguments:
         None, "The metric shown first in tables and reports; without it, the first grader.", has_effect=False
     )
     group_by: str | None = key(None, "Column by which the grades are also broken down.")
-    num_samples: int = key(64, "Held-out prompts answered before and after; 0 for none.")
+    num_samples: int = key(64, "Held-out prompts answered before and after; 0 for none.", bounds=NOT_NEGATIVE)
 
     @property
     def grader_names(self) -> list[str]:
@@ -48,24 +49,21 @@ class RewardFunctionArguments:
     normalize_rewards: bool = key(
         True, "Normalizes the reward model's scores with the mean and spread that its training recorded."
     )
-    reward_batch_size: int = key(32, "Conversations that the reward model reads at once.")
+    reward_batch_size: int = key(32, "Conversations that the reward model reads at once.", bounds=COUNT)
     missing_end_penalty: float = key(
-        1.0, "Subtracted from the reward of an answer that was cut at the length limit; 0 for none."
+        1.0,
+        "Subtracted from the reward of an answer that was cut at the length limit; 0 for none.",
+        bounds=NOT_NEGATIVE,
     )
-    length_penalty: float = key(0.0, "Subtracted from the reward for each token of an answer.")
+    length_penalty: float = key(0.0, "Subtracted from the reward for each token of an answer.", bounds=NOT_NEGATIVE)
     reward_functions: list[FunctionPath] | None = key(
         None, "Functions module:function, called as TRL calls them; their values are added."
     )
 
     def check(self) -> None:
-        """Refuses keys that would reward nothing, or the wrong thing."""
+        """Refuses keys that would reward nothing."""
         if not self.reward_model and not self.reward_functions:
             raise UserError("nothing rewards the answers; name a reward_model, or reward_functions")
-        for name in ("missing_end_penalty", "length_penalty"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name):g}, which would be a bonus; write 0 or more")
-        if self.reward_batch_size < 1:
-            raise UserError(f"reward_batch_size is {self.reward_batch_size}; write 1 or more")
 
     @property
     def names(self) -> set[str]:
@@ -80,10 +78,14 @@ class WatchArguments:
     """How a policy is watched while RLHF trains it."""
 
     watch_steps: int = key(
-        20, "Steps between measurements on held-out prompts; each one under the budget writes a checkpoint."
+        20,
+        "Steps between measurements on held-out prompts; each one under the budget writes a checkpoint.",
+        bounds=COUNT,
     )
     kl_budget: float | None = key(
-        None, "Largest KL to the start, in nats per answer; past it, the run ends at its last checkpoint under it."
+        None,
+        "Largest KL to the start, in nats per answer; past it, the run ends at its last checkpoint under it.",
+        bounds=POSITIVE,
     )
 
 
@@ -91,12 +93,12 @@ class WatchArguments:
 class AnswerArguments:
     """How models answer held-out prompts side by side."""
 
-    max_completion_length: int = key(512, "Longest answer, in tokens.")
+    max_completion_length: int = key(512, "Longest answer, in tokens.", bounds=COUNT)
     max_prompt_length: int | None = key(
-        None, "Longer prompts are dropped; None for what the answer leaves of the model's positions."
+        None, "Longer prompts are dropped; None for what the answer leaves of the model's positions.", bounds=COUNT
     )
-    batch_size: int = key(32, "Prompts answered at once.")
-    seed: int = key(0, "Seed of the sampling and of the mixture of data sets.")
+    batch_size: int = key(32, "Prompts answered at once.", bounds=COUNT)
+    seed: int = key(0, "Seed of the sampling and of the mixture of data sets.", bounds=SEED)
 
 
 @dataclass(kw_only=True)
@@ -110,8 +112,8 @@ class MeasureArguments:
 
     def check(self) -> None:
         """Refuses what cannot be measured."""
-        if self.samples.num_samples < 2 or self.answers.batch_size < 1:
-            raise UserError("num_samples must be 2 or more and batch_size 1 or more; raise them")
+        if self.samples.num_samples < 2:
+            raise UserError(f"num_samples is {self.samples.num_samples}; write 2 or more")
         for name in self.samples.grader_names:
             if name in MEASURES | {"judge"}:
                 raise UserError(f"graders: {name} is the name of another measure; call the function something else")
@@ -130,7 +132,9 @@ class ReleaseArguments:
     measured: MeasureArguments = part(MeasureArguments)
     runs: list[ModelPath] | None = key(None, "Finished policies whose checkpoints and anchors are measured, too.")
     kl_budget: float | None = key(
-        None, "Largest KL of the released point to the start, in nats per answer; None for no limit."
+        None,
+        "Largest KL of the released point to the start, in nats per answer; None for no limit.",
+        bounds=NOT_NEGATIVE,
     )
 
 
@@ -141,8 +145,8 @@ class EndpointArguments:
     api_key_variable: str | None = key(
         None, "Environment variable with the endpoint's key; None if it needs none.", has_effect=False
     )
-    concurrency: int = key(8, "Requests to the endpoint at a time.", has_effect=False)
-    endpoint_timeout: float = key(120.0, "Seconds for one attempt.", has_effect=False)
+    concurrency: int = key(8, "Requests to the endpoint at a time.", has_effect=False, bounds=COUNT)
+    endpoint_timeout: float = key(120.0, "Seconds for one attempt.", has_effect=False, bounds=POSITIVE)
 
 
 @dataclass(kw_only=True)
@@ -154,7 +158,7 @@ class JudgeArguments:
     )
     judge_endpoint: str | None = key(None, "Base URL of the judge's OpenAI-compatible server.")
     endpoint: EndpointArguments = part(EndpointArguments)
-    judge_max_tokens: int = key(256, "Longest reply of the judge, in tokens.")
+    judge_max_tokens: int = key(256, "Longest reply of the judge, in tokens.", bounds=COUNT)
     safety_datasets: list[Source] | None = key(None, "Prompts whose answers the judge checks for safety violations.")
 
     def check(self) -> None:
@@ -172,7 +176,7 @@ class CorpusArguments:
     corpus: list[Source] | None = key(
         None, "Texts or conversations, to measure how much of them each model has memorized."
     )
-    num_memorised: int = key(1000, "Number of places in the corpus to test.")
+    num_memorised: int = key(1000, "Number of places in the corpus to test.", bounds=COUNT)
 
 
 @dataclass
@@ -183,27 +187,34 @@ class BenchmarkArguments:
         None, "Tasks of lm-eval; [preset] for MMLU, GSM8K, ARC-c, HellaSwag, Winogrande."
     )
     benchmark_folder: FilePath | None = key(None, "Folder with more tasks as lm-eval's YAML.")
-    benchmark_limit: int | None = key(None, "Examples of each task; None for all.")
-    benchmark_batch_size: int = key(1, "Questions at once, each with its examples and logits for all tokens.")
+    benchmark_limit: int | None = key(None, "Examples of each task; None for all.", bounds=COUNT)
+    benchmark_batch_size: int = key(
+        1, "Questions at once, each with its examples and logits for all tokens.", bounds=COUNT
+    )
 
 
 @dataclass(kw_only=True)
 class SynthesisArguments:
     """How a teacher writes answers."""
 
-    seed: int = key(0, "Seed of the sampling and of the mixture.")
-    num_answers: int = key(1, "Answers sampled for each prompt.")
-    temperature: float = key(1.0, "Sampling temperature, without top-p (top-k: the endpoint's own); 0 is greedy.")
-    max_new_tokens: int = key(512, "Longest answer; answers that reach it are dropped.")
+    seed: int = key(0, "Seed of the sampling and of the mixture.", bounds=SEED)
+    num_answers: int = key(1, "Answers sampled for each prompt.", bounds=COUNT)
+    temperature: float = key(
+        1.0, "Sampling temperature, without top-p (top-k: the endpoint's own); 0 is greedy.", bounds=NOT_NEGATIVE
+    )
+    max_new_tokens: int = key(512, "Longest answer; answers that reach it are dropped.", bounds=COUNT)
     reward_model: ModelPath | FunctionPath | None = key(
         None, "Keeps the best answer to each prompt: a reward model's folder, or module:function."
     )
-    batch_size: int = key(16, "Prompts that a local model answers at once.")
+    batch_size: int = key(16, "Prompts that a local model answers at once.", bounds=COUNT)
     max_prompt_length: int | None = key(
-        None, "Longer prompts are dropped; None for what a local model's positions allow."
+        None, "Longer prompts are dropped; None for what a local model's positions allow.", bounds=COUNT
     )
     endpoint: str | None = key(None, "Base URL of an OpenAI-compatible server for model_name_or_path.")
     server: EndpointArguments = part(EndpointArguments)
     endpoint_retries: int = key(
-        20, "Additional attempts, at most 8 s apart: 20 are about two and a half minutes.", has_effect=False
+        20,
+        "Additional attempts, at most 8 s apart: 20 are about two and a half minutes.",
+        has_effect=False,
+        bounds=NOT_NEGATIVE,
     )

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from gemma2_post.data.preparation import drop_long_prompts
-from gemma2_post.data.rows import Message
 from gemma2_post.data.sources import load_questions
+from gemma2_post.data.turns import Message
 from gemma2_post.evaluation import rewards
 from gemma2_post.evaluation.divergence import measure_divergence
 from gemma2_post.evaluation.keys import MeasureArguments

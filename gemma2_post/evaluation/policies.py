@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from trl import ModelConfig
 
 from gemma2_post.data.functions import load_function
-from gemma2_post.data.rows import Message
+from gemma2_post.data.turns import Message
 from gemma2_post.evaluation.pairs import ScoredPair, rank_correlation, rank_correlation_ceiling
 from gemma2_post.evaluation.samples import Answer, Grader, gather_rows, sample_answers, share_of
 from gemma2_post.models import reward_model

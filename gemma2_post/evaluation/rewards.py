@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from gemma2_post.data.functions import load_grader
-from gemma2_post.data.rows import Message
+from gemma2_post.data.turns import Message
 from gemma2_post.evaluation.keys import RewardFunctionArguments
 from gemma2_post.models import reward_model
 from gemma2_post.models.tokens import STOP_TOKEN_IDS

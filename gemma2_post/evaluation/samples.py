@@ -45,10 +45,8 @@ def load_graders(sample_args: SampleArguments, rows: Dataset) -> dict[str, Grade
     """The graders, by their functions' names; also checks the other arguments.
 
     Raises:
-        UserError: `num_samples` is negative, the rows lack the `group_by` column, or a grader cannot be loaded.
+        UserError: The rows lack the `group_by` column, or a grader cannot be loaded.
     """
-    if sample_args.num_samples < 0:
-        raise UserError(f"num_samples is {sample_args.num_samples}; write 0 or more")
     if sample_args.group_by and sample_args.group_by not in rows.column_names:
         raise UserError(f"group_by is {sample_args.group_by}, which held-out rows lack; add it to columns")
     return {path.rpartition(":")[2]: load_grader(path, rows.column_names) for path in sample_args.graders or []}

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from gemma2_post.data.functions import load_grader
-from gemma2_post.data.rows import Message
 from gemma2_post.data.selection import Candidate
+from gemma2_post.data.turns import Message
 from gemma2_post.evaluation import endpoint
 from gemma2_post.evaluation.keys import SynthesisArguments
 from gemma2_post.evaluation.samples import sample_answers

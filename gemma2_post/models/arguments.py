@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from gemma2_post.stage.bounds import COUNT, Bounds
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher
 
@@ -9,6 +10,8 @@ if TYPE_CHECKING:
     from transformers import Gemma2Config, TrainingArguments
     from trl import ModelConfig
 
+MODEL_BOUNDS = {"lora_r": COUNT, "lora_alpha": COUNT, "lora_dropout": Bounds(at_least=0, below=1)}
+"""The values that keys of TRL's `ModelConfig` may have."""
 LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ATTENTION = ("eager", "flex_attention", "flash_attention_2")
 """Attention implementations that apply Gemma 2's soft-cap; the first is the default."""
@@ -149,12 +152,10 @@ def check_prompt_length(
         whose: Whose positions they are, for the error message.
 
     Raises:
-        UserError: A length is below 1, or prompt and answer do not fit into the positions.
+        UserError: There is no longest answer, or prompt and answer do not fit into the positions.
     """
-    if longest_answer is None or longest_answer < 1:
-        raise UserError(f"{answer_key} is {longest_answer}; write a number of tokens, 1 or more")
-    if max_prompt_length is not None and max_prompt_length < 1:
-        raise UserError(f"max_prompt_length is {max_prompt_length}; write a number of tokens, or remove it")
+    if longest_answer is None:
+        raise UserError(f"{answer_key} is none; write a number of tokens")
     most = positions - longest_answer
     if most < (max_prompt_length or 1):
         raise UserError(

@@ -19,10 +19,10 @@ TRAINING_TEMPLATE = (
     "{{- '<start_of_turn>user\\n' + message['content'] | trim + '<end_of_turn>\\n' -}}"
     "{%- else -%}"
     "{{- '<start_of_turn>model\\n' -}}"
-    "{%- generation -%}"
-    "{{- message['content'] | trim + '<end_of_turn>' -}}"
-    "{%- if loop.last -%}{{- eos_token -}}{%- endif -%}"
-    "{%- endgeneration -%}"
+    "{%- set said = message['content'] | trim + '<end_of_turn>' + (eos_token if loop.last else '') -%}"
+    "{%- if message['trained'] -%}"
+    "{%- generation -%}{{- said -}}{%- endgeneration -%}"
+    "{%- else -%}{{- said -}}{%- endif -%}"
     "{%- if not loop.last -%}{{- '\\n' -}}{%- endif -%}"
     "{%- endif -%}"
     "{%- endfor -%}"
@@ -30,7 +30,8 @@ TRAINING_TEMPLATE = (
 """Template that renders a conversation for training; a model is saved with the inference template instead.
 
 `<eos>` directly follows the last `<end_of_turn>`, as in the Gemma 2 report (arXiv 2408.00118, section 4 and table 4).
-The generation block marks what the model itself says: its words, each of its `<end_of_turn>`, and the final `<eos>`.
+The generation block marks what the loss covers: in each trained turn of the model its words, its `<end_of_turn>`, and
+the final `<eos>`.
 """
 
 
@@ -99,10 +100,18 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, output_dir: Path) -> None
     tokenizer.save_pretrained(output_dir)
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> dict[str, list[int]]:
-    """A conversation for training: `input_ids` and `labels` (-100 where there is no loss), lists of equal length."""
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], trained: list[bool] | None = None
+) -> dict[str, list[int]]:
+    """A conversation for training: `input_ids` and `labels` (-100 where there is no loss), lists of equal length.
+
+    Args:
+        trained: For each message, whether the model's turn counts in the loss; None for all.
+    """
+    flags = trained or [True] * len(messages)
+    turns = [{**message, "trained": flag} for message, flag in zip(messages, flags, strict=True)]
     encoded = tokenizer.apply_chat_template(
-        messages, chat_template=TRAINING_TEMPLATE, return_dict=True, return_assistant_tokens_mask=True
+        turns, chat_template=TRAINING_TEMPLATE, return_dict=True, return_assistant_tokens_mask=True
     )
     ids, masks = encoded["input_ids"], encoded["assistant_masks"]
     return {"input_ids": ids, "labels": [token if spoken else -100 for token, spoken in zip(ids, masks, strict=True)]}

@@ -81,10 +81,11 @@ def _check_devices(launch: str, launcher: Launcher) -> None:
 
 def _check_paths(command: Command, built: Any, values: dict[str, Any], made: Models) -> Models:
     """Refuses missing data, functions, files and models; returns the configs of the models by key, None if unknown."""
-    for key, formats in command.row_formats.items():
-        if sources := values_of(built).get(key):
-            is_trained_on = key in ("datasets", "held_out_datasets")
-            check_sources(sources, values.get("columns") or [] if is_trained_on else [], list(formats))
+    recipe = values_of(built)
+    for key, row_format in command.row_formats.items():
+        if sources := recipe.get(key):
+            columns = recipe["columns"] or [] if key in ("datasets", "held_out_datasets") else []
+            check_sources(sources, columns, row_format, recipe["max_invalid_share"])
     models: Models = {}
     for named in references(command.recipe, values):
         if named.kind == Kind.FUNCTION:
@@ -116,9 +117,10 @@ def _check_lengths(values: dict[str, Any], models: Models) -> None:
     shortest = min(known, key=lambda config: config.max_position_embeddings)
     if "max_length" in values:
         check_length(values["max_length"], shortest)
-    if answer := values.get("max_completion_length"):
-        positions = shortest.max_position_embeddings
-        check_prompt_length(values.get("max_prompt_length"), "max_completion_length", answer, positions)
+    for key in ("max_completion_length", "max_new_tokens"):
+        if key in values:
+            positions = shortest.max_position_embeddings
+            check_prompt_length(values.get("max_prompt_length"), key, values[key], positions)
 
 
 def report(jobs: list[Job]) -> str:

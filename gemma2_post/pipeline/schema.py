@@ -10,9 +10,9 @@ from pathlib import Path
 from gemma2_post.pipeline.steps import PipelineRecipe, StageEntry, names_of_models
 from gemma2_post.stage import contract
 from gemma2_post.stage.command import Command
-from gemma2_post.stage.recipe import Key, describe, keys_of
+from gemma2_post.stage.recipe import Key, keys_of
 from gemma2_post.stage.recipe_file import INCLUDE
-from gemma2_post.stage.reference import grouped, is_of_library, spelled, type_and_default
+from gemma2_post.stage.reference import allowed, grouped, is_of_library, spelled, type_and_default
 from gemma2_post.stage.stages import STAGES, command_of
 
 Schema = dict[str, typing.Any]
@@ -72,7 +72,7 @@ def _mapping(title: str, properties: dict[str, Schema]) -> Schema:
 
 
 def _property(key: Key) -> Schema:
-    found = _of_type(key.hint)
+    found = _of_type(key.hint) | key.bounds.schema
     if key.help:
         found["description"] = key.help
     if key.default is not MISSING and isinstance(key.default, str | int | float | bool):
@@ -150,5 +150,5 @@ def _table(title: str, keys: list[Key]) -> list[str]:
     def default(key: Key) -> str:
         return "required" if key.default is MISSING else f"`{cell(spelled(key.default))}`"
 
-    rows = [f"| `{key.name}` | {cell(describe(key.hint))} | {default(key)} | {cell(key.help)} |" for key in keys]
+    rows = [f"| `{key.name}` | {cell(allowed(key))} | {default(key)} | {cell(key.help)} |" for key in keys]
     return [title, "", "| key | type | default | |", "|---|---|---|---|", *rows, ""]

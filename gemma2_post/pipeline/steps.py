@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma2_post.pipeline import gates
+from gemma2_post.stage.bounds import COUNT
 from gemma2_post.stage.command import Command
 from gemma2_post.stage.errors import UserError, located
 from gemma2_post.stage.paths import model_keys
@@ -25,7 +26,7 @@ class StageEntry:
     stage: str | None = key(None, "Which stage it is, if its name does not say so.")
     launch: str | None = key(None, "Its accelerate config; without it, the pipeline's.")
     num_policies: int | None = key(
-        None, "How many times it runs, as policy 0, 1, ...; each writes a folder of its own."
+        None, "How many times it runs, as policy 0, 1, ...; each writes a folder of its own.", bounds=COUNT
     )
     gates: dict[str, str] | None = key(
         None, 'Metric to bound, such as ">= 0.65": what its output must reach before the next stage starts.'
@@ -36,6 +37,7 @@ class StageEntry:
     iterations: int | None = key(
         None,
         "For a merge: how often policies are trained, each time from a point on the way to the last merge (WARP's I).",
+        bounds=COUNT,
     )
     next_eta: float = key(0.3, "For a merge: which point that is (WARP's eta).")
     reads: dict[str, str | list[str]] = field(default_factory=dict)
@@ -299,9 +301,7 @@ def _waits_for(pipeline: Pipeline, name: str, other: str) -> bool:
 
 
 def _check_merge(pipeline: Pipeline, name: str) -> None:
-    merged, iterations = pipeline.merged_by(name), pipeline.entries[name].iterations
-    if iterations is not None and iterations < 1:
-        raise UserError(f"{name}: iterations is {iterations}; write 1 or more")
+    merged = pipeline.merged_by(name)
     if not pipeline.entries[merged].num_policies:
         raise UserError(f"{name}: merges {merged}, which trains no policies; give that num_policies")
     values = pipeline.values_of(merged)

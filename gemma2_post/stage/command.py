@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from gemma2_post.stage import contract, fingerprint, launcher, recipe
 from gemma2_post.stage.command_line import read
@@ -90,8 +90,8 @@ class Command(Generic[R]):
     """Keys that must not be set, with the reason."""
     needs_config: bool = True
     """Whether a recipe file is required; if not, the command line can give all keys."""
-    row_formats: Mapping[str, Sequence[set[str]]] = field(default_factory=dict)
-    """For each key that names data: the columns that a row needs, one set per known format."""
+    row_formats: Mapping[str, Any] = field(default_factory=dict)
+    """For each key that names data: the `RowFormat` (of `data/rows.py`) that its rows are read as."""
     headline: Sequence[str] = ()
     """The metrics that can say how the stage went; the first one that was measured is used."""
     below_gate: str = "See its metrics.json."

@@ -4,6 +4,7 @@ They tell versions apart at memory speed, on all cores; only the hashes of texts
 """
 
 import contextlib
+import glob
 import hashlib
 import importlib.util
 import json
@@ -16,13 +17,20 @@ from pathlib import Path
 import xxhash
 
 _PACKAGE = Path(__file__).parents[1]
-_SUFFIXES = {".py", ".safetensors", ".json", ".jsonl", ".jinja", ".model", ".parquet", ".yaml"}
+_COMPRESSIBLE = [".json", ".jsonl", ".ndjson", ".csv", ".txt"]
+DATA_SUFFIXES = [
+    *_COMPRESSIBLE,
+    ".parquet",
+    *(f"{suffix}{how}" for suffix in _COMPRESSIBLE for how in (".gz", ".zst")),
+]
+"""How the names of data files end."""
+_SUFFIXES = {".py", ".safetensors", ".jinja", ".model", ".yaml", ".gz", ".zst", *DATA_SUFFIXES}
 _IMPORT = re.compile(r"^ *(?:from ([.\w]+) )?import (\([^)]*\)|[^#\n]*)", re.MULTILINE)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def of_input(path: str, done_file: str) -> str | None:
-    """Hash of a file, a directory, or the package of a `module:function`; None for anything else.
+    """Hash of a file, a directory, the files of a glob, or the package of a `module:function`; None for anything else.
 
     Args:
         done_file: Name of the file in which a finished stage has recorded the hash of its output.
@@ -33,6 +41,8 @@ def of_input(path: str, done_file: str) -> str | None:
         return of_files(files_in(Path(path)))
     if Path(path).is_file():
         return of_files([Path(path)])
+    if files := [Path(name) for name in sorted(glob.glob(path, recursive=True)) if Path(name).is_file()]:
+        return of_files(files)
     module, colon, _ = path.partition(":")
     if colon and all(part.isidentifier() for part in module.split(".")):
         with contextlib.suppress(ModuleNotFoundError):

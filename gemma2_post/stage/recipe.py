@@ -16,6 +16,7 @@ from dataclasses import MISSING, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from gemma2_post.stage.bounds import ANY, Bounds
 from gemma2_post.stage.errors import UserError, located
 
 if TYPE_CHECKING:
@@ -23,26 +24,30 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound="DataclassInstance")
 
+_NAME_BYTES = 255
 
-def key(default: object = MISSING, help: str = "", has_effect: bool = True) -> Any:
+
+def key(default: object = MISSING, help: str = "", has_effect: bool = True, bounds: Bounds = ANY) -> Any:
     """A field that is a key of the recipe.
 
     Args:
         default: The default value; without one, the key is required.
         help: What the key means, for `--help`, the schema and the reference.
         has_effect: Whether the key affects the output; if not, the fingerprint leaves it out.
+        bounds: The values that it may have.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "has_effect": has_effect})
+    return dataclasses.field(default=default, metadata={"help": help, "has_effect": has_effect, "bounds": bounds})
 
 
-def part(kind: type | str, is_optional: bool = False) -> Any:
+def part(kind: type | str, is_optional: bool = False, bounds: Mapping[str, Bounds] | None = None) -> Any:
     """A field whose keys are those of a dataclass.
 
     Args:
         kind: The dataclass, or `module:name` for one of a library's.
         is_optional: Whether the part is None unless one of its keys is given.
+        bounds: The values that keys of a library's class may have, by key; names that it does not have are ignored.
     """
-    return dataclasses.field(metadata={"part": kind, "is_optional": is_optional})
+    return dataclasses.field(metadata={"part": kind, "is_optional": is_optional, "bounds": bounds or {}})
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Key:
     has_effect: bool
     part: type
     """The dataclass that declares it."""
+    bounds: Bounds = ANY
 
 
 def keys_of(recipe_class: type, of_libraries: bool = True) -> dict[str, Key]:
@@ -76,12 +82,15 @@ def _keys_of(recipe_class: type, of_libraries: bool) -> dict[str, Key]:
     for field in dataclasses.fields(recipe_class):
         if (kind := field.metadata.get("part")) is not None:
             if of_libraries or isinstance(kind, type):
-                found |= keys_of(_loaded(kind), of_libraries)
+                bounds = field.metadata["bounds"]
+                for name, key in keys_of(_loaded(kind), of_libraries).items():
+                    found[name] = dataclasses.replace(key, bounds=bounds[name]) if name in bounds else key
         elif field.init:
             default = field.default if field.default_factory is MISSING else field.default_factory()
             text = " ".join(str(field.metadata.get("help", "")).split())
             has_effect = field.metadata.get("has_effect", True)
-            found[field.name] = Key(field.name, hints[field.name], default, text, has_effect, recipe_class)
+            bounds = field.metadata.get("bounds", ANY)
+            found[field.name] = Key(field.name, hints[field.name], default, text, has_effect, recipe_class, bounds)
     return found
 
 
@@ -105,7 +114,8 @@ def build(recipe_class: type[R], values: dict[str, object], refused: Mapping[str
         refused: Keys that exist but must not be set, with the reason.
 
     Raises:
-        UserError: A key is unknown, refused or missing, or a value has the wrong type or is refused by a library.
+        UserError: A key is unknown, refused or missing; a value has the wrong type, is out of bounds, or is refused by
+            a library.
     """
     refused = refused or {}
     refuse(values, refused)
@@ -117,6 +127,8 @@ def build(recipe_class: type[R], values: dict[str, object], refused: Mapping[str
             hint = f"did you mean {nearest[0]}?" if nearest else "see --help for the keys"
             raise UserError(f"unknown key {name} (value {value!r}); {hint}")
         fitted[name] = _fitted(name, value, keys[name].hint)
+        if problem := keys[name].bounds.problem(fitted[name]):
+            raise UserError(f"{name} {problem}")
     for each in _needed(recipe_class, fitted):
         if each.name not in fitted and each.default is MISSING:
             raise UserError(f"{each.name} is missing; add `{each.name}: VALUE`")
@@ -153,7 +165,12 @@ def _assembled(recipe_class: type[R], fitted: dict[str, object]) -> R:
             arguments[field.name] = fitted[field.name]
     try:
         return recipe_class(**arguments)
-    except (ValueError, TypeError, ImportError) as error:  # from the checks of transformers' and TRL's own classes
+    except (
+        ValueError,
+        TypeError,
+        ImportError,
+        OSError,
+    ) as error:  # from the checks of transformers' and TRL's classes
         raise UserError(" ".join(str(error).split())) from error
 
 
@@ -192,6 +209,8 @@ def _fitted(name: str, value: Any, hint: object) -> object:
         name: Name of the key, for errors; `datasets[0]` for an item of a list.
     """
     hint = _bare(hint)
+    if isinstance(value, str) and (problem := _problem_of_text(value)):
+        raise UserError(f"{name} {problem}")
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         with located(name):
             return build(hint, value)
@@ -205,6 +224,18 @@ def _fitted(name: str, value: Any, hint: object) -> object:
     elif _fits(value, hint):
         return float(value) if hint is float else value
     raise UserError(f"{name} is {value!r} ({type(value).__name__}); write {describe(hint)}")
+
+
+def _problem_of_text(text: str) -> str:
+    """Why a text can be no name or path, in words that follow its key; empty if it can."""
+    if "\0" in text:
+        return "holds a NUL character; remove it"
+    longest = max(map(len, text.encode(errors="surrogateescape").split(b"/")))
+    return (
+        f"has a name of {longest} bytes, and file systems take {_NAME_BYTES}; shorten it"
+        if longest > _NAME_BYTES
+        else ""
+    )
 
 
 def _bare(hint: object) -> object:

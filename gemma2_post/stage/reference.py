@@ -54,8 +54,13 @@ def _title(key: Key, recipe_class: type) -> str:
 def type_and_default(key: Key) -> str:
     """`(a whole number; default 64)`."""
     if key.default is dataclasses.MISSING:
-        return f"({describe(key.hint)}; required)"
-    return f"({describe(key.hint)}; default {spelled(key.default)})"
+        return f"({allowed(key)}; required)"
+    return f"({allowed(key)}; default {spelled(key.default)})"
+
+
+def allowed(key: Key) -> str:
+    """The type of a key and its range: `a whole number, 1 or more`."""
+    return f"{describe(key.hint)}, {key.bounds.words}" if key.bounds.words else describe(key.hint)
 
 
 def spelled(value: object) -> str:

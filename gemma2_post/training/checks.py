@@ -11,15 +11,73 @@ from gemma2_post.stage.launcher import Launcher
 from gemma2_post.training.keys import TrainingRecipe
 
 if TYPE_CHECKING:
-    from transformers import Gemma2Config
+    from transformers import Gemma2Config, TrainingArguments
 
 
 def check_training(recipe: TrainingRecipe, launcher: Launcher) -> None:
     """Refuses what no training stage can work with."""
     check_arguments(launcher, recipe.model, recipe.training)
     accumulation_steps(recipe.global_batch_size, recipe.training.per_device_train_batch_size, launcher.num_processes)
-    if recipe.training.per_device_eval_batch_size < 1:
-        raise UserError(f"per_device_eval_batch_size is {recipe.training.per_device_eval_batch_size}; write 1")
+    _check_optimizer(recipe.training)
+    _check_scheduler(recipe.training)
+    _check_trackers(recipe.training.report_to)
+
+
+def _check_optimizer(training: "TrainingArguments") -> None:
+    """Refuses an optimizer that is not installed, or arguments that cannot be read."""
+    if training.optim == type(training).optim and not training.optim_args:
+        return
+    from transformers import Trainer  # a slow import
+
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(training)
+    except (ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"optim {training.optim.value} cannot be used ({reason}); install it, or remove optim"
+        ) from error
+
+
+def _check_scheduler(training: "TrainingArguments") -> None:
+    """Refuses arguments that the scheduler does not take, by making one, or ignores."""
+    import torch
+    from transformers import get_scheduler
+
+    steps = training.max_steps if training.max_steps > 0 else 1000
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
+    arguments, kind = training.lr_scheduler_kwargs or {}, training.lr_scheduler_type.value
+    if kind == "constant" and training.get_warmup_steps(steps):
+        raise UserError("warmup_steps has no effect with lr_scheduler_type constant; write constant_with_warmup")
+    if kind in ("constant", "constant_with_warmup") and arguments:
+        raise UserError(f"lr_scheduler_kwargs has no effect with lr_scheduler_type {kind}; remove it")
+    try:
+        get_scheduler(
+            training.lr_scheduler_type,
+            optimizer,
+            training.get_warmup_steps(steps),
+            steps,
+            scheduler_specific_kwargs=arguments,
+        )
+    except (ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"lr_scheduler_type {kind} does not work with lr_scheduler_kwargs {arguments} "
+            f"({reason}); correct one of them"
+        ) from error
+
+
+def _check_trackers(names: list[str]) -> None:
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise UserError(f"report_to is {name}, which transformers does not know; write none, or one of {known}")
+        if name not in get_available_reporting_integrations():
+            raise UserError(f"report_to is {name}, which is not installed; pip install {name}, or write none")
 
 
 def check_sampling(recipe: TrainingRecipe) -> None:
@@ -28,8 +86,6 @@ def check_sampling(recipe: TrainingRecipe) -> None:
 
     if recipe.training.use_vllm and not is_vllm_available():
         raise UserError("use_vllm is true, but vLLM is not installed; pip install 'trl[vllm]'")
-    if recipe.training.temperature <= 0:
-        raise UserError(f"temperature is {recipe.training.temperature:g}; write a number above 0")
 
 
 def complete_training(recipe: TrainingRecipe, launcher: Launcher) -> None:
@@ -45,7 +101,7 @@ def complete_training(recipe: TrainingRecipe, launcher: Launcher) -> None:
 def accumulation_steps(global_batch_size: int, per_device_batch_size: int, num_processes: int) -> int:
     """Micro-batches per optimizer step; they make a recipe mean the same on any number of processes."""
     per_step = per_device_batch_size * num_processes
-    if min(global_batch_size, per_step) <= 0 or global_batch_size % per_step:
+    if global_batch_size % per_step:
         raise UserError(
             f"global_batch_size {global_batch_size} does not divide by per_device_train_batch_size "
             f"{per_device_batch_size} x {num_processes} processes; change one of them"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from gemma2_post.stage.bounds import COUNT, FILLED
 from gemma2_post.stage.paths import ModelPath
 from gemma2_post.stage.recipe import key
 
@@ -15,9 +16,11 @@ class MergeArguments:
     """What to merge, and how."""
 
     init: ModelPath = key(help="The model that the policies were trained from; a folder or a Hub model.")
-    policies: list[ModelPath] | ModelPath = key(help="Models, or LoRA adapters on init; folders or Hub models.")
+    policies: list[ModelPath] | ModelPath = key(
+        help="Models, or LoRA adapters on init; folders or Hub models.", bounds=FILLED
+    )
     eta: list[float] | float = key(
-        0.3, "How far from the start; 0 is the start, 1 the merge; several values make a sweep."
+        0.3, "How far from the start; 0 is the start, 1 the merge; several values make a sweep.", bounds=FILLED
     )
     towards: ModelPath | None = key(
         None, "The start that eta goes back to, if not init: WARP's sweep goes back to the very first one."
@@ -32,7 +35,9 @@ class MergeArguments:
     compare_with: list[Rule] | None = key(
         None, "Additional interpolations whose points are written as well, as RULE-eta-ETA."
     )
-    rank: int | None = key(None, "Compress merged adapters to this rank; None for the sum of their ranks.")
+    rank: int | None = key(
+        None, "Compress merged adapters to this rank; None for the sum of their ranks.", bounds=COUNT
+    )
     adapter_only: bool = key(False, "For adapters: write the merged adapter without its sum with init.")
     force: bool = key(False, "Also merge models that do not record init as their start.")
     device: str | None = key(None, "Device that computes; None for a GPU if there is one.")
