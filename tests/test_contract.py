@@ -242,7 +242,6 @@ def test_a_folder_for_an_output_is_checked_before_anything_is_loaded(tmp_path: P
         "file/below": "not a directory",
         "loop/below": "not a directory",
         "nowhere": "not a directory",
-        "a\0b": "it holds a NUL character",
         "n" * 300: "file name too long",
         "not/there/" + "n" * 300: "file name too long",
         "/".join(["n" * 200] * 30): "file name too long",
@@ -250,7 +249,10 @@ def test_a_folder_for_an_output_is_checked_before_anything_is_loaded(tmp_path: P
     }
     values = {"datasets": [{"path": "a.jsonl"}], "global_batch_size": 8, "use_cpu": True, "bf16": False}
     for name, why in refused.items():
-        with pytest.raises(UserError, match=rf"^output_dir: .* cannot be written to \({why}\); fix that, or name"):
+        match = rf"^output_dir: .* cannot be written to \({why}\); fix that, or name"
+        with pytest.raises(UserError, match=match):
+            check_folder(tmp_path / name, "output_dir")
+        with pytest.raises(UserError, match=rf"{match}|^output_dir has a name of 300 bytes"):
             sft.COMMAND.build(values | {"output_dir": str(tmp_path / name)})
     for folder in (tmp_path, tmp_path / "not" / "there", Path("runs/not/there"), Path("ä" * 100)):
         check_folder(folder, "output_dir")

@@ -16,13 +16,10 @@ def check_folder(folder: Path, key: str) -> None:
         key: The key that names the folder.
     """
     if why := _why_not_usable(folder):
-        shown = str(folder).replace("\0", "\\0")
-        raise UserError(f"{key}: {shown} cannot be written to ({why}); fix that, or name another folder")
+        raise UserError(f"{key}: {folder} cannot be written to ({why}); fix that, or name another folder")
 
 
 def _why_not_usable(folder: Path) -> str:
-    if "\0" in str(folder):
-        return "it holds a NUL character"
     existing = next(parent for parent in [folder, *folder.absolute().parents] if os.path.lexists(parent))
     if not existing.is_dir():
         return os.strerror(errno.ENOTDIR).lower()
