@@ -73,7 +73,7 @@ class Comparison:
         found = {}
         for name in [each for each in texts if each != self.baseline]:
             judged = judge.compare(prompts, texts[name], texts[self.baseline])
-            check_most(judged, judge.replies)
+            check_most(judged.wins.count(None), judged.num_asked, judge.replies)
             rows = [i for i, win in enumerate(judged.wins) if win is not None]
             lengths, others = ([self.answered[each].lengths[i] for i in rows] for each in (name, self.baseline))
             found[name] = versus(key, [win for win in judged.wins if win is not None], lengths, others) | {
@@ -95,8 +95,7 @@ class Comparison:
         for name, answers in self._each(answer, "safety.jsonl").items():
             verdicts = judge.violations(prompts, answers)
             judged = [each for each in verdicts if each is not None]
-            if not judged:
-                raise UserError("the judge gave no verdict on the safety of any answer; choose a stronger one")
+            check_most(verdicts.count(None), len(verdicts), judge.replies, "answers to safety_datasets")
             low, high = wilson_interval(mean(judged), len(judged))
             found[name] = {
                 "violations": mean(judged),
