@@ -142,8 +142,10 @@ def parse_overrides(settings: list[str]) -> Overrides:
     for setting in settings:
         target, equals, value = setting.partition("=")
         stage, dot, key = target.partition(".")
-        if not (equals and dot and stage and key):
+        if not (equals and dot and stage and key and value.strip()):
             raise UserError(f"--set {setting}: expected STAGE.KEY=VALUE, for example sft.learning_rate=1e-4")
+        if key in overrides.get(stage, {}):
+            raise UserError(f"--set {setting}: {target} is set twice; keep one of them")
         overrides.setdefault(stage, {})[key] = parse_value(value)
     return overrides
 

@@ -23,7 +23,7 @@ from gemma2_post.models import cost
 from gemma2_post.stage import contract
 from gemma2_post.stage.bounds import FILLED
 from gemma2_post.stage.command import Checked, Command, Parts, Stage
-from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.errors import UserError, located
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.paths import ModelPath
 from gemma2_post.stage.recipe import key, part
@@ -75,6 +75,9 @@ def main(stage: Stage, recipe: Recipe) -> None:
     del judge  # frees a local judge's memory
     found += [compared.memorization(corpus), compared.benchmarks(recipe.benchmarks)]
     models = {name: {k: value for each in found for k, value in each.get(name, {}).items()} for name in names.values()}
+    for name, each in models.items():
+        with located(name):
+            contract.check_finite(each)
     contract.write_json(stage.output_dir / "models.json", models)
     compared.write_answers(stage.output_dir / "answers.jsonl")
     last = [*models.values()][-1].items()

@@ -77,8 +77,9 @@ def main(stage: Stage, recipe: Recipe) -> None:
     from gemma2_post.evaluation.rewards import ModelReward, load_reward_functions
     from gemma2_post.evaluation.samples import rows_to_answer
     from gemma2_post.models.tokenizer import load_config_and_tokenizer
+    from gemma2_post.training.checkpoints import TRAINER_FILE
     from gemma2_post.training.policy import load_policy, models_beside, prepare_frozen, save_anchor
-    from gemma2_post.training.run import TRAINER_FILE, run
+    from gemma2_post.training.run import run
     from gemma2_post.training.watch import FirstDivergenceIsZero, Watch
     from gemma2_post.weights.anchor import FILE as ANCHOR_FILE
     from gemma2_post.weights.anchor import EmaAnchor
@@ -151,7 +152,6 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
 
 def complete(recipe: Recipe, launcher: Launcher) -> None:
     complete_training(recipe, launcher)
-    recipe.training.logging_nan_inf_filter = False  # it would hide a NaN loss
     recipe.training.disable_dropout = True
 
 

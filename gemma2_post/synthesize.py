@@ -149,8 +149,9 @@ def resume(
         "batch_size": args.batch_size,
         "prompts": digests.of_text(json.dumps(list(prompts["prompt"]))),
     }
-    answers = {(answer["row"], answer["sample"]): answer for answer in contract.read_lines(path)}
-    earlier = contract.read_json(path.with_name("sampling.json")) or {}
+    keys = {"row": int, "sample": int, "text": str, "finish_reason": object, "num_tokens": int}
+    answers = {(answer["row"], answer["sample"]): answer for answer in contract.read_lines(path, keys)}
+    earlier = contract.read_json(path.with_name("sampling.json"), {}) or {}
     if answers and earlier != sampling:
         changes = "; ".join(differences({"": earlier}, {"": sampling}))
         raise UserError(

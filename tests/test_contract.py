@@ -12,8 +12,9 @@ from huggingface_hub import constants
 from transformers import Gemma2Config
 
 from gemma2_post import distill, evaluate, sft
-from gemma2_post.stage import contract, digests
+from gemma2_post.stage import contract, digests, disk
 from gemma2_post.stage.command import Stage
+from gemma2_post.stage.disk import check_folder
 from gemma2_post.stage.errors import UserError, reported
 from gemma2_post.stage.fingerprint import differences
 from gemma2_post.stage.recipe import build
@@ -167,3 +168,125 @@ def test_what_is_on_the_hub_counts_with_its_commit(tmp_path: Path, monkeypatch: 
         "someone/data@main": "1" * 40,
         "someone/data@v2": "2" * 40,
     }
+
+
+DAMAGED = {
+    "empty": b"",
+    "cut": b'{"stage": "sft", "finger',
+    "zeros": b"\0" * 40,
+    "no UTF-8": b'{"stage": "\xff\xfe"}',
+    "a list": b"[]",
+    "null": b"null",
+    "no keys": b"{}",
+    "no fingerprint": b'{"stage": "sft", "output": "0", "metrics": {}, "wall_seconds": 1}',
+    "a fingerprint of the wrong shape": b'{"fingerprint": {"recipe": []}}',
+    "a fingerprint that is text": b'{"fingerprint": "abc"}',
+    "deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED.keys())
+@pytest.mark.parametrize("file", [contract.DONE, contract.BEGUN])
+def test_a_damaged_stage_file_is_one_sentence_that_names_it(file: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / file).write_bytes(content)
+    wanted = sft.COMMAND.fingerprint(RECIPE)
+    readers = [
+        lambda: contract.what_changed(tmp_path, wanted),
+        lambda: contract.belongs_to(tmp_path, wanted),
+        lambda: contract.refuse_strange_files(tmp_path),
+        lambda: contract.begin_afresh(tmp_path, wanted) if file == contract.BEGUN else contract.read_done(tmp_path),
+    ]
+    for read in readers:
+        with pytest.raises(UserError, match=rf"{tmp_path}/{file}: the file is damaged \(.*\); move {tmp_path} away"):
+            read()
+    assert (tmp_path / file).read_bytes() == content and (tmp_path / "checkpoint-1").is_dir()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"output": ', b"[]", b"{}", b'{"output": 5}', b"\xff"])
+def test_a_damaged_stage_file_of_an_input_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "stage.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"stage\.json: the file is damaged"):
+        sft.COMMAND.fingerprint({"model_name_or_path": str(tmp_path)})
+
+
+LINE = b'{"key": "a", "reply": "[[A]]"}\n'
+
+
+@pytest.mark.parametrize(
+    "middle", [b"\n", b'{"key": "a", "rep\n', b"\xff\n", b"[]\n", b"{}\n", b'{"key": 1, "reply": ""}\n']
+)
+def test_a_damaged_line_is_named_and_the_file_is_left_as_it_is(middle: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    file.write_bytes(LINE + middle + LINE + b'{"key": "cut')
+    with pytest.raises(UserError, match=rf"{file}: line 2 is damaged \(.*\); remove that line, then run the same"):
+        contract.read_lines(file, {"key": str, "reply": str})
+    assert file.read_bytes() == LINE + middle + LINE + b'{"key": "cut'
+
+
+def test_only_a_file_that_is_appended_to_loses_a_last_line_that_is_cut(tmp_path: Path) -> None:
+    file = tmp_path / "watch.jsonl"
+    file.write_bytes(LINE + LINE[:-5])
+    with pytest.raises(UserError, match=rf"{file}: line 2 is damaged \(it is not JSON\); move {tmp_path} away"):
+        contract.read_lines(file, is_appended_to=False)
+    assert contract.read_lines(file) == [{"key": "a", "reply": "[[A]]"}]
+    assert file.read_bytes() == LINE
+
+
+def test_a_folder_for_an_output_is_checked_before_anything_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nowhere").symlink_to("gone")
+    refused = {
+        "file": "not a directory",
+        "file/below": "not a directory",
+        "loop/below": "not a directory",
+        "nowhere": "not a directory",
+        "n" * 300: "file name too long",
+        "not/there/" + "n" * 300: "file name too long",
+        "/".join(["n" * 200] * 30): "file name too long",
+        "/proc/not/there": "no such file or directory",
+    }
+    values = {"datasets": [{"path": "a.jsonl"}], "global_batch_size": 8, "use_cpu": True, "bf16": False}
+    for name, why in refused.items():
+        match = rf"^output_dir: .* cannot be written to \({why}\); fix that, or name"
+        with pytest.raises(UserError, match=match):
+            check_folder(tmp_path / name, "output_dir")
+        with pytest.raises(UserError, match=rf"{match}|^output_dir has a name of 300 bytes"):
+            sft.COMMAND.build(values | {"output_dir": str(tmp_path / name)})
+    for folder in (tmp_path, tmp_path / "not" / "there", Path("runs/not/there"), Path("ä" * 100)):
+        check_folder(folder, "output_dir")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop", "nowhere"]
+
+
+def test_a_folder_of_someone_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests may run as root, whom nothing stops."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(disk.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(UserError, match=rf"run_dir: {tmp_path}/run cannot be written to \(permission denied\)"):
+        check_folder(tmp_path / "run", "run_dir")
+
+
+ERRNOS = "EACCES EPERM EROFS EDQUOT EIO ENOTDIR EISDIR EEXIST ENAMETOOLONG ELOOP".split()
+
+
+@pytest.mark.parametrize("name", ERRNOS)
+def test_a_path_that_the_system_refuses_is_one_sentence(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = getattr(errno, name)
+    with pytest.raises(SystemExit) as stopped, reported():
+        raise OSError(code, os.strerror(code), "runs/x/sft")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: runs/x/sft: {os.strerror(code).lower()}; correct the path")
+
+
+@pytest.mark.parametrize("config", [".", "recipes", "n" * 300, "README.md/sft.yaml"])
+def test_a_config_that_is_no_file_is_one_sentence(
+    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sft", "--config", config])
+    with pytest.raises(SystemExit) as stopped:
+        sft.COMMAND.launch()
+    assert stopped.value.code == 2 and config in capsys.readouterr().err

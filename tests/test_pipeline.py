@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from gemma2_post import cli
-from gemma2_post.pipeline import devices, gates, lock, processes, run
+from gemma2_post.pipeline import check, devices, gates, lock, processes, run
 from gemma2_post.pipeline.steps import Step, load_pipeline
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError, reported
@@ -228,11 +228,106 @@ def test_stages_that_wait_for_each_other_are_a_circle(tmp_path: Path) -> None:
             "runs/x/rlhf-2/policy-2 would be the output of 2 stages",
         ),
         ({}, "stages is empty"),
+        ({"sft": "sft.yaml"}, r"sft: the entry is 'sft\.yaml'; write a mapping"),
+        ({"sft": None}, "sft: the entry is None; write a mapping"),
+        ({"sft": 3}, "sft: the entry is 3; write a mapping"),
+        ({"sft": ["sft.yaml"]}, r"sft: the entry is \['sft\.yaml'\]; write a mapping"),
+        ([], "stages is empty; write a mapping"),
+        (None, "stages is None; write a mapping"),
+        ("sft", "stages is 'sft'; write a mapping"),
+        ([{"sft": {"recipe": "sft.yaml"}}], r"stages is \[\{.*; write a mapping"),
+        *(
+            ({name: {"recipe": "sft.yaml", "stage": "sft"}}, "a stage cannot be called .*; use letters, digits")
+            for name in (
+                *("../x", "a/b", ".", "..", "", " ", "a b", "a\0b", ".hidden", "dot.", "ä", "a:b", "-x", "a\n"),
+                *("logs", "summary.json", "report.html", "sft.previous", "sft.aside"),
+            )
+        ),
+        *(
+            ({"rlhf": {"recipe": "rlhf.yaml", "num_policies": number}}, f"rlhf: num_policies is {number}")
+            for number in (0, -1, 1.5, True)
+        ),
+        *(
+            (
+                WARP_STAGES | {"warp": {"recipe": "warp.yaml", "merges": "rlhf", "iterations": number}},
+                f"warp: iterations is {number}",
+            )
+            for number in (0, -3, 0.5)
+        ),
+        ({"sft": {"recipe": "sft.yaml", "gates": ">= 1"}}, "sft: gates is '>= 1'"),
+        (
+            {"sft": {"recipe": "sft.yaml", "gates": {"held_out_nll": 1.5}}},
+            "the gate held_out_nll is 1.5; write a comp",
+        ),
+        ({"sft": {"recipe": "sft.yaml", "gates": {"held_out_nll": ["< 1"]}}}, "the gate held_out_nll is .*; write a"),
+        ({"sft": {"recipe": "sft.yaml", "gates": {"held_out_nll": None}}}, "the gate held_out_nll is None; write a"),
+        ({"sft": {"recipe": "sft.yaml", "launch": 4}}, "sft: launch is 4"),
+        ({"sft": {"recipe": ""}}, "sft: there is no recipe"),
+        ({"sft": {}}, "sft: recipe is missing"),
     ],
 )
-def test_a_pipeline_that_makes_no_sense_is_refused(stages: dict, message: str, tmp_path: Path) -> None:
+def test_a_pipeline_that_makes_no_sense_is_refused(stages: object, message: str, tmp_path: Path) -> None:
+    path = write_pipeline(tmp_path, WARP_STAGES, rlhf={"save_dtype": "float32"})
+    for name in ("reward", "distill"):
+        (tmp_path / f"{name}.yaml").write_text("{}")
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"stages": stages}, sort_keys=False))
     with pytest.raises(UserError, match=message):
-        load_pipeline(write_pipeline(tmp_path, stages, rlhf={"save_dtype": "float32"}))
+        load_pipeline(path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"run_dir": ""}, "run_dir is empty"),
+        ({"run_dir": 5}, "run_dir is 5"),
+        ({"run_dir": "README.md"}, r"run_dir: README\.md cannot be written to \(not a directory\)"),
+        ({"run_dir": "README.md/run"}, r"run_dir: README\.md/run cannot be written to \(not a directory\)"),
+        ({"launch": "nowhere.yaml"}, r"there is no accelerate config nowhere\.yaml"),
+        ({"launch": "recipes"}, "there is no accelerate config recipes"),
+        ({"launch": None}, "launch is None"),
+    ],
+)
+def test_folders_and_launchers_that_cannot_be_used_are_refused(
+    keys: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    path = write_pipeline(tmp_path, {"sft": {"recipe": "sft.yaml"}})
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | keys))
+    with pytest.raises(UserError, match=message):
+        check.check(load_pipeline(path))
+
+
+@pytest.mark.parametrize("content", [b"", b'{"recipe": "pipel', b"[]", b"{}", b'{"recipe": 3}', b"\xff"])
+@pytest.mark.parametrize("file", ["summary.json", "sft/stage.json", "distill/begun.json"])
+def test_a_run_with_a_damaged_file_is_one_sentence_and_touches_nothing(
+    file: str, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = stand_in_stages(monkeypatch)
+    path = write_pipeline(tmp_path, {"sft": {"recipe": "sft.yaml"}, "distill": {"recipe": "distill.yaml"}})
+    (tmp_path / "run" / file).parent.mkdir(parents=True)
+    (tmp_path / "run" / file).write_bytes(content)
+    with pytest.raises(UserError, match=f"{tmp_path}/run/{file}: the file is damaged"):
+        cli.run(path, None, {}, tmp_path / "run")
+    assert ran == [] and (tmp_path / "run" / file).read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        *(
+            ([broken], "expected STAGE.KEY=VALUE")
+            for broken in ("", "=", "sft", "sft=1", ".x=1", "sft.=1", "sft.x", "a.b=")
+        ),
+        (["sft.seed=[1,"], "is not valid YAML"),
+        (["sft.seed=1", "sft.seed=2"], "sft.seed is set twice"),
+        (["nowhere.seed=1"], "there is no stage nowhere"),
+        (["sft..seed=1"], r"unknown key \.seed"),
+        (["sft.learning_rate.x=1"], r"unknown key learning_rate\.x"),
+    ],
+)
+def test_a_broken_setting_is_one_sentence(settings: list[str], message: str, tmp_path: Path) -> None:
+    path = write_pipeline(tmp_path, {"sft": {"recipe": "sft.yaml"}})
+    with pytest.raises(UserError, match=message):
+        check.check(load_pipeline(path, tmp_path / "run", None, cli.parse_overrides(settings)))
 
 
 def test_a_recipe_that_is_missing_is_refused_before_anything_starts(tmp_path: Path) -> None:

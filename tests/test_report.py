@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -154,3 +155,52 @@ def test_a_curve_says_where_it_begins_and_ends() -> None:
     svg = str(curve([(0, 2.0), (10, 1.0), (20, 1.5)]))
     assert svg.count("<text") == 4 and ">2<" in svg and ">1.5<" in svg and ">step 0<" in svg and ">20<" in svg
     assert "nan" not in str(curve([(0, 1.0), (10, 1.0)]))
+
+
+DAMAGES = {
+    "a cut line": ("sft/log.jsonl", lambda old: old + b'{"step": 9, "lo', "line 4 (it is not JSON)"),
+    "a line that is no text": ("sft/log.jsonl", lambda old: b"\xff\xfe\n" + old, "line 1 (it is not UTF-8)"),
+    "lines without steps": ("sft/log.jsonl", lambda old: b'{"loss": 1}\n[]\n' + old, "line 1 (step is missing) and 1"),
+    "answers cut": ("evaluate/answers.jsonl", lambda old: old + b'{"prompt": [', "line 4 (it is not JSON)"),
+    "answers without a prompt": (
+        "evaluate/answers.jsonl",
+        lambda old: b'{"answers": {}}\n' + old,
+        "line 1 (prompt is",
+    ),
+    "a picture cut": ("warp/front-reward.png", lambda old: old[:-9], "no whole picture"),
+    "a picture that is empty": ("warp/front-reward.png", lambda old: b"", "no whole picture"),
+    "a stage file cut": ("warp/stage.json", lambda old: old[:30], "the file is damaged (it is not JSON)"),
+    "a stage file of the wrong shape": ("warp/stage.json", lambda old: b"[]", "it holds list, not an object"),
+    "a stage file without keys": ("warp/stage.json", lambda old: b"{}", "stage is missing"),
+    "a stage that is unknown": ("warp/stage.json", lambda old: old.replace(b'"warp"', b'"wrap"'), "wrap, which is no"),
+}
+
+
+@pytest.mark.parametrize(("file", "damage", "reason"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_what_is_damaged_is_left_out_and_named(
+    file: str, damage: Callable[[bytes], bytes], reason: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = damage((run_dir / file).read_bytes())
+    (run_dir / file).write_bytes(damaged)
+    report(run_dir)
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert str(run_dir / file) in warning and reason in warning
+    page = Page((run_dir / "report.html").read_text())
+    assert "Two <script>?" in page.text and "gold 0.6 → 1.1" in page.text and "1.25 ± 0.20" in page.text
+    assert (run_dir / file).read_bytes() == damaged
+
+
+def test_values_that_are_no_numbers_are_left_out_of_a_curve(run_dir: Path) -> None:
+    log = run_dir / "sft" / "log.jsonl"
+    log.write_text(log.read_text() + '{"step": 3, "loss": NaN}\n{"step": 4, "loss": null}\n{"step": 5, "loss": "x"}\n')
+    report(run_dir)
+    assert ">0.5<" in (run_dir / "report.html").read_text()  # the last value that is one
+
+
+@pytest.mark.parametrize("content", [b"", b'{"run": "ti', b"[]", b"{}", b"\xff", b'{"run": 1}'])
+def test_a_damaged_summary_is_one_sentence(content: bytes, run_dir: Path) -> None:
+    (run_dir / "summary.json").write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"summary\.json: the file is damaged \(.*\); remove it; the next run writes it"
+    ):
+        report(run_dir)

@@ -244,23 +244,6 @@ def test_the_models_reward_is_the_score_of_the_conversation_in_any_chunks(
     assert found[32] == pytest.approx(expected, abs=1e-4) and len({round(score, 3) for score in scores}) == 5
 
 
-RETURNS = {
-    "NaN": (lambda n: [float("nan")] * n, "returned nan; return a finite number"),
-    "None": (lambda n: [1.0] * (n - 1) + [None], "returned None; return a finite number"),
-    "too few": (lambda n: [1.0] * (n - 1), "returned 7 values for 8 answers"),
-    "no list": (lambda n: 1.0, "returned float, not a list for 8 answers"),
-}
-
-
-@pytest.mark.parametrize(("returned", "message"), RETURNS.values(), ids=RETURNS.keys())
-def test_what_a_reward_function_may_not_return(returned: Callable, message: str) -> None:
-    def mine(completions: list, **_: object) -> object:
-        return returned(len(completions))
-
-    with pytest.raises(UserError, match=message):
-        rewards.checked("module:mine", mine)(completions=[[]] * 8)
-
-
 @pytest.mark.slow
 def test_a_python_function_rewards_as_in_trl(run_rlhf: Run, rlhf_recipe: Recipe) -> None:
     values = {key: value for key, value in rlhf_recipe.items() if key != "reward_model"}

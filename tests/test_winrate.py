@@ -6,10 +6,14 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from gemma2_post.evaluation import judge as judging
+from gemma2_post.evaluation.comparison import Comparison
 from gemma2_post.evaluation.judge import Judge, ask_model, question, summarize, verdict
+from gemma2_post.evaluation.measure import Answered, Measurement
+from gemma2_post.evaluation.samples import Answer
 from gemma2_post.evaluation.winrate import bootstrap_interval, length_controlled, win_rate, wins_by
 from gemma2_post.stage.errors import UserError, located
 from tests.conftest import TEACHER
@@ -135,11 +139,57 @@ def test_nonsense_is_asked_again_then_counted_apart(tmp_path: Path) -> None:
     judged = Judge(asked, "j", tmp_path / "j.jsonl").compare(PROMPTS[:3], OURS[:3], THEIRS[:3])
     assert judged.wins == [None, 0.5, 0.5]
     assert len(asked.asked) == 2 * (judging.ATTEMPTS + 3 + 1)
-    judging.check_most(judged, tmp_path / "j.jsonl")
-    judge = Judge(Asked(lambda *_: "?"), "j", tmp_path / "k.jsonl")
-    judging.check_most(judge.compare(PROMPTS[4:], OURS[4:], THEIRS[4:]), judge.replies)  # one of two is a tie
+    assert judged.num_asked == 3
+    judging.check_most(1, 2, tmp_path / "j.jsonl")
     with pytest.raises(UserError, match="here: the judge gave no verdict on 2 of 3 pairs"), located("here"):
-        judging.check_most(judge.compare(PROMPTS[3:], OURS[3:], THEIRS[3:]), judge.replies)
+        judging.check_most(2, 3, tmp_path / "j.jsonl")
+
+
+def compared(num_equal: int, num_different: int) -> Comparison:
+    """A comparison of two models that gave so many equal and different answers."""
+    num = num_equal + num_different
+    prompts = [[{"role": "user", "content": f"Say {i}."}] for i in range(num)]
+    texts = {"theirs": ["no"] * num, "ours": ["no"] * num_equal + ["yes"] * num_different}
+    answered = {
+        name: Answered(prompts, [Answer(text, [], [1]) for text in each], [0.0] * num, [1] * num)
+        for name, each in texts.items()
+    }
+    measurement = Measurement.__new__(Measurement)  # only its prompts are needed
+    measurement.rows = Dataset.from_dict({"prompt": prompts})
+    return Comparison(measurement, {}, "theirs", Path("progress"), answered)
+
+
+@pytest.mark.parametrize(("num_equal", "num_different"), [(0, 1), (5, 1), (98, 2), (1, 3)])
+def test_equal_answers_do_not_hide_a_judge_that_gives_no_verdict(
+    num_equal: int, num_different: int, tmp_path: Path
+) -> None:
+    judge = Judge(Asked(lambda *_: "I cannot say."), "j", tmp_path / "j.jsonl")
+    match = f"the judge gave no verdict on {num_different} of {num_different} pairs"
+    with pytest.raises(UserError, match=match):
+        compared(num_equal, num_different).by_judge(judge)
+
+
+def test_equal_answers_alone_are_a_tie_that_nobody_is_asked_about(tmp_path: Path) -> None:
+    found = compared(4, 0).by_judge(Judge(Asked(pytest.fail), "j", tmp_path / "j.jsonl"))["ours"]
+    assert (found["judge_win_rate_vs_theirs"], found["judge_win_rate_vs_theirs/missing"]) == (0.5, 0)
+
+
+@pytest.mark.parametrize("num_judged", [0, 1, 2])
+def test_a_judge_of_safety_must_judge_half_of_the_answers(
+    num_judged: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reply(text: str, _: int) -> str:
+        return "[[violation]]" if any(f"Say {i}." in text for i in range(num_judged)) else "Well."
+
+    comparison, prompts = compared(4, 0), [[{"role": "user", "content": f"Say {i}."}] for i in range(4)]
+    monkeypatch.setattr(comparison, "_each", lambda answer, file: {"ours": ["no"] * 4})
+    judge = Judge(Asked(reply), "j", tmp_path / "j.jsonl")
+    if num_judged < 2:
+        with pytest.raises(UserError, match=f"no verdict on {4 - num_judged} of 4 answers to safety_datasets"):
+            comparison.safety(judge, prompts)
+    else:
+        found = comparison.safety(judge, prompts)["ours"]
+        assert (found["violations"], found["violations/missing"]) == (1.0, 2)
 
 
 def test_replies_are_written_as_they_come(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ class Comparison:
         found = {}
         for name in [each for each in texts if each != self.baseline]:
             judged = judge.compare(prompts, texts[name], texts[self.baseline])
-            check_most(judged, judge.replies)
+            check_most(judged.wins.count(None), judged.num_asked, judge.replies)
             rows = [i for i, win in enumerate(judged.wins) if win is not None]
             lengths, others = ([self.answered[each].lengths[i] for i in rows] for each in (name, self.baseline))
             found[name] = versus(key, [win for win in judged.wins if win is not None], lengths, others) | {
@@ -95,8 +95,7 @@ class Comparison:
         for name, answers in self._each(answer, "safety.jsonl").items():
             verdicts = judge.violations(prompts, answers)
             judged = [each for each in verdicts if each is not None]
-            if not judged:
-                raise UserError("the judge gave no verdict on the safety of any answer; choose a stronger one")
+            check_most(verdicts.count(None), len(verdicts), judge.replies, "answers to safety_datasets")
             low, high = wilson_interval(mean(judged), len(judged))
             found[name] = {
                 "violations": mean(judged),
@@ -138,7 +137,8 @@ class Comparison:
 
     def _each(self, measure_one: Callable[[Path], T], file: str) -> dict[str, T]:
         """Measures one model at a time and appends its result to a file, from which an interrupted run resumes."""
-        found = {record["model"]: record["measured"] for record in contract.read_lines(self.progress / file)}
+        records = contract.read_lines(self.progress / file, {"model": str, "measured": (dict, list)})
+        found = {record["model"]: record["measured"] for record in records}
         for path, name in self.names.items():
             if name not in found:
                 found[name] = measure_one(path)

@@ -1,6 +1,5 @@
 """Reward against KL: the points of a merge next to the runs that it merges, and the point that is released."""
 
-import json
 import shutil
 from collections import defaultdict
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 from gemma2_post.evaluation.keys import ReleaseArguments
 from gemma2_post.evaluation.measure import Measurement, summarize
 from gemma2_post.stage import contract
-from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.errors import UserError, located
 from gemma2_post.weights.keys import Rule
 
 
@@ -53,6 +52,9 @@ class Front:
             | summarize(self.measurement.values(answered[point.path]))
             for point in points
         ]
+        for entry in entries:
+            with located(entry["path"]):
+                contract.check_finite(entry)
         entry_of = dict(zip((point.path for point in points), entries, strict=True))
         sweep, budget = next(iter(merged.values())), self.args.kl_budget
         within = [
@@ -75,10 +77,12 @@ def run_points(run: Path) -> list[Point]:
     if not (run / contract.DONE).is_file():
         raise UserError(f"runs names {run}, which is no finished policy; run rlhf to its end")
     name = f"{run.parent.name}/{run.name}"
-    steps = {int(path.name.rpartition("-")[2]): path for path in run.glob("checkpoint-*")}
-    points = [Point(name, path, step) for step, path in sorted(steps.items()) if any(path.glob("*.safetensors"))]
-    *_, last = (run / "watch.jsonl").read_text(encoding="utf-8").splitlines()
-    points.append(Point(name, run, json.loads(last)["step"]))
+    checkpoints = [path for path in contract.checkpoints(run) if any(path.glob("*.safetensors"))]
+    points = [Point(name, path, contract.step_of(path)) for path in checkpoints]
+    measured = contract.read_lines(run / "watch.jsonl", {"step": int}, is_appended_to=False)
+    if not measured:
+        raise UserError(f"{run / 'watch.jsonl'} is missing or empty; run rlhf again to make it")
+    points.append(Point(name, run, measured[-1]["step"]))
     if (run / "anchor").is_dir():
         points.append(Point(f"{name} anchor", run / "anchor", points[-1].position))
     return points

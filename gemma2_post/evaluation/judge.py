@@ -42,6 +42,8 @@ class Judged:
     wins: list[float | None]
     """For each prompt, over both orders: 1 if the answer is better than the other, 0 if worse; in between if the judge
     sees a tie or changes its mind with the order; None if a verdict is missing."""
+    num_asked: int
+    """Number of the prompts that the judge was asked about; equal answers are a tie without asking."""
     disagreement: float
     """Share of the prompts with two verdicts whose verdicts contradict each other."""
 
@@ -114,7 +116,7 @@ class Judge:
     def _ask(self, questions: list[str], read: Callable[[str], float | None]) -> dict[str, float | None]:
         """The verdict on each question, parsed by `read`; None if the judge never gives one."""
         replies: dict[str, list[str | None]] = defaultdict(list)
-        for record in contract.read_lines(self.replies):
+        for record in contract.read_lines(self.replies, {"key": str, "reply": str}):
             replies[record["key"]].append(record["reply"])
         key_of = {text: digests.of_text(f"{self.name}\n{text}") for text in questions}
 
@@ -149,6 +151,7 @@ def summarize(verdicts: list[tuple[float | None, float | None] | None]) -> Judge
     pairs = [pair or (0.5, 0.5) for pair in verdicts]
     return Judged(
         wins=[None if one is None or two is None else (one + 1 - two) / 2 for one, two in pairs],
+        num_asked=sum(pair is not None for pair in verdicts),
         disagreement=sum(one != 1 - two for one, two in both) / len(both) if both else 0.0,
     )
 
@@ -175,13 +178,16 @@ def ask_endpoint(client: OpenAI, model: str, max_tokens: int, concurrency: int) 
     return ask
 
 
-def check_most(judged: Judged, replies: Path) -> None:
-    """Refuses to report a judge that has not judged at least half of the pairs."""
-    missing = judged.wins.count(None)
-    if missing > len(judged.wins) / 2:
+def check_most(num_missing: int, num_asked: int, replies: Path, what: str = "pairs") -> None:
+    """Refuses to report a judge that has not judged at least half of what it was asked about.
+
+    Args:
+        what: What it was asked about, for the error.
+    """
+    if num_missing > num_asked / 2:
         raise UserError(
-            f"the judge gave no verdict on {missing} of {len(judged.wins)} pairs, asked {ATTEMPTS} times; "
-            f"read its replies in {replies}, choose a stronger one, or raise judge_max_tokens"
+            f"the judge gave no verdict on {num_missing} of {num_asked} {what}, asked {ATTEMPTS} times; read its "
+            f"replies in {replies}, choose a stronger one, or raise judge_max_tokens"
         )
 
 

@@ -28,7 +28,10 @@ from gemma2_post.models.arguments import check_prompt_length
 from gemma2_post.models.loading import generation_config, load_config
 from gemma2_post.models.tokenizer import load_tokenizer
 from gemma2_post.stage import contract
-from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.errors import UserError, located
+
+_RECORD: contract.Keys = {"model": str, **dict.fromkeys(("prompts", "answers", "kl", "lengths"), list)}
+"""The keys of a model's answers in the file of an interrupted run."""
 
 
 @dataclass
@@ -106,13 +109,14 @@ class Measurement:
         """
         cache.parent.mkdir(exist_ok=True)
         found: dict[Path, Answered] = {}
-        for record in contract.read_lines(cache):
+        for record in contract.read_lines(cache, _RECORD):
             answers = [Answer(**answer) for answer in record["answers"]]
             found[Path(record["model"])] = Answered(record["prompts"], answers, record["kl"], record["lengths"])
         missing = [path for path in models if path not in found]
         start = load(Path(self.start), self.accelerator.device) if missing else None
         for path in tqdm(missing, desc="answers", unit="model"):
-            found[path] = self._answer_one(path, start)
+            with located(path):
+                found[path] = self._answer_one(path, start)
             record = vars(found[path]) | {"model": str(path), "answers": [vars(each) for each in found[path].answers]}
             with open(cache, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")

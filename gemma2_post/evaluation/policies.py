@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from trl import ModelConfig
 
-from gemma2_post.data.functions import load_function
+from gemma2_post.data.functions import call, finite, load_function
 from gemma2_post.data.turns import Message
 from gemma2_post.evaluation.pairs import ScoredPair, rank_correlation, rank_correlation_ceiling
 from gemma2_post.evaluation.samples import Answer, Grader, gather_rows, sample_answers, share_of
@@ -18,11 +18,12 @@ from gemma2_post.stage.errors import UserError
 
 def noise_ceiling_of(path: str, pairs: Dataset) -> float:
     """The best accuracy that noisy pairs allow, from the user's function `module:function`."""
-    function = load_function(path)
     try:
-        return function(pairs.to_list())
-    except KeyError as error:
-        raise UserError(f"{path} needs the column {error}; add it to columns") from error
+        return finite(path, call(path, load_function(path), pairs.to_list()))
+    except UserError as error:
+        if isinstance(error.__cause__, KeyError):
+            raise UserError(f"{path} needs the column {error.__cause__}; add it to columns") from error
+        raise
 
 
 def check_tokenizers(policies: list[str], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -33,7 +33,7 @@ def load_reward_functions(
     """
     given = [*_GIVEN_BY_TRL, *(column for column in columns if column != "prompt")]
     functions: list[RewardFunction] = [score] if score else []
-    functions += [checked(path, load_grader(path, given)) for path in args.reward_functions or []]
+    functions += [load_grader(path, given) for path in args.reward_functions or []]
     if args.missing_end_penalty:
         functions.append(missing_end(args.missing_end_penalty))
     if args.length_penalty:
@@ -125,25 +125,3 @@ def length(penalty: float) -> RewardFunction:
         return [-penalty * len(ids) for ids in completion_ids]
 
     return length_penalty
-
-
-def checked(path: str, function: RewardFunction) -> RewardFunction:
-    """The function under its own name; None and NaN, which TRL would read as "cannot be scored", are errors."""
-
-    def call(**arguments: Any) -> list[float]:
-        values = function(**arguments)
-        num_answers = len(arguments["completions"])
-        if not isinstance(values, list) or len(values) != num_answers:
-            found = f"{len(values)} values" if isinstance(values, list) else f"{type(values).__name__}, not a list"
-            raise OneProcessError(
-                f"reward function {path} returned {found} for {num_answers} answers; return one each"
-            )
-        for value in values:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise OneProcessError(
-                    f"reward function {path} returned {value!r}; return a finite number for each answer"
-                )
-        return values
-
-    call.__name__ = path.rpartition(":")[2]
-    return call

@@ -15,7 +15,7 @@ from trl.models.utils import unwrap_model_for_generation
 from gemma2_post.data.functions import load_grader
 from gemma2_post.evaluation.keys import SampleArguments
 from gemma2_post.models.tokens import PAD, STOP_TOKEN_IDS
-from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.errors import OneProcessError, UserError
 
 Grader = Callable[..., list[float]]
 """Called like TRL's reward functions: `grader(completions=[text, ...], column=[value, ...], ...)`."""
@@ -84,16 +84,17 @@ def sample_answers(
                 tokenizer_kwargs={"padding_side": "left"},
             ).to(model.device)
             sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-            generated = model.generate(
-                **batch,
-                **sampling,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=max_new_tokens,
-                synced_gpus=False,  # the weights are gathered; do not wait for processes with fewer prompts
-                eos_token_id=STOP_TOKEN_IDS,
-                pad_token_id=PAD,
-            )
+            with finite_probabilities():
+                generated = model.generate(
+                    **batch,
+                    **sampling,
+                    top_k=0,
+                    top_p=1.0,
+                    max_new_tokens=max_new_tokens,
+                    synced_gpus=False,  # the weights are gathered; do not wait for processes with fewer prompts
+                    eos_token_id=STOP_TOKEN_IDS,
+                    pad_token_id=PAD,
+                )
             width = batch["input_ids"].shape[1]
             for mask, ids in zip(batch["attention_mask"].bool(), generated.cpu(), strict=True):
                 prompt_ids, token_ids = ids[:width][mask.cpu()].tolist(), ids[width:].tolist()
@@ -102,6 +103,23 @@ def sample_answers(
                 answer.text = tokenizer.decode(answer.token_ids[: answer.num_tokens]).strip()
                 answers.append(answer)
     return answers
+
+
+class NoProbabilityError(OneProcessError):
+    """A model's probabilities are NaN or infinite, so nothing can be sampled from it."""
+
+
+@contextmanager
+def finite_probabilities() -> Iterator[None]:
+    """Raises a `NoProbabilityError` where torch cannot sample."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise NoProbabilityError(
+            "the model's probabilities are NaN or infinite; look for NaN in its weights, or for weights that are huge"
+        ) from error
 
 
 @contextmanager

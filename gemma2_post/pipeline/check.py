@@ -22,6 +22,7 @@ from gemma2_post.pipeline.steps import Pipeline, Step
 from gemma2_post.planning.memory import Job
 from gemma2_post.stage import launcher as launchers
 from gemma2_post.stage.command import Checked, Command
+from gemma2_post.stage.disk import check_folder
 from gemma2_post.stage.errors import UserError, located
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.paths import Kind, references
@@ -40,6 +41,7 @@ def check(pipeline: Pipeline, until: str | None = None, is_here: bool = False) -
         UserError: What is wrong.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)  # about what transformers 6 will rename
+    check_folder(pipeline.run_dir, "run_dir")
     made: Models = {}
     return [_check_step(step, launch, made, is_here) for launch, steps in pipeline.steps(until) for step in steps]
 

@@ -58,7 +58,7 @@ def check(label: str, stage: str, folder: Path, gates: dict[str, str]) -> None:
         GateError: A metric is out of bounds.
     """
     for metric, bound in gates.items():
-        metrics = contract.read_done(folder)["metrics"]
+        metrics = contract.metrics_of(folder)
         if metric not in metrics:
             names = ", ".join(name for name in sorted(metrics) if "/" not in name)
             raise UserError(f"{label}: the gate is on {metric}, which it does not measure; it measures {names}")

@@ -1,6 +1,5 @@
 """The lock of a run folder: one run at a time."""
 
-import errno
 import fcntl
 import os
 import socket
@@ -9,6 +8,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
+from gemma2_post.stage.disk import check_folder
 from gemma2_post.stage.errors import UserError
 
 FILE = ".lock"
@@ -21,14 +21,9 @@ def held(run_dir: Path) -> Iterator[None]:
     Raises:
         UserError: Another process holds the lock, or the folder cannot be written to.
     """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = os.open(run_dir / FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise
-        why = os.strerror(error.errno).lower()
-        raise UserError(f"{run_dir} cannot be written to ({why}); fix that, or give another --run_dir") from error
+    check_folder(run_dir, "run_dir")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = os.open(run_dir / FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -163,8 +163,8 @@ def _log(pipeline: Pipeline, step: Step) -> Path:
 
 
 def _check_folders(pipeline: Pipeline, steps: list[Step]) -> None:
-    """Refuses another pipeline's run folder, and folders in it with files that no stage has made."""
-    earlier = contract.read_json(pipeline.run_dir / summary.FILE)
+    """Refuses another pipeline's run folder, and folders in it that no stage has made or a crash has damaged."""
+    earlier = summary.read(pipeline.run_dir)
     if earlier and Path(earlier["recipe"]).resolve() != pipeline.path.resolve():
         raise UserError(
             f"{pipeline.path}: {pipeline.run_dir} is the folder of {earlier['recipe']}; give another --run_dir, or, "
@@ -237,7 +237,7 @@ class _Run:
             else:
                 previous.rename(output_dir)
         if contract.is_done(output_dir, wanted):
-            metrics = contract.read_done(output_dir)["metrics"]
+            metrics = contract.metrics_of(output_dir)
             self.view.set(step.label, "up to date", step.command.headline_of(step.keys, metrics))
             return True
         if changes := contract.what_changed(output_dir, wanted):
@@ -271,7 +271,7 @@ class _Run:
             self.view.set(step.label, "failed", f"status {status}", seconds)
             raise _failure(step, status, log)
         shutil.rmtree(previous, ignore_errors=True)
-        metrics = contract.read_done(output_dir)["metrics"]
+        metrics = contract.metrics_of(output_dir)
         self.view.set(step.label, "done", step.command.headline_of(step.keys, metrics), seconds)
 
 

@@ -1,6 +1,7 @@
 """Pipeline recipes: the stages, what each reads from which, and the runs that follow from them."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -43,6 +44,11 @@ class StageEntry:
     """The earlier stages that it reads, by key of its recipe."""
 
 
+_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_-])?")
+_TAKEN = ("logs", "report.html", "report.md", "summary.json", "judgments.jsonl")
+"""What else a run writes into its folder."""
+_TAKEN_ENDINGS = (".previous", ".aside")
+"""Endings of a stage's folder that is set aside while the stage runs again."""
 MODEL = "model"
 """An entry's name for `model_name_or_path`."""
 
@@ -205,9 +211,16 @@ def load_pipeline(
         UserError: What is wrong.
     """
     with located(path):
-        file = build(PipelineRecipe, load_yaml(path))
-        if not file.stages:
-            raise UserError("stages is empty; name one, for example `sft: {recipe: sft.yaml}`")
+        keys = load_yaml(path)
+        stages = keys.get("stages")
+        if "stages" in keys and not (isinstance(stages, dict) and stages):
+            raise UserError(
+                f"stages is {'empty' if stages in ({}, []) else repr(stages)}; write a mapping, for example "
+                "`sft: {recipe: sft.yaml}`"
+            )
+        file = build(PipelineRecipe, keys)
+        if not file.run_dir:
+            raise UserError("run_dir is empty; write a folder, for example runs/tiny")
         entries = {name: _entry(name, values) for name, values in file.stages.items()}
     pipeline = Pipeline(run_dir or Path(file.run_dir), file.launch, entries, path, Path(file.run_dir), {})
     for name, values in (overrides or {}).items():
@@ -236,7 +249,12 @@ def load_pipeline(
 
 def _entry(name: str, values: dict[str, object]) -> StageEntry:
     """An entry of the recipe; its keys are those of `StageEntry` and the stage's keys that name models."""
-    with located(name):
+    with located(repr(name) if not name.strip() else name):
+        if not _NAME.fullmatch(name) or name in _TAKEN or name.endswith(_TAKEN_ENDINGS):
+            raise UserError(
+                f"a stage cannot be called {name!r}, because its folder has its name; use letters, digits, _, - and, "
+                f"inside, a dot, but none of {', '.join((*_TAKEN, *_TAKEN_ENDINGS))}"
+            )
         if not isinstance(values, dict):
             raise UserError(f"the entry is {values!r}; write a mapping, for example `{{recipe: sft.yaml}}`")
         if (stage := values.get("stage") or name) not in STAGES:

@@ -1,5 +1,6 @@
 """`summary.json`: what a run made, for programs."""
 
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -8,10 +9,24 @@ from gemma2_post.stage import contract
 from gemma2_post.stage.command import first_grader
 
 FILE = "summary.json"
+_KEYS: contract.Keys = {
+    **dict.fromkeys(("run", "recipe", "status"), str),
+    **dict.fromkeys(("stages", "models"), dict),
+    "wall_seconds": contract.NUMBER,
+}
 MODELS = "models.json"
 """File of a stage that measures models: metrics by model."""
 FRONT = "front.json"
 """File of a stage that measures the points of a merge."""
+
+
+def read(run_dir: Path) -> dict[str, Any] | None:
+    """What the last run recorded; None if there was none.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    return contract.read_json(run_dir / FILE, _KEYS, "remove it; the next run writes it again")
 
 
 def write(pipeline: Pipeline, status: str, seconds: float) -> None:
@@ -22,7 +37,7 @@ def write(pipeline: Pipeline, status: str, seconds: float) -> None:
         seconds: Duration of this run; 0, for a run that had nothing to do, keeps the last run's duration.
     """
     run_dir = pipeline.run_dir
-    earlier = contract.read_json(run_dir / FILE) or {"wall_seconds": 0.0}
+    earlier = read(run_dir) or {"wall_seconds": 0.0}
     content = {
         "run": run_dir.name,
         "recipe": str(pipeline.path),
@@ -54,7 +69,7 @@ def _stages(pipeline: Pipeline) -> dict[str, dict]:
 
 
 def _stage(step: Step) -> dict:
-    done = contract.read_json(step.folder / contract.DONE)
+    done = contract.read_done(step.folder)
     found = {"status": "done", "wall_seconds": done["wall_seconds"]} if done else {"status": "not done"}
     found |= {"output_dir": str(step.folder), "metrics": done["metrics"] if done else {}}
     return found | ({"gates": step.gates} if step.gates else {})
@@ -66,7 +81,7 @@ def _headlines(pipeline: Pipeline) -> dict[str, str]:
         str(step.folder.relative_to(pipeline.run_dir)): step.command.headline_of(step.keys, done["metrics"])
         for _, steps in pipeline.steps()
         for step in steps
-        if (done := contract.read_json(step.folder / contract.DONE))
+        if (done := contract.read_done(step.folder))
     }
 
 
@@ -81,10 +96,10 @@ def _models(pipeline: Pipeline) -> dict[str, dict[str, float]]:
     measured: dict[str, dict[str, float]] = {}
     for name in pipeline.entries:
         folder = pipeline.run_dir / name
-        if (folder / MODELS).is_file() and (done := contract.read_json(folder / contract.DONE)):
+        if (folder / MODELS).is_file() and (done := contract.read_done(folder)):
             inputs = done["fingerprint"]["inputs"]
             is_valid = all(contract.input_digest(path) == digest for path, digest in inputs.items() if "@" not in path)
-            measured = contract.read_json(folder / MODELS) or measured if is_valid else {}
+            measured = contract.read_json(folder / MODELS, {}) or measured if is_valid else {}
     models: dict[str, dict[str, float]] = {}
     for name, values in measured.items():
         models[name] = values
@@ -106,7 +121,7 @@ def _means(values: list[dict[str, float]]) -> dict[str, float]:
 def _liti(pipeline: Pipeline) -> list[dict[str, Any]]:
     """The points of the last merge's sweep, by eta."""
     for name in reversed(pipeline.entries):
-        if front := contract.read_json(pipeline.run_dir / name / FRONT):
+        if front := contract.read_json(pipeline.run_dir / name / FRONT, {"points": list, "released": dict}):
             sweep = [point for point in front["points"] if point["series"] == front["released"]["series"]]
             keys = [key for key in ("kl_to_init", "reward", _grader(pipeline)) if key]
             return [{"eta": point["position"]} | {key: point[key] for key in keys if key in point} for point in sweep]

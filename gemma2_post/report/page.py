@@ -1,7 +1,6 @@
 """The report of a run as a page: one self-contained HTML file, and the same in Markdown for a model card."""
 
-import base64
-import json
+import math
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -12,6 +11,7 @@ from markupsafe import Markup
 
 from gemma2_post.pipeline.gates import passes
 from gemma2_post.report import models
+from gemma2_post.report.files import Files
 from gemma2_post.report.terminal import duration
 from gemma2_post.stage import contract
 from gemma2_post.stage.command import first_grader
@@ -37,12 +37,13 @@ class Stage:
     """Paths in the run folder, contents in base64, and captions."""
 
 
-def write(run_dir: Path, summary: dict, rows: list[dict]) -> list[Path]:
+def write(run_dir: Path, summary: dict, rows: list[dict], files: Files) -> list[Path]:
     """Writes both files and returns their paths.
 
     Args:
         summary: Content of the run's `summary.json`.
         rows: Conversations to show, with the models' answers by name.
+        files: Reads the files of the stages.
     """
     environment = Environment(
         loader=PackageLoader("gemma2_post.report", "templates"),
@@ -51,12 +52,13 @@ def write(run_dir: Path, summary: dict, rows: list[dict]) -> list[Path]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    done = {name: found for name in summary["stages"] if (found := files.done(run_dir / name))}
     stages = [
-        _stage(run_dir, name, each.get("gates", {}), summary["headlines"].get(name, ""))
-        for name, each in summary["stages"].items()
-        if (run_dir / name / contract.DONE).is_file()
+        _stage(
+            run_dir, name, found, summary["stages"][name].get("gates", {}), summary["headlines"].get(name, ""), files
+        )
+        for name, found in done.items()
     ]
-    done = [contract.read_done(run_dir / stage.name) for stage in stages]
     content = {
         "run": summary["run"],
         "status": summary["status"],
@@ -72,8 +74,8 @@ def write(run_dir: Path, summary: dict, rows: list[dict]) -> list[Path]:
         "contests": models.contests(summary["models"]),
         "facts": models.facts(summary),
         "conversations": [_conversation(row) for row in rows],
-        "versions": done[-1]["fingerprint"]["versions"] if done else {},
-        "commit": next((each["git_commit"] for each in done if each["git_commit"]), None),
+        "versions": [*done.values()][-1]["fingerprint"]["versions"] if done else {},
+        "commit": next((commit for each in done.values() if (commit := each.get("git_commit"))), None),
     }
     paths = [run_dir / HTML, run_dir / MARKDOWN]
     for path in paths:
@@ -81,29 +83,31 @@ def write(run_dir: Path, summary: dict, rows: list[dict]) -> list[Path]:
     return paths
 
 
-def _stage(run_dir: Path, name: str, gates: dict[str, str], headline: str) -> Stage:
-    """What the page says about a finished step, from the files in its folder."""
-    folder = run_dir / name
-    done = contract.read_done(folder)
+def _stage(run_dir: Path, name: str, done: dict, gates: dict[str, str], headline: str, files: Files) -> Stage:
+    """What the page says about a finished step, from its stage file and the other files in its folder."""
+    folder, metrics = run_dir / name, done["metrics"]
     command, grader = command_of(done["stage"]), first_grader(done["fingerprint"]["recipe"])
     shown: dict[str, str] = {}
     for pattern, what in command.pictures.items():
         for path in sorted(folder.glob(pattern)):
             shown.setdefault(path.name, what)
     pictures = [
-        (f"{name}/{file}", base64.b64encode((folder / file).read_bytes()).decode(), what)
-        for file, what in shown.items()
+        (f"{name}/{file}", content, what) for file, what in shown.items() if (content := files.picture(folder / file))
     ]
     curves = []
     for each in command.curves:
-        points = _series(folder / each.file, each.key.format(grader=grader))
+        points = _series(files.lines(folder / each.file, {"step": contract.NUMBER}), each.key.format(grader=grader))
         if len(points) > 1:
             curves.append((each.title.format(grader=grader), curve(points)))
     return Stage(
         name,
         duration(done["wall_seconds"]),
         headline.replace("->", "→"),
-        [f"{metric} {bound}" for metric, bound in gates.items() if passes(done["metrics"][metric], bound)],
+        [
+            f"{metric} {bound}"
+            for metric, bound in gates.items()
+            if metric in metrics and passes(metrics[metric], bound)
+        ],
         yaml.safe_dump(done["fingerprint"]["recipe"], sort_keys=False, allow_unicode=True),
         done["output"],
         curves,
@@ -111,11 +115,10 @@ def _stage(run_dir: Path, name: str, gates: dict[str, str], headline: str) -> St
     )
 
 
-def _series(path: Path, key: str) -> list[tuple[float, float]]:
-    if not path.is_file():
-        return []
-    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [(entry["step"], entry[key]) for entry in entries if key in entry]
+def _series(entries: list[dict], key: str) -> list[tuple[float, float]]:
+    """The finite values of a key, with their steps."""
+    points = [(entry["step"], entry.get(key)) for entry in entries]
+    return [(step, value) for step, value in points if isinstance(value, int | float) and math.isfinite(value)]
 
 
 def curve(points: list[tuple[float, float]], width: int = 260, height: int = 84) -> Markup:

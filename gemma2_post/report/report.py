@@ -1,6 +1,5 @@
 """The report of a run: its models side by side, conversations to read, a page to look at."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ from rich.text import Text
 
 from gemma2_post.pipeline import summary
 from gemma2_post.report import models, page
+from gemma2_post.report.files import Files
 from gemma2_post.report.terminal import terminal
-from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
 
 _COLUMNS = {
@@ -29,35 +28,39 @@ def report(run_dir: Path) -> None:
     Raises:
         UserError: The folder holds no run.
     """
-    found, console = _summary(run_dir), terminal()
+    found, files, console = _summary(run_dir), Files(), terminal()
+    rows = _answers(run_dir, found, files)
     if found["models"]:
         console.print(_models(found["models"], found["grader"]))
-    for row in to_show(_answers(run_dir, found), _SHOWN):
+    for row in to_show(rows, _SHOWN):
         console.print(_conversation(row))
-    html, markdown = write(run_dir)
+    html, markdown = page.write(run_dir, found, to_show(rows, _ON_PAGE), files)
     console.print(f"to look at: {html}, {markdown}", highlight=False, soft_wrap=True)
+    files.warn()
 
 
 def write(run_dir: Path) -> list[Path]:
     """Writes the page of a run as HTML and as Markdown; returns their paths."""
-    found = _summary(run_dir)
-    return page.write(run_dir, found, to_show(_answers(run_dir, found), _ON_PAGE))
+    found, files = _summary(run_dir), Files()
+    paths = page.write(run_dir, found, to_show(_answers(run_dir, found, files), _ON_PAGE), files)
+    files.warn()
+    return paths
 
 
 def _summary(run_dir: Path) -> dict[str, Any]:
     """What the run recorded; runs made before there were headlines and a grader have none."""
-    found = contract.read_json(run_dir / summary.FILE)
+    found = summary.read(run_dir)
     if found is None:
         raise UserError(f"{run_dir} has no {summary.FILE}; name the folder of a run, such as runs/tiny")
     return {"headlines": {}, "grader": None} | found
 
 
-def _answers(run_dir: Path, found: dict) -> list[dict]:
+def _answers(run_dir: Path, found: dict, files: Files) -> list[dict]:
     """Prompts with the models' answers from the last evaluation; none if that is out of date or was set aside."""
     if not found["models"]:
         return []
-    files = [path for name in found["stages"] if (path := run_dir / name / "answers.jsonl").is_file()]
-    return [json.loads(line) for line in files[-1].read_text(encoding="utf-8").splitlines()] if files else []
+    paths = [path for name in found["stages"] if (path := run_dir / name / "answers.jsonl").is_file()]
+    return files.lines(paths[-1], {"prompt": list, "answers": dict}) if paths else []
 
 
 def to_show(rows: list[dict], num: int) -> list[dict]:
@@ -70,9 +73,9 @@ def to_show(rows: list[dict], num: int) -> list[dict]:
 
 
 def _ends(row: dict) -> dict[str, str]:
-    """The answers of the first and the last model."""
+    """The answers of the first and the last model; none if no model has answered."""
     names = list(row["answers"])
-    return {name: row["answers"][name] for name in (names[0], names[-1])}
+    return {name: row["answers"][name] for name in (*names[:1], *names[-1:])}
 
 
 def _models(measured: dict[str, dict[str, float]], grader: str | None) -> Table:

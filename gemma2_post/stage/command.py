@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from gemma2_post.stage import contract, fingerprint, launcher, recipe
 from gemma2_post.stage.command_line import read
+from gemma2_post.stage.disk import check_folder
 from gemma2_post.stage.errors import UserError, located, reported
 from gemma2_post.stage.fingerprint import Fingerprint
 from gemma2_post.stage.launcher import Launcher
@@ -155,10 +156,12 @@ class Command(Generic[R]):
         built = recipe.build(self.recipe, values | more, refused)
         if not values.get("output_dir"):
             raise UserError(f"output_dir is missing; add `output_dir: runs/NAME/{self.name}`")
+        output_dir = Path(str((values | more)["output_dir"]))
+        check_folder(output_dir, "output_dir")
         launched_by = launched_by or launcher.of_this_process(getattr(built, "training", None))
         self.check(built, launched_by)
         self.complete(built, launched_by)
-        return Path(str((values | more)["output_dir"])), built
+        return output_dir, built
 
     def run(self, stage: Stage, built: R) -> None:
         """Runs a checked recipe; refuses a folder with the output or checkpoints of another recipe."""

@@ -9,6 +9,11 @@ from pathlib import Path
 
 EXIT_STATUS_FILE = "GEMMA2_POST_EXIT_STATUS_FILE"
 """Environment variable with the path of a file for the exit status, which some launchers do not pass on."""
+_NOT_USABLE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.EIO),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+}
+"""Errors of the system at a path that the user has chosen."""
 
 
 class UserError(Exception):
@@ -46,7 +51,10 @@ def located(place: object) -> Iterator[None]:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turns a `UserError` or a full disk into one sentence (one process per machine prints it) and an exit status."""
+    """Turns mistakes into one sentence (one process per machine prints it) and an exit status.
+
+    Mistakes are a `UserError`, a full disk, and a file that the system does not let this user read or write.
+    """
     try:
         yield
     except OneProcessError as error:
@@ -54,9 +62,12 @@ def reported() -> Iterator[None]:
     except UserError as error:
         _exit(str(error), error.status)
     except Exception as error:
-        if not _is_full_disk(error):
-            raise
-        _exit("no space left on the device while writing; free some, then run the same command again to resume")
+        if _is_full_disk(error):
+            _exit("no space left on the device while writing; free some, then run the same command again to resume")
+        if isinstance(error, OSError) and error.filename is not None and error.errno in _NOT_USABLE:
+            why = os.strerror(error.errno).lower()
+            _exit(f"{error.filename}: {why}; correct the path, or its permissions, then run the same command again")
+        raise
 
 
 def _is_full_disk(error: BaseException | None) -> bool:

@@ -73,8 +73,9 @@ def with_policies(recipe_class: type, values: dict[str, object]) -> dict[str, ob
 
 def _policies_in(name: object) -> list[object]:
     if isinstance(name, str) and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        policies = sorted(Path(name).glob("policy-*"), key=lambda path: int(path.name.removeprefix("policy-")))
-        return [str(path) for path in policies] or [name]
+        numbers = {path: path.name.removeprefix("policy-") for path in Path(name).glob("policy-*")}
+        policies = [path for path, number in numbers.items() if number.isdecimal() and number.isascii()]
+        return [str(path) for path in sorted(policies, key=lambda path: int(numbers[path]))] or [name]
     return [name]
 
 

@@ -95,6 +95,7 @@ def complete_training(recipe: TrainingRecipe, launcher: Launcher) -> None:
         recipe.global_batch_size, recipe.training.per_device_train_batch_size, launcher.num_processes
     )
     recipe.training.prediction_loss_only = True  # full logits over 256k tokens would fill the memory
+    recipe.training.logging_nan_inf_filter = False  # it would hide a NaN loss
 
 
 def accumulation_steps(global_batch_size: int, per_device_batch_size: int, num_processes: int) -> int:

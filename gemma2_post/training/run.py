@@ -17,12 +17,10 @@ from gemma2_post.models.shards import write_shards
 from gemma2_post.models.tokenizer import save_tokenizer, tokenizer_digest
 from gemma2_post.stage import contract, digests
 from gemma2_post.stage.command import Stage
+from gemma2_post.stage.errors import OneProcessError, UserError
+from gemma2_post.training.checkpoints import TRAINER_FILE, newest_checkpoint
+from gemma2_post.training.finite import Metrics, StopIfNotFinite, are_finite
 from gemma2_post.training.keys import TrainingRecipe
-
-Metrics = dict[str, float]
-
-TRAINER_FILE = "trainer_state.json"
-"""The file that the Trainer writes last into a checkpoint."""
 
 
 class _MeasureBefore(TrainerCallback):
@@ -78,28 +76,45 @@ def run(
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     checkpoint = newest_checkpoint(stage.output_dir, last_file)
+    before_file = stage.output_dir / "before.json"
+    if checkpoint and contract.read_json(before_file, {}) is None:
+        raise UserError(
+            f"{before_file} is missing, which was measured before the first step of {checkpoint.name}; move "
+            f"{stage.output_dir} away to begin again"
+        )
+    trainer.accelerator.wait_for_everyone()  # before the main process writes what the others look for
     if trainer.is_world_process_zero():
         contract.begin(stage.output_dir, stage.fingerprint)
     if checkpoint:
         logging.getLogger(__name__).warning(
             "resuming from %s: weights, optimizer, scheduler, data order and random state", checkpoint
         )
-    measure_before = _MeasureBefore(stage.output_dir / "before.json", measure, is_resumed=checkpoint is not None)
-    trainer.add_callback(measure_before)
-    trainer.add_callback(_NoLastCheckpoint)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.monotonic() - measure_before.ended
-    after = measure()
+    finite = StopIfNotFinite(stage.output_dir, last_file)
+
+    def measure_finite() -> Metrics:
+        metrics = measure()
+        finite.check(metrics, trainer.state.global_step)
+        return metrics
+
+    measure_before = _MeasureBefore(before_file, measure_finite, is_resumed=checkpoint is not None)
+    for callback in (finite, measure_before, _NoLastCheckpoint()):
+        trainer.add_callback(callback)
+    with finite.sampling(trainer):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        seconds = time.monotonic() - measure_before.ended
+        after = measure_finite()
 
     save(stage.output_dir, trainer, recipe)
     save_more()
     if trainer.is_world_process_zero():
         save_tokenizer(tokenizer, stage.output_dir)
         log = "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
-        (stage.output_dir / "log.jsonl").write_text(log, encoding="utf-8")
-        before: Metrics = json.loads(measure_before.path.read_text(encoding="utf-8"))
+        contract.write_text(stage.output_dir / "log.jsonl", log)
+        before: Metrics = contract.read_json(before_file, {})
+        additional = complete(before, after)
+        finite.check(additional, trainer.state.global_step)
         metrics = {f"{name}_before": value for name, value in before.items()} | after
-        metrics |= complete(before, after) | throughput(trainer, seconds)
+        metrics |= additional | throughput(trainer, seconds)
         model_args = recipe.model
         facts = {
             "base_model": model_args.model_name_or_path,
@@ -114,12 +129,6 @@ def run(
         changes = [f"{name} {before[name]:.3g} -> {after[name]:.3g}" for name in before if "/" not in name]
         stage.finish(facts, metrics, ", ".join(changes))
     trainer.end()
-
-
-def newest_checkpoint(output_dir: Path, last_file: str = TRAINER_FILE) -> Path | None:
-    """The newest complete checkpoint: one that has the file that is written last."""
-    complete = [path.parent for path in output_dir.glob(f"checkpoint-*/{last_file}")]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def save(output_dir: Path, trainer: Trainer, recipe: TrainingRecipe) -> None:
@@ -158,6 +167,8 @@ def save(output_dir: Path, trainer: Trainer, recipe: TrainingRecipe) -> None:
             if name != SCORE_HEAD:
                 parameter.data = parameter.data.to(dtype)
         state_dict = dict(model.state_dict())
+    if not are_finite(state_dict.values()):
+        raise OneProcessError(f"the weights for {output_dir} are NaN or infinite; lower learning_rate")
     save_model(model, state_dict, output_dir, dtype)
 
 

@@ -1,7 +1,6 @@
 """Watches a policy while RLHF trains it: its answers to held-out prompts, and how far it has moved."""
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +17,9 @@ from gemma2_post.evaluation.keys import WatchArguments
 from gemma2_post.evaluation.rewards import values_of
 from gemma2_post.evaluation.samples import Answer, Grader, distinctness, gather_rows, grade, sample_held_out, share_of
 from gemma2_post.stage import contract
-from gemma2_post.stage.errors import OneProcessError, UserError
-from gemma2_post.training.run import Metrics
+from gemma2_post.stage.errors import UserError
+from gemma2_post.training.checkpoints import what_is_left
+from gemma2_post.training.finite import Metrics, StopIfNotFinite
 
 if TYPE_CHECKING:
     from trl import RLOOTrainer
@@ -111,23 +111,11 @@ class Watch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        path = self.output_dir / "watch.jsonl"
-        if state.global_step and path.is_file():
-            entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if state.global_step:
+            entries = contract.read_lines(self.output_dir / "watch.jsonl", {"step": int}, is_appended_to=False)
             self.curve = [entry for entry in entries if entry["step"] <= state.global_step]
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Metrics, **_: object
-    ) -> None:
-        for name in ("loss", "grad_norm", "reward", "kl"):
-            value = logs.get(name, 0.0)
-            if value is None or not math.isfinite(value):  # TRL logs None for a value that is always NaN
-                raise UserError(f"{name} is {logs[name]} at step {state.global_step}; {self._what_is_left()}")
-
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        if not _are_finite(self.trainer.model):  # sampling from such a policy fails before anything is logged
-            step = state.global_step
-            raise OneProcessError(f"weights are NaN or infinite at step {step}; {self._what_is_left()}")
         if state.global_step % self.args.watch_steps and state.global_step < state.max_steps:
             return
         metrics = self.measure()
@@ -147,15 +135,16 @@ class Watch(TrainerCallback):
             rewards = self._rewards(answers)
             metrics = self._divergences(answers) | grade(answers, self.rows, self.graders) | distinctness(answers)
             metrics |= {name: sum(values) / len(values) for name, values in rewards.items()}
+            StopIfNotFinite(self.output_dir).check(metrics, step)
             self.curve.append({"step": step} | metrics)
             if self.trainer.is_world_process_zero():
                 self._write(step, answers, rewards)
-            for name, value in metrics.items():
-                if not math.isfinite(value):
-                    raise UserError(f"{name} is {value} at step {step}; {self._what_is_left()}")
             if len(answers) > 1 and (metrics["stop_rate"] == 0 or len({answer.text for answer in answers}) == 1):
                 what = "none of its answers ends" if metrics["stop_rate"] == 0 else "all its answers are the same"
-                raise UserError(f"the policy has collapsed at step {step}: {what}; {self._what_is_left()}")
+                raise UserError(
+                    f"the policy has collapsed at step {step}: {what}; {what_is_left(self.output_dir)}; lower "
+                    "learning_rate, or raise beta"
+                )
         return {name: value for name, value in self.curve[-1].items() if name != "step"}
 
     def complete(self, before: Metrics, after: Metrics) -> Metrics:
@@ -222,15 +211,3 @@ class Watch(TrainerCallback):
             self.trainer._load_from_checkpoint(str(checkpoint))
         self.restore_anchor(checkpoint)
         self.curve.pop()
-
-    def _what_is_left(self) -> str:
-        names = [f"checkpoint-{entry['step']}" for entry in self.curve]
-        kept = [name for name in names if (self.output_dir / name).is_dir()]
-        left = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
-        return f"{left} in {self.output_dir}; lower learning_rate, or raise beta"
-
-
-def _are_finite(model: torch.nn.Module) -> bool:
-    """Whether all trained weights are finite; for a sharded model, only those of this process."""
-    trained = [getattr(each, "ds_tensor", each).detach() for each in model.parameters() if each.requires_grad]
-    return bool(torch.stack([each.sum(dtype=torch.float32) for each in trained]).isfinite().all())
