@@ -107,5 +107,5 @@ def problem_of(messages: list[Message], tokenizer: PreTrainedTokenizerBase, long
         tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     )
     if num_tokens > longest:
-        return f"the conversation has {num_tokens} tokens, and the model reads {longest} beside its answer; start a new one"
+        return f"the conversation has {num_tokens} tokens, and the model reads {longest} beside its answer; start anew"
     return ""

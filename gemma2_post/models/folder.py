@@ -62,7 +62,7 @@ def open_folder(path: str) -> ModelFolder:
 def check_folder(path: str) -> None:
     """Refuses what is no folder, or the output of a stage that is not finished."""
     folder = Path(path)
-    if not folder.is_dir():
+    if not path.strip() or not folder.is_dir():
         raise _no_folder(path)
     if (folder / contract.BEGUN).is_file() and not (folder / contract.DONE).is_file():
         raise UserError(f"{path} is not finished; run the stage that makes it to its end")
@@ -85,13 +85,8 @@ def is_hub_name(path: str) -> bool:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is cut or damaged ({error}); get it again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{file} holds {type(found).__name__}, not an object; get it again")
+    """The object in a JSON file of a model, which must exist."""
+    found: dict[str, Any] = contract.read_json(file, keys={}, advice="get it again")
     return found
 
 
@@ -125,15 +120,26 @@ def read_shapes(folder: Path, file: str = WEIGHTS) -> dict[str, Shape]:
     """
     shapes: dict[str, Shape] = {}
     for each in files_of(folder, file):
-        shapes |= _read_header(each)
+        header = read_header(each)
+        if others := [(name, dtype) for name, (dtype, _) in header.items() if dtype not in _FLOATS]:
+            raise UserError(
+                f"{each}: {others[0][0]} is {others[0][1]}, not a floating-point tensor; name the unquantized model"
+            )
+        shapes |= {name: shape for name, (_, shape) in header.items()}
     index = folder / f"{file}.index.json"
     if index.is_file() and (missing := sorted(read_object(index)["weight_map"].keys() - shapes.keys())):
         raise UserError(f"{index} names {missing[0]}, which is in no shard; get the model again")
     return shapes
 
 
-def _read_header(file: Path) -> dict[str, Shape]:
-    """Shapes by name: 8 bytes of length, a JSON object, then the data, which must have the length that it states."""
+def read_header(file: Path) -> dict[str, tuple[str, Shape]]:
+    """The dtypes and shapes of the tensors in a safetensors file, by name; reads no data.
+
+    The file is 8 bytes of length, a JSON object, then the data, which must have the length that the object states.
+
+    Raises:
+        UserError: The file is cut or damaged.
+    """
     size = file.stat().st_size
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -141,19 +147,15 @@ def _read_header(file: Path) -> dict[str, Shape]:
     try:
         header = json.loads(text)
         tensors = {name: each for name, each in header.items() if name != "__metadata__"}
-        shapes = {name: tuple(map(int, each["shape"])) for name, each in tensors.items()}
+        found = {name: (str(each["dtype"]), tuple(map(int, each["shape"]))) for name, each in tensors.items()}
         end = max((int(each["data_offsets"][1]) for each in tensors.values()), default=0)
-        dtypes = {name: str(each["dtype"]) for name, each in tensors.items()}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise UserError(f"{file} cannot be read: it is cut off or damaged; get it again") from error
     if size != 8 + length + end:
         raise UserError(
             f"{file} cannot be read: it has {size:,} bytes and should have {8 + length + end:,}; get it again"
         )
-    for name, dtype in dtypes.items():
-        if dtype not in _FLOATS:
-            raise UserError(f"{file}: {name} is {dtype}, not a floating-point tensor; name the unquantized model")
-    return shapes
+    return found
 
 
 # --- does it fit ---

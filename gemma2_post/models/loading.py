@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -40,7 +41,7 @@ def load_config(path: str, revision: str | None = None, wanted: str = LANGUAGE_M
         config = AutoConfig.from_pretrained(path, revision=revision)
     except OSError as error:
         raise load_error(path, error) from error
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the config.json of {path} cannot be read ({reason}); get the model again") from error
     if config.model_type != "gemma2":

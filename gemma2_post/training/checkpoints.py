@@ -5,7 +5,9 @@ import logging
 import zipfile
 from pathlib import Path
 
+from gemma2_post.models.folder import read_header
 from gemma2_post.stage import contract
+from gemma2_post.stage.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ def is_whole(file: Path) -> bool:
     if file.suffix in _ZIPPED:
         return zipfile.is_zipfile(file)
     if file.suffix == ".safetensors":
-        return _is_whole_safetensors(file)
+        return _has_its_length(file)
     return file.stat().st_size > 0
 
 
@@ -63,17 +65,12 @@ def _parses(text: bytes) -> bool:
     return True
 
 
-def _is_whole_safetensors(file: Path) -> bool:
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 0 < length <= size - 8:
-            return False
-        header = stream.read(length)
-    if not _parses(header):
+def _has_its_length(file: Path) -> bool:
+    try:
+        read_header(file)
+    except UserError:
         return False
-    ends = [each["data_offsets"][1] for name, each in json.loads(header).items() if name != "__metadata__"]
-    return size == 8 + length + max(ends, default=0)
+    return True
 
 
 def what_is_left(output_dir: Path, last_file: str = TRAINER_FILE) -> str:
