@@ -210,9 +210,9 @@ def test_a_column_is_found_in_whichever_row_has_it(tmp_path: Path) -> None:
         ("return 'x'", "returned str; return a list"),
         ("return {'prompt': 'a'}", "returned dict; return a list"),
         ("return [None]", "row 0 is NoneType; return a list of rows, each a dictionary"),
-        ("raise ValueError('no data')", "failed with ValueError: no data; fix the function"),
+        ("raise ValueError('no data')", "making rows raised ValueError: no data"),
         ("yield {'prompt': 'a', 'completion': 'b'}; yield 5", "row 1 is int"),
-        ("yield {'prompt': 'a', 'completion': 'b'}; raise OSError('gone')", "failed with OSError: gone"),
+        ("yield {'prompt': 'a', 'completion': 'b'}; raise OSError('gone')", "making rows raised OSError: gone"),
     ],
 )
 def test_a_function_that_gives_no_rows_is_refused(
@@ -223,7 +223,7 @@ def test_a_function_that_gives_no_rows_is_refused(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=f"^{name}:rows: {message}"):
         load(f"{name}:rows")
-    with pytest.raises(UserError, match=f"^{name}:none: failed with TypeError: too many positional"):
+    with pytest.raises(UserError, match=f"^{name}:none: making rows raised TypeError: too many positional"):
         load(f"{name}:none")
 
 

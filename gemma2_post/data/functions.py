@@ -31,10 +31,10 @@ def load_function(path: str) -> Callable:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise UserError(_raised(path, "importing its module", error)) from error
+            raise UserError(raised(path, "importing its module", error)) from error
         raise UserError(f"{path}: there is no such function ({error}); write module:function") from error
     except (Exception, SystemExit) as error:  # the user's code may raise anything
-        raise UserError(_raised(path, "importing its module", error)) from error
+        raise UserError(raised(path, "importing its module", error)) from error
     function = getattr(module, name, None)
     if function is None:
         raise UserError(f"{path}: there is no such function (no {name!r} in {module_name}); write module:function")
@@ -85,7 +85,7 @@ def call(path: str, function: Callable, *arguments: Any, **named: Any) -> Any:
     try:
         return function(*arguments, **named)
     except Exception as error:  # the user's code may raise anything
-        raise OneProcessError(_raised(path, "calling it", error)) from error
+        raise OneProcessError(raised(path, "calling it", error)) from error
 
 
 def finite(path: str, value: Any) -> float:
@@ -97,8 +97,12 @@ def finite(path: str, value: Any) -> float:
     return float(value)
 
 
-def _raised(path: str, doing: str, error: BaseException) -> str:
-    """What a user's code raised, and where."""
+def raised(path: str, doing: str, error: BaseException) -> str:
+    """What a user's code raised, and where, for an error.
+
+    Args:
+        doing: What was done when it did.
+    """
     if isinstance(error, SyntaxError):
         place, message = f"{error.filename}, line {error.lineno}", error.msg
     else:

@@ -29,7 +29,7 @@ from datasets import (
 from datasets.arrow_writer import ArrowWriter
 
 from gemma2_post.data.files import files_of, is_data, is_glob, read_file
-from gemma2_post.data.functions import is_function, load_function
+from gemma2_post.data.functions import is_function, load_function, raised
 from gemma2_post.data.keys import Source
 from gemma2_post.data.pairs import pairs_with_margin
 from gemma2_post.data.rows import CONVERSATION, DOCUMENT, PROMPT, QUESTION, RowFormat
@@ -315,4 +315,4 @@ def _rows_of_function(source: Source) -> Iterator[dict[str, Any]]:
     except UserError:
         raise
     except Exception as error:  # a user's code can raise anything
-        raise UserError(f"{source.path}: failed with {type(error).__name__}: {error}; fix the function") from error
+        raise UserError(raised(source.path, "making rows", error)) from error
