@@ -236,7 +236,7 @@ def test_an_endpoint_that_cannot_be_used_is_known_before_anything_is_answered(
 
 def test_a_local_judge_that_says_nothing_is_refused(evaluate_recipe: Recipe, tmp_path: Path) -> None:
     values = evaluate_recipe | {"judge": TEACHER, "judge_max_tokens": 4, "models": evaluate_recipe["models"][:2]}
-    with pytest.raises(UserError, match=r"the judge gave no verdict on \d of 3 pairs, asked 3 times"):
+    with pytest.raises(UserError, match=r"the judge gave no verdict on (1 of 1|2 of 2|3 of 3) pairs, asked 3 times"):
         run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values | {"base": None, "num_samples": 3})
 
 

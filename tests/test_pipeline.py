@@ -773,7 +773,7 @@ def test_chat_remembers_the_conversation_and_ends_with_the_input() -> None:
         (("run", "nowhere.yaml"), "error: nowhere.yaml: there is no such recipe"),
         (("run", "recipes/tiny/pipeline.yaml", "--until", "rlfh"), "there is no stage rlfh; it has sft"),
         (("run", "recipes/tiny/pipeline.yaml", "--set", "sft=1"), "expected STAGE.KEY=VALUE"),
-        (("chat", "nowhere"), "cannot get nowhere"),
+        (("chat", "nowhere"), "there is no folder nowhere"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_sentence(
