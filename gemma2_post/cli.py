@@ -112,8 +112,9 @@ def report(run_dir: Path) -> None:
     report(run_dir)
 
 
-def chat(directory: str, prompt: str | None, load: str | None, temperature: float, max_new_tokens: int) -> None:
+def chat(directory: str, prompt: str | None, load: str | None, temperature: float, max_new_tokens: int | None) -> None:
     """Talks to a model."""
+    _quiet()
     from gemma2_post.chat import chat
 
     chat(directory, prompt, load, temperature, max_new_tokens)
@@ -195,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", metavar="TEXT", help="answer this and exit")
     add("--load", choices=["4bit", "8bit"], help="quantize the weights")
     add("--temperature", type=float, default=0.0, help="0 (default): the most likely answer")
-    add("--max_new_tokens", type=int, default=512)
+    add("--max_new_tokens", type=int, help="longest answer; default: 512, or half of what the model can read")
 
     add = command(schema, "write a JSON Schema for each kind of recipe, for editors")
     add("directory", type=Path, nargs="?", default=Path("recipes/schema"))

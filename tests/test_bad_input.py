@@ -83,7 +83,10 @@ BAD = {
     "sdpa": (with_values(attn_implementation="sdpa"), "attn_implementation is sdpa, which cannot apply"),
     "adapter as model": (with_model(make_adapter), "is an adapter, not a model"),
     "no tokenizer": (with_model(lambda directory: (directory / "tokenizer.json").unlink()), "has no tokenizer.json"),
-    "vocabulary mismatch": (with_model(shrink_vocabulary), "has 1024 tokens and the model 1000"),
+    "vocabulary mismatch": (
+        with_model(shrink_vocabulary),
+        "model.embed_tokens.weight has the shape [1024, 64], and its config.json says [1000, 64]",
+    ),
     "4-bit full fine-tuning": (with_values(load_in_4bit=True), "load_in_4bit is for adapters"),
     "batch": (
         with_values(global_batch_size=12),

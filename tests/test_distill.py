@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2ForCausalLM, PreTrainedTokenizerBase, TrainerControl, TrainerState
 from trl import DistillationConfig, DistillationTrainer
 from trl.import_utils import is_vllm_available
@@ -424,6 +424,10 @@ def add_a_token(directory: Path) -> None:
     added |= {"lstrip": False, "rstrip": False, "single_word": False}
     change_json(directory / "tokenizer.json", lambda content: content["added_tokens"].append(added))
     change_json(directory / "config.json", lambda content: content.update(vocab_size=1025))
+    tensors = load_file(directory / "model.safetensors")
+    embeddings = tensors["model.embed_tokens.weight"]
+    tensors["model.embed_tokens.weight"] = torch.cat([embeddings, embeddings[:1]])
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
 
 def with_one_long_prompt(recipe: Recipe, folder: Path) -> Recipe:
@@ -435,7 +439,7 @@ def with_one_long_prompt(recipe: Recipe, folder: Path) -> Recipe:
 NO_TURN = "row 0: there is no user turn to answer"
 BAD: dict[str, tuple[Change, str]] = {
     "no teacher": (with_values(teacher_model_name_or_path=None), "teacher_model_name_or_path is missing"),
-    "a teacher that is nowhere": (with_values(teacher_model_name_or_path="./nowhere"), "cannot get ./nowhere"),
+    "a teacher that is nowhere": (with_values(teacher_model_name_or_path="./nowhere"), "there is no folder ./nowhere"),
     "an adapter as teacher": (with_teacher(make_adapter), "broken is an adapter, not a model"),
     "an unfinished stage as teacher": (
         with_teacher(lambda directory: (directory / "begun.json").write_text("{}")),

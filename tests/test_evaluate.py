@@ -85,7 +85,7 @@ def test_models_are_measured_beside_each_other(evaluate_recipe: Recipe, tmp_path
         ({"models": ["nowhere"], "baseline": "nowhere"}, "models names nowhere, which holds no model"),
         ({"num_samples": 1}, "num_samples is 1; write 2 or more"),
         ({"graders": ["tests.test_evaluate:reward"]}, "reward is the name of another measure"),
-        ({"init": "nowhere/at/all"}, "cannot get nowhere/at/all"),
+        ({"init": "nowhere/at/all"}, "there is no folder nowhere/at/all"),
     ],
 )
 def test_a_mistake_is_said_before_anything_is_measured(

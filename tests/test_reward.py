@@ -456,7 +456,7 @@ def cut_file(directory: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a causal model": (causal, "is Gemma2ForCausalLM, not a reward model; name the output of the reward stage"),
+    "a causal model": (causal, "is a language model, not a reward model; name the output of the reward stage"),
     "an adapter": (make_adapter, "is an adapter, not a model; merge it into its base first"),
     "an unfinished stage": (lambda directory: (directory / "begun.json").write_text("{}"), "is not finished; run the"),
     "no seal": (
@@ -476,7 +476,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         "scores its canary nan, but ",
     ),
     "another body": (edit_weights(other_body), "when it was made; its files have changed, train the reward model"),
-    "half a file": (cut_file, "cannot be loaded ("),
+    "half a file": (cut_file, "model.safetensors cannot be read: it has"),
     "another tokenizer": (swap_two_tokens, "was trained with another tokenizer than the policy's (or than this"),
     "another template": (
         edit_json("reward_model.json", template_digest="0123456789abcdef"),
@@ -605,7 +605,7 @@ BAD: dict[str, tuple[Change, str]] = {
     ),
     "a column that is not there": (with_values(columns=["gold"]), "columns: no source has gold"),
     "an adapter as base": (with_model(make_adapter), "broken is an adapter, not a model"),
-    "a base without weights": (with_model(without_weights), "broken cannot be loaded"),
+    "a base without weights": (with_model(without_weights), "broken has no model.safetensors"),
     "full fine-tuning in 4 bit": (with_values(load_in_4bit=True), "load_in_4bit is for adapters"),
     "no such noise ceiling": (
         with_values(noise_ceiling="gemma2_post.tiny.data:silence"),
@@ -631,9 +631,9 @@ BAD: dict[str, tuple[Change, str]] = {
         "policies: {folder}/policy0 has another tokenizer than the reward model's base; choose models with the same",
     ),
     "a policy with a larger vocabulary": (with_policy(add_a_token), "policy0 has another tokenizer than the reward"),
-    "a policy without weights": (with_policy(without_weights), "policy0 cannot be loaded"),
-    "a policy that is nowhere": (with_values(policies=["./nowhere"]), "cannot get ./nowhere"),
-    "a second policy that is an adapter": (with_policy(without_weights, make_adapter), "policy1 is an adapter"),
+    "a policy without weights": (with_policy(without_weights), "policy0 has no model.safetensors"),
+    "a policy that is nowhere": (with_values(policies=["./nowhere"]), "there is no folder ./nowhere"),
+    "a second policy that is an adapter": (with_policy(lambda _: None, make_adapter), "policy1 is an adapter"),
     "two policies of one name": (two_of_one_name, "policies: "),
     "the task type": (
         with_values(use_peft=True, lora_task_type="CAUSAL_LM"),

@@ -380,7 +380,7 @@ BAD = {
     "unfinished reward model": (unfinished, "unfinished is not finished"),
     "reward adapter": (adapter_only, "adapter is an adapter, not a model"),
     "reward of another tokenizer": (other_tokenizer, "was trained with another tokenizer than the policy's"),
-    "a policy as reward model": (with_values(reward_model=TEACHER), "is Gemma2ForCausalLM, not a reward model"),
+    "a policy as reward model": (with_values(reward_model=TEACHER), "is a language model, not a reward model"),
     "policy adapter": (policy_adapter, "adapter is an adapter, not a model"),
     "no rewards": (with_values(reward_model=None), "nothing rewards the answers"),
     "bonus for cut answers": (with_values(missing_end_penalty=-1.0), "missing_end_penalty is -1; write 0 or more"),

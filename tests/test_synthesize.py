@@ -143,7 +143,7 @@ def test_a_reward_model_picks_the_best(
         rewards = [reward([*prompt, {"role": "assistant", "content": text}]) for text in texts]
         assert row["teacher"]["reward"] == pytest.approx(reward(row["messages"]), abs=1e-4)
         assert row["teacher"]["reward"] == pytest.approx(max(rewards), abs=1e-4)
-    with pytest.raises(UserError, match="teacher is Gemma2ForCausalLM, not a reward model; name the output of the"):
+    with pytest.raises(UserError, match="teacher is a language model, not a reward model; name the output of the"):
         run_synthesize(
             synthesize_recipe | {"num_answers": 2, "reward_model": TEACHER, "output_dir": str(tmp_path / "other")}
         )

@@ -1,7 +1,9 @@
 """Checks of what a recipe says about a Gemma 2 model: refuses what cannot work before anything is loaded."""
 
+import re
 from typing import TYPE_CHECKING
 
+from gemma2_post.models.shapes import SCORE_HEAD, tensor_shapes
 from gemma2_post.stage.bounds import COUNT, Bounds
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
 MODEL_BOUNDS = {"lora_r": COUNT, "lora_alpha": COUNT, "lora_dropout": Bounds(at_least=0, below=1)}
 """The values that keys of TRL's `ModelConfig` may have."""
 LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]
+_MATRICES = "name some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
 ATTENTION = ("eager", "flex_attention", "flash_attention_2")
 """Attention implementations that apply Gemma 2's soft-cap; the first is the default."""
 
@@ -117,6 +120,35 @@ def check_model_arguments(model_args: "ModelConfig") -> None:
         )
 
 
+def check_lora_modules(model_args: "ModelConfig", config: "Gemma2Config") -> None:
+    """Refuses names of modules that match nothing: PEFT drops them if another one matches.
+
+    PEFT matches a name with a whole module name or its end, and a single target as a regular expression.
+    """
+    weights = tensor_shapes(config.to_dict(), model_args.model_name_or_path)
+    modules = [name.removesuffix(".weight") for name in weights] + [SCORE_HEAD.removesuffix(".weight")]
+    matrices = [name for name in modules if name.endswith("_proj")]
+    targets = model_args.lora_target_modules or []
+    if isinstance(targets, str):
+        if targets != "all-linear" and not _matches(targets, matrices):
+            raise UserError(f"lora_target_modules is {targets}, which matches no matrix of the model; {_MATRICES}")
+        targets = []
+    for key, names, known in (
+        ("lora_target_modules", targets, matrices),
+        ("lora_modules_to_save", model_args.lora_modules_to_save or [], modules),
+    ):
+        for name in names:
+            if not any(module == name or module.endswith(f".{name}") for module in known):
+                raise UserError(f"{key} has {name}, which matches no module of the model; {_MATRICES}")
+
+
+def _matches(pattern: str, names: list[str]) -> bool:
+    try:
+        return any(re.fullmatch(pattern, name) for name in names)
+    except re.error:
+        return False
+
+
 def attention_of(model_args: "ModelConfig") -> str:
     """The attention implementation of a recipe, or the default."""
     return model_args.attn_implementation or ATTENTION[0]
@@ -126,7 +158,9 @@ def complete_model_arguments(model_args: "ModelConfig") -> None:
     """Fills in Gemma 2's defaults: eager attention, and the modules that LoRA adapts."""
     model_args.attn_implementation = attention_of(model_args)
     if model_args.use_peft:
-        model_args.lora_target_modules = model_args.lora_target_modules or LORA_TARGET_MODULES
+        targets = model_args.lora_target_modules or LORA_TARGET_MODULES
+        # TRL makes a text of a list of one name, which PEFT would match with whole names only.
+        model_args.lora_target_modules = [targets] if isinstance(targets, str) and targets.isidentifier() else targets
 
 
 def check_length(max_length: int | None, config: "Gemma2Config") -> int:

@@ -18,32 +18,37 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import ModelConfig, get_quantization_config
 
+from gemma2_post.models.folder import LANGUAGE_MODEL, check_kind, is_hub_name, open_folder
 from gemma2_post.models.tokens import BOS, PAD, STOP_TOKEN_IDS
-from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
 
 
-def load_config(path: str, revision: str | None = None) -> Gemma2Config:
-    """The model's config, checked.
+def load_config(path: str, revision: str | None = None, wanted: str = LANGUAGE_MODEL) -> Gemma2Config:
+    """The model's config, checked; a folder is checked wholly, see `open_folder`.
+
+    Args:
+        wanted: `LANGUAGE_MODEL` or `REWARD_MODEL`.
 
     Raises:
-        UserError: It is no finished, unquantized Gemma 2 model, or cannot be loaded.
+        UserError: It is no finished, unquantized Gemma 2 model of this kind, or cannot be loaded.
     """
-    local = Path(path)
-    if (local / "adapter_config.json").is_file() and not (local / "config.json").is_file():
-        raise UserError(f"{path} is an adapter, not a model; merge it into its base first, or name a merged model")
-    if local.is_dir() and not (local / "config.json").is_file():
-        raise UserError(f"{path} has no config.json; name the output of a finished stage or a Hub model")
-    if (local / contract.BEGUN).is_file() and not (local / contract.DONE).is_file():
-        raise UserError(f"{path} is not finished; run the stage that makes it to its end")
+    if not is_hub_name(path):
+        folder = open_folder(path)
+        if folder.config.get("model_type") == "gemma2":
+            check_kind(folder, wanted)
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
     except OSError as error:
         raise load_error(path, error) from error
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the config.json of {path} cannot be read ({reason}); get the model again") from error
     if config.model_type != "gemma2":
         raise UserError(f"{path} is a {config.model_type} model; this pipeline is for gemma2")
     if getattr(config, "quantization_config", None):
         raise UserError(f"{path} is quantized; name the unquantized model and set load_in_4bit instead")
+    if [type(value) for value in (config.sliding_window, config.max_position_embeddings)] != [int, int]:
+        raise UserError(f"{path}: sliding_window or max_position_embeddings in its config.json is no whole number")
     return config
 
 

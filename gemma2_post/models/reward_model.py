@@ -19,6 +19,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import ModelConfig
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
+from gemma2_post.models.folder import REWARD_MODEL
 from gemma2_post.models.loading import load_config, load_error, load_pretrained, training_device_map
 from gemma2_post.models.tokenizer import load_tokenizer, tokenizer_digest
 from gemma2_post.models.tokens import PAD
@@ -26,7 +27,6 @@ from gemma2_post.stage import contract, digests
 from gemma2_post.stage.errors import UserError
 
 FILE = "reward_model.json"
-_ARCHITECTURE = "Gemma2ForSequenceClassification"
 _CANARY_TOLERANCE = 0.1
 """As a share of the rewards' standard deviation: using bf16 shifts scores by less, another head by far more."""
 
@@ -108,13 +108,8 @@ def check(path: str, policy_tokenizer: PreTrainedTokenizerBase | None = None) ->
     Raises:
         UserError: It is a causal model, an adapter, or unfinished, has another tokenizer, or the like.
     """
-    config = load_config(path)
+    config = load_config(path, wanted=REWARD_MODEL)
     sealed = contract.read_json(Path(path) / FILE)
-    if config.architectures != [_ARCHITECTURE]:
-        raise UserError(
-            f"{path} is {', '.join(config.architectures or ['of no kind'])}, not a reward model; name the "
-            "output of the reward stage"
-        )
     if sealed is None:
         raise UserError(
             f"{path} has no {FILE}, so nothing says that its score head was trained; name the output of the "
@@ -144,7 +139,7 @@ def load(
         UserError: `check` refuses it, weights are missing, or the canary's scores do not reproduce.
     """
     sealed = check(path, policy_tokenizer)
-    tokenizer = policy_tokenizer or load_tokenizer(path, load_config(path))
+    tokenizer = policy_tokenizer or load_tokenizer(path, load_config(path, wanted=REWARD_MODEL))
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path,

@@ -11,6 +11,7 @@ from trl import ModelConfig
 from gemma2_post.models.loading import generation_config
 from gemma2_post.models.shapes import SCORE_HEAD
 from gemma2_post.models.tokens import BOS, EOS, PAD
+from gemma2_post.stage.errors import UserError
 
 
 def save_model(
@@ -21,6 +22,7 @@ def save_model(
     The layout is canonical: only the embedding is saved, not the tied head (ZeRO-1 and 2 gather both); each tensor is
     rounded once to `dtype`; a reward model's score head is in fp32.
     """
+    check_finite(state_dict)
     head, embedding = state_dict.pop("lm_head.weight", None), state_dict["model.embed_tokens.weight"]
     if head is not None and not torch.equal(head, embedding):
         raise RuntimeError("lm_head and embed_tokens differ: training has untied them")
@@ -29,6 +31,13 @@ def save_model(
     rounded = {name: tensor.to(torch.float32 if name == SCORE_HEAD else dtype) for name, tensor in state_dict.items()}
     model.save_pretrained(output_dir, state_dict=rounded)
     save_configs(model, output_dir, dtype)
+
+
+def check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    """Raises a `UserError` if a tensor has NaN or infinite values; such a model is not saved."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} has NaN or infinite values, so the model is not saved; lower learning_rate")
 
 
 def save_configs(model: PreTrainedModel, output_dir: Path, dtype: torch.dtype) -> None:

@@ -8,6 +8,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 
 from gemma2_post.stage import contract
+from gemma2_post.stage.errors import UserError
 
 
 def write_shards(
@@ -32,6 +33,9 @@ def write_shards(
     )
     for file, names in plan.filename_to_tensors.items():
         tensors = {name: tensor_of(name).contiguous() for name in names}
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise UserError(f"{name} has NaN or infinite values, so the model is not saved; lower learning_rate")
         if output_dir:
             output_dir.mkdir(parents=True, exist_ok=True)
             save_file(tensors, output_dir / file, {"format": "pt"})

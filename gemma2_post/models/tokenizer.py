@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, Gemma2Config, PreTrainedTokenizerBase
 from trl import ModelConfig
 from trl.chat_template_utils import gemma_chat_template
 
+from gemma2_post.models.arguments import check_lora_modules
 from gemma2_post.models.loading import load_config, load_error
 from gemma2_post.models.tokens import SPECIAL_TOKENS
 from gemma2_post.stage import digests
@@ -44,6 +45,9 @@ def load_tokenizer(path: str, config: Gemma2Config, revision: str | None = None)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except OSError as error:
         raise load_error(path, error) from error
+    except Exception as error:  # the tokenizers library raises its errors as plain Exception
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the tokenizer of {path} is cut or damaged ({reason}); copy its files again") from error
     if len(tokenizer) != config.vocab_size:
         raise UserError(
             f"the tokenizer in {path} has {len(tokenizer)} tokens and the model {config.vocab_size}; "
@@ -65,6 +69,8 @@ def load_config_and_tokenizer(model_args: ModelConfig) -> tuple[Gemma2Config, Pr
     """Config and tokenizer of the model that a recipe names, checked; reads no weights."""
     path, revision = model_args.model_name_or_path, model_args.model_revision
     config = load_config(path, revision)
+    if model_args.use_peft:
+        check_lora_modules(model_args, config)
     return config, load_tokenizer(path, config, revision)
 
 

@@ -13,7 +13,8 @@ from transformers import Gemma2Config
 
 from gemma2_post.data.functions import load_function
 from gemma2_post.data.sources import check_sources
-from gemma2_post.models.arguments import check_length, check_prompt_length
+from gemma2_post.models.arguments import check_length, check_lora_modules, check_prompt_length
+from gemma2_post.models.folder import LANGUAGE_MODEL, REWARD_MODEL
 from gemma2_post.models.loading import load_config
 from gemma2_post.models.shapes import known_config
 from gemma2_post.pipeline import gates, slurm
@@ -62,6 +63,8 @@ def _check_step(step: Step, launch: str, made: Models, is_here: bool) -> Job:
         gates.check_metrics(step.gates, command.metrics(built))
         models = _check_paths(command, built, values, made)
         _check_lengths(values, models)
+        if (config := models.get("model_name_or_path")) and built.model.use_peft:
+            check_lora_modules(built.model, config)
     made[str(step.folder)] = models.get("model_name_or_path") or models.get("init")
     return Job(step.label, step.config, step.folder, command, Checked(built, launcher, models), values)
 
@@ -104,7 +107,8 @@ def _config(key: str, name: str, is_one_of_many: bool, made: Models) -> Gemma2Co
     if name in made:
         return made[name]
     if Path(name).is_dir():
-        return None if is_one_of_many else load_config(name)
+        wanted = REWARD_MODEL if key == "reward_model" else LANGUAGE_MODEL
+        return None if is_one_of_many else load_config(name, wanted=wanted)
     if name.count("/") > 1 or name.startswith((".", "/")):
         raise UserError(f"{key} is {name}, which no earlier stage makes, and there is no such folder")
     return known_config(name)

@@ -1,6 +1,6 @@
 """The inputs of a merge: models and adapters, on disk or on the Hub, checked against each other before any work."""
 
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,26 @@ import torch
 from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 
+from gemma2_post.models.folder import (
+    ADAPTER,
+    ADAPTER_WEIGHTS,
+    check_folder,
+    is_hub_name,
+    open_folder,
+    read_object,
+    read_shapes,
+)
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
 from gemma2_post.weights.streaming import Weights, open_weights
 
-ADAPTER = "adapter_config.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_PLAIN = set(
+    "task_type peft_type peft_version auto_mapping base_model_name_or_path revision inference_mode r lora_alpha "
+    "target_modules exclude_modules lora_dropout bias use_rslora init_lora_weights layers_to_transform layers_pattern "
+    "megatron_core qalora_group_size runtime_config".split()
+)
+"""Keys of an adapter's config that may have a value; any other one that PEFT knows makes another kind of adapter."""
 _DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 _BOOKKEEPING = {
     *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "cache_implementation"),
@@ -54,11 +68,8 @@ def locate(name: str) -> Path:
     Raises:
         UserError: There is no such folder or Hub model, or its stage is not finished.
     """
-    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        if not Path(name).is_dir():
-            raise UserError(f"there is no folder {name}; name a model's folder or a Hub model")
-        if (Path(name) / contract.BEGUN).is_file() and not (Path(name) / contract.DONE).is_file():
-            raise UserError(f"{name} is not finished; run the stage that makes it to its end")
+    if not is_hub_name(name):
+        check_folder(name)
         return Path(name)
     try:
         return Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
@@ -83,14 +94,10 @@ def open_model(name: str, digests: dict[str, Any]) -> Model:
         digests: Known content hashes, by name.
     """
     directory = locate(name)
-    if (directory / ADAPTER).is_file() and not (directory / "config.json").is_file():
-        raise UserError(f"{name} is an adapter; name the model that it was trained on, or a merged one")
-    if not (directory / "config.json").is_file():
-        raise UserError(f"{name} has no config.json; name a model's folder")
-    weights = open_weights(directory)
+    opened = open_folder(str(directory))
     digest = digests.get(name) or contract.input_digest(str(directory))
     assert digest is not None, "a folder has a hash"
-    return Model(name, directory, json.loads((directory / "config.json").read_text()), weights, digest)
+    return Model(name, directory, opened.config, open_weights(directory), digest)
 
 
 def open_adapter(name: str, directory: Path, init: Model) -> Adapter:
@@ -99,31 +106,58 @@ def open_adapter(name: str, directory: Path, init: Model) -> Adapter:
     Raises:
         UserError: It is no plain LoRA adapter, is damaged, or does not fit `init`.
     """
-    config = json.loads((directory / ADAPTER).read_text())
-    unsupported = ["use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias"]
-    extra = next((key for key in unsupported if config.get(key)), None)
-    if config.get("peft_type") != "LORA" or extra or config.get("bias", "none") != "none":
-        what = extra or ("bias" if config.get("peft_type") == "LORA" else config.get("peft_type"))
+    config = read_object(directory / ADAPTER)
+    _check_plain(name, config)
+    read_shapes(directory, ADAPTER_WEIGHTS)
+    weights = open_weights(directory, ADAPTER_WEIGHTS)
+    scale = config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
+    updates = {}
+    left = dict(weights)
+    for key in [key for key in weights if key.endswith(".lora_A.weight")]:
+        a, b = left.pop(key), left.pop(key.replace(".lora_A.", ".lora_B."), None)
+        if b is None:
+            raise UserError(f"{name} has {key} without its lora_B; its file is incomplete, get it again")
+        target = key.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
+        if a.ndim != 2 or b.ndim != 2 or not len(a) == b.shape[1] == config["r"]:
+            raise UserError(
+                f"{name} has {target} as {list(b.shape)} x {list(a.shape)}, and its {ADAPTER} says r {config['r']}; "
+                "get it again"
+            )
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise UserError(f"{name} has NaN or infinite values in {key}; name an adapter without any")
+        if target not in init.weights or init.weights[target].shape != (len(b), a.shape[1]):
+            raise UserError(
+                f"{name} adapts {target} of shape {[len(b), a.shape[1]]}, which {init.name} does not have; name "
+                "the model that it was trained on"
+            )
+        updates[target] = (scale * b.float(), a.float())
+    if left:
+        raise UserError(
+            f"{name} has {min(left)}, which is no part of a product B A; merge the adapter into its base and name the "
+            "merged models"
+        )
+    if not updates:
+        raise UserError(f"{name} adapts nothing; name an adapter with weights")
+    return Adapter(name, directory, config, updates)
+
+
+def _check_plain(name: str, config: dict[str, Any]) -> None:
+    """Refuses an adapter whose update is not the product B A, or is zero."""
+    other = next((key for key, value in config.items() if value and key not in _PLAIN), None)
+    if config.get("bias", "none") != "none":
+        other = "bias"
+    if str(config.get("init_lora_weights", True)) not in ("True", "False", "gaussian", "orthogonal"):
+        other = f"init_lora_weights {config['init_lora_weights']}, which changes the base"
+    if config.get("peft_type") != "LORA" or other:
+        what = other or config.get("peft_type")
         raise UserError(
             f"{name} is not a plain LoRA adapter ({what}), so its update is not a product B A; merge it into its "
             "base and name the merged models"
         )
-    weights = open_weights(directory, "adapter_model.safetensors")
-    scale = config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
-    updates = {}
-    for key, a in weights.items():
-        if key.endswith(".lora_A.weight"):
-            b = weights[key.replace(".lora_A.", ".lora_B.")]
-            target = key.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
-            updates[target] = (scale * b.float(), a.float())
-            if not (updates[target][0].isfinite().all() and a.isfinite().all()):
-                raise UserError(f"{name} has NaN or infinite values in {key}; name an adapter without any")
-            if target not in init.weights or init.weights[target].shape != (len(b), a.shape[1]):
-                raise UserError(
-                    f"{name} adapts {target} of shape {[len(b), a.shape[1]]}, which {init.name} does not have; name "
-                    "the model that it was trained on"
-                )
-    return Adapter(name, directory, config, updates)
+    for key in ("r", "lora_alpha"):
+        value = config.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or not math.isfinite(value):
+            raise UserError(f"{name}: its {ADAPTER} says {key} {value!r}; it must be a number above 0")
 
 
 # --- do they belong together ---
@@ -153,7 +187,7 @@ def check_start(start: Model, name: str, directory: Path, force: bool) -> None:
             return
         found = f"was trained from {stage.get('base_model')}, or from an earlier version of it"
     elif (directory / ADAPTER).is_file():
-        base = json.loads((directory / ADAPTER).read_text())["base_model_name_or_path"]
+        base = read_object(directory / ADAPTER).get("base_model_name_or_path")
         if base in (start.name, str(start.directory)):
             return
         found = f"was trained on {base}"

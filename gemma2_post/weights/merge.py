@@ -224,9 +224,10 @@ def _write(
             else:
                 point = scratch("point", base.numel(), torch.float32, base.device)
                 interpolation.liti(base, direction, eta, out=point)
-            if not point.sum(dtype=torch.float32).isfinite():
-                raise UserError(f"{name} is not finite at eta {eta:g}; an input has NaN or infinite values")
-            writer.write(name, rows.start * init.weights[name][0].numel(), point)
+            if not writer.write(name, rows.start * init.weights[name][0].numel(), point):
+                raise UserError(
+                    f"{name} is not finite at eta {eta:g}; an input has NaN or infinite values, or eta is too large"
+                )
 
     for _ in workers.map(write, parts):
         pass

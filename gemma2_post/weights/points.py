@@ -89,7 +89,8 @@ def open_merge(args: MergeArguments, stage: Stage) -> Merge:
     Raises:
         UserError: Inputs are missing or damaged, or do not belong together.
     """
-    digests = stage.fingerprint["inputs"]
+    digests, device = stage.fingerprint["inputs"], _device(args.device)
+    _check_folders(args, stage.output_dir)
     init = inputs.open_model(args.init, digests)
     towards = inputs.open_model(args.towards, digests) if args.towards else init
     located = [(name, inputs.locate(name)) for name in args.names]
@@ -115,9 +116,34 @@ def open_merge(args: MergeArguments, stage: Stage) -> Merge:
     for other in models[1:]:
         inputs.check_same_architecture(init, other)
     tokenizer = inputs.check_same_tokenizer([(init.name, init.directory), *located])
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     recipe = stage.fingerprint["recipe"]
     return Merge(args, stage.output_dir, recipe, init, policies, adapters, towards, tokenizer, device)
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch uses all of these
+        raise UserError(
+            f"device is {name}, which torch does not find here; write cpu or cuda, or remove it"
+        ) from error
+    return device
+
+
+def _check_folders(args: MergeArguments, output_dir: Path) -> None:
+    """Refuses a folder that is named twice, and an output in one of the inputs."""
+    policies = {Path(name).resolve(): name for name in args.names}
+    if len(policies) < len(args.names):
+        twice = next(
+            name for name in args.names if policies[Path(name).resolve()] != name or args.names.count(name) > 1
+        )
+        raise UserError(f"policies names {twice} twice; name each policy once")
+    if Path(args.init).resolve() in policies:
+        raise UserError(f"policies names init {args.init}; name models that were trained from it")
+    for name in (args.init, *args.names, *([args.towards] if args.towards else [])):
+        if Path(name).is_dir() and output_dir.resolve().is_relative_to(Path(name).resolve()):
+            raise UserError(f"output_dir {output_dir} is in {name}, which is merged; write elsewhere")
 
 
 # --- out ---

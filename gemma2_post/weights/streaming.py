@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from gemma2_post.models.folder import files_of, read_shapes
 from gemma2_post.stage import contract
-from gemma2_post.stage.errors import UserError
 
 Weights = dict[str, torch.Tensor]
 """Tensors by name, mapped from the files: data is read only when it is used."""
@@ -30,26 +30,12 @@ def open_weights(directory: Path, file: str = "model.safetensors") -> Weights:
     Raises:
         UserError: A file is missing or damaged, or the weights are quantized.
     """
-    index = directory / f"{file}.index.json"
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [file]
+    read_shapes(directory, file)
     weights: Weights = {}
-    for file in files:
-        if not (directory / file).is_file():
-            raise UserError(f"{directory} has no {file}; name a folder with weights in safetensors")
-        try:
-            with safe_open(directory / file, "pt") as shard:
-                weights |= {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(
-                f"{directory / file} cannot be read ({error}): it is cut off or damaged; get it again"
-            ) from error
-    weights = dict(sorted(weights.items(), key=lambda item: _by_number(item[0])))
-    for name, tensor in weights.items():
-        if not tensor.is_floating_point():
-            raise UserError(
-                f"{directory}: {name} is {tensor.dtype}, not a floating-point tensor; name the unquantized model"
-            )
-    return weights
+    for path in files_of(directory, file):
+        with safe_open(path, "pt") as shard:
+            weights |= {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
+    return dict(sorted(weights.items(), key=lambda item: _by_number(item[0])))
 
 
 def _by_number(name: str) -> list[str | int]:
@@ -119,12 +105,17 @@ class ShardWriter:
         for name in shapes:
             self.places[name] = (file, 8 + len(text) + header[name]["data_offsets"][0])
 
-    def write(self, name: str, first_element: int, values: torch.Tensor) -> None:
-        """Writes consecutive elements of a tensor, rounded to the writer's dtype here and nowhere else."""
+    def write(self, name: str, first_element: int, values: torch.Tensor) -> bool:
+        """Writes consecutive elements of a tensor, rounded to the writer's dtype here and nowhere else.
+
+        Returns:
+            Whether the rounded elements are all finite.
+        """
         file, start = self.places[name]
         rounded = scratch("rounded", values.numel(), self.dtype, torch.device("cpu")).copy_(values)
         with self.lock:
             os.pwrite(file, rounded.view(torch.uint8).numpy().data, start + first_element * self.dtype.itemsize)
+        return bool(rounded.sum(dtype=torch.float32).isfinite())
 
     def __enter__(self) -> "ShardWriter":
         return self
