@@ -58,22 +58,23 @@ def is_whole(file: Path) -> bool:
 def _parses(text: bytes) -> bool:
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
 
 def _is_whole_safetensors(file: Path) -> bool:
+    """Whether the header, 8 bytes of length and a JSON object, states the length of the data that follow it."""
     size = file.stat().st_size
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if not 0 < length <= size - 8:
-            return False
-        header = stream.read(length)
-    if not _parses(header):
+        text = stream.read(length) if length <= size - 8 else b""
+    try:
+        tensors = [each for name, each in json.loads(text).items() if name != "__metadata__"]
+        end = max((each["data_offsets"][1] for each in tensors), default=0)
+    except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
         return False
-    ends = [each["data_offsets"][1] for name, each in json.loads(header).items() if name != "__metadata__"]
-    return size == 8 + length + max(ends, default=0)
+    return size == 8 + length + end
 
 
 def what_is_left(output_dir: Path, last_file: str = TRAINER_FILE) -> str:
