@@ -50,6 +50,13 @@ DAMAGES = {
 } | {
     "trainer_state.json missing": ("trainer_state.json", Path.unlink),
     "an index of lies": ("model.safetensors", lambda file: file.write_bytes((2**62).to_bytes(8, "little") + b"{}")),
+    **{
+        f"a header that is {header.decode()[:20]}": (
+            "model.safetensors",
+            lambda file, header=header: file.write_bytes(len(header).to_bytes(8, "little") + header),
+        )
+        for header in (b"[]", b"{", b'{"a": 1}', b'{"a": {"data_offsets": []}}', b"[" * 9999)
+    },
     "bytes that are no text": ("trainer_state.json", lambda file: file.write_bytes(b"\xff\xfe\x00")),
 }
 

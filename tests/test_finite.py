@@ -12,6 +12,7 @@ from gemma2_post import distill, reward, rlhf, sft
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
 from gemma2_post.training import run as training
+from gemma2_post.training import watch
 from gemma2_post.training.finite import are_finite
 from tests.conftest import run_stage
 
@@ -120,6 +121,17 @@ def test_probabilities_that_are_nan_stop_a_stage_that_samples(
     with pytest.raises(UserError, match="probabilities are NaN or infinite before the first step"):
         run_stage(tmp_path / "recipe.yaml", command, request.getfixturevalue(recipe_name))
     assert not list(tmp_path.rglob("stage.json"))
+
+
+def test_what_is_measured_while_a_policy_trains_must_be_finite(
+    rlhf_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = iter([{"distinct_answers": 1.0}, {"distinct_answers": math.nan}])
+    monkeypatch.setattr(watch, "distinctness", lambda answers: next(measured))
+    with pytest.raises(UserError, match="distinct_answers is nan at step 1; there is no checkpoint yet"):
+        run_stage(tmp_path / "recipe.yaml", rlhf.COMMAND, rlhf_recipe | {"watch_steps": 1})
+    curve = (tmp_path / "out" / "policy-0" / "watch.jsonl").read_text()
+    assert len(curve.splitlines()) == 1 and "NaN" not in curve
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

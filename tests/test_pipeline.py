@@ -669,6 +669,13 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
         pytest.fail("the folder was taken")
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\0", b"process 1 on"])
+def test_a_lock_file_that_a_crash_has_damaged_locks_nothing(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / lock.FILE).write_bytes(content)
+    with lock.held(tmp_path):
+        assert (tmp_path / lock.FILE).read_text().startswith(f"process {os.getpid()} on ")
+
+
 def test_the_folder_of_another_pipeline_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in_stages(monkeypatch)
     path = write_pipeline(tmp_path, {"sft": {"recipe": "sft.yaml"}})

@@ -60,7 +60,7 @@ def is_whole(file: Path) -> bool:
 def _parses(text: bytes) -> bool:
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

@@ -17,9 +17,9 @@ from gemma2_post.models.shards import write_shards
 from gemma2_post.models.tokenizer import save_tokenizer, tokenizer_digest
 from gemma2_post.stage import contract, digests
 from gemma2_post.stage.command import Stage
-from gemma2_post.stage.errors import OneProcessError, UserError
+from gemma2_post.stage.errors import UserError
 from gemma2_post.training.checkpoints import TRAINER_FILE, newest_checkpoint
-from gemma2_post.training.finite import Metrics, StopIfNotFinite, are_finite
+from gemma2_post.training.finite import Metrics, StopIfNotFinite
 from gemma2_post.training.keys import TrainingRecipe
 
 
@@ -167,8 +167,6 @@ def save(output_dir: Path, trainer: Trainer, recipe: TrainingRecipe) -> None:
             if name != SCORE_HEAD:
                 parameter.data = parameter.data.to(dtype)
         state_dict = dict(model.state_dict())
-    if not are_finite(state_dict.values()):
-        raise OneProcessError(f"the weights for {output_dir} are NaN or infinite; lower learning_rate")
     save_model(model, state_dict, output_dir, dtype)
 
 
