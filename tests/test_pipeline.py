@@ -563,7 +563,7 @@ def test_a_summary_has_no_measures_of_models_that_are_gone(tmp_path: Path, monke
 def test_a_stage_that_fails_says_how_it_ended_and_where_more_is(recipe: dict[str, object], tmp_path: Path) -> None:
     """A mistake that only the stage can find is its own sentence, with status 2; anything else the end of its log."""
     (tmp_path / "grader.py").write_text(
-        "def crash(completions, **_):\n    raise RuntimeError('the grader has crashed')\n"
+        "class Crash(BaseException): ...\n\ndef crash(completions, **_):\n    raise Crash('the grader has crashed')\n"
     )
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(recipe | {"graders": ["grader:crash"]}))
     (tmp_path / "pipeline.yaml").write_text(
@@ -577,11 +577,13 @@ def test_a_stage_that_fails_says_how_it_ended_and_where_more_is(recipe: dict[str
     assert crashed.returncode == 4 and "the grader has crashed" in crashed.stderr
     assert f"error: sft failed with status 1; {tmp_path}/run/logs/sft.log ends with" in crashed.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
-    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": "Hi."}]}) + "\n")
+    grader = tmp_path / "grader.py"
+    grader.write_text(grader.read_text().replace("BaseException", "Exception"))
     mistaken = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert mistaken.returncode == 2
     (line,) = [line for line in mistaken.stderr.splitlines() if line.startswith("error: ")]
-    assert "train.jsonl: row 0: " in line and f"(log: {tmp_path}/run/logs/sft.log)" in line
+    assert f"grader:crash: calling it raised Crash: the grader has crashed ({grader}, line 4)" in line
+    assert f"(log: {tmp_path}/run/logs/sft.log)" in line
 
 
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM], ids=str)
