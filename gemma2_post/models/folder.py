@@ -66,6 +66,7 @@ def check_folder(path: str) -> None:
         raise _no_folder(path)
     if (folder / contract.BEGUN).is_file() and not (folder / contract.DONE).is_file():
         raise UserError(f"{path} is not finished; run the stage that makes it to its end")
+    contract.read_done(folder, "stage")  # raises if it is damaged
 
 
 def _no_folder(path: str) -> UserError:

@@ -40,7 +40,7 @@ _DONE_KEYS: Keys = {"stage": str, "fingerprint": dict, "output": str, "wall_seco
 def input_digest(path: str) -> str | None:
     """Content hash of an input that a recipe names; see `digests.of_input`."""
     done = read_done(Path(path), "output")
-    return done["output"] if done else digests.of_input(path, DONE)
+    return done["output"] if done else digests.of_input(path)
 
 
 def read_json(path: Path, keys: Keys | None = None, advice: str = "") -> Any:

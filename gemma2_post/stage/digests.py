@@ -7,7 +7,6 @@ import contextlib
 import glob
 import hashlib
 import importlib.util
-import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -29,14 +28,8 @@ _IMPORT = re.compile(r"^ *(?:from ([.\w]+) )?import (\([^)]*\)|[^#\n]*)", re.MUL
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def of_input(path: str, done_file: str) -> str | None:
-    """Hash of a file, a directory, the files of a glob, or the package of a `module:function`; None for anything else.
-
-    Args:
-        done_file: Name of the file in which a finished stage has recorded the hash of its output.
-    """
-    if (Path(path) / done_file).is_file():
-        return json.loads((Path(path) / done_file).read_text())["output"]
+def of_input(path: str) -> str | None:
+    """Hash of a file, a directory, a glob's files, or the package of a `module:function`; None for anything else."""
     if Path(path).is_dir():
         return of_files(files_in(Path(path)))
     if Path(path).is_file():

@@ -82,7 +82,7 @@ def locate(name: str) -> Path:
 
 def adapter_in(directory: Path) -> Path | None:
     """The adapter in a folder, or next to the (rounded) merged model that a stage saved; None if there is none."""
-    stage = contract.read_json(directory / contract.DONE)
+    stage = contract.read_done(directory, "stage")
     folder = directory / stage["adapter"] if stage and stage.get("adapter") else directory
     return folder if (folder / ADAPTER).is_file() else None
 
@@ -180,7 +180,7 @@ def check_start(start: Model, name: str, directory: Path, force: bool) -> None:
     Args:
         force: Whether to print a warning instead.
     """
-    stage = contract.read_json(directory / contract.DONE) or contract.read_json(directory.parent / contract.DONE)
+    stage = contract.read_done(directory, "stage") or contract.read_done(directory.parent, "stage")
     if stage:
         known = {stage.get("base_digest"), *stage.get("lineage", [])}
         if start.digest in known:

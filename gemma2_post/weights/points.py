@@ -56,7 +56,7 @@ class Merge:
     @property
     def facts(self) -> dict[str, object]:
         """What the stage file records about the output."""
-        stage = contract.read_json(self.init.directory / contract.DONE) or {}
+        stage = contract.read_done(self.init.directory, "stage") or {}
         lineage = stage.get("lineage", [stage["base_digest"]] if stage.get("base_digest") else [])
         return {
             "base_model": self.args.init,
