@@ -139,7 +139,7 @@ def _check_folders(args: MergeArguments, output_dir: Path) -> None:
             name for name in args.names if policies[Path(name).resolve()] != name or args.names.count(name) > 1
         )
         raise UserError(f"policies names {twice} twice; name each policy once")
-    if Path(args.init).resolve() in policies:
+    if Path(args.init).resolve() in policies and not args.towards:  # towards another start, it is a point between both
         raise UserError(f"policies names init {args.init}; name models that were trained from it")
     for name in (args.init, *args.names, *([args.towards] if args.towards else [])):
         if Path(name).is_dir() and output_dir.resolve().is_relative_to(Path(name).resolve()):
