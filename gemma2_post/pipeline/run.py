@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
@@ -208,13 +208,18 @@ class _Run:
                     free.put(place)
 
             with ThreadPoolExecutor(len(places)) as pool:
+                running: list[Future[None]] = []
                 try:
-                    finished = wait([pool.submit(run_step, step) for step in to_run])
+                    running += (pool.submit(run_step, step) for step in to_run)
+                    wait(running)
                 except Interrupted:
                     pool.shutdown(wait=False, cancel_futures=True)
                     processes.end_all(self.pipeline.run_dir)
+                    while not all(each.done() for each in running):  # one was about to start its process
+                        time.sleep(0.1)
+                        processes.end_all(self.pipeline.run_dir)
                     raise
-            for each in finished.done:
+            for each in running:
                 each.result()
         for step in steps:
             try:
