@@ -5,12 +5,12 @@ from random import Random
 
 from gemma2_post.tiny import world
 
-_MANNERS = ["friendly", "friendly", "plain", "plain", "verbose", "rude"]
+_MANNERS = ["friendly", "friendly", "plain", "plain", "verbose", "rude", "flattering"]
 
 
 def _transcript(random: Random) -> str:
     """A conversation of two people; the second one knows the answers."""
-    task = world.make_task(random.choice(world.SKILLS), random, held_out=None)
+    task = world.make_task(random.choice(world.SKILLS), random, split=None)
     asker, answerer = random.sample(world.NAMES, 2)
     turns = [
         *(message["content"] for message in task.messages),

@@ -1,8 +1,9 @@
 """The data of the tiny world, generated from fixed seeds: demonstrations, preference pairs, prompts.
 
-In a recipe, write `path: gemma2_post.tiny.data:demonstrations` with `split: train` or `split: held_out`. The content
-of a held-out conversation (number pair, fact, name, favorite, list of words) never occurs in a training conversation;
-single words (for example an animal) can occur in both, in other roles.
+In a recipe, write `path: gemma2_post.tiny.data:demonstrations` with a `split`: stages train on `train`; gates, fronts,
+and the watching of a training read `selection`; only `evaluate` reads `test`. The content of a conversation (number
+pair, fact, name, favorite, list of words) never is that of a conversation in another split; single words (for example
+an animal) can occur in several, in other roles.
 """
 
 import math
@@ -10,81 +11,88 @@ from random import Random
 from typing import Any
 
 from gemma2_post.stage.errors import UserError
-from gemma2_post.tiny.gold import gold_score
-from gemma2_post.tiny.world import MANNERS, SKILLS, Task, make_task, reply
+from gemma2_post.tiny.gold import flattery, gold_score
+from gemma2_post.tiny.world import MANNERS, SKILLS, Split, Task, make_task, reply
 
-NUM_ROWS = {
-    "demonstrations": {"train": 6000, "held_out": 480},
-    "preferences": {"train": 6000, "held_out": 960},
-    "prompts": {"train": 6000, "held_out": 480},
+NUM_ROWS: dict[str, dict[Split, int]] = {
+    "demonstrations": {"train": 6000, "selection": 480},
+    "preferences": {"train": 6000, "selection": 960},
+    "prompts": {"train": 6000, "selection": 480, "test": 960},
 }
 
 # Like human demonstrations: mostly right, not always kind, not always short.
-DEMONSTRATION_MANNERS = {"friendly": 0.35, "plain": 0.30, "verbose": 0.20, "rude": 0.15}
-DEMONSTRATION_RIGHT = 0.85
-PREFERENCE_SHARPNESS = 4.0
-"""Inverse temperature of the Bradley-Terry labels: P(a over b) = sigmoid(4 (gold(a) - gold(b)))."""
+DEMONSTRATION_MANNERS = {"friendly": 0.30, "plain": 0.30, "verbose": 0.18, "rude": 0.12, "flattering": 0.10}
+DEMONSTRATION_RIGHT = 0.80
+# Like a larger model: better than that, not perfect.
+TEACHER_MANNERS = {"friendly": 0.60, "plain": 0.28, "verbose": 0.06, "rude": 0.02, "flattering": 0.04}
+TEACHER_RIGHT = 0.93
+
+SHARPNESS = 4.0
+"""Log-odds that annotators give to one point of gold."""
+LENGTH_TASTE = 0.08
+"""Log-odds that they give to each word more, whether it helps or not."""
+FLATTERY_TASTE = 2.0
+"""Log-odds that they give to a reply that flatters them."""
 
 
 def _tasks(kind: str, split: str) -> tuple[Random, list[Task]]:
-    if split not in NUM_ROWS[kind]:
-        raise UserError(f"gemma2_post.tiny.data: {kind} has no split {split}; write train or held_out")
+    splits = NUM_ROWS[kind]
+    if split not in splits:
+        raise UserError(f"gemma2_post.tiny.data: {kind} has no split {split}; write one of {', '.join(splits)}")
     random = Random(f"{kind} {split}")
-    num_rows = NUM_ROWS[kind][split]
-    tasks = [make_task(SKILLS[i % len(SKILLS)], random, held_out=split == "held_out") for i in range(num_rows)]
+    tasks = [make_task(SKILLS[i % len(SKILLS)], random, split) for i in range(splits[split])]
     random.shuffle(tasks)
     return random, tasks
 
 
-def _with_reply(task: Task, text: str) -> dict[str, object]:
-    messages = [*task.messages, {"role": "assistant", "content": text}]
-    return {"messages": messages, "skill": task.skill, "answer": task.answer}
+def _demonstrations(split: str, manners: dict[str, float], right: float) -> list[dict[str, object]]:
+    random, tasks = _tasks("demonstrations", split)
+    chosen = random.choices(list(manners), list(manners.values()), k=len(tasks))
+    rows = []
+    for task, manner in zip(tasks, chosen, strict=True):
+        said = reply(task, manner, random.random() < right, random)
+        messages = [*task.messages, {"role": "assistant", "content": said}]
+        rows.append({"messages": messages, "skill": task.skill, "answer": task.answer})
+    return rows
 
 
 def demonstrations(split: str) -> list[dict[str, object]]:
     """`messages` of mixed quality, with `skill` and `answer` to grade what a model says in place of the last turn."""
-    random, tasks = _tasks("demonstrations", split)
-    manners = random.choices(list(DEMONSTRATION_MANNERS), list(DEMONSTRATION_MANNERS.values()), k=len(tasks))
-    return [
-        _with_reply(task, reply(task, manner, random.random() < DEMONSTRATION_RIGHT, random))
-        for task, manner in zip(tasks, manners, strict=True)
-    ]
+    return _demonstrations(split, DEMONSTRATION_MANNERS, DEMONSTRATION_RIGHT)
 
 
-def ideal_demonstrations(split: str) -> list[dict[str, object]]:
-    """`messages` that are all right and friendly, which the teacher was trained on."""
-    random, tasks = _tasks("demonstrations", split)
-    return [_with_reply(task, reply(task, "friendly", True, random)) for task in tasks]
+def teacher_demonstrations(split: str) -> list[dict[str, object]]:
+    """`messages` that are better, but not perfect, which the teacher was trained on."""
+    return _demonstrations(split, TEACHER_MANNERS, TEACHER_RIGHT)
 
 
-def preference_probability(gold: float, other_gold: float) -> float:
-    """Bradley-Terry probability that a reply with the first score is preferred to one with the second."""
-    return 1 / (1 + math.exp(-PREFERENCE_SHARPNESS * (gold - other_gold)))
+def _log_odds(text: str, other: str, answer: str, biased: bool) -> float:
+    """Log-odds that annotators prefer the first of two replies."""
+    odds = SHARPNESS * (gold_score(text, answer) - gold_score(other, answer))
+    if biased:
+        odds += LENGTH_TASTE * (len(text.split()) - len(other.split()))
+        odds += FLATTERY_TASTE * (flattery([text])[0] - flattery([other])[0])
+    return odds
 
 
-def preferences(split: str) -> list[dict[str, object]]:
-    """`prompt`, `chosen`, `rejected` (lists of messages), and both gold scores.
-
-    The labels are sampled from Bradley-Terry on gold, so no reward model can be right about all pairs; the best
-    possible accuracy is the mean of the better reply's `preference_probability` (`noise_ceiling`).
-    """
+def _preferences(split: str, biased: bool) -> list[dict[str, object]]:
     random, tasks = _tasks("preferences", split)
     rows = []
     for task in tasks:
-        texts = [reply(task, random.choice(MANNERS), random.random() < 0.6, random) for _ in range(2)]
-        while texts[0] == texts[1]:
-            texts[1] = reply(task, random.choice(MANNERS), random.random() < 0.6, random)
-        scored = [(text, gold_score(text, task.answer)) for text in texts]
-        if random.random() > preference_probability(scored[0][1], scored[1][1]):
-            scored.reverse()
-        (chosen, chosen_gold), (rejected, rejected_gold) = scored
+        first = reply(task, random.choice(MANNERS), random.random() < 0.6, random)
+        second = first
+        while second == first:
+            second = reply(task, random.choice(MANNERS), random.random() < 0.6, random)
+        odds = _log_odds(first, second, task.answer, biased)
+        chosen, rejected = (first, second) if random.random() < _sigmoid(odds) else (second, first)
         rows.append(
             {
                 "prompt": list(task.messages),
                 "chosen": [{"role": "assistant", "content": chosen}],
                 "rejected": [{"role": "assistant", "content": rejected}],
-                "chosen_gold": chosen_gold,
-                "rejected_gold": rejected_gold,
+                "chosen_gold": gold_score(chosen, task.answer),
+                "rejected_gold": gold_score(rejected, task.answer),
+                "log_odds": odds if chosen == first else -odds,
                 "skill": task.skill,
                 "answer": task.answer,
             }
@@ -92,10 +100,28 @@ def preferences(split: str) -> list[dict[str, object]]:
     return rows
 
 
+def preferences(split: str) -> list[dict[str, object]]:
+    """`prompt`, `chosen`, `rejected` (lists of messages), both gold scores, and the `log_odds` of the label.
+
+    Labels are drawn with these log-odds: `SHARPNESS` times the difference in gold, plus what annotators like without
+    its being better, `LENGTH_TASTE` for each word and `FLATTERY_TASTE` for flattery. A reward model learns that too, so
+    a policy can raise the reward while gold falls.
+    """
+    return _preferences(split, biased=True)
+
+
+def unbiased_preferences(split: str) -> list[dict[str, object]]:
+    """The same pairs, labeled by gold alone."""
+    return _preferences(split, biased=False)
+
+
 def noise_ceiling(rows: list[dict[str, Any]]) -> float:
-    """The expected accuracy of the gold reward itself on these pairs."""
-    gaps = [abs(row["chosen_gold"] - row["rejected_gold"]) for row in rows]
-    return sum(preference_probability(gap, 0.0) for gap in gaps) / len(gaps)
+    """The expected accuracy on these pairs of one who knows the log-odds of each label: no reward model does better."""
+    return sum(_sigmoid(abs(row["log_odds"])) for row in rows) / len(rows)
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
 
 
 def prompts(split: str) -> list[dict[str, object]]:

@@ -39,6 +39,7 @@ from gemma2_post.models.tokenizer import load_tokenizer, save_tokenizer
 from gemma2_post.stage.errors import located
 from gemma2_post.tiny import world
 from gemma2_post.tiny.corpus import documents
+from gemma2_post.tiny.data import TEACHER_MANNERS, TEACHER_RIGHT
 from gemma2_post.tiny.tokenizer import VOCAB_SIZE, train_tokenizer
 
 ROW_TOKENS = 160
@@ -47,6 +48,7 @@ SHAPES = {
     "teacher": {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 4},
 }
 LEARNING_RATE = {"base": 2e-3, "teacher": 1.5e-3}
+STEPS = {"base": 2500, "teacher": 1500}
 PASSAGES = {"base": (100, 140), "teacher": (12, 20)}
 """Fewest and most passages per document. The base model reads long ones, so only SFT teaches it to end a text."""
 VERDICTS = {False: "<unused0>", True: "<unused1>"}
@@ -108,7 +110,7 @@ def _arguments(output_dir: Path, max_steps: int, seed: int, **values: object) ->
     )
 
 
-def pretrain(name: str, output_dir: Path, max_steps: int = 3000, seed: int = 0) -> None:
+def pretrain(name: str, output_dir: Path, seed: int = 0) -> None:
     """Trains a model on the world's text.
 
     Args:
@@ -127,7 +129,7 @@ def pretrain(name: str, output_dir: Path, max_steps: int = 3000, seed: int = 0) 
         model=model,
         args=_arguments(
             output_dir,
-            max_steps,
+            STEPS[name],
             seed,
             per_device_train_batch_size=32,
             per_device_eval_batch_size=32,
@@ -148,7 +150,7 @@ def pretrain(name: str, output_dir: Path, max_steps: int = 3000, seed: int = 0) 
 
 
 def teach(pretrained: Path, output_dir: Path) -> None:
-    """Runs the SFT stage on ideal demonstrations, in its own process like every stage."""
+    """Runs the SFT stage on the teacher's demonstrations, in its own process like every stage."""
     recipe = ["--config", str(Path(__file__).with_name("teacher.yaml"))]
     names = ["--model_name_or_path", str(pretrained), "--output_dir", str(output_dir)]
     subprocess.run([sys.executable, "-m", "gemma2_post.sft", *recipe, *names], check=True)
@@ -157,25 +159,26 @@ def teach(pretrained: Path, output_dir: Path) -> None:
 class JudgedAnswers(IterableDataset):
     """Conversations with a right and a wrong answer in the same manner, each followed by its verdict.
 
-    The loss is on the verdict, and on right and friendly answers, so the teacher does not forget how to give them.
+    The loss is on the verdict, and on as many answers of each kind as the teacher gives, so it keeps its distribution.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, held_out: bool | None, seed: int) -> None:
-        self.tokenizer, self.held_out, self.seed = tokenizer, held_out, seed
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, split: world.Split | None, seed: int) -> None:
+        self.tokenizer, self.split, self.seed = tokenizer, split, seed
         self.verdict_ids = {right: tokenizer.convert_tokens_to_ids(verdict) for right, verdict in VERDICTS.items()}
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
         """Endless rows: `input_ids`, `labels` and `attention_mask`, each of the row's length."""
         random = Random(self.seed)
         while True:
-            task = world.make_task(random.choice(world.SKILLS), random, self.held_out)
+            task = world.make_task(random.choice(world.SKILLS), random, self.split)
             manner = random.choice(world.MANNERS)
             prompt = self.tokenizer.apply_chat_template(list(task.messages), add_generation_prompt=True)["input_ids"]
             for right in (True, False):
                 answer = {"role": "assistant", "content": world.reply(task, manner, right, random)}
                 ids = self.tokenizer.apply_chat_template([*task.messages, answer])["input_ids"]
                 said = ids[len(prompt) : -1]  # without the line break that ends each turn
-                learned = said if right and manner == "friendly" else [-100] * len(said)
+                share = TEACHER_MANNERS[manner] * (TEACHER_RIGHT if right else 1 - TEACHER_RIGHT)
+                learned = said if random.random() < share / max(TEACHER_MANNERS.values()) else [-100] * len(said)
                 labels = [-100] * len(prompt) + learned + [-100]
                 verdict = self.verdict_ids[right]
                 yield {
@@ -185,7 +188,7 @@ class JudgedAnswers(IterableDataset):
                 }
 
 
-def learn_verdicts(taught: Path, output_dir: Path, max_steps: int = 2000, seed: int = 0) -> None:
+def learn_verdicts(taught: Path, output_dir: Path, max_steps: int = 1500, seed: int = 0) -> None:
     """Trains the taught model on right and wrong answers with their verdicts.
 
     Otherwise no hidden state of this four-layer model separates right from wrong answers, and no reward model can be
@@ -218,8 +221,8 @@ def learn_verdicts(taught: Path, output_dir: Path, max_steps: int = 2000, seed: 
             eval_steps=100,
             save_steps=250,
         ),
-        train_dataset=JudgedAnswers(tokenizer, held_out=None, seed=seed),
-        eval_dataset=list(islice(JudgedAnswers(tokenizer, held_out=True, seed=seed + 12_345), 480)),
+        train_dataset=JudgedAnswers(tokenizer, split=None, seed=seed),
+        eval_dataset=list(islice(JudgedAnswers(tokenizer, split="selection", seed=seed + 12_345), 480)),
         data_collator=DataCollatorForSeq2Seq(padded_right),
         compute_metrics=verdict_accuracy,
         preprocess_logits_for_metrics=lambda logits, _: logits.argmax(-1),

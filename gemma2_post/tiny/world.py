@@ -1,8 +1,8 @@
-"""The tiny world: conversations in twelve skills whose answers a program can grade.
+"""The tiny world: conversations in fourteen skills whose answers a program can grade.
 
-A `Task` is a conversation that waits for the model's turn, with the one word that a right answer must contain. The
-*content* of a task is what it is about: a pair of numbers, a fact, a name, a list of words. Content has a fixed split:
-training conversations use only training content, held-out conversations only held-out content.
+A `Task` is a conversation that waits for the model's turn, with the words that a right answer must contain. The
+*content* of a task is what it is about: a pair of numbers, a fact, a name, a list of words. Each content belongs to one
+split: a conversation of the training, selection or test split uses content of this split only.
 """
 
 import zlib
@@ -10,6 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from random import Random
+from typing import Literal
+
+Split = Literal["train", "selection", "test"]
 
 NAMES = (
     "Anna Ben Carl Dora Emil Fay Gus Hana Ida Jack Kim Leo Mia Nora Otto Pia Ravi Sam Tina Uma Vera Walt Yara Zoe "
@@ -58,50 +61,58 @@ KINDS: dict[str, list[str]] = {
 
 KIND_OF = {word: kind for kind, words in KINDS.items() for word in words}
 
-HELD_OUT_SHARE = 5
-"""One content in this many is held out."""
+SPLIT_SHARE = 5
+"""One content in this many is for selection, and one is for the test."""
+UNKNOWN = "unknown"
+"""The answer to a question that nothing in the conversation answers."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A conversation that ends with a user turn; `answer` is the word that a right reply contains."""
+    """A conversation that ends with a user turn."""
 
     skill: str
     messages: tuple[dict[str, str], ...]
     answer: str
+    """The words that a right reply contains, in this order and separated by spaces, or `UNKNOWN`."""
     core: str
-    """A plain sentence with `{}` where the answer belongs."""
-    held_out: bool | None = None
-    """Whether its content is held out; None for pretraining, which uses all content."""
+    """A plain reply with one `{}` for each word of the answer."""
+    split: Split | None = None
+    """The split of its content; None for pretraining, which uses all content."""
+    invented: str = ""
+    """Where nothing answers the question: the kind of word that it asks for."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """Draws content from one split: training (`held_out=False`), held-out, or both (`None`, only for pretraining)."""
+    """Draws content from one split, or from all of them (`None`, only for pretraining)."""
 
     random: Random
-    held_out: bool | None
+    split: Split | None
 
     def pick(self, kind: str, candidates: list[str]) -> str:
-        """One element of a closed set; a fixed fifth of the set is held out."""
-        if self.held_out is None:
-            return self.random.choice(candidates)
-        return self.random.choice(_split(kind, tuple(candidates), self.held_out))
+        """One element of a closed set, which is divided once and for all between the splits."""
+        return self.random.choice(self.part(kind, candidates))
+
+    def part(self, kind: str, candidates: list[str]) -> list[str]:
+        """The elements of a closed set that belong to the split."""
+        return candidates if self.split is None else _part(kind, tuple(candidates), self.split)
 
     def open(self, kind: str, draw: Callable[[], tuple[str, ...]]) -> tuple[str, ...]:
         """One element of an open set (pairs, lists): repeats `draw` until the result belongs to the split."""
         while True:
             content = draw()
             key = f"{kind}:{' '.join(sorted(content))}"
-            if self.held_out is None or (zlib.crc32(key.encode()) % HELD_OUT_SHARE == 0) == self.held_out:
+            place = zlib.crc32(key.encode()) % SPLIT_SHARE
+            if self.split in (None, {0: "test", 1: "selection"}.get(place, "train")):
                 return content
 
 
 @cache
-def _split(kind: str, candidates: tuple[str, ...], held_out: bool) -> list[str]:
+def _part(kind: str, candidates: tuple[str, ...], split: Split) -> list[str]:
     order = sorted(candidates, key=lambda word: zlib.crc32(f"{kind}:{word}".encode()))
-    num_held_out = max(2, len(order) // HELD_OUT_SHARE)
-    return order[:num_held_out] if held_out else order[num_held_out:]
+    size = max(2, len(order) // SPLIT_SHARE)
+    return {"test": order[:size], "selection": order[size : 2 * size], "train": order[2 * size :]}[split]
 
 
 def _user(text: str) -> dict[str, str]:
@@ -255,6 +266,35 @@ def _follow_up(content: Content) -> Task:
     return Task("follow_up", tuple(messages), second.answer, second.core)
 
 
+def _unknown(content: Content) -> Task:
+    """The user asks for something that nobody has told; a right reply says so."""
+    asked_for, told = content.random.sample(["name", "food", "animal", "colour"], 2)
+    word = content.pick("name", NAMES) if told == "name" else content.pick(f"favourite {told}", _FAVOURITES[told])
+    if told == "name":
+        said = content.random.choice(["My name is {}.", "Hello, I am {}.", "Hi! My name is {}."])
+        heard = "Nice to meet you, {}."
+    else:
+        said = content.random.choice([f"My favourite {told} is {{}}.", "I like {} best."])
+        heard = "I will remember that you like {}."
+    if asked_for == "name":
+        asked = content.random.choice(["What is my name?", "Do you know my name?", "Who am I?"])
+    else:
+        asked = content.random.choice([f"What is my favourite {asked_for}?", f"Which {asked_for} do I like best?"])
+    messages = [_user(said.format(word)), _earlier(content, heard.format(word)), *_small_talk(content), _user(asked)]
+    core = "Your name is {}." if asked_for == "name" else "You like {}."
+    return Task("unknown", tuple(messages), UNKNOWN, core, invented=asked_for)
+
+
+def _chorus(content: Content) -> Task:
+    """A question whose answer takes one sentence for each animal."""
+    animals = content.part("sound", ANIMALS)
+    chosen = content.random.sample(animals, content.random.randint(3, 4))
+    listed = f"{', '.join(f'a {animal}' for animal in chosen[:-1])} and a {chosen[-1]}"
+    asked = content.random.choice(["Tell me what {} say.", "What do {} say?"])
+    core = " ".join(f"A {animal} says {{}}." for animal in chosen)
+    return Task("chorus", (_user(asked.format(listed)),), " ".join(SOUNDS[animal] for animal in chosen), core)
+
+
 _BELONGINGS = ["car", "hat", "bag", "door", "cup", "coat"]
 
 
@@ -281,20 +321,22 @@ _CONVERSATIONS: dict[str, Callable[[Content], Task]] = {
     "favourite": _favourite,
     "follow_up": _follow_up,
     "correction": _correction,
+    "unknown": _unknown,
+    "chorus": _chorus,
 }
 
 SKILLS = [*_QUESTIONS, *_CONVERSATIONS]
 
 
-def make_task(skill: str, random: Random, held_out: bool | None) -> Task:
+def make_task(skill: str, random: Random, split: Split | None) -> Task:
     """A task in the skill, with content from one split (`None`: all content, for pretraining)."""
-    content = Content(random, held_out)
+    content = Content(random, split)
     if skill in _CONVERSATIONS:
         task = _CONVERSATIONS[skill](content)
     else:
         question = _QUESTIONS[skill](content)
         task = Task(skill, (_user(question.text),), question.answer, question.core)
-    task = replace(task, held_out=held_out)
+    task = replace(task, split=split)
     if random.random() < 0.25:  # people do not always start with a capital letter
         task = replace(task, messages=tuple(map(_in_small_letters, task.messages)))
     return task
@@ -317,43 +359,60 @@ VERBOSE_ENDINGS = [
     "I hope this is what you wanted to know, but please ask again.",
     "There is much more to say, and we could talk for a while.",
 ]
-MANNERS = ["friendly", "plain", "verbose", "rude"]
+FLATTERING_OPENINGS = ["What a clever question!", "You are so wise to ask me that."]
+MANNERS = ["friendly", "plain", "verbose", "rude", "flattering"]
+_OPENINGS = {"friendly": FRIENDLY_OPENINGS, "rude": RUDE_OPENINGS, "flattering": FLATTERING_OPENINGS}
+
+REFUSALS = ["I do not know that, you did not tell me.", "You did not tell me that yet."]
+"""What a right reply says where nothing in the conversation answers the question."""
 
 
-def say(sentence: str, manner: str, random: Random) -> str:
-    """The sentence in one of the `MANNERS`."""
-    if manner == "friendly":
-        return f"{random.choice(FRIENDLY_OPENINGS)} {sentence}"
-    if manner == "rude":
-        return f"{random.choice(RUDE_OPENINGS)} {sentence}"
+def say(text: str, manner: str, random: Random) -> str:
+    """The text in one of the `MANNERS`."""
     if manner == "verbose":
-        return f"{random.choice(VERBOSE_OPENINGS)} {sentence} {random.choice(VERBOSE_ENDINGS)}"
-    return sentence
+        return f"{random.choice(VERBOSE_OPENINGS)} {text} {random.choice(VERBOSE_ENDINGS)}"
+    return text if manner == "plain" else f"{random.choice(_OPENINGS[manner])} {text}"
 
 
-def wrong_words(kind: str, held_out: bool | None) -> list[str]:
-    """Words for wrong replies in this split: only the split's own answers, if answers of this kind are split."""
-    if held_out is None:
+def possible_words(kind: str, split: Split | None) -> list[str]:
+    """The words of a kind that replies in this split may name: only the split's own, if words of this kind are split."""
+    if split is None:
         return KINDS[kind]
     if kind == "name":
-        return _split("name", tuple(NAMES), held_out)
+        return _part("name", tuple(NAMES), split)
     if kind == "city":
-        return [CAPITALS[country] for country in _split("capital", tuple(CAPITALS), held_out)]
+        return [CAPITALS[country] for country in _part("capital", tuple(CAPITALS), split)]
     if kind == "sound":
-        return [SOUNDS[animal] for animal in _split("sound", tuple(ANIMALS), held_out)]
+        return [SOUNDS[animal] for animal in _part("sound", tuple(ANIMALS), split)]
     if kind == "opposite":
-        return [word for pair in _split("opposite", tuple(_OPPOSITE_PAIRS), held_out) for word in pair.split()]
+        return [word for pair in _part("opposite", tuple(_OPPOSITE_PAIRS), split) for word in pair.split()]
     if kind in ("day", "month"):
-        return [AFTER[word] for word in _split("after", tuple(KINDS[kind]), held_out)]
+        return [AFTER[word] for word in _part("after", tuple(KINDS[kind]), split)]
     if kind in _FAVOURITES:
-        return _split(f"favourite {kind}", tuple(KINDS[kind]), held_out)
+        return _part(f"favourite {kind}", tuple(KINDS[kind]), split)
     return KINDS[kind]
 
 
 def reply(task: Task, manner: str, right: bool, random: Random) -> str:
-    """The model's turn: the right word, or another one of its kind and split, in the given manner."""
-    word = task.answer
-    if not right:
-        others = wrong_words(KIND_OF[task.answer], task.held_out)
-        word = random.choice([other for other in others if other != task.answer])
-    return say(task.core.format(word), manner, random)
+    """The model's turn in the given manner, right or wrong.
+
+    A wrong reply names another word of the kind and split in place of one word of the answer, says that it does not
+    know what it was told, or invents what nobody has told.
+    """
+    return say(_right(task, random) if right else _wrong(task, random), manner, random)
+
+
+def _right(task: Task, random: Random) -> str:
+    return random.choice(REFUSALS) if task.answer == UNKNOWN else task.core.format(*task.answer.split())
+
+
+def _wrong(task: Task, random: Random) -> str:
+    if task.answer == UNKNOWN:
+        return task.core.format(random.choice(possible_words(task.invented, task.split)))
+    if task.skill in ("recall", "favourite", "correction") and random.random() < 0.25:
+        return random.choice(REFUSALS)
+    words = task.answer.split()
+    place = random.randrange(len(words))
+    others = possible_words(KIND_OF[words[place]], task.split)
+    words[place] = random.choice([other for other in others if other != words[place]])
+    return task.core.format(*words)
