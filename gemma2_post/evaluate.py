@@ -3,8 +3,9 @@
 Reads models, the one that RLHF started from (`init`), and a reward; writes `models.json` (reward, KL to `init`, stop
 rate, length, distinctness, grades; also by number of turns) and `answers.jsonl`, for people to read. Prompts, seed and
 temperature are the same for all models. The reward, each grader and, if there is one, a judge (another model, local or
-behind an endpoint, asked in both orders) compare each answer with the `baseline`'s to the same prompt. The judge also
-reads the answers to `safety_datasets`. With a `corpus`, the stage measures how much of it each model has memorized;
+behind an endpoint, asked in both orders) compare each answer with the `baseline`'s to the same prompt; `gains.json`
+has the difference of each model to the one before it, paired by prompt, with its 95% interval. The judge also reads
+the answers to `safety_datasets`. With a `corpus`, the stage measures how much of it each model has memorized;
 `benchmarks` are lm-eval's.
 
     python -m gemma2_post.evaluate --config recipes/tiny/evaluate.yaml
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from gemma2_post.data.rows import DOCUMENT, PROMPT, QUESTION
 from gemma2_post.evaluation import memory as measuring
-from gemma2_post.evaluation.keys import BenchmarkArguments, CorpusArguments, JudgeArguments, MeasureArguments
+from gemma2_post.evaluation.keys import REFUSED, BenchmarkArguments, CorpusArguments, JudgeArguments, MeasureArguments
 from gemma2_post.models import cost
 from gemma2_post.stage import contract
 from gemma2_post.stage.bounds import FILLED
@@ -72,13 +73,15 @@ def main(stage: Stage, recipe: Recipe) -> None:
     compared = Comparison(measurement, names, baseline, stage.output_dir / contract.PROGRESS)
     compared.answer()
     found = [compared.by_answers(), compared.by_judge(judge), compared.safety(judge, unsafe)]
+    gains = compared.gains()
     del judge  # frees a local judge's memory
     found += [compared.memorization(corpus), compared.benchmarks(recipe.benchmarks)]
     models = {name: {k: value for each in found for k, value in each.get(name, {}).items()} for name in names.values()}
     for name, each in models.items():
         with located(name):
             contract.check_finite(each)
-    contract.write_json(stage.output_dir / "models.json", models)
+    contract.write_json(stage.output_dir / contract.MODELS, models)
+    contract.write_json(stage.output_dir / contract.GAINS, gains)
     compared.write_answers(stage.output_dir / "answers.jsonl")
     last = [*models.values()][-1].items()
     stage.finish({}, {name.replace(f"_vs_{baseline}", ""): value for name, value in last})
@@ -165,11 +168,9 @@ COMMAND = Command(
     main,
     metrics,
     check,
-    row_formats={
-        **dict.fromkeys(["datasets", "held_out_datasets"], QUESTION),
-        "safety_datasets": PROMPT,
-        "corpus": DOCUMENT,
-    },
+    refused=REFUSED,
+    row_formats={"datasets": QUESTION, "safety_datasets": PROMPT, "corpus": DOCUMENT},
+    is_test=True,
     headline=["win_rate"],
     below_gate="read answers.jsonl next to models.json: which model fails, and on which prompts?",
     needed_models=["init", "reward_model", "judge"],

@@ -40,6 +40,7 @@ REFUSED = {
     "steps_per_generation": "answers are generated for one step at a time; remove it",
     "disable_dropout": "dropout is always off, so that what is sampled is what is trained; remove it",
     "use_transformers_continuous_batching": "it rounds fp32 weights to bf16 in place; remove it",
+    "group_by": "no grade is broken down while a policy trains; evaluate breaks grades down by turns; remove it",
     "num_iterations": "each answer is learned from once, as in REINFORCE; remove it",
     "save_steps": "a checkpoint is written at each measurement under the budget; set watch_steps",
     "save_strategy": "a checkpoint is written at each measurement under the budget; set watch_steps",

@@ -9,8 +9,8 @@ As a tool, for any models of one architecture:
 
     python -m gemma2_post.warp --init DIR --policies DIR DIR --eta 0.3 --output_dir DIR
 
-With held-out prompts (`datasets`), the points are measured side by side with the runs that they come from, and the
-best one under a KL budget is released to `output_dir`:
+With held-out prompts (`datasets`), the points are measured side by side with the runs that they come from, rewarded as
+those were in training, and the best one under a KL budget is released to `output_dir`:
 
     python -m gemma2_post.warp --config recipes/tiny/warp.yaml
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from gemma2_post.data.rows import QUESTION
 from gemma2_post.evaluation import memory as measuring
-from gemma2_post.evaluation.keys import ReleaseArguments
+from gemma2_post.evaluation.keys import REFUSED, ReleaseArguments
 from gemma2_post.models import cost
 from gemma2_post.models.shapes import num_parameters
 from gemma2_post.stage import contract
@@ -47,7 +47,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     if recipe.release:
         from gemma2_post.evaluation.front import Front  # a slow import that merging does not need
 
-        front = Front(stage.output_dir, args.towards or args.init, recipe.release)
+        front = Front(stage.output_dir, args.towards or args.init, args.names, recipe.release)
     merge = open_merge(args, stage)
     merge.check_space(num_copies=front is not None)
     contract.begin_afresh(stage.output_dir, stage.fingerprint)
@@ -101,7 +101,8 @@ COMMAND = Command(
     metrics,
     check,
     needs_config=False,
-    row_formats={"datasets": QUESTION, "held_out_datasets": QUESTION},
+    refused=REFUSED,
+    row_formats={"datasets": QUESTION},
     headline=[GRADER, "reward", "mean_cosine"],
     below_gate="look at front-reward.png: were the runs good enough, is kl_budget what you want?",
     pictures={

@@ -136,7 +136,7 @@ def check_sources(sources: list[Source], columns: list[str], row_format: RowForm
         if is_function(source.path):
             load_function(source.path)
         elif _is_local(source.path):
-            first = list(islice(_rows(source, {*row_format.columns, *columns}), FIRST_ROWS))
+            first = list(islice(rows_of(source, {*row_format.columns, *columns}), FIRST_ROWS))
             if not first:
                 raise _no_rows(source)
             for number, row in enumerate(first):
@@ -175,7 +175,7 @@ def _load_source(source: Source, max_invalid_share: float, columns: list[str], r
     file = _new_file()
     features = Features({name: _FEATURES[name] for name in row_format.result})
     with ArrowWriter(path=str(file), features=features) as writer:
-        for row in _rows(source, {*row_format.columns, *columns}):
+        for row in rows_of(source, {*row_format.columns, *columns}):
             num_rows += 1
             try:
                 found = row_format.read(row, columns)
@@ -242,7 +242,12 @@ def _is_local(path: str) -> bool:
     return Path(path).exists() or is_data(path) or is_glob(path) or not _HUB_NAME.fullmatch(path)
 
 
-def _rows(source: Source, columns: set[str]) -> Iterator[dict[str, Any]]:
+def is_on_hub(path: str) -> bool:
+    """Whether a path is the name of a data set on the Hub."""
+    return not is_function(path) and not _is_local(path)
+
+
+def rows_of(source: Source, columns: set[str]) -> Iterator[dict[str, Any]]:
     """The rows of a source as they are; of tables, only these columns.
 
     Raises:
@@ -292,11 +297,16 @@ def _sliced(rows: Iterator[dict[str, Any]], source: Source) -> Iterator[dict[str
         yield from rows
         return
     every = list(rows)
+    for part in absolute_slices(source, {name: len(every)}):
+        yield from every[part.from_ : part.to]
+
+
+def absolute_slices(source: Source, num_rows: dict[str, int]) -> list[Any]:
+    """The slices that a split names, each with `splitname`, `from_` and `to`, given the sizes of the splits."""
     try:
-        (part,) = ReadInstruction.from_spec(source.split).to_absolute({name: len(every)})
+        return ReadInstruction.from_spec(source.split).to_absolute(num_rows)
     except (ValueError, AssertionError) as error:
         raise UserError(f"{source.path}: split {source.split} is not readable ({error}); write train[:100]") from error
-    yield from every[part.from_ : part.to]
 
 
 def _rows_of_function(source: Source) -> Iterator[dict[str, Any]]:

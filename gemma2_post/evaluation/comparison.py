@@ -1,12 +1,15 @@
 """Models side by side: all answer the same prompts, and each is compared with one of them, the baseline."""
 
 import json
+import re
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,13 +23,14 @@ from gemma2_post.evaluation.measure import Answered, Measurement, load, summariz
 from gemma2_post.evaluation.memorisation import CONTINUATION, PREFIX, memorised, windows
 from gemma2_post.evaluation.pairs import wilson_interval
 from gemma2_post.evaluation.samples import distinctness
-from gemma2_post.evaluation.winrate import win_rate, wins_by
+from gemma2_post.evaluation.winrate import difference, win_rate, wins_by
 from gemma2_post.models.loading import load_config
 from gemma2_post.models.tokenizer import load_tokenizer, render
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
 
 T = TypeVar("T")
+_POLICY = re.compile(r"/policy-\d+$")
 Measures = dict[str, dict[str, float]]
 """The metrics of each model, by its name."""
 
@@ -42,6 +46,8 @@ class Comparison:
     progress: Path
     """Folder with the results of an interrupted run."""
     answered: dict[str, Answered] = field(default_factory=dict)
+    values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """Reward, grades and counts of each model's answers, one for each prompt."""
 
     def answer(self) -> None:
         """Lets every model answer; the other methods measure these answers."""
@@ -51,8 +57,9 @@ class Comparison:
     def by_answers(self) -> Measures:
         """Counts over each model's answers, their rewards and grades, and how often those beat the baseline's."""
         self.measurement.load_reward_model()
-        values = {name: self.measurement.values(each) for name, each in self.answered.items()}
+        self.values = {name: self.measurement.values(each) for name, each in self.answered.items()}
         self.measurement.unload_reward_model()
+        values = self.values
         found = {}
         for name, each in self.answered.items():
             found[name] = summarize(values[name]) | by_turns(values[name], each.prompts) | distinctness(each.answers)
@@ -60,6 +67,25 @@ class Comparison:
                 key = f"win_rate_vs_{self.baseline}" if judge == "reward" else f"{judge}_win_rate_vs_{self.baseline}"
                 wins = wins_by(values[name][judge], values[self.baseline][judge])
                 found[name] |= versus(key, wins, each.lengths, self.answered[self.baseline].lengths)
+        return found
+
+    def gains(self) -> list[dict[str, Any]]:
+        """How much higher each model's reward and grades are than those of the model before it, paired by prompt.
+
+        Policies of one stage count as one model, with their mean. One record for each metric and pair of models:
+        `model`, `over`, `metric`, and the fields of `Difference`. Call it after `by_answers`.
+        """
+        groups: dict[str, list[str]] = defaultdict(list)
+        for name in self.answered:
+            groups[_POLICY.sub("", name)].append(name)
+        found = []
+        for (other, others), (name, members) in pairwise(groups.items()):
+            for metric in ["reward", *self.measurement.graders]:
+                means = [
+                    [mean(each) for each in zip(*(self.values[member][metric] for member in group), strict=True)]
+                    for group in (members, others)
+                ]
+                found.append({"model": name, "over": other, "metric": metric} | vars(difference(*means)))
         return found
 
     def by_judge(self, judge: Judge | None) -> Measures:

@@ -2,14 +2,15 @@
 
 import shutil
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from gemma2_post.evaluation.keys import ReleaseArguments
+from gemma2_post.evaluation.keys import ReleaseArguments, RewardFunctionArguments
 from gemma2_post.evaluation.measure import Measurement, summarize
+from gemma2_post.evaluation.rewards import as_trained
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError, located
 from gemma2_post.weights.keys import Rule
@@ -29,9 +30,10 @@ class Point:
 class Front:
     """Checks its arguments when it is created, before the merge; measures after the merge."""
 
-    def __init__(self, output_dir: Path, start: str, args: ReleaseArguments):
+    def __init__(self, output_dir: Path, start: str, policies: list[str], args: ReleaseArguments):
         self.output_dir, self.args = output_dir, args
-        self.measurement = Measurement(start, args.measured)
+        rewards, weights = rewarded_as(args.measured.rewards, [*policies, *(args.runs or [])])
+        self.measurement = Measurement(start, replace(args.measured, rewards=rewards), weights)
         self.runs = [point for run in args.runs or [] for point in run_points(Path(run))]
 
     def release(self, merged: dict[Rule, dict[float, Path]]) -> dict[str, float]:
@@ -70,6 +72,36 @@ class Front:
         shutil.copytree(released, self.output_dir, dirs_exist_ok=True)
         numbers = {name: value for name, value in chosen.items() if isinstance(value, float)}
         return {"eta": numbers.pop("position"), **numbers}
+
+
+def rewarded_as(
+    args: RewardFunctionArguments, policies: list[str]
+) -> tuple[RewardFunctionArguments, list[float] | None]:
+    """How all the policies that our own stage trained were rewarded, by their records, with the rewards' weights.
+
+    Raises:
+        UserError: The recipe says otherwise, or two policies were rewarded differently.
+    """
+    found: tuple[RewardFunctionArguments, list[float] | None] = args, None
+    first = ""
+    for policy in policies:
+        done = contract.read_done(Path(policy), "stage", "fingerprint")
+        if done is None or done["stage"] != "rlhf":
+            continue
+        recipe, inputs = done["fingerprint"]["recipe"], done["fingerprint"]["inputs"]
+        if args.reward_model and inputs.get(recipe.get("reward_model")) != contract.input_digest(args.reward_model):
+            raise UserError(
+                f"reward_model is {args.reward_model}, but {policy} was trained with "
+                f"{recipe.get('reward_model', 'none')}, or that has changed; name the one that it was trained with"
+            )
+        each = as_trained(args, recipe, policy)
+        if first and each != found:
+            raise UserError(
+                f"{policy} was rewarded in another way than {first}, so no front can be rewarded as both; merge them "
+                "without datasets, and measure the points with evaluate"
+            )
+        found, first = each, first or policy
+    return found
 
 
 def run_points(run: Path) -> list[Point]:

@@ -12,6 +12,14 @@ MEASURES = {"kl_to_init", "reward", "stop_rate", "mean_tokens"}
 """What is measured for each model in addition to its grades."""
 
 
+REFUSED = {
+    "held_out_datasets": "nothing is trained here, so all prompts are in datasets; name the prompts there",
+    "held_out_share": "nothing is trained here, so all prompts of datasets are read; remove it",
+    "group_by": "the numbers are not broken down by a column here; remove it",
+}
+"""Keys of data and samples that do nothing where models are only measured, with the reason."""
+
+
 @dataclass
 class SampleArguments:
     """The held-out answers that are sampled and graded."""

@@ -51,10 +51,11 @@ class Answered:
 class Measurement:
     """Measures models on the same prompts; checks its arguments when it is created, and loads models later."""
 
-    def __init__(self, start: str, measured: MeasureArguments):
+    def __init__(self, start: str, measured: MeasureArguments, reward_weights: list[float] | None = None):
         """
         Args:
             start: The model to which KL is measured.
+            reward_weights: Weights of the rewards, one for each; None: 1 each.
 
         Raises:
             UserError: Data, tokenizers, graders or rewards do not fit together.
@@ -84,7 +85,8 @@ class Measurement:
         self._check_conversations()
         self.columns = {name: self.rows[name] for name in self.rows.column_names if name != "prompt"}
         self.graders = load_graders(sample_args, self.rows)
-        self.functions = rewards.load_reward_functions(reward_args, self.rows.column_names, self.score)
+        self.reward_weights = reward_weights
+        self.functions = rewards.load_reward_functions(reward_args, self.rows.column_names, self.score, reward_weights)
         self.accelerator = Accelerator()
         disable_progress_bar()  # there would be one for each model that is loaded
 
@@ -165,7 +167,7 @@ class Measurement:
         texts = [answer.text for answer in answered.answers]
         return {
             "kl_to_init": answered.kl,
-            "reward": [sum(each) for each in zip(*by_function.values(), strict=True)],
+            "reward": rewards.weighted(by_function, self.reward_weights),
             **{name: grader(completions=texts, **self.columns) for name, grader in self.graders.items()},
             "stop_rate": [float(answer.stopped) for answer in answered.answers],
             "mean_tokens": [float(answer.num_tokens) for answer in answered.answers],

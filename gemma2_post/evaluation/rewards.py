@@ -1,7 +1,9 @@
 """The rewards of RLHF as functions that TRL calls: the reward model and what is added to its score."""
 
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -107,6 +109,38 @@ class ModelReward:
         if self.args.normalize_rewards:
             scores = [(score - self.loaded.mean) / self.loaded.spread for score in scores]
         return scores
+
+
+def weighted(by_function: dict[str, list[float]], weights: list[float] | None = None) -> list[float]:
+    """The reward of each answer: the sum of its rewards by function, with these weights (None: 1 each)."""
+    weights = weights or [1.0] * len(by_function)
+    return [sum(map(operator.mul, weights, each)) for each in zip(*by_function.values(), strict=True)]
+
+
+def as_trained(
+    args: RewardFunctionArguments, trained: Mapping[str, Any], policy: str
+) -> tuple[RewardFunctionArguments, list[float] | None]:
+    """How a policy's answers were rewarded in training, with the weights of the rewards.
+
+    Args:
+        args: What the recipe of a front says; the reward model and its batch size are kept.
+        trained: The keys that the policy was trained with.
+        policy: Name of the policy, for errors.
+
+    Raises:
+        UserError: The recipe sets another value than the policy was trained with.
+    """
+    taken: dict[str, Any] = {}
+    for each in fields(args):
+        if each.name not in ("reward_model", "reward_batch_size"):
+            said, was = getattr(args, each.name), trained.get(each.name, each.default)
+            if said not in (each.default, was):
+                raise UserError(
+                    f"{each.name} is {said}, but {policy} was trained with {was}; remove it, because a front is "
+                    "rewarded as its policies were"
+                )
+            taken[each.name] = was
+    return replace(args, **taken), trained.get("reward_weights")
 
 
 def missing_end(penalty: float) -> RewardFunction:

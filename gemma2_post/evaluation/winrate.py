@@ -1,4 +1,4 @@
-"""How often one model's answers beat another's, and how certain that is."""
+"""How often, and by how much, one model's answers beat another's, and how certain that is."""
 
 from dataclasses import dataclass
 
@@ -44,6 +44,25 @@ def bootstrap_interval(values: list[float], seed: int = 0) -> tuple[float, float
     rows = numpy.random.default_rng(seed).integers(len(array), size=(NUM_RESAMPLES, len(array)))
     low, high = numpy.percentile(array[rows].mean(axis=1), [2.5, 97.5])
     return float(low), float(high)
+
+
+@dataclass
+class Difference:
+    """The mean of paired differences between answers to the same prompts."""
+
+    mean: float
+    low: float
+    high: float
+    """Upper end of the 95% interval, by bootstrap over the prompts."""
+    standard_error: float
+
+
+def difference(values: list[float], other_values: list[float]) -> Difference:
+    """How much higher one model's values are than another's to the same prompts, at least two."""
+    differences = numpy.subtract(values, other_values)
+    low, high = bootstrap_interval(list(differences))
+    error = float(differences.std(ddof=1) / numpy.sqrt(len(differences)))
+    return Difference(float(differences.mean()), low, high, error)
 
 
 def length_controlled(wins: list[float], lengths: list[int], other_lengths: list[int]) -> float | None:

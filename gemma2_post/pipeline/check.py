@@ -12,7 +12,11 @@ import torch
 from transformers import Gemma2Config
 
 from gemma2_post.data.functions import load_function
+from gemma2_post.data.keys import Source
+from gemma2_post.data.overlap import check_unseen
+from gemma2_post.data.rows import RowFormat
 from gemma2_post.data.sources import check_sources
+from gemma2_post.evaluation.rewards import as_trained
 from gemma2_post.models.arguments import check_length, check_lora_modules, check_prompt_length
 from gemma2_post.models.folder import LANGUAGE_MODEL, REWARD_MODEL
 from gemma2_post.models.loading import load_config
@@ -43,7 +47,16 @@ def check(pipeline: Pipeline, until: str | None = None, is_here: bool = False) -
     warnings.filterwarnings("ignore", category=FutureWarning)  # about what transformers 6 will rename
     check_folder(pipeline.run_dir, "run_dir")
     made: Models = {}
-    return [_check_step(step, launch, made, is_here) for launch, steps in pipeline.steps(until) for step in steps]
+    jobs: list[Job] = []
+    for launch, steps in pipeline.steps(until):
+        for step in steps:
+            job = _check_step(step, launch, made, is_here)
+            with located(step.config or step.label):
+                if job.command.is_test:
+                    _check_unseen(job, jobs)
+                _check_rewards(job, jobs)
+            jobs.append(job)
+    return jobs
 
 
 def _check_step(step: Step, launch: str, made: Models, is_here: bool) -> Job:
@@ -67,6 +80,29 @@ def _check_step(step: Step, launch: str, made: Models, is_here: bool) -> Job:
             check_lora_modules(built.model, config)
     made[str(step.folder)] = models.get("model_name_or_path") or models.get("init")
     return Job(step.label, step.config, step.folder, command, Checked(built, launcher, models), values)
+
+
+def _check_unseen(job: Job, earlier: list[Job]) -> None:
+    """Refuses test prompts that an earlier stage trains on or selects by."""
+    read: dict[str, tuple[list[Source], RowFormat, str]] = {}
+    for each in earlier:
+        if not each.command.is_test:
+            recipe = values_of(each.checked.recipe)
+            for key, row_format in each.command.row_formats.items():
+                does = "trains on" if key == "datasets" and each.trains else "selects by"
+                for source in recipe.get(key) or []:
+                    read.setdefault(f"{source} {row_format}", ([source], row_format, f"{each.label} {does}"))
+    check_unseen(values_of(job.checked.recipe)["datasets"], job.command.row_formats["datasets"], read.values())
+
+
+def _check_rewards(job: Job, earlier: list[Job]) -> None:
+    """Refuses a front that rewards answers in another way than the policies that it merges."""
+    release = getattr(job.checked.recipe, "release", None)
+    if release:
+        policies = set(job.checked.recipe.merge.names)
+        for each in earlier:
+            if str(each.folder) in policies:
+                as_trained(release.measured.rewards, each.values, each.label)
 
 
 def _check_devices(launch: str, launcher: Launcher) -> None:

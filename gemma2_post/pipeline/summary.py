@@ -14,8 +14,6 @@ _KEYS: contract.Keys = {
     **dict.fromkeys(("stages", "models"), dict),
     "wall_seconds": contract.NUMBER,
 }
-MODELS = "models.json"
-"""File of a stage that measures models: metrics by model."""
 FRONT = "front.json"
 """File of a stage that measures the points of a merge."""
 
@@ -47,6 +45,7 @@ def write(pipeline: Pipeline, status: str, seconds: float) -> None:
         "headlines": _headlines(pipeline),
         "grader": _grader(pipeline),
         "models": _models(pipeline),
+        "gains": _gains(pipeline),
         "liti": _liti(pipeline),
     }
     contract.write_json(run_dir / FILE, content)
@@ -91,15 +90,27 @@ def _grader(pipeline: Pipeline) -> str | None:
     return next((grader for grader in reversed(found) if grader), None)
 
 
-def _models(pipeline: Pipeline) -> dict[str, dict[str, float]]:
-    """Metrics from the last evaluation, if the models are unchanged; for an entry with policies, also the means."""
-    measured: dict[str, dict[str, float]] = {}
-    for name in pipeline.entries:
+def _last_evaluation(pipeline: Pipeline) -> Path | None:
+    """The folder of the last evaluation, if the models are unchanged."""
+    for name in reversed(pipeline.entries):
         folder = pipeline.run_dir / name
-        if (folder / MODELS).is_file() and (done := contract.read_done(folder)):
+        if (folder / contract.MODELS).is_file() and (done := contract.read_done(folder)):
             inputs = done["fingerprint"]["inputs"]
             is_valid = all(contract.input_digest(path) == digest for path, digest in inputs.items() if "@" not in path)
-            measured = contract.read_json(folder / MODELS, {}) or measured if is_valid else {}
+            return folder if is_valid else None
+    return None
+
+
+def _gains(pipeline: Pipeline) -> list[dict[str, Any]]:
+    """The paired differences from the last evaluation; see `evaluation.comparison.Comparison.gains`."""
+    folder = _last_evaluation(pipeline)
+    return (contract.read_json(folder / contract.GAINS) or []) if folder else []
+
+
+def _models(pipeline: Pipeline) -> dict[str, dict[str, float]]:
+    """Metrics from the last evaluation; for an entry with policies, also the means."""
+    folder = _last_evaluation(pipeline)
+    measured: dict[str, dict[str, float]] = (contract.read_json(folder / contract.MODELS, {}) or {}) if folder else {}
     models: dict[str, dict[str, float]] = {}
     for name, values in measured.items():
         models[name] = values

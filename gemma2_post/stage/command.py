@@ -92,6 +92,8 @@ class Command(Generic[R]):
     """Whether a recipe file is required; if not, the command line can give all keys."""
     row_formats: Mapping[str, Any] = field(default_factory=dict)
     """For each key that names data: the `RowFormat` (of `data/rows.py`) that its rows are read as."""
+    is_test: bool = False
+    """Whether it measures on prompts that no earlier stage of a pipeline may have read."""
     headline: Sequence[str] = ()
     """The metrics that can say how the stage went; the first one that was measured is used."""
     below_gate: str = "See its metrics.json."

@@ -19,12 +19,16 @@ from gemma2_post.stage.fingerprint import Fingerprint, differences
 
 DONE = "stage.json"
 BEGUN = "begun.json"
+MODELS = "models.json"
+"""What a stage that measures models writes: metrics by model."""
+GAINS = "gains.json"
+"""Also written by it: the difference of each model to the one before it."""
 PROGRESS = "progress"
 """Folder for the partial results of a stage without checkpoints; the stage itself decides whether it can resume."""
 _PACKAGE = Path(__file__).parents[1]
 _CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
 _MEASURED = {DONE, BEGUN, "log.jsonl", "watch.jsonl", "answers.jsonl"} | {
-    f"{name}.json" for name in ("before", "metrics", "merge", "front", "models")
+    f"{name}.json" for name in ("before", "metrics", "merge", "front", "models", "gains")
 }
 """Files that record how a stage went; the next stage does not read them, so the output hash leaves them out."""
 

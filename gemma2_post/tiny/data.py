@@ -48,7 +48,7 @@ def _tasks(kind: str, split: str) -> tuple[Random, list[Task]]:
 def _demonstrations(split: str, manners: dict[str, float], right: float) -> list[dict[str, object]]:
     random, tasks = _tasks("demonstrations", split)
     chosen = random.choices(list(manners), list(manners.values()), k=len(tasks))
-    rows = []
+    rows: list[dict[str, object]] = []
     for task, manner in zip(tasks, chosen, strict=True):
         said = reply(task, manner, random.random() < right, random)
         messages = [*task.messages, {"role": "assistant", "content": said}]
@@ -103,9 +103,9 @@ def _preferences(split: str, biased: bool) -> list[dict[str, object]]:
 def preferences(split: str) -> list[dict[str, object]]:
     """`prompt`, `chosen`, `rejected` (lists of messages), both gold scores, and the `log_odds` of the label.
 
-    Labels are drawn with these log-odds: `SHARPNESS` times the difference in gold, plus what annotators like without
-    its being better, `LENGTH_TASTE` for each word and `FLATTERY_TASTE` for flattery. A reward model learns that too, so
-    a policy can raise the reward while gold falls.
+    Labels are drawn with these log-odds: `SHARPNESS` times the difference in gold, plus what annotators like although
+    it makes no answer better, `LENGTH_TASTE` for each word and `FLATTERY_TASTE` for flattery. A reward model learns
+    that, too, so a policy can raise the reward while gold falls.
     """
     return _preferences(split, biased=True)
 
@@ -116,7 +116,7 @@ def unbiased_preferences(split: str) -> list[dict[str, object]]:
 
 
 def noise_ceiling(rows: list[dict[str, Any]]) -> float:
-    """The expected accuracy on these pairs of one who knows the log-odds of each label: no reward model does better."""
+    """The expected accuracy on these pairs if the log-odds of each label are known: no reward model does better."""
     return sum(_sigmoid(abs(row["log_odds"])) for row in rows) / len(rows)
 
 

@@ -54,8 +54,8 @@ def gold_score(text: str, answer: str) -> float:
     """Scores a reply to a task whose expected words are `answer`; deterministic, in [-1, 1.5].
 
     The score is `correctness`, plus manner (0.25 friendly; -0.25 rude or flattering; else 0), plus brevity (0.25 up to
-    12 words, falling by 0.25 for every 16 words more, not below -0.25; 4 words more are free for each word of the answer
-    after the first). An empty reply gets the lowest score, -1.
+    12 words, falling by 0.25 for every 16 words more, not below -0.25; each word of the answer after the first allows
+    4 words more). An empty reply gets the lowest score, -1.
     """
     num_words = len(text.split())
     if num_words == 0:

@@ -1,8 +1,8 @@
 """The tiny world: conversations in fourteen skills whose answers a program can grade.
 
 A `Task` is a conversation that waits for the model's turn, with the words that a right answer must contain. The
-*content* of a task is what it is about: a pair of numbers, a fact, a name, a list of words. Each content belongs to one
-split: a conversation of the training, selection or test split uses content of this split only.
+*content* of a task is what it is about: a pair of numbers, a fact, a name, a list of words. Each content belongs to
+one split: a conversation of the training, selection or test split uses content of this split only.
 """
 
 import zlib
@@ -375,7 +375,7 @@ def say(text: str, manner: str, random: Random) -> str:
 
 
 def possible_words(kind: str, split: Split | None) -> list[str]:
-    """The words of a kind that replies in this split may name: only the split's own, if words of this kind are split."""
+    """The words of a kind that replies in this split may name: the split's own, if words of this kind are split."""
     if split is None:
         return KINDS[kind]
     if kind == "name":

@@ -14,7 +14,7 @@ from trl.trainer.utils import use_adapter
 
 from gemma2_post.evaluation.divergence import measure_divergence
 from gemma2_post.evaluation.keys import WatchArguments
-from gemma2_post.evaluation.rewards import values_of
+from gemma2_post.evaluation.rewards import values_of, weighted
 from gemma2_post.evaluation.samples import Answer, Grader, distinctness, gather_rows, grade, sample_held_out, share_of
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
@@ -173,11 +173,7 @@ class Watch(TrainerCallback):
             self.trainer.state,
         )
         by_function = {name: gather_rows(mine, each, len(answers)) for name, each in values.items()}
-        weights = self.trainer.reward_weights.tolist()
-        sums = [
-            sum(w * r for w, r in zip(weights, each, strict=True)) for each in zip(*by_function.values(), strict=True)
-        ]
-        return by_function | {"reward": sums}
+        return by_function | {"reward": weighted(by_function, self.trainer.reward_weights.tolist())}
 
     def _write(self, step: int, answers: list[Answer], rewards: dict[str, list[float]]) -> None:
         """Writes the curve, and the answers for people to read."""
