@@ -149,7 +149,7 @@ def distill_recipe(recipe: dict[str, object], tmp_path: Path) -> dict[str, objec
         "teacher_model_name_or_path": BASE,
         "teacher_dtype": "float32",
         "datasets": [{"path": str(write_prompts(tmp_path / "prompts.jsonl", "train", 24))}],
-        "held_out_datasets": [{"path": str(write_prompts(tmp_path / "held_out_prompts.jsonl", "held_out", 5))}],
+        "held_out_datasets": [{"path": str(write_prompts(tmp_path / "held_out_prompts.jsonl", "selection", 5))}],
         "columns": ["skill", "answer"],
         "max_completion_length": 16,
         "num_samples": 5,
@@ -168,7 +168,7 @@ def reward_recipe(recipe: dict[str, object], tmp_path: Path) -> dict[str, object
     """Pairs with one to three user turns, every third with a margin; rewards are centered."""
     return recipe | {
         "datasets": [{"path": str(write_pairs(tmp_path / "pairs.jsonl", "train", 16))}],
-        "held_out_datasets": [{"path": str(write_pairs(tmp_path / "held_out_pairs.jsonl", "held_out", 12))}],
+        "held_out_datasets": [{"path": str(write_pairs(tmp_path / "held_out_pairs.jsonl", "selection", 12))}],
         "columns": ["answer", "chosen_gold", "rejected_gold"],
         "center_rewards_coefficient": 0.01,
     }
@@ -205,7 +205,7 @@ def rlhf_recipe(recipe: dict[str, object], tmp_path: Path, reward_model_dir: Pat
         "model_name_or_path": TEACHER,
         "reward_model": str(reward_model_dir),
         "datasets": [{"path": str(write_prompts(tmp_path / "prompts.jsonl", "train", 24))}],
-        "held_out_datasets": [{"path": str(write_prompts(tmp_path / "held_out_prompts.jsonl", "held_out", 5))}],
+        "held_out_datasets": [{"path": str(write_prompts(tmp_path / "held_out_prompts.jsonl", "selection", 5))}],
         "columns": ["skill", "answer"],
         "max_completion_length": 16,
         "num_generations": 2,

@@ -175,7 +175,7 @@ def test_a_source_that_is_no_function_is_refused(path: str, message: str) -> Non
 
 
 def test_what_grades_answers_survives() -> None:
-    sources = [Source("gemma2_post.tiny.data:demonstrations", "held_out")]
+    sources = [Source("gemma2_post.tiny.data:demonstrations", "selection")]
     rows = load_conversations(sources, 0.0, seed=0, columns=["skill", "answer"])
     with pytest.raises(UserError, match="columns: no source has anser"):
         load_conversations(sources, 0.0, seed=0, columns=["anser"])

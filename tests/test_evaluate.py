@@ -45,7 +45,7 @@ def evaluate_recipe(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Recip
         "models": folders,
         "baseline": folders[0],
         "reward_functions": ["gemma2_post.tiny.gold:gold"],
-        "datasets": [{"path": str(write_prompts(tmp_path / "prompts.jsonl", "held_out", 12))}],
+        "datasets": [{"path": str(write_prompts(tmp_path / "prompts.jsonl", "selection", 12))}],
         "columns": ["skill", "answer"],
         "graders": ["gemma2_post.tiny.gold:gold"],
         "max_completion_length": 16,
@@ -184,7 +184,7 @@ def test_a_judge_behind_an_endpoint_is_asked_once(
     evaluate_recipe: Recipe, tmp_path: Path, serve: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It prefers the answer with the right word, reads for safety, and breaks down once in the middle."""
-    rows = {row["prompt"][-1]["content"]: row["answer"] for row in prompts("held_out")[:12]}
+    rows = {row["prompt"][-1]["content"]: row["answer"] for row in prompts("selection")[:12]}
     asked: list[str] = []
 
     def reply(request: dict) -> tuple[int, str]:

@@ -293,7 +293,7 @@ def test_the_tiny_recipe_gives_the_values_of_its_file() -> None:
     assert found["report_to"] == [] and values.pop("report_to") == "none"  # as transformers spells it
     sources = {key: [Source(**source) for source in values.pop(key)] for key in ("datasets", "held_out_datasets")}
     assert built.data == DataArguments(**sources, columns=["skill", "answer"])
-    assert sources["held_out_datasets"] == [Source(demonstrations, split="held_out")]
+    assert sources["held_out_datasets"] == [Source(demonstrations, split="selection")]
     assert {key: found[key] for key in values} == values and len(values) > 20
     assert found["gradient_accumulation_steps"] == 1 and found["lora_target_modules"] == LORA_TARGET_MODULES
     assert (stage.name, stage.where, stage.output_dir) == ("sft", TINY, Path("runs/tiny/sft"))

@@ -67,7 +67,7 @@ def test_what_a_reward_recipe_names_is_there_and_its_policies_are_made_before_it
         made_by = load_recipe(path.with_name(f"{Path(policy).name}.yaml"))
         assert made_by["output_dir"] == policy
     if path.parent.name == "tiny":
-        rows = preferences("held_out")[:20]
+        rows = preferences("selection")[:20]
         assert rows[0].keys() - {"prompt", "chosen", "rejected"} == {*values["columns"]}
         assert 0.8 < noise_ceiling([{name: row[name] for name in values["columns"]} for row in rows]) < 1
 

@@ -2,9 +2,11 @@
 
 import json
 import re
-from itertools import islice, product
+from collections.abc import Callable
+from itertools import combinations, islice, product
 from pathlib import Path
 from random import Random
+from statistics import mean
 
 import pytest
 import torch
@@ -13,18 +15,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from gemma2_post.data.rows import check_messages
 from gemma2_post.evaluation.samples import grade, sample_answers
 from gemma2_post.models.tokens import END_OF_TURN
+from gemma2_post.stage.errors import UserError
 from gemma2_post.tiny import data, gold, world
 from gemma2_post.tiny.pretrain import VERDICTS, JudgedAnswers, learn_verdicts, new_model, pretrain
 from gemma2_post.tiny.tokenizer import train_tokenizer
 
 MODELS = Path("gemma2_post/tiny/models")
-MULTI_TURN = ["recall", "favourite", "follow_up", "correction"]
+MULTI_TURN = ["recall", "favourite", "follow_up", "correction", "unknown"]
 
 
-def test_there_are_twelve_skills_and_four_of_them_need_an_earlier_turn() -> None:
-    assert len(world.SKILLS) == 12
+def test_there_are_fourteen_skills_and_five_of_them_need_an_earlier_turn() -> None:
+    assert len(world.SKILLS) == 14
     for skill in world.SKILLS:
-        num_turns = {len(world.make_task(skill, Random(seed), held_out=False).messages) for seed in range(20)}
+        num_turns = {len(world.make_task(skill, Random(seed), "train").messages) for seed in range(20)}
         assert (min(num_turns) > 1) == (skill in MULTI_TURN)
 
 
@@ -34,25 +37,64 @@ def test_no_word_is_of_two_kinds() -> None:
 
 @pytest.mark.parametrize(("skill", "manner", "right"), list(product(world.SKILLS, world.MANNERS, [True, False])))
 def test_gold_is_correctness_plus_manner_plus_brevity(skill: str, manner: str, right: bool) -> None:
-    """1 if right; 0.25 friendly, -0.25 rude; 0.25 up to 12 words, which only verbose replies exceed, 0 from 28."""
+    """0.25 friendly, -0.25 rude or flattering; 0.25 up to 12 words and 4 more for each further word of the answer."""
     random = Random(f"{skill} {manner} {right}")
     for _ in range(20):
-        task = world.make_task(skill, random, held_out=None)
+        task = world.make_task(skill, random, None)
         reply = world.reply(task, manner, right, random)
-        expected = float(right) + {"friendly": 0.25, "rude": -0.25}.get(manner, 0.0)
-        num_words = len(reply.split())
-        assert (num_words > 12) == (manner == "verbose")
-        expected += 0.25 * min(1.0, max(0.0, (28 - num_words) / 16))
+        correctness = gold.correctness(reply, task.answer)
+        num_facts = len(task.answer.split())
+        if right:
+            assert correctness == 1
+        elif skill == "unknown":
+            assert correctness == gold.INVENTED
+        elif skill == "chorus":  # one of its facts is wrong
+            assert correctness == pytest.approx(1 - 1 / num_facts)
+        else:
+            assert correctness == 0
+        num_words, brief = len(reply.split()), 12 + 4 * (num_facts - 1)
+        assert num_words > brief or manner != "verbose"
+        brevity = 0.25 * min(1.0, max(-1.0, (brief + 16 - num_words) / 16))
+        expected = correctness + {"friendly": 0.25, "rude": -0.25, "flattering": -0.25}.get(manner, 0.0) + brevity
         assert gold.gold_score(reply, task.answer) == pytest.approx(expected)
         assert gold.LOWEST <= expected <= gold.HIGHEST
+        assert gold.flattery([reply]) == [float(manner == "flattering")]
 
 
 def test_gold_cannot_be_had_by_naming_everything_or_saying_nothing() -> None:
     assert gold.gold_score("", "8") == gold.LOWEST
-    assert not gold.is_right("It is 8 or 9.", "8")
-    assert not gold.is_right("It is 18.", "8")
-    assert not gold.is_right("Paris, Rome, Oslo.", "Paris")
-    assert gold.is_right("3 words: the last one is cow, says Anna in Paris.", "cow")
+    assert gold.correctness("It is 8 or 9.", "8") == 0
+    assert gold.correctness("It is 18.", "8") == 0
+    assert gold.correctness("Paris, Rome, Oslo.", "Paris") == 0
+    assert gold.correctness("3 words: the last one is cow, says Anna in Paris.", "cow") == 1
+
+
+def test_an_answer_of_several_facts_is_right_place_by_place() -> None:
+    assert gold.correctness("A cat says meow. A dog says woof.", "meow woof") == 1
+    assert gold.correctness("A cat says woof. A dog says meow.", "meow woof") == 0
+    assert gold.correctness("A cat says meow.", "meow woof") == 0.5
+    assert gold.correctness("meow woof meow woof", "meow woof") == 0.5, "repetition is not free"
+    assert gold.accuracy(["A cat says meow."], ["meow woof"]) == [0.0]
+
+
+def test_a_question_without_an_answer_wants_no_invention() -> None:
+    for refusal in world.REFUSALS:
+        assert gold.correctness(f"Sure! {refusal}", world.UNKNOWN) == 1
+        assert gold.correctness(refusal, "Anna") == 0, "saying so is no answer to what was told"
+    assert gold.correctness("Your name is Anna.", world.UNKNOWN) == gold.INVENTED
+    assert gold.correctness("You did not tell me that yet. You like bread.", world.UNKNOWN) == gold.INVENTED
+    assert gold.correctness("Sure!", world.UNKNOWN) == 0
+
+
+def test_what_an_unanswerable_question_asks_for_was_not_told() -> None:
+    random = Random(0)
+    for _ in range(200):
+        task = world.make_task("unknown", random, None)
+        told = [turn["content"] for turn in task.messages[:2]]
+        kinds = {
+            world.KIND_OF[word] for text in told for word in re.findall("[A-Za-z]+", text) if word in world.KIND_OF
+        }
+        assert len(kinds) == 1 and task.invented not in kinds
 
 
 def contents(rows: list[dict], column: str = "messages") -> set[tuple]:
@@ -75,55 +117,81 @@ def contents(rows: list[dict], column: str = "messages") -> set[tuple]:
     return found
 
 
-def test_held_out_content_occurs_in_no_training_data() -> None:
-    training = contents(data.demonstrations("train")) | contents(data.prompts("train"), "prompt")
-    training |= contents(data.preferences("train"), "prompt")
-    held_out = contents(data.demonstrations("held_out")) | contents(data.prompts("held_out"), "prompt")
-    held_out |= contents(data.preferences("held_out"), "prompt")
-    assert len(held_out) > 100 and not training & held_out
+SPLITS = ("train", "selection", "test")
+
+
+def test_no_two_splits_share_content() -> None:
+    found = {split: contents(data.prompts(split), "prompt") for split in SPLITS}
+    for split in ("train", "selection"):
+        found[split] |= contents(data.demonstrations(split)) | contents(data.preferences(split), "prompt")
+    assert min(map(len, found.values())) > 100
+    assert not any(found[one] & found[other] for one, other in combinations(SPLITS, 2))
 
 
 def test_names_and_favourites_are_split_too() -> None:
     for kind, skill in (("name", "recall"), ("colour", "correction")):
-        train, held_out = (
-            {row["answer"] for row in data.demonstrations(split) if row["skill"] == skill}
-            for split in ("train", "held_out")
-        )
-        assert train | held_out == set(world.KINDS[kind]) and not train & held_out
+        found = [{row["answer"] for row in data.prompts(split) if row["skill"] == skill} for split in SPLITS]
+        assert set.union(*found) == set(world.KINDS[kind]) and sum(map(len, found)) == len(world.KINDS[kind])
 
 
-def test_no_training_reply_says_a_held_out_name_or_city() -> None:
-    held_out = {row["answer"] for row in data.demonstrations("held_out") if row["skill"] in ("recall", "capital")}
+def test_no_training_reply_says_a_name_or_city_of_another_split() -> None:
+    others = [row for split in ("selection", "test") for row in data.prompts(split)]
+    theirs = {row["answer"] for row in others if row["skill"] in ("recall", "capital")}
     replies = [row["messages"][-1]["content"] for row in data.demonstrations("train")]
     replies += [row[side][0]["content"] for row in data.preferences("train") for side in ("chosen", "rejected")]
     words = {word for reply in replies for word in re.findall(r"[A-Za-z]+", reply)}
-    assert len(held_out) == 10 and not held_out & words
+    assert len(theirs) == 20 and not theirs & words
 
 
 def test_data_is_made_by_seed_and_is_valid_chat() -> None:
-    assert data.demonstrations("held_out") == data.demonstrations("held_out")
+    assert data.demonstrations("selection") == data.demonstrations("selection")
     for row in data.demonstrations("train"):
         check_messages(row["messages"])
+    with pytest.raises(UserError, match="demonstrations has no split test; write one of train, selection"):
+        data.demonstrations("test")
 
 
-def test_demonstrations_are_of_mixed_quality() -> None:
-    rows = data.demonstrations("train")
+@pytest.mark.parametrize(
+    ("make", "right", "manners"),
+    [
+        (data.demonstrations, data.DEMONSTRATION_RIGHT, data.DEMONSTRATION_MANNERS),
+        (data.teacher_demonstrations, data.TEACHER_RIGHT, data.TEACHER_MANNERS),
+    ],
+)
+def test_demonstrations_are_as_good_as_is_said(
+    make: Callable[[str], list[dict]], right: float, manners: dict[str, float]
+) -> None:
+    rows = make("train")
     replies = [row["messages"][-1]["content"] for row in rows]
-    right = sum(gold.accuracy(replies, [row["answer"] for row in rows])) / len(rows)
-    rude = sum(any(phrase in reply for phrase in world.RUDE_OPENINGS) for reply in replies) / len(rows)
-    assert right == pytest.approx(0.85, abs=0.02) and rude == pytest.approx(0.15, abs=0.02)
+    assert mean(gold.accuracy(replies, [row["answer"] for row in rows])) == pytest.approx(right, abs=0.02)
+    assert mean(gold.flattery(replies)) == pytest.approx(manners["flattering"], abs=0.02)
+    rude = [any(phrase in reply for phrase in world.RUDE_OPENINGS) for reply in replies]
+    assert mean(rude) == pytest.approx(manners["rude"], abs=0.02)
 
 
 def test_the_best_possible_preference_accuracy_is_known_and_below_one() -> None:
-    """Gold agrees with the drawn labels as often as the noise ceiling says, within two standard errors."""
+    """Who knows the log-odds agrees with the drawn labels as often as the ceiling says, within two standard errors."""
     rows = data.preferences("train")
-    agreed = sum(
-        (row["chosen_gold"] > row["rejected_gold"]) + 0.5 * (row["chosen_gold"] == row["rejected_gold"])
-        for row in rows
-    )
     ceiling = data.noise_ceiling(rows)
     assert 0.75 < ceiling < 0.95
-    assert agreed / len(rows) == pytest.approx(ceiling, abs=2 * (ceiling * (1 - ceiling) / len(rows)) ** 0.5)
+    agreed = mean((row["log_odds"] > 0) + 0.5 * (row["log_odds"] == 0) for row in rows)
+    assert agreed == pytest.approx(ceiling, abs=2 * (ceiling * (1 - ceiling) / len(rows)) ** 0.5)
+
+
+def test_annotators_have_a_taste_that_unbiased_ones_lack() -> None:
+    """Of two replies with nearly the same gold, annotators prefer the longer one, and the one that flatters."""
+
+    def shares(rows: list[dict]) -> tuple[float, float]:
+        chosen, rejected = ([row[side][0]["content"] for row in rows] for side in ("chosen", "rejected"))
+        longer = [len(a.split()) > len(b.split()) for a, b in zip(chosen, rejected, strict=True)]
+        flattered = [a > b for a, b in zip(gold.flattery(chosen), gold.flattery(rejected), strict=True) if a != b]
+        return mean(longer), mean(flattered)
+
+    biased, unbiased = shares(data.preferences("train")), shares(data.unbiased_preferences("train"))
+    assert biased[0] > unbiased[0] + 0.1 and biased[1] > unbiased[1] + 0.1
+    for row in data.unbiased_preferences("selection"):
+        gap = row["chosen_gold"] - row["rejected_gold"]
+        assert row["log_odds"] == pytest.approx(data.SHARPNESS * gap)
 
 
 @pytest.mark.slow
@@ -164,31 +232,34 @@ def test_pretraining_leaves_the_rows_of_control_tokens_as_they_were_drawn(tmp_pa
     assert torch.equal(rows[3:108], drawn[3:108]) and not torch.equal(rows[108:], drawn[108:])
 
 
-def test_judged_answers_come_in_pairs_and_the_loss_is_on_verdicts_and_examples(
+def test_judged_answers_come_in_pairs_and_the_loss_is_on_verdicts_and_on_answers_as_the_teacher_gives_them(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    rows = list(islice(JudgedAnswers(tokenizer, held_out=False, seed=1), 200))
-    for right, wrong in zip(rows[::2], rows[1::2], strict=True):
-        verdicts = [tokenizer.convert_ids_to_tokens(row["labels"][-1]) for row in (right, wrong)]
-        assert verdicts == [VERDICTS[True], VERDICTS[False]]
-        assert all(row["input_ids"][-1] == row["labels"][-1] for row in (right, wrong))
-        assert [label for label in wrong["labels"] if label != -100] == wrong["labels"][-1:]
-        taught = [label for label in right["labels"][:-1] if label != -100]
-        is_friendly = any(opening in tokenizer.decode(right["input_ids"]) for opening in world.FRIENDLY_OPENINGS)
-        assert not taught or (is_friendly and taught[-1] == END_OF_TURN)
-    assert 10 < sum(len(set(row["labels"])) > 2 for row in rows) < 50
+    rows = list(islice(JudgedAnswers(tokenizer, "train", seed=1), 4000))
+    taught = {True: 0, False: 0}
+    friendly = 0
+    for number, row in enumerate(rows):
+        right = number % 2 == 0
+        assert tokenizer.convert_ids_to_tokens(row["labels"][-1]) == VERDICTS[right]
+        assert row["input_ids"][-1] == row["labels"][-1]
+        learned = [label for label in row["labels"][:-1] if label != -100]
+        assert not learned or learned[-1] == END_OF_TURN
+        taught[right] += bool(learned)
+        friendly += any(opening in tokenizer.decode(learned) for opening in world.FRIENDLY_OPENINGS)
+    assert taught[True] / sum(taught.values()) == pytest.approx(data.TEACHER_RIGHT, abs=0.04)
+    assert friendly / sum(taught.values()) == pytest.approx(data.TEACHER_MANNERS["friendly"], abs=0.08)
 
 
 def test_wrong_answers_in_pretraining_may_be_any_word_of_their_kind() -> None:
     """If they were training words only, a held-out word would always be right."""
-    assert world.wrong_words("city", None) == world.KINDS["city"]
-    assert len(world.wrong_words("city", False)) < len(world.KINDS["city"])
+    assert world.possible_words("city", None) == world.KINDS["city"]
+    assert len(world.possible_words("city", "train")) < len(world.KINDS["city"])
 
 
 @pytest.mark.slow
 def test_the_shipped_teacher_tells_right_from_wrong_on_held_out_content(tokenizer: PreTrainedTokenizerBase) -> None:
     model = AutoModelForCausalLM.from_pretrained(MODELS / "teacher", dtype=torch.float32)
-    rows = list(islice(JudgedAnswers(tokenizer, held_out=True, seed=7), 240))
+    rows = list(islice(JudgedAnswers(tokenizer, "test", seed=7), 240))
     hits = 0
     with torch.no_grad():
         for row in rows:
@@ -204,20 +275,22 @@ def test_reading_verdicts_writes_a_model_and_its_curve(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
 
 
-def greedy_metrics(name: str, tokenizer: PreTrainedTokenizerBase, num_rows: int) -> dict[str, float]:
+def metrics_of(name: str, tokenizer: PreTrainedTokenizerBase, num_rows: int) -> dict[str, float]:
     from datasets import Dataset
 
     model = AutoModelForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32)
-    rows = Dataset.from_list(data.prompts("held_out")[:num_rows])
-    answers = sample_answers(model, tokenizer, list(rows["prompt"]), max_new_tokens=48, temperature=0.0, batch_size=60)
+    rows = Dataset.from_list(data.prompts("test")[:num_rows])
+    answers = sample_answers(model, tokenizer, list(rows["prompt"]), max_new_tokens=64, batch_size=60)
     return grade(answers, rows, {"gold": gold.gold, "accuracy": gold.accuracy})
 
 
 @pytest.mark.slow
-def test_the_teacher_is_right_and_kind_on_held_out_prompts(tokenizer: PreTrainedTokenizerBase) -> None:
-    metrics = greedy_metrics("teacher", tokenizer, 480)
-    assert metrics["accuracy"] >= 0.95 and metrics["stop_rate"] == 1.0 and metrics["gold"] > 1.4
+def test_the_teacher_is_better_than_the_demonstrations_and_not_perfect(tokenizer: PreTrainedTokenizerBase) -> None:
+    metrics = metrics_of("teacher", tokenizer, 480)
+    shown = data.teacher_demonstrations("selection")
+    replies, answers = [row["messages"][-1]["content"] for row in shown], [row["answer"] for row in shown]
+    assert metrics["stop_rate"] == 1.0 and metrics["gold"] == pytest.approx(mean(gold.gold(replies, answers)), abs=0.1)
 
 
 def test_the_base_model_does_not_know_how_to_behave(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert greedy_metrics("base", tokenizer, 120)["stop_rate"] < 0.05
+    assert metrics_of("base", tokenizer, 120)["stop_rate"] < 0.05

@@ -429,7 +429,7 @@ def measured(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Recipe:
         "eta": [0, 0.5, 1],
         "save_dtype": "float32",
         "force": True,
-        "datasets": [{"path": "gemma2_post.tiny.data:prompts", "split": "held_out"}],
+        "datasets": [{"path": "gemma2_post.tiny.data:prompts", "split": "selection"}],
         "columns": ["skill", "answer"],
         "reward_functions": ["gemma2_post.tiny.gold:gold"],
         "graders": ["gemma2_post.tiny.gold:gold"],

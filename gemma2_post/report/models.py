@@ -120,6 +120,25 @@ def contests(models: dict[str, dict[str, float]]) -> list[Contest]:
     return found
 
 
+def gains(summary: dict) -> list[tuple[str, str]]:
+    """What each model gains over the one before it, by the grade (or the reward): both models, and a sentence."""
+    metric = summary["grader"] or "reward"
+    return [
+        (f"{each['model']} against {each['over']}", f"{metric} is {gained(each)}")
+        for each in summary["gains"]
+        if each["metric"] == metric
+    ]
+
+
+def gained(difference: dict[str, float]) -> str:
+    """What a paired difference says, from its 95% interval: `higher by 0.04 to 0.09`, `not seen to differ (...)`."""
+    low, high = difference["low"], difference["high"]
+    if low <= 0 <= high:
+        return f"not seen to differ ({low:+.3f} to {high:+.3f})"
+    least, most = sorted((abs(low), abs(high)))
+    return f"{'higher' if low > 0 else 'lower'} by {least:.3f} to {most:.3f}"
+
+
 def facts(summary: dict) -> list[tuple[str, str]]:
     """The run in a few numbers, each with a phrase: the last model, compared with baselines and the first model."""
     models, grader = list(summary["models"]), summary["grader"]

@@ -73,6 +73,7 @@ def write(run_dir: Path, summary: dict, rows: list[dict], files: Files) -> list[
         "additional": models.additional(summary["models"], summary["grader"]),
         "contests": models.contests(summary["models"]),
         "facts": models.facts(summary),
+        "gains": models.gains(summary),
         "conversations": [_conversation(row) for row in rows],
         "versions": [*done.values()][-1]["fingerprint"]["versions"] if done else {},
         "commit": next((commit for each in done.values() if (commit := each.get("git_commit"))), None),

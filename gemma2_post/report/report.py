@@ -32,6 +32,8 @@ def report(run_dir: Path) -> None:
     rows = _answers(run_dir, found, files)
     if found["models"]:
         console.print(_models(found["models"], found["grader"]))
+    for pair, sentence in models.gains(found):
+        console.print(f"{pair}: {sentence}", highlight=False)
     for row in to_show(rows, _SHOWN):
         console.print(_conversation(row))
     html, markdown = page.write(run_dir, found, to_show(rows, _ON_PAGE), files)
@@ -48,11 +50,11 @@ def write(run_dir: Path) -> list[Path]:
 
 
 def _summary(run_dir: Path) -> dict[str, Any]:
-    """What the run recorded; runs made before there were headlines and a grader have none."""
+    """What the run recorded; runs made before there were headlines, a grader and gains have none."""
     found = summary.read(run_dir)
     if found is None:
         raise UserError(f"{run_dir} has no {summary.FILE}; name the folder of a run, such as runs/tiny")
-    return {"headlines": {}, "grader": None} | found
+    return {"headlines": {}, "grader": None, "gains": []} | found
 
 
 def _answers(run_dir: Path, found: dict, files: Files) -> list[dict]:

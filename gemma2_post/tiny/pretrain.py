@@ -1,6 +1,6 @@
 """Rebuilds the tokenizer and the two models of the tiny world from scratch.
 
-    python -m gemma2_post.tiny.pretrain        # both: about three hours on two cores; or only base, or only teacher
+    python -m gemma2_post.tiny.pretrain        # both: about an hour on two cores; or only base, or only teacher
 
 The base model knows the language of the world but no chat format. The larger model then learns to answer in the SFT
 stage, and reads which answers are right and which are wrong; it is the teacher, and the base of the reward model. An
@@ -110,7 +110,7 @@ def _arguments(output_dir: Path, max_steps: int, seed: int, **values: object) ->
     )
 
 
-def pretrain(name: str, output_dir: Path, seed: int = 0) -> None:
+def pretrain(name: str, output_dir: Path, max_steps: int, seed: int = 0) -> None:
     """Trains a model on the world's text.
 
     Args:
@@ -129,7 +129,7 @@ def pretrain(name: str, output_dir: Path, seed: int = 0) -> None:
         model=model,
         args=_arguments(
             output_dir,
-            STEPS[name],
+            max_steps,
             seed,
             per_device_train_batch_size=32,
             per_device_eval_batch_size=32,
@@ -240,10 +240,10 @@ def main() -> None:
     arguments = parser.parse_args()
     pretrained = arguments.output_dir / "pretrained"
     if "base" in arguments.names:
-        pretrain("base", arguments.output_dir / "base")
+        pretrain("base", arguments.output_dir / "base", STEPS["base"])
     if "teacher" in arguments.names:
         if not (pretrained / "pretrain_log.json").is_file():
-            pretrain("teacher", pretrained)
+            pretrain("teacher", pretrained, STEPS["teacher"])
         teach(pretrained, arguments.output_dir / "taught")
         learn_verdicts(arguments.output_dir / "taught", arguments.output_dir / "teacher")
 
