@@ -151,3 +151,40 @@ def test_several_machines_need_slurm(pipeline: Path, tmp_path: Path, monkeypatch
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(UserError, match="for 2 machines, and this is not a Slurm job; submit it with sbatch"):
         check(load_pipeline(pipeline, overrides=overrides), is_here=True)
+
+
+def test_an_evaluation_on_prompts_that_were_trained_on_is_refused(
+    pipeline: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    """The same rows in another file and another form; those that a stage selects by count, too."""
+    evaluated = {
+        "init": "sft", "models": ["sft"], "baseline": "sft", "reward_functions": ["gemma2_post.tiny.gold:accuracy"],
+        "columns": ["answer"],
+    }  # fmt: skip
+    content = yaml.safe_load(pipeline.read_text())
+    content["stages"]["evaluate"] = {"recipe": "evaluate.yaml", "init": "sft", "models": ["sft"], "baseline": "sft"}
+    pipeline.write_text(yaml.safe_dump(content, sort_keys=False))
+    for key, does in (("datasets", "trains on"), ("held_out_datasets", "selects by")):
+        lines = Path(recipe[key][0]["path"]).read_text().splitlines()
+        prompt = json.loads(lines[2])["messages"][:-1]
+        rows = [{"prompt": "Is this new?", "answer": "8"}, {"prompt": prompt, "answer": "8"}]
+        (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        values = evaluated | {"datasets": [{"path": str(tmp_path / "test.jsonl")}]}
+        (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(values | {"output_dir": "x"}))
+        with pytest.raises(UserError, match=rf"evaluate.yaml: datasets: row 1 of .*, which sft {does}; so do 1 of 2"):
+            check(load_pipeline(pipeline))
+        (tmp_path / "test.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[0] | {"answer": "9"}))
+        check(load_pipeline(pipeline))
+
+
+def test_a_front_with_another_reward_than_the_training_is_refused() -> None:
+    pipeline = load_pipeline(Path("recipes/tiny/pipeline.yaml"), overrides={"rlhf": {"length_penalty": 0.1}})
+    check(pipeline)
+    pipeline = load_pipeline(
+        Path("recipes/tiny/pipeline.yaml"),
+        overrides={"rlhf": {"length_penalty": 0.1}, "warp": {"length_penalty": 0.2}},
+    )
+    with pytest.raises(
+        UserError, match=r"length_penalty is 0.2, but rlhf.* policy \d was trained with 0.1; remove it"
+    ):
+        check(pipeline)

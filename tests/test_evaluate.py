@@ -67,6 +67,14 @@ def test_models_are_measured_beside_each_other(evaluate_recipe: Recipe, tmp_path
     assert metrics["gold"] == models["rlhf/policy-1"]["gold"]
     assert models["rlhf/policy-0"]["gold_win_rate_vs_sft"] == models["rlhf/policy-0"]["win_rate_vs_sft"]  # the same
     assert metrics["win_rate"] == models["rlhf/policy-1"]["win_rate_vs_sft"]
+    gains = {
+        (each["over"], each["model"], each["metric"]): each for each in json.loads((output / "gains.json").read_text())
+    }
+    assert gains.keys() == {(a, b, m) for a, b in [("base", "sft"), ("sft", "rlhf")] for m in ("reward", "gold")}
+    policies = [models[f"rlhf/policy-{number}"]["gold"] for number in (0, 1)]
+    gain = gains["sft", "rlhf", "gold"]
+    assert gain["mean"] == pytest.approx(sum(policies) / 2 - models["sft"]["gold"])
+    assert gain["low"] < gain["mean"] < gain["high"] and gain["standard_error"] > 0
     rows = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
     assert len(rows) == 12 and all(list(row["answers"]) == list(models) for row in rows)
     for name, values in models.items():
@@ -86,6 +94,9 @@ def test_models_are_measured_beside_each_other(evaluate_recipe: Recipe, tmp_path
         ({"num_samples": 1}, "num_samples is 1; write 2 or more"),
         ({"graders": ["tests.test_evaluate:reward"]}, "reward is the name of another measure"),
         ({"init": "nowhere/at/all"}, "there is no folder nowhere/at/all"),
+        ({"held_out_datasets": [{"path": "x.jsonl"}]}, "held_out_datasets must not be set: nothing is trained here"),
+        ({"held_out_share": 0.5}, "held_out_share must not be set: nothing is trained here"),
+        ({"group_by": "skill"}, "group_by must not be set: the numbers are not broken down"),
     ],
 )
 def test_a_mistake_is_said_before_anything_is_measured(

@@ -466,6 +466,54 @@ def test_the_front_is_measured_and_the_best_point_under_the_budget_is_released(
     assert all((output / name).stat().st_size > 1000 for name in ("front-reward.png", "front-gold.png"))
 
 
+def trained_with(policy: str, **recipe: object) -> None:
+    """Records that our own stage has trained the policy with these keys."""
+    keys = {"reward_functions": ["gemma2_post.tiny.gold:gold"]} | recipe
+    wanted: dict[str, dict] = {"recipe": keys, "inputs": {}, "code": {}, "versions": {}}
+    contract.finish(Path(policy), "rlhf", wanted, 1.0, {}, {})
+
+
+def test_a_front_is_rewarded_as_its_policies_were(measured: Recipe, tmp_path: Path) -> None:
+    for policy in measured["policies"]:
+        trained_with(policy, missing_end_penalty=0.5, reward_weights=[2.0, 1.0])
+    short = {"compare_with": [], "max_completion_length": 5}  # some answers are cut
+    output = run_front(measured | short, tmp_path / "warp.yaml")
+    points = json.loads((output / "front.json").read_text())["points"]
+    assert any(point["stop_rate"] < 1 for point in points)
+    for point in points:
+        assert point["reward"] == pytest.approx(2 * point["gold"] - 0.5 * (1 - point["stop_rate"]))
+
+
+@pytest.mark.parametrize(
+    ("trained", "change", "message"),
+    [
+        ([{}, {}], {"length_penalty": 0.1}, "length_penalty is 0.1, but .*policy-0 was trained with 0.0; remove it"),
+        ([{"length_penalty": 0.2}] * 2, {"length_penalty": 0.1}, "length_penalty is 0.1, but .* was trained with 0.2"),
+        ([{"missing_end_penalty": 2.0}] * 2, {"missing_end_penalty": 0.0}, "missing_end_penalty is 0.0, but .* 2.0"),
+        (
+            [{"reward_functions": ["gemma2_post.tiny.gold:accuracy"]}] * 2,
+            {},
+            r"reward_functions is \['gemma2_post.tiny.gold:gold'\], but .* was trained with .*accuracy",
+        ),
+        ([{}, {"length_penalty": 0.1}], {}, "policy-1 was rewarded in another way than .*policy-0, so no front"),
+        ([{}, {"reward_weights": [1.0, 2.0]}], {}, "policy-1 was rewarded in another way"),
+    ],
+)
+def test_another_reward_than_in_training_is_refused_before_the_merge(
+    trained: list[Recipe],
+    change: Recipe,
+    message: str,
+    measured: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(points, "merge_models", lambda *_: pytest.fail("merged"))
+    for policy, keys in zip(measured["policies"], trained, strict=True):
+        trained_with(policy, **keys)
+    with pytest.raises(UserError, match=message):
+        run_front(measured | change, tmp_path / "warp.yaml")
+
+
 @pytest.mark.slow
 def test_an_interrupted_front_samples_no_answer_twice(
     measured: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -506,6 +554,9 @@ def test_an_interrupted_front_samples_no_answer_twice(
         ({"compare_with": ["cubic"]}, "compare_with[0] is 'cubic' (str); write one of slerp, spherical_mean, linear"),
         ({"compare_with": ["slerp"]}, "compare_with names slerp, which is the interpolation itself"),
         ({"max_completion_length": 600}, "leaves 0 of the model's 512 positions"),
+        ({"held_out_datasets": [{"path": "x.jsonl"}]}, "held_out_datasets must not be set: nothing is trained here"),
+        ({"held_out_share": 0.5}, "held_out_share must not be set: nothing is trained here"),
+        ({"group_by": "skill"}, "group_by must not be set: the numbers are not broken down"),
     ],
 )
 def test_a_front_that_cannot_be_measured_is_refused_before_the_merge(

@@ -14,7 +14,7 @@ from gemma2_post.evaluation.comparison import Comparison
 from gemma2_post.evaluation.judge import Judge, ask_model, question, summarize, verdict
 from gemma2_post.evaluation.measure import Answered, Measurement
 from gemma2_post.evaluation.samples import Answer
-from gemma2_post.evaluation.winrate import bootstrap_interval, length_controlled, win_rate, wins_by
+from gemma2_post.evaluation.winrate import bootstrap_interval, difference, length_controlled, win_rate, wins_by
 from gemma2_post.stage.errors import UserError, located
 from tests.conftest import TEACHER
 
@@ -33,6 +33,17 @@ def test_95_percent_intervals_cover_the_truth_in_95_percent_of_repeats() -> None
         low, high = bootstrap_interval(wins.tolist(), seed=repeat)
         covered += low <= truth <= high
     assert 0.92 <= covered / 400 <= 0.98
+
+
+def test_differences_are_paired_by_prompt() -> None:
+    """What both models' values share, the difficulty of a prompt, does not widen the interval."""
+    randomness = numpy.random.default_rng(3)
+    difficulty = randomness.normal(size=200)
+    values = difficulty + 0.3 + 0.1 * randomness.normal(size=200)
+    found = difference(values.tolist(), difficulty.tolist())
+    assert found.mean == pytest.approx(0.3, abs=0.03) and found.low < 0.3 < found.high
+    assert found.high - found.low == pytest.approx(2 * 1.96 * 0.1 / 200**0.5, rel=0.2)
+    assert found.standard_error == pytest.approx(0.1 / 200**0.5, rel=0.2)
 
 
 def test_length_control_takes_out_what_length_alone_wins() -> None:
