@@ -154,7 +154,7 @@ def _json(file: Path, text: io.TextIOBase, is_lines: bool) -> Iterator[Columns]:
         return
     content = _parsed(file, number, first + text.read())
     if not isinstance(content, list):
-        raise UserError(f"{file}: is one {_kind(content)}; write a list of objects, or one object per line (.jsonl)")
+        raise UserError(f"{file}: is {_kind(content)}; write a list of objects, or one object per line (.jsonl)")
     for number, row in enumerate(content):
         yield _row(file, f"row {number}", row)
 
@@ -195,7 +195,7 @@ def _row(file: Path, place: str, row: object) -> Columns:
 
 
 def _kind(value: object) -> str:
-    names = {dict: "object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
 

@@ -55,9 +55,9 @@ class Row:
         """Whether the row has one of these columns."""
         return any(name in self.left for name in names)
 
-    def refuse_lost(self, names: Iterable[str], *said: list[Turn]) -> None:
+    def refuse_lost(self, names: Iterable[str], said: list[Turn]) -> None:
         """Refuses columns that were not taken and whose texts are not in these turns."""
-        contents = [turn["content"] for turns in said for turn in turns if isinstance(turn["content"], str)]
+        contents = [turn["content"] for turn in said if isinstance(turn["content"], str)]
         for name in names:
             if name in self.left and name not in self.for_graders:
                 texts = list(_texts(self.left[name]))

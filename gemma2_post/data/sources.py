@@ -46,7 +46,7 @@ _FEATURES = {
 }  # fmt: skip
 """Types of all columns that rows are read as."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-FIRST_ROWS = 100
+_FIRST_ROWS = 100
 """Rows that a check of a recipe may read."""
 
 
@@ -130,13 +130,13 @@ def load_preferences(
 def check_sources(sources: list[Source], columns: list[str], row_format: RowFormat, max_invalid_share: float) -> None:
     """Refuses missing functions and files, and files whose first rows are not as expected.
 
-    Checks no later rows, calls no functions, and looks at nothing on the Hub.
+    It checks no later rows, calls no functions, and looks at nothing on the Hub.
     """
     for source in sources:
         if is_function(source.path):
             load_function(source.path)
         elif _is_local(source.path):
-            first = list(islice(rows_of(source, {*row_format.columns, *columns}), FIRST_ROWS))
+            first = list(islice(rows_of(source, {*row_format.columns, *columns}), _FIRST_ROWS))
             if not first:
                 raise _no_rows(source)
             for number, row in enumerate(first):
@@ -147,7 +147,7 @@ def check_sources(sources: list[Source], columns: list[str], row_format: RowForm
                     if not max_invalid_share:
                         raise UserError(f"{source.path}: row {number}: {problem}; fix the data") from problem
             missing = [column for column in columns if not any(column in row for row in first)]
-            if len(sources) == 1 and len(first) < FIRST_ROWS and missing:
+            if len(sources) == 1 and len(first) < _FIRST_ROWS and missing:
                 raise UserError(f"columns: no source has {missing[0]}; correct it or remove it")
 
 

@@ -5,7 +5,6 @@ Every stage, the merge tool and chat open models through here. Nothing here impo
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ def open_folder(path: str) -> ModelFolder:
             read_object(folder / name)
     opened = ModelFolder(path, config, read_shapes(folder))
     if config.get("model_type") == "gemma2":
-        check_shapes(opened, config)
+        check_shapes(opened)
     return opened
 
 
@@ -162,13 +161,9 @@ def read_header(file: Path) -> dict[str, tuple[str, Shape]]:
 # --- does it fit ---
 
 
-def check_shapes(folder: ModelFolder, config: Mapping[str, Any]) -> None:
-    """Refuses weights that are not those of the config: transformers would fill or drop tensors silently.
-
-    Args:
-        config: Values of a Gemma 2 config; keys that a file may leave out are filled in.
-    """
-    expected = tensor_shapes(config, folder.path)
+def check_shapes(folder: ModelFolder) -> None:
+    """Refuses weights that are not those of a Gemma 2 config: transformers would fill or drop tensors silently."""
+    expected = tensor_shapes(folder.config, folder.path)
     for name, shape in expected.items():
         if name not in folder.shapes:
             raise UserError(f"{folder.path} lacks the tensor {name}, which its config needs; get the model again")

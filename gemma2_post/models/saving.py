@@ -10,8 +10,8 @@ from trl import ModelConfig
 
 from gemma2_post.models.loading import generation_config
 from gemma2_post.models.shapes import SCORE_HEAD
+from gemma2_post.models.shards import check_finite
 from gemma2_post.models.tokens import BOS, EOS, PAD
-from gemma2_post.stage.errors import UserError
 
 
 def save_model(
@@ -31,13 +31,6 @@ def save_model(
     rounded = {name: tensor.to(torch.float32 if name == SCORE_HEAD else dtype) for name, tensor in state_dict.items()}
     model.save_pretrained(output_dir, state_dict=rounded)
     save_configs(model, output_dir, dtype)
-
-
-def check_finite(tensors: dict[str, torch.Tensor]) -> None:
-    """Raises a `UserError` if a tensor has NaN or infinite values; such a model is not saved."""
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{name} has NaN or infinite values, so the model is not saved; lower learning_rate")
 
 
 def save_configs(model: PreTrainedModel, output_dir: Path, dtype: torch.dtype) -> None:

@@ -11,6 +11,13 @@ from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
 
 
+def check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    """Raises a `UserError` if a tensor has NaN or infinite values; such a model is not saved."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} has NaN or infinite values, so the model is not saved; lower learning_rate")
+
+
 def write_shards(
     output_dir: Path | None,
     sizes: dict[str, int],
@@ -33,9 +40,7 @@ def write_shards(
     )
     for file, names in plan.filename_to_tensors.items():
         tensors = {name: tensor_of(name).contiguous() for name in names}
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise UserError(f"{name} has NaN or infinite values, so the model is not saved; lower learning_rate")
+        check_finite(tensors)
         if output_dir:
             output_dir.mkdir(parents=True, exist_ok=True)
             save_file(tensors, output_dir / file, {"format": "pt"})

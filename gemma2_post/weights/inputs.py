@@ -9,15 +9,7 @@ import torch
 from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 
-from gemma2_post.models.folder import (
-    ADAPTER,
-    ADAPTER_WEIGHTS,
-    check_folder,
-    is_hub_name,
-    open_folder,
-    read_object,
-    read_shapes,
-)
+from gemma2_post.models.folder import ADAPTER, ADAPTER_WEIGHTS, check_folder, is_hub_name, open_folder, read_object
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
 from gemma2_post.weights.streaming import Weights, open_weights
@@ -108,7 +100,6 @@ def open_adapter(name: str, directory: Path, init: Model) -> Adapter:
     """
     config = read_object(directory / ADAPTER)
     _check_plain(name, config)
-    read_shapes(directory, ADAPTER_WEIGHTS)
     weights = open_weights(directory, ADAPTER_WEIGHTS)
     scale = config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
     updates = {}

@@ -133,12 +133,11 @@ def _device(name: str | None) -> torch.device:
 
 def _check_folders(args: MergeArguments, output_dir: Path) -> None:
     """Refuses a folder that is named twice, and an output in one of the inputs."""
-    policies = {Path(name).resolve(): name for name in args.names}
-    if len(policies) < len(args.names):
-        twice = next(
-            name for name in args.names if policies[Path(name).resolve()] != name or args.names.count(name) > 1
-        )
-        raise UserError(f"policies names {twice} twice; name each policy once")
+    policies: set[Path] = set()
+    for name in args.names:
+        if Path(name).resolve() in policies:
+            raise UserError(f"policies names {name} twice; name each policy once")
+        policies.add(Path(name).resolve())
     if Path(args.init).resolve() in policies and not args.towards:  # towards another start, it is a point between both
         raise UserError(f"policies names init {args.init}; name models that were trained from it")
     for name in (args.init, *args.names, *([args.towards] if args.towards else [])):
