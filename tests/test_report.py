@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from gemma2_post.report.models import gained
 from gemma2_post.report.page import curve
 from gemma2_post.report.report import report, to_show
 from gemma2_post.stage import contract
@@ -45,6 +46,8 @@ def run_dir(tmp_path: Path) -> Path:
     }
     summary = {"run": "tiny", "recipe": "pipeline.yaml", "status": "done", "wall_seconds": 125.0}
     summary |= {"grader": "gold", "headlines": {"sft": "gold 0.6 -> 1.1"}}
+    gain = {"model": "warp", "over": "sft", "metric": "gold", "mean": 0.25, "low": 0.1, "high": 0.4}
+    summary["gains"] = [gain, gain | {"metric": "reward", "low": -1.0}]
     (folder / "summary.json").write_text(json.dumps(summary | {"stages": stages, "models": models, "liti": []}))
     rows = [
         {"prompt": [{"role": "user", "content": prompt}], "answers": {"sft": before, "warp": after}}
@@ -64,6 +67,29 @@ def test_a_report_shows_the_models_and_what_has_changed(run_dir: Path, capsys: p
     assert "1.25" in printed and "25%" in printed and "win rate vs sft" in printed
     assert "Two <script>?" in printed and "One?" not in printed and printed.count("word") < 150
     assert str(run_dir / "report.html") in printed and str(run_dir / "report.md") in printed
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "sentence"),
+    [
+        (0.04, 0.09, "higher by 0.040 to 0.090"),
+        (-0.09, -0.04, "lower by 0.040 to 0.090"),
+        (-0.02, 0.03, "not seen to differ (-0.020 to +0.030)"),
+        (0.0, 0.0, "not seen to differ (+0.000 to +0.000)"),
+    ],
+)
+def test_what_is_said_of_a_gain_follows_from_its_interval(low: float, high: float, sentence: str) -> None:
+    assert gained({"low": low, "high": high}) == sentence
+
+
+def test_gains_are_on_the_terminal_and_on_the_page(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only those of the headline metric."""
+    report(run_dir)
+    said = "gold is higher by 0.100 to 0.400"
+    assert f"warp against sft: {said}" in capsys.readouterr().out
+    assert f"- warp against sft: {said}" in (run_dir / "report.md").read_text()
+    assert said in (run_dir / "report.html").read_text()
+    assert "not seen to differ" not in (run_dir / "report.md").read_text()
 
 
 def test_a_folder_without_a_run_is_one_sentence(tmp_path: Path) -> None:
