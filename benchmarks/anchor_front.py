@@ -1,10 +1,11 @@
-"""What the anchor gains in the tiny world: an average of the policy compared with its start, at several betas.
+"""What the anchor holds back in the tiny world: reward and gold with an average of the policy, its start, or none.
 
-    python benchmarks/anchor_front.py --runs runs/seed-0 runs/seed-1 runs/seed-2     # each contains sft and reward
+    python benchmarks/anchor_front.py --runs runs/seed-0 runs/seed-1 runs/seed-2     # each contains distill and reward
 
-Runs the RLHF stage of `recipes/tiny/rlhf.yaml` for each anchor, beta and run, and draws reward and gold over KL to the
-start, from each run's watched values. Finished runs are skipped. `--anchors ema copy --anchor_mu 0.1` compares the
-average with what other trainers do: copy the policy every 1 / mu steps.
+Runs the RLHF stage of `recipes/tiny/rlhf.yaml` for each anchor, beta and run, draws reward and gold over KL to the
+start, from each run's watched values, and prints how far the reward still rises while gold falls (over-optimization).
+Finished runs are skipped. `--anchors ema copy --anchor_mu 0.1` compares the average with what other trainers do: copy
+the policy every 1 / mu steps. Without an anchor there is no beta.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-COLOURS = {"ema": "tab:blue", "start": "tab:orange", "copy": "tab:green"}
+COLOURS = {"ema": "tab:blue", "start": "tab:orange", "copy": "tab:green", "none": "tab:red"}
 STYLES = ["-", "--", ":", "-."]
 
 
@@ -27,9 +28,9 @@ def train(
     folder = output / f"{anchor}-{beta:g}" / run.name
     if not (folder / "policy-0" / "stage.json").is_file():
         values = {
-            "model_name_or_path": run / "sft", "reward_model": run / "reward", "output_dir": folder, "beta": beta,
-            "anchor": "start" if anchor == "start" else "ema", "anchor_mu": mu, "seed": seed, "max_steps": max_steps,
-            "watch_steps": max_steps // 6, "kl_budget": 1000,
+            "model_name_or_path": run / "distill", "reward_model": run / "reward", "output_dir": folder, "beta": beta,
+            "anchor": "ema" if anchor == "copy" else anchor, "anchor_mu": mu, "seed": seed, "max_steps": max_steps,
+            "watch_steps": max_steps // 12, "kl_budget": 1000, "num_samples": 240,
         }  # fmt: skip
         program = [__file__, "copy"] if anchor == "copy" else ["-m", "gemma2_post.rlhf"]
         command = [sys.executable, *program, "--config", "recipes/tiny/rlhf.yaml"]
@@ -57,6 +58,18 @@ def train_with_copies() -> None:
     rlhf.COMMAND.launch()
 
 
+def over_optimization(curve: list[dict[str, float]]) -> dict[str, float]:
+    """What happens after gold has peaked, up to the highest reward: the share of the run, and both changes."""
+    peak = max(range(len(curve)), key=lambda i: curve[i]["gold"])
+    highest = max(range(peak, len(curve)), key=lambda i: curve[i]["reward"])
+    return {
+        "share of the run": (curve[highest]["step"] - curve[peak]["step"]) / curve[-1]["step"],
+        "reward": curve[highest]["reward"] - curve[peak]["reward"],
+        "gold": curve[highest]["gold"] - curve[peak]["gold"],
+        "gold, from its peak to the end": curve[-1]["gold"] - curve[peak]["gold"],
+    }
+
+
 def draw(curves: dict[tuple[str, float], list[list[dict[str, float]]]], path: Path) -> None:
     """Draws the mean over the runs at each watched step, and the single runs behind it."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
@@ -82,10 +95,10 @@ def draw(curves: dict[tuple[str, float], list[list[dict[str, float]]]], path: Pa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, nargs="+", required=True)
-    parser.add_argument("--betas", type=float, nargs="+", default=[0.1, 1.0])
-    parser.add_argument("--anchors", choices=list(COLOURS), nargs="+", default=["ema", "start"])
+    parser.add_argument("--betas", type=float, nargs="+", default=[0.05, 0.5])
+    parser.add_argument("--anchors", choices=list(COLOURS), nargs="+", default=["ema", "start", "none"])
     parser.add_argument("--anchor_mu", type=float, default=0.01)
-    parser.add_argument("--max_steps", type=int, default=60)
+    parser.add_argument("--max_steps", type=int, default=240)
     parser.add_argument("--output", type=Path, default=Path("runs/anchor-front"))
     arguments = parser.parse_args()
     curves = {
@@ -95,10 +108,20 @@ def main() -> None:
         ]
         for beta in arguments.betas
         for anchor in arguments.anchors
+        if anchor != "none"
     }
+    if "none" in arguments.anchors:
+        curves["none", 0.0] = [
+            train(run, "none", 0.0, arguments.anchor_mu, seed, arguments.max_steps, arguments.output)
+            for seed, run in enumerate(arguments.runs)
+        ]
     for (anchor, beta), runs in curves.items():
         ends = {name: [run[-1][name] for run in runs] for name in ("kl_to_start", "reward", "gold")}
-        print(f"{anchor} {beta:g}: " + ", ".join(f"{n} {statistics.mean(v):.3f} {v}" for n, v in ends.items()))
+        found = [over_optimization(run) for run in runs]
+        ends |= {f"after the peak: {name}": [each[name] for each in found] for name in found[0]}
+        print(f"{anchor} {beta:g}")
+        for name, values in ends.items():
+            print(f"  {name} {statistics.mean(values):.3f} ({', '.join(f'{value:.3f}' for value in values)})")
     draw(curves, arguments.output / "front.png")
 
 

@@ -127,6 +127,8 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
 
         benchmarks.check(tasks)
     judging.check()
+    tasks.check()
+    recipe.memorizing.check()
     if judging.judge_endpoint:
         from gemma2_post.evaluation import endpoint  # a slow import
 

@@ -1,12 +1,16 @@
 """Recipe keys for how answers are sampled, rewarded, graded and measured."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 from gemma2_post.data.keys import DataArguments, Source
 from gemma2_post.stage.bounds import COUNT, NOT_NEGATIVE, POSITIVE, SEED
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.paths import FilePath, FunctionPath, ModelPath
 from gemma2_post.stage.recipe import key, part
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 MEASURES = {"kl_to_init", "reward", "stop_rate", "mean_tokens"}
 """What is measured for each model in addition to its grades."""
@@ -18,6 +22,13 @@ REFUSED = {
     "group_by": "the numbers are not broken down by a column here; remove it",
 }
 """Keys of data and samples that do nothing where models are only measured, with the reason."""
+
+
+def _refuse_idle(args: "DataclassInstance", needed: str, names: list[str]) -> None:
+    """Refuses keys that are set although what they act on is missing: the key `needed`."""
+    for each in fields(args):
+        if each.name in names and getattr(args, each.name) != each.default:
+            raise UserError(f"{each.name} does nothing without {needed}; set {needed}, or remove {each.name}")
 
 
 @dataclass
@@ -72,6 +83,8 @@ class RewardFunctionArguments:
         """Refuses keys that would reward nothing."""
         if not self.reward_model and not self.reward_functions:
             raise UserError("nothing rewards the answers; name a reward_model, or reward_functions")
+        if not self.reward_model:
+            _refuse_idle(self, "reward_model", ["normalize_rewards", "reward_batch_size"])
 
     @property
     def names(self) -> set[str]:
@@ -175,6 +188,10 @@ class JudgeArguments:
             raise UserError("safety_datasets has answers to judge, and there is no judge; name one")
         if self.judge_endpoint and not self.judge:
             raise UserError("judge_endpoint has no judge; name the model there that is to judge")
+        if not self.judge:
+            _refuse_idle(self, "judge", ["judge_max_tokens"])
+        if not self.judge_endpoint:
+            _refuse_idle(self.endpoint, "judge_endpoint", ["api_key_variable", "concurrency", "endpoint_timeout"])
 
 
 @dataclass
@@ -185,6 +202,11 @@ class CorpusArguments:
         None, "Texts or conversations, to measure how much of them each model has memorized."
     )
     num_memorised: int = key(1000, "Number of places in the corpus to test.", bounds=COUNT)
+
+    def check(self) -> None:
+        """Refuses keys that would do nothing."""
+        if not self.corpus:
+            _refuse_idle(self, "corpus", ["num_memorised"])
 
 
 @dataclass
@@ -199,6 +221,11 @@ class BenchmarkArguments:
     benchmark_batch_size: int = key(
         1, "Questions at once, each with its examples and logits for all tokens.", bounds=COUNT
     )
+
+    def check(self) -> None:
+        """Refuses keys that would do nothing."""
+        if not self.benchmarks:
+            _refuse_idle(self, "benchmarks", ["benchmark_folder", "benchmark_limit", "benchmark_batch_size"])
 
 
 @dataclass(kw_only=True)
