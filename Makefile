@@ -47,10 +47,10 @@ distill: $(INSTALLED) ## on-policy distillation of the SFT model (runs sft first
 reward: $(INSTALLED) ## the reward model (runs sft and distill first if needed: it is measured on their answers)
 	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until reward $(ARGS)
 
-rlhf: $(INSTALLED) ## two policies, held near their start by an anchor (runs sft, distill and reward first if needed)
+rlhf: $(INSTALLED) ## the policies, held near their start by an anchor (runs sft, distill and reward first if needed)
 	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until rlhf $(ARGS)
 
-warp: $(INSTALLED) ## merge the policies, train again from there, sweep, release (runs the earlier stages first if needed)
+warp: $(INSTALLED) ## merge the policies, sweep, release (runs the earlier stages first if needed)
 	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until warp $(ARGS)
 
 evaluate: $(INSTALLED) ## all models side by side on held-out prompts (runs the earlier stages first if needed)
