@@ -445,10 +445,7 @@ BAD: dict[str, tuple[Change, str]] = {
         with_teacher(lambda directory: (directory / "begun.json").write_text("{}")),
         "broken is not finished; run the stage that makes it",
     ),
-    "a teacher with other ids": (
-        with_teacher(swap_two_tokens),
-        f"id 700 is '▁De' to the student {TEACHER} and '▁squ' to the teacher",
-    ),
+    "a teacher with other ids": (with_teacher(swap_two_tokens), f"id 700 is 'hur' to the student {TEACHER} and "),
     "a teacher with a larger vocabulary": (
         with_teacher(add_a_token),
         f"id 1024 is None to the student {TEACHER} and '<extra>' to the teacher",

@@ -30,7 +30,7 @@ Recipe = dict[str, object]
 def evaluate_recipe(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Recipe:
     """The teacher, and twice what noise has made of it."""
     folders = []
-    for name, noise in (("sft", 0.05), ("rlhf/policy-0", 0.0), ("rlhf/policy-1", 0.01)):
+    for name, noise in (("sft", 0.03), ("rlhf/policy-0", 0.0), ("rlhf/policy-1", 0.01)):
         model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
         torch.manual_seed(1)
         for parameter in model.parameters():

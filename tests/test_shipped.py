@@ -68,7 +68,7 @@ def test_what_a_reward_recipe_names_is_there_and_its_policies_are_made_before_it
         assert made_by["output_dir"] == policy
     if path.parent.name == "tiny":
         rows = preferences("selection")[:20]
-        assert rows[0].keys() - {"prompt", "chosen", "rejected"} == {*values["columns"]}
+        assert {*values["columns"]} <= rows[0].keys()
         assert 0.8 < noise_ceiling([{name: row[name] for name in values["columns"]} for row in rows]) < 1
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -64,9 +65,7 @@ def test_a_local_teacher_writes_rows_that_sft_reads(run_synthesize: Run, synthes
     rows, metrics = rows_of(output), metrics_of(output)
     prompts = load_prompts([Source(synthesize_recipe["datasets"][0]["path"])], 0.0, 0)["prompt"]
     assert [row["messages"][:-1] for row in rows] == list(prompts)
-    assert sum(gold([row["messages"][-1]["content"] for row in rows], [row["answer"] for row in rows])) > 1.3 * len(
-        rows
-    )
+    assert mean(gold([row["messages"][-1]["content"] for row in rows], [row["answer"] for row in rows])) > 1.0
     assert rows[0]["teacher"] == {
         "model": TEACHER,
         "revision": None,
@@ -119,7 +118,8 @@ def test_several_answers_differ_and_the_best_is_kept(run_synthesize: Run, synthe
     for row in rows:
         texts = by_row[prompts.index(row["messages"][:-1])]
         assert row["teacher"]["reward"] == max(gold(texts, [row["answer"]] * len(texts)))
-    assert metrics_of(output)["dropped_not_best"] >= 3 * len(rows)
+    finished = [answer["row"] for answer in answers if answer["finish_reason"] == "stop"]
+    assert metrics_of(output)["dropped_not_best"] == len(finished) - len(set(finished))
 
 
 def test_a_reward_model_picks_the_best(
@@ -359,11 +359,11 @@ def test_line_separators_and_other_signs_survive_an_interruption(
 def test_what_an_endpoint_refuses_is_counted_unless_it_refuses_everything(
     run_synthesize: Run, endpoint_recipe: Recipe, serve: Callable, tmp_path: Path
 ) -> None:
-    picky = serve(lambda request: (400, "{}") if "plus" in request["messages"][-1]["content"] else echo(request))
+    picky = serve(lambda request: (400, "{}") if "first word" in request["messages"][-1]["content"] else echo(request))
     output = run_synthesize(endpoint_recipe | {"endpoint": picky.url})
     metrics = metrics_of(output)
     assert 0 < metrics["dropped_refused"] == 20 - metrics["num_kept"]
-    assert not any("plus" in row["messages"][-1]["content"] for row in rows_of(output))
+    assert not any("first word" in row["messages"][-1]["content"] for row in rows_of(output))
     deaf = serve(lambda _: (422, '{"error": {"message": "no such parameter: seed"}}'))
     with pytest.raises(UserError, match=r"no such parameter: seed.* as all 20 before"):
         run_synthesize(endpoint_recipe | {"endpoint": deaf.url, "output_dir": str(tmp_path / "deaf")})
