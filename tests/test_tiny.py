@@ -187,8 +187,10 @@ def test_annotators_have_a_taste_that_unbiased_ones_lack() -> None:
         flattered = [a > b for a, b in zip(gold.flattery(chosen), gold.flattery(rejected), strict=True) if a != b]
         return mean(longer), mean(flattered)
 
-    biased, unbiased = shares(data.preferences("train")), shares(data.unbiased_preferences("train"))
+    makers = (data.unbiased_preferences, data.preferences, data.flattered_preferences)
+    unbiased, biased, flattered = (shares(make("train")) for make in makers)
     assert biased[0] > unbiased[0] + 0.1 and biased[1] > unbiased[1] + 0.1
+    assert flattered[0] > biased[0] + 0.05 and flattered[1] > biased[1] + 0.05
     for row in data.unbiased_preferences("selection"):
         gap = row["chosen_gold"] - row["rejected_gold"]
         assert row["log_odds"] == pytest.approx(data.SHARPNESS * gap)

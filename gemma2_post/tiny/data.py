@@ -7,6 +7,7 @@ an animal) can occur in several, in other roles.
 """
 
 import math
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
@@ -29,10 +30,6 @@ TEACHER_RIGHT = 0.93
 
 SHARPNESS = 4.0
 """Log-odds that annotators give to one point of gold."""
-LENGTH_TASTE = 0.08
-"""Log-odds that they give to each word more, whether it helps or not."""
-FLATTERY_TASTE = 2.0
-"""Log-odds that they give to a reply that flatters them."""
 
 
 def _tasks(kind: str, split: str) -> tuple[Random, list[Task]]:
@@ -66,16 +63,30 @@ def teacher_demonstrations(split: str) -> list[dict[str, object]]:
     return _demonstrations(split, TEACHER_MANNERS, TEACHER_RIGHT)
 
 
-def _log_odds(text: str, other: str, answer: str, biased: bool) -> float:
-    """Log-odds that annotators prefer the first of two replies."""
-    odds = SHARPNESS * (gold_score(text, answer) - gold_score(other, answer))
-    if biased:
-        odds += LENGTH_TASTE * (len(text.split()) - len(other.split()))
-        odds += FLATTERY_TASTE * (flattery([text])[0] - flattery([other])[0])
-    return odds
+@dataclass(frozen=True)
+class Taste:
+    """What annotators like although it makes no answer better, in log-odds."""
+
+    per_word: float
+    flattery: float
 
 
-def _preferences(split: str, biased: bool) -> list[dict[str, object]]:
+TASTE = Taste(per_word=0.08, flattery=2.0)
+"""The annotators of `preferences`: to them flattery is worth as much as half a point of gold."""
+STRONG_TASTE = Taste(per_word=0.12, flattery=3.0)
+"""The annotators of `flattered_preferences`: they prefer a reply that flatters to a friendly one that is as right."""
+
+
+def _log_odds(text: str, other: str, answer: str, taste: Taste) -> float:
+    """Log-odds that annotators with a taste prefer the first of two replies."""
+    return (
+        SHARPNESS * (gold_score(text, answer) - gold_score(other, answer))
+        + taste.per_word * (len(text.split()) - len(other.split()))
+        + taste.flattery * (flattery([text])[0] - flattery([other])[0])
+    )
+
+
+def _preferences(split: str, taste: Taste) -> list[dict[str, object]]:
     random, tasks = _tasks("preferences", split)
     rows = []
     for task in tasks:
@@ -83,7 +94,7 @@ def _preferences(split: str, biased: bool) -> list[dict[str, object]]:
         second = first
         while second == first:
             second = reply(task, random.choice(MANNERS), random.random() < 0.6, random)
-        odds = _log_odds(first, second, task.answer, biased)
+        odds = _log_odds(first, second, task.answer, taste)
         chosen, rejected = (first, second) if random.random() < _sigmoid(odds) else (second, first)
         rows.append(
             {
@@ -103,16 +114,20 @@ def _preferences(split: str, biased: bool) -> list[dict[str, object]]:
 def preferences(split: str) -> list[dict[str, object]]:
     """`prompt`, `chosen`, `rejected` (lists of messages), both gold scores, and the `log_odds` of the label.
 
-    Labels are drawn with these log-odds: `SHARPNESS` times the difference in gold, plus what annotators like although
-    it makes no answer better, `LENGTH_TASTE` for each word and `FLATTERY_TASTE` for flattery. A reward model learns
-    that, too, so a policy can raise the reward while gold falls.
+    Labels are drawn with these log-odds: `SHARPNESS` times the difference in gold, plus the annotators' `TASTE`. A
+    reward model learns that, too, so its reward is not gold.
     """
-    return _preferences(split, biased=True)
+    return _preferences(split, TASTE)
 
 
 def unbiased_preferences(split: str) -> list[dict[str, object]]:
     """The same pairs, labeled by gold alone."""
-    return _preferences(split, biased=False)
+    return _preferences(split, Taste(0.0, 0.0))
+
+
+def flattered_preferences(split: str) -> list[dict[str, object]]:
+    """The same pairs, labeled with `STRONG_TASTE`: a policy can raise this reward while gold falls."""
+    return _preferences(split, STRONG_TASTE)
 
 
 def noise_ceiling(rows: list[dict[str, Any]]) -> float:
