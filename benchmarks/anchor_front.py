@@ -22,15 +22,16 @@ STYLES = ["-", "--", ":", "-."]
 
 
 def train(
-    run: Path, anchor: str, beta: float, mu: float, seed: int, max_steps: int, output: Path
+    run: Path, reward: str, anchor: str, beta: float, mu: float, seed: int, max_steps: int, output: Path
 ) -> list[dict[str, float]]:
     """Trains one policy, unless that is done; returns its watched curve."""
     folder = output / f"{anchor}-{beta:g}" / run.name
     if not (folder / "policy-0" / "stage.json").is_file():
         values = {
-            "model_name_or_path": run / "distill", "reward_model": run / "reward", "output_dir": folder, "beta": beta,
+            "model_name_or_path": run / "distill", "reward_model": run / reward, "output_dir": folder, "beta": beta,
             "anchor": "ema" if anchor == "copy" else anchor, "anchor_mu": mu, "seed": seed, "max_steps": max_steps,
-            "watch_steps": max_steps // 12, "kl_budget": 1000, "num_samples": 240,
+            "watch_steps": max_steps // 12, "kl_budget": 1000, "num_samples": 240, "global_batch_size": 64,
+            "per_device_train_batch_size": 64, "learning_rate": 1e-4,
         }  # fmt: skip
         program = [__file__, "copy"] if anchor == "copy" else ["-m", "gemma2_post.rlhf"]
         command = [sys.executable, *program, "--config", "recipes/tiny/rlhf.yaml"]
@@ -99,11 +100,14 @@ def main() -> None:
     parser.add_argument("--anchors", choices=list(COLOURS), nargs="+", default=["ema", "start", "none"])
     parser.add_argument("--anchor_mu", type=float, default=0.01)
     parser.add_argument("--max_steps", type=int, default=240)
+    parser.add_argument("--reward", default="reward", help="folder of the reward model in each run")
     parser.add_argument("--output", type=Path, default=Path("runs/anchor-front"))
     arguments = parser.parse_args()
     curves = {
         (anchor, beta): [
-            train(run, anchor, beta, arguments.anchor_mu, seed, arguments.max_steps, arguments.output)
+            train(
+                run, arguments.reward, anchor, beta, arguments.anchor_mu, seed, arguments.max_steps, arguments.output
+            )
             for seed, run in enumerate(arguments.runs)
         ]
         for beta in arguments.betas
@@ -112,7 +116,7 @@ def main() -> None:
     }
     if "none" in arguments.anchors:
         curves["none", 0.0] = [
-            train(run, "none", 0.0, arguments.anchor_mu, seed, arguments.max_steps, arguments.output)
+            train(run, arguments.reward, "none", 0.0, arguments.anchor_mu, seed, arguments.max_steps, arguments.output)
             for seed, run in enumerate(arguments.runs)
         ]
     for (anchor, beta), runs in curves.items():

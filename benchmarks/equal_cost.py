@@ -6,10 +6,10 @@
     python benchmarks/equal_cost.py --runs runs/seed-{0,1,2,3,4}     # half an hour of two cores for each
 
 Each run holds M policies from one start. Beside their merges, the script trains what the same number of sampled
-answers buys otherwise: one run of M times the steps, one of M times the batch, and one student that learns from
-answers of all M policies. All models then answer the selection prompts, by which points are chosen, and the test
-prompts, on which everything in the tables is measured. Finished stages are skipped. Intervals are 95%, Student's t
-over seeds, of differences within a seed.
+answers buys otherwise: one run of M times the steps, one of M times the batch, the same at a third of the rate, and
+one student that learns from answers of all M policies. All models then answer the selection prompts, by which points
+are chosen, and the test prompts, on which everything in the tables is measured. Finished stages are skipped. Intervals
+are 95%, Student's t over seeds, of differences within a seed.
 """
 
 import argparse
@@ -31,8 +31,9 @@ from gemma2_post.tiny.data import prompts
 
 ETAS = [0.2, 0.4, 0.6, 0.8, 1.0]
 SWEEPS = ["slerp of all", "linear of all", "slerp of two", "LITI of one", "LITI of the large batch"]
-ENDS = ["large batch", "large batch, EMA", "many steps", "many steps, EMA", "distilled"]
-COLOURS = dict(zip([*SWEEPS, *ENDS], [f"C{i}" for i in range(10)], strict=True))
+RUNS = ["large batch", "large batch, low rate", "many steps"]
+ENDS = [*RUNS, *(f"{run}, EMA" for run in RUNS), "distilled"]
+COLOURS = {name: f"C{number % 10}" for number, name in enumerate([*SWEEPS, *ENDS])}
 
 Point = dict[str, float]
 
@@ -69,7 +70,9 @@ class Seed:
         """Trains and merges what is missing, and measures all of it."""
         many = len(self.policies)
         steps, batch = self.trained["max_steps"], self.trained["global_batch_size"]
-        self.rlhf("large batch", global_batch_size=many * batch, per_device_train_batch_size=many * batch)
+        large = {"global_batch_size": many * batch, "per_device_train_batch_size": many * batch}
+        self.rlhf("large batch", **large)
+        self.rlhf("large batch, low rate", **large, learning_rate=self.trained["learning_rate"] / 3)
         self.rlhf("many steps", max_steps=many * steps, watch_steps=steps)
         self.distilled(steps * batch)
         self.merge("slerp of all", "slerp", self.policies)
@@ -78,8 +81,8 @@ class Seed:
         self.merge("linear of two, stretched", "linear", self.policies[:2], self.stretch())
         self.merge("LITI of one", "linear", self.policies[:1])
         self.merge("LITI of the large batch", "linear", [self.folder / "large batch" / "policy-0"])
-        for split in ("selection", "test"):
-            self.measure(split)
+        self.measure("selection", self.num_samples // 2)
+        self.measure("test", self.num_samples)
 
     def stage(self, name: str, recipe: str | None, output: str, **values: object) -> Path:
         """Runs a stage of ours, unless its output is there."""
@@ -136,7 +139,7 @@ class Seed:
         found = {"start": Path(self.start)}
         for number, policy in enumerate(self.policies):
             found |= {f"policy {number}": policy, f"policy {number}, EMA": policy / "anchor"}
-        for name in ("large batch", "many steps"):
+        for name in RUNS:
             found |= {name: self.folder / name / "policy-0", f"{name}, EMA": self.folder / name / "policy-0/anchor"}
         found["distilled"] = self.folder / "distilled"
         for name in [*SWEEPS, "linear of two, stretched"]:
@@ -147,14 +150,14 @@ class Seed:
         """The folders of a sweep, in the order of eta."""
         return sorted((self.folder / name).glob("eta-*"), key=lambda path: float(path.name.removeprefix("eta-")))
 
-    def measure(self, split: str) -> None:
+    def measure(self, split: str, num_samples: int) -> None:
         """All models' answers to the prompts of a split."""
         recipe = yaml.safe_load(Path("recipes/tiny/evaluate.yaml").read_text())
         source = recipe["datasets"][0] | {"split": split}
         models = [str(path) for path in self.models().values()]
         values = {
             "init": self.start, "models": models, "baseline": self.start, "reward_model": self.reward_model,
-            "datasets": [source], "num_samples": self.num_samples, "base": None,
+            "datasets": [source], "num_samples": num_samples, "base": None,
         }  # fmt: skip
         self.stage("evaluate", "evaluate", split, **values)
 
