@@ -53,7 +53,7 @@ rlhf: $(INSTALLED) ## the policies, held near their start by an anchor (runs sft
 warp: $(INSTALLED) ## merge the policies, sweep, release (runs the earlier stages first if needed)
 	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until warp $(ARGS)
 
-evaluate: $(INSTALLED) ## all models side by side on held-out prompts (runs the earlier stages first if needed)
+evaluate: $(INSTALLED) ## all models side by side on test prompts (runs the earlier stages first if needed)
 	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until evaluate --report $(ARGS)
 
 # The newest finished model of the run.

@@ -1,4 +1,4 @@
-"""Evaluation: what models answer to held-out prompts, side by side and against one of them.
+"""Evaluation: what models answer to test prompts, side by side and against one of them.
 
 Reads models, the one that RLHF started from (`init`), and a reward; writes `models.json` (reward, KL to `init`, stop
 rate, length, distinctness, grades; also by number of turns) and `answers.jsonl`, for people to read. Prompts, seed and

@@ -9,8 +9,8 @@ As a tool, for any models of one architecture:
 
     python -m gemma2_post.warp --init DIR --policies DIR DIR --eta 0.3 --output_dir DIR
 
-With held-out prompts (`datasets`), the points are measured side by side with the runs that they come from, rewarded as
-those were in training, and the best one under a KL budget is released to `output_dir`:
+With selection prompts (`datasets`), the points are measured side by side with the runs that they come from, rewarded
+as those were in training, and the best one under a KL budget is released to `output_dir`:
 
     python -m gemma2_post.warp --config recipes/tiny/warp.yaml
 """
@@ -40,7 +40,7 @@ class Recipe:
 
 
 def main(stage: Stage, recipe: Recipe) -> None:
-    """Merges; with held-out prompts it also measures the points and releases one."""
+    """Merges; with selection prompts it also measures the points and releases one."""
     from gemma2_post.weights.points import move_up, open_merge
 
     args, front = recipe.merge, None
