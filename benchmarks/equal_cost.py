@@ -35,6 +35,8 @@ RUNS = ["large batch", "large batch, low rate", "many steps"]
 ENDS = [*RUNS, *(f"{run}, EMA" for run in RUNS), "distilled"]
 COLOURS = {name: f"C{number % 10}" for number, name in enumerate([*SWEEPS, *ENDS])}
 
+METRICS = ["gold", "accuracy", "reward", "kl_to_init"]
+
 Point = dict[str, float]
 
 
@@ -185,9 +187,9 @@ def arms(seed: Seed) -> dict[str, Point]:
     test = seed.points("test")
     policies = [f"policy {number}" for number in range(len(seed.policies))]
     found = {
-        "a policy (mean)": {key: mean(test[name][key] for name in policies) for key in test["start"]},
+        "a policy (mean)": {key: mean(test[name][key] for name in policies) for key in METRICS},
         "best of M": seed.chosen(policies),
-        "its EMA (mean)": {key: mean(test[f"{name}, EMA"][key] for name in policies) for key in test["start"]},
+        "its EMA (mean)": {key: mean(test[f"{name}, EMA"][key] for name in policies) for key in METRICS},
     }
     found |= {name: seed.chosen([f"{name} {eta:g}" for eta in ETAS]) for name in SWEEPS}
     return {"start": test["start"]} | found | {name: test[name] for name in ENDS}
@@ -210,7 +212,7 @@ def table(seeds: list[Seed]) -> None:
         + "|"
     )
     for name in by_seed[0]:
-        means = [mean(each[name][key] for each in by_seed) for key in ("gold", "accuracy", "reward", "kl_to_init")]
+        means = [mean(each[name][key] for each in by_seed) for key in METRICS]
         more = [each["slerp of all"]["gold"] - each[name]["gold"] for each in by_seed]
         at_kl = [
             seed.front("slerp of all", "gold")(each[name]["kl_to_init"]) - each[name]["gold"]
