@@ -169,7 +169,7 @@ def reward_recipe(recipe: dict[str, object], tmp_path: Path) -> dict[str, object
     return recipe | {
         "datasets": [{"path": str(write_pairs(tmp_path / "pairs.jsonl", "train", 16))}],
         "held_out_datasets": [{"path": str(write_pairs(tmp_path / "held_out_pairs.jsonl", "selection", 12))}],
-        "columns": ["answer", "chosen_gold", "rejected_gold"],
+        "columns": ["answer", "log_odds"],
         "center_rewards_coefficient": 0.01,
     }
 

@@ -224,7 +224,7 @@ def test_the_teachers_grade_is_measured_and_the_closed_part_of_the_gap(
     before, after, teacher = (metrics[name] for name in ("gold_before", "gold", "teacher_gold"))
     assert len({before, after, teacher}) == 3
     assert metrics["gold_gap_closed"] == pytest.approx((after - before) / (teacher - before))
-    assert {"teacher_stop_rate", "teacher_mean_tokens", "gold/sum", "gold/sum_before"} <= metrics.keys()
+    assert {"teacher_stop_rate", "teacher_mean_tokens", "gold/bigger", "gold/bigger_before"} <= metrics.keys()
 
 
 def test_without_samples_nothing_is_measured(run_distill: Run, distill_recipe: Recipe) -> None:

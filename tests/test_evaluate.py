@@ -231,7 +231,7 @@ def test_a_judge_behind_an_endpoint_is_asked_once(
     # A changed recipe makes the output anew, and asks nothing that was asked before.
     num_asked = len(asked)
     shutil.rmtree(output)
-    run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values | {"num_memorised": 7})
+    run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values | {"max_prompt_length": 100})
     assert len(asked) == num_asked
     for path in output.rglob("*.json*"):
         assert "a-secret" not in path.read_text()

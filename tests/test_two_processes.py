@@ -25,8 +25,8 @@ Run = Callable[[dict[str, object]], Path]
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "dtype": "bfloat16", "learning_rate": 1e-2}
 QLORA = LORA | {"load_in_4bit": True}
-BUDGET = 0.5
-"""Nats that a step at this learning rate does not take, and four do."""
+BUDGET = 0.15
+"""Nats that three steps at this learning rate do not take, and four do."""
 CASES = {"ZeRO-3, full": (3, {}), "ZeRO-3, LoRA": (3, LORA), "ZeRO-2, full": (2, {}), "DDP, QLoRA": (0, QLORA)}
 
 
