@@ -267,7 +267,7 @@ def test_the_shipped_teacher_tells_right_from_wrong_on_held_out_content(tokenize
         for row in rows:
             ids = torch.tensor([row["input_ids"][:-1]])
             hits += int(model(ids).logits[0, -1].argmax()) == row["labels"][-1]
-    assert hits / len(rows) > 0.85
+    assert hits / len(rows) > 0.9
 
 
 @pytest.mark.slow
