@@ -3,7 +3,7 @@
     for seed in 0 1 2 3 4; do
         gemma2-post run recipes/tiny/pipeline.yaml --run_dir runs/seed-$seed --seed $seed
     done
-    python benchmarks/equal_cost.py --runs runs/seed-{0,1,2,3,4}     # half an hour of two cores for each
+    python benchmarks/equal_cost.py --runs runs/seed-{0,1,2,3,4}
 
 Each run holds M policies from one start. Beside their merges, the script trains what the same number of sampled
 answers buys otherwise: one run of M times the steps, one of M times the batch, the same at a third of the rate, and

@@ -171,7 +171,9 @@ def test_an_evaluation_on_prompts_that_were_trained_on_is_refused(
         (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         values = evaluated | {"datasets": [{"path": str(tmp_path / "test.jsonl")}]}
         (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(values | {"output_dir": "x"}))
-        with pytest.raises(UserError, match=rf"evaluate.yaml: datasets: row 1 of .*, which sft {does}; so do 1 of 2"):
+        with pytest.raises(
+            UserError, match=rf"evaluate.yaml: datasets: row 1 of .*, which sft {does}; 1 of 2 prompts overlap"
+        ):
             check(load_pipeline(pipeline))
         (tmp_path / "test.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[0] | {"answer": "9"}))
         check(load_pipeline(pipeline))

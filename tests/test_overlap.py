@@ -48,7 +48,7 @@ def test_a_prompt_that_was_read_is_refused_with_both_rows(
         check_unseen(test, QUESTION, [(read, row_format, "sft trains on")])
     message = str(raised.value)
     assert f"row {number} of {test[0].path} (train) asks what row 1 of {read[0].path} (train) asks" in message
-    assert "which sft trains on; so do 1 of 3 prompts" in message
+    assert "which sft trains on; 1 of 3 prompts overlap" in message
     check_unseen(test, QUESTION, [(write(tmp_path / "new.jsonl", [other[row_format]]), row_format, "sft trains on")])
 
 

@@ -66,9 +66,9 @@ def check_unseen(
             prompt, row = next(iter(seen.items()))
             first = [str(tested[each].number) for each in list(seen)[:3]]
             raise UserError(
-                f"datasets: {tested[prompt]} asks what {row} asks, which {purpose}; so do {len(seen)} of "
-                f"{len(tested)} prompts (rows {', '.join(first)}{', ...' if len(seen) > 3 else ''}); test on prompts "
-                "that no stage has read"
+                f"datasets: {tested[prompt]} asks what {row} asks, which {purpose}; {len(seen)} of {len(tested)} "
+                f"prompts overlap (rows {', '.join(first)}{', ...' if len(seen) > 3 else ''}); test on prompts that no "
+                "stage has read"
             )
 
 
