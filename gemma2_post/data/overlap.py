@@ -67,8 +67,8 @@ def check_unseen(
             first = [str(tested[each].number) for each in list(seen)[:3]]
             raise UserError(
                 f"datasets: {tested[prompt]} asks what {row} asks, which {purpose}; {len(seen)} of {len(tested)} "
-                f"prompts overlap (rows {', '.join(first)}{', ...' if len(seen) > 3 else ''}); test on prompts that no "
-                "stage has read"
+                f"prompts overlap (rows {', '.join(first)}{', ...' if len(seen) > 3 else ''}); test on prompts that "
+                "no stage has read"
             )
 
 
