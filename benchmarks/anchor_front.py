@@ -1,46 +1,109 @@
-"""What the anchor holds back in the tiny world: reward and gold with an average of the policy, its start, or none.
+"""What anchors, averages and the way back hold back in the tiny world when the reward can be exploited.
 
-    python benchmarks/anchor_front.py --runs runs/seed-0 runs/seed-1 runs/seed-2     # each contains distill and reward
+    for seed in 0 1 2 3 4; do
+        gemma2-post run recipes/tiny/pipeline.yaml --run_dir runs/seed-$seed --seed $seed --until distill
+    done
+    python benchmarks/anchor_front.py --runs runs/seed-{0,1,2,3,4}
 
-Runs the RLHF stage of `recipes/tiny/rlhf.yaml` for each anchor, beta and run, draws reward and gold over KL to the
-start, from each run's watched values, and prints how far the reward still rises while gold falls (over-optimization).
-Finished runs are skipped. `--anchors ema copy --anchor_mu 0.1` compares the average with what other trainers do: copy
-the policy every 1 / mu steps. Without an anchor there is no beta.
+The annotators of `flattered_preferences` prefer flattery to friendliness, and a reward model learns it. For each seed
+the script trains that reward model, then policies from `distill` without an anchor, and with their average (`ema`),
+their start or a copy of themselves every 1 / mu steps as the anchor. It merges the first one back toward its start
+(LITI), and measures all of them on the test prompts. Finished stages are skipped. Curves are of the selection prompts;
+intervals are 95%, Student's t over seeds, of differences within a seed.
 """
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
+from math import sqrt
 from pathlib import Path
+from statistics import mean, stdev
 
+import yaml
 from matplotlib.figure import Figure
+from scipy.stats import t
 
-COLOURS = {"ema": "tab:blue", "start": "tab:orange", "copy": "tab:green", "none": "tab:red"}
-STYLES = ["-", "--", ":", "-."]
+COLOURS = {"none": "tab:red", "ema": "tab:blue", "start": "tab:orange", "copy": "tab:green"}
+ETAS = [0.3, 0.5, 0.7]
+ANNOTATORS = "gemma2_post.tiny.data:flattered_preferences"
+GRADERS = [f"gemma2_post.tiny.gold:{name}" for name in ("gold", "accuracy", "flattery")]
+METRICS = ["reward", "gold", "accuracy", "flattery", "kl_to_init"]
+
+Curve = list[dict[str, float]]
 
 
-def train(
-    run: Path, reward: str, anchor: str, beta: float, mu: float, seed: int, max_steps: int, output: Path
-) -> list[dict[str, float]]:
-    """Trains one policy, unless that is done; returns its watched curve."""
-    folder = output / f"{anchor}-{beta:g}" / run.name
-    if not (folder / "policy-0" / "stage.json").is_file():
-        values = {
-            "model_name_or_path": run / "distill", "reward_model": run / reward, "output_dir": folder, "beta": beta,
-            "anchor": "ema" if anchor == "copy" else anchor, "anchor_mu": mu, "seed": seed, "max_steps": max_steps,
-            "watch_steps": max_steps // 12, "kl_budget": 1000, "num_samples": 240, "global_batch_size": 64,
-            "per_device_train_batch_size": 64, "learning_rate": 1e-4,
-        }  # fmt: skip
-        program = [__file__, "copy"] if anchor == "copy" else ["-m", "gemma2_post.rlhf"]
-        command = [sys.executable, *program, "--config", "recipes/tiny/rlhf.yaml"]
-        command += [f"--{key}={value}" for key, value in values.items()]
+class Seed:
+    """The models of one seed, and what was measured of them."""
+
+    def __init__(self, run: Path, number: int, arguments: argparse.Namespace):
+        self.folder, self.start, self.number, self.arguments = run / "anchor-front", run / "distill", number, arguments
+        self.reward_model = self.folder / "reward"
+
+    def make(self) -> None:
+        """Trains and merges what is missing, and measures all of it."""
+        self.reward()
+        for anchor in self.arguments.anchors:
+            self.policy(anchor)
+        unanchored = [str(self.folder / "none" / "policy-0")]
+        values = {"init": str(self.start), "policies": unanchored, "eta": ETAS, "save_dtype": "float32"}
+        self.stage(["-m", "gemma2_post.warp"], "LITI", **values)
+        recipe = yaml.safe_load(Path("recipes/tiny/evaluate.yaml").read_text())
+        self.stage(
+            ["-m", "gemma2_post.evaluate", "--config", "recipes/tiny/evaluate.yaml"], "test",
+            init=str(self.start), models=[str(path) for path in self.models().values()], baseline=str(self.start),
+            reward_model=str(self.reward_model), graders=GRADERS, base=None, num_samples=self.arguments.num_samples,
+            datasets=recipe["datasets"],
+        )  # fmt: skip
+
+    def stage(self, program: list[str], output: str, **values: object) -> None:
+        """Runs a stage of ours, unless its output is there."""
+        folder = self.folder / output
+        command = [sys.executable, *program]
+        command += [f"--{key}={json.dumps(value)}" for key, value in (values | {"output_dir": str(folder)}).items()]
         finished = subprocess.run(command, capture_output=True, text=True)
         if finished.returncode:
-            raise SystemExit(f"{folder}: {finished.stderr[-2000:]}")
-    lines = (folder / "policy-0" / "watch.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+            raise SystemExit(f"{' '.join(command)}\n{finished.stderr[-3000:]}")
+        print(f"{folder}: done", flush=True)
+
+    def reward(self) -> None:
+        """A reward model that has learned to like flattery."""
+        datasets = {
+            "datasets": [{"path": ANNOTATORS, "split": "train"}],
+            "held_out_datasets": [{"path": ANNOTATORS, "split": "selection"}],
+        }
+        policies = [str(self.start)]
+        program = ["-m", "gemma2_post.reward", "--config", "recipes/tiny/reward.yaml"]
+        self.stage(program, "reward", **datasets, policies=policies, seed=self.number)
+
+    def policy(self, anchor: str) -> None:
+        """A policy with a larger batch and a lower rate than the recipe's: a steady run, without noise of its own."""
+        steps = self.arguments.max_steps
+        program = [__file__, "copy"] if anchor == "copy" else ["-m", "gemma2_post.rlhf"]
+        self.stage(
+            [*program, "--config", "recipes/tiny/rlhf.yaml"], anchor,
+            model_name_or_path=str(self.start), reward_model=str(self.reward_model), seed=self.number, max_steps=steps,
+            anchor="ema" if anchor == "copy" else anchor, beta=0.0 if anchor == "none" else self.arguments.beta,
+            anchor_mu=self.arguments.anchor_mu, learning_rate=1e-4, global_batch_size=64,
+            per_device_train_batch_size=64, watch_steps=steps // 12, kl_budget=1000, graders=GRADERS,
+        )  # fmt: skip
+
+    def models(self) -> dict[str, Path]:
+        """All models by name."""
+        found = {"start": self.start} | {name: self.folder / name / "policy-0" for name in self.arguments.anchors}
+        if "ema" in found:
+            found["ema, its average"] = found["ema"] / "anchor"
+        return found | {f"none, LITI {eta:g}": self.folder / "LITI" / f"eta-{eta:g}" for eta in ETAS}
+
+    def points(self) -> dict[str, dict[str, float]]:
+        """What was measured on the test prompts, by name."""
+        measured = json.loads((self.folder / "test" / "models.json").read_text()).values()
+        return dict(zip(self.models(), measured, strict=True))
+
+    def curve(self, anchor: str) -> Curve:
+        """What was watched while a policy trained."""
+        lines = (self.folder / anchor / "policy-0" / "watch.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
 
 
 def train_with_copies() -> None:
@@ -59,7 +122,7 @@ def train_with_copies() -> None:
     rlhf.COMMAND.launch()
 
 
-def over_optimization(curve: list[dict[str, float]]) -> dict[str, float]:
+def over_optimization(curve: Curve) -> dict[str, float]:
     """What happens after gold has peaked, up to the highest reward: the share of the run, and both changes."""
     peak = max(range(len(curve)), key=lambda i: curve[i]["gold"])
     highest = max(range(peak, len(curve)), key=lambda i: curve[i]["reward"])
@@ -67,66 +130,75 @@ def over_optimization(curve: list[dict[str, float]]) -> dict[str, float]:
         "share of the run": (curve[highest]["step"] - curve[peak]["step"]) / curve[-1]["step"],
         "reward": curve[highest]["reward"] - curve[peak]["reward"],
         "gold": curve[highest]["gold"] - curve[peak]["gold"],
-        "gold, from its peak to the end": curve[-1]["gold"] - curve[peak]["gold"],
     }
 
 
-def draw(curves: dict[tuple[str, float], list[list[dict[str, float]]]], path: Path) -> None:
-    """Draws the mean over the runs at each watched step, and the single runs behind it."""
+def interval(values: list[float]) -> str:
+    """The mean, and its 95% interval by Student's t."""
+    if len(values) < 2:
+        return f"{values[0]:+.3f}"
+    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / sqrt(len(values))
+    return f"{mean(values):+.3f} ({mean(values) - half:+.3f} to {mean(values) + half:+.3f})"
+
+
+def table(seeds: list[Seed]) -> None:
+    """Prints each model's means, and how its gold differs from that of the start and of the unanchored policy."""
+    points = [seed.points() for seed in seeds]
+    print(f"\n| | {' | '.join(METRICS)} | gold, less the start's | gold, less that of none |")
+    print("|---" * (len(METRICS) + 3) + "|")
+    for name in points[0]:
+        means = " | ".join(f"{mean(each[name][key] for each in points):.3f}" for key in METRICS)
+        differences = [
+            interval([each[name]["gold"] - each[other]["gold"] for each in points]) for other in ("start", "none")
+        ]
+        print(f"| {name} | {means} | {' | '.join(differences)} |")
+    print("\nAfter the peak of gold, while the reward still rises:")
+    for anchor in seeds[0].arguments.anchors:
+        found = [over_optimization(seed.curve(anchor)) for seed in seeds]
+        print(f"  {anchor}: " + "; ".join(f"{key} {interval([each[key] for each in found])}" for key in found[0]))
+
+
+def draw(seeds: list[Seed], path: Path) -> None:
+    """Draws the mean over the seeds at each watched step, and the single runs behind it."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    betas = sorted({beta for _, beta in curves})
     for axes, name in zip(figure.subplots(1, 2), ("reward", "gold"), strict=True):
-        for (anchor, beta), runs in curves.items():
-            look = {"color": COLOURS[anchor], "linestyle": STYLES[betas.index(beta) % len(STYLES)]}
-            for run in runs:
-                axes.plot([e["kl_to_start"] for e in run], [e[name] for e in run], alpha=0.2, linewidth=0.8, **look)
-            steps = list(zip(*runs, strict=True))
-            axes.plot(
-                [statistics.mean(e["kl_to_start"] for e in step) for step in steps],
-                [statistics.mean(e[name] for e in step) for step in steps],
-                label=f"{anchor}, beta {beta:g}",
-                marker=".",
-                **look,
-            )
-        axes.set(xlabel="KL to the start, nats per answer", ylabel=name)
-    axes.legend()
+        for anchor in seeds[0].arguments.anchors:
+            curves, colour = [seed.curve(anchor) for seed in seeds], COLOURS[anchor]
+            for curve in curves:
+                axes.plot([e["step"] for e in curve], [e[name] for e in curve], alpha=0.2, linewidth=0.8, color=colour)
+            steps = list(zip(*curves, strict=True))
+            means = [mean(e[name] for e in step) for step in steps]
+            axes.plot([step[0]["step"] for step in steps], means, label=anchor, marker=".", color=colour)
+        axes.set(xlabel="step", ylabel=name)
+        axes.grid(alpha=0.3)
+    axes.legend(title="anchor")
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, nargs="+", required=True)
-    parser.add_argument("--betas", type=float, nargs="+", default=[0.05, 0.5])
-    parser.add_argument("--anchors", choices=list(COLOURS), nargs="+", default=["ema", "start", "none"])
-    parser.add_argument("--anchor_mu", type=float, default=0.01)
-    parser.add_argument("--max_steps", type=int, default=240)
-    parser.add_argument("--reward", default="reward", help="folder of the reward model in each run")
+    parser.add_argument("--anchors", choices=list(COLOURS), nargs="+", default=list(COLOURS))
+    parser.add_argument("--beta", type=float, default=0.5)
+    parser.add_argument("--anchor_mu", type=float, default=0.05)
+    parser.add_argument("--max_steps", type=int, default=60)
+    parser.add_argument("--num_samples", type=int, default=480)
     parser.add_argument("--output", type=Path, default=Path("runs/anchor-front"))
     arguments = parser.parse_args()
-    curves = {
-        (anchor, beta): [
-            train(
-                run, arguments.reward, anchor, beta, arguments.anchor_mu, seed, arguments.max_steps, arguments.output
-            )
-            for seed, run in enumerate(arguments.runs)
-        ]
-        for beta in arguments.betas
-        for anchor in arguments.anchors
-        if anchor != "none"
+    seeds = [Seed(run, number, arguments) for number, run in enumerate(arguments.runs)]
+    for seed in seeds:
+        seed.make()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    results = {
+        str(seed.start.parent): {
+            "test": seed.points(),
+            "curves": {name: seed.curve(name) for name in arguments.anchors},
+        }
+        for seed in seeds
     }
-    if "none" in arguments.anchors:
-        curves["none", 0.0] = [
-            train(run, arguments.reward, "none", 0.0, arguments.anchor_mu, seed, arguments.max_steps, arguments.output)
-            for seed, run in enumerate(arguments.runs)
-        ]
-    for (anchor, beta), runs in curves.items():
-        ends = {name: [run[-1][name] for run in runs] for name in ("kl_to_start", "reward", "gold")}
-        found = [over_optimization(run) for run in runs]
-        ends |= {f"after the peak: {name}": [each[name] for each in found] for name in found[0]}
-        print(f"{anchor} {beta:g}")
-        for name, values in ends.items():
-            print(f"  {name} {statistics.mean(values):.3f} ({', '.join(f'{value:.3f}' for value in values)})")
-    draw(curves, arguments.output / "front.png")
+    (arguments.output / "points.json").write_text(json.dumps(results, indent=1) + "\n")
+    table(seeds)
+    draw(seeds, arguments.output / "curves.png")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@
     python benchmarks/equal_cost.py --runs runs/seed-{0,1,2,3,4}
 
 Each run holds M policies from one start. Beside their merges, the script trains what the same number of sampled
-answers buys otherwise: one run of M times the steps, one of M times the batch, the same at a third of the rate, and
-one student that learns from answers of all M policies. All models then answer the selection prompts, by which points
-are chosen, and the test prompts, on which everything in the tables is measured. Finished stages are skipped. Intervals
-are 95%, Student's t over seeds, of differences within a seed.
+answers buys otherwise: one run of M times the steps, one of M times the batch at half the rate (the best that a search
+over rates found), and one student that learns from answers of all M policies. Points of a sweep are chosen by their
+reward on the selection prompts; everything in the tables is measured on the test prompts. Finished stages are skipped.
+Intervals are 95%, Student's t over seeds, of differences within a seed.
 """
 
 import argparse
@@ -29,9 +29,9 @@ from scipy.stats import t
 
 from gemma2_post.tiny.data import prompts
 
-ETAS = [0.2, 0.4, 0.6, 0.8, 1.0]
+ETAS = [0.3, 0.5, 0.75, 1.0]
 SWEEPS = ["slerp of all", "linear of all", "slerp of two", "LITI of one", "LITI of the large batch"]
-RUNS = ["large batch", "large batch, low rate", "many steps"]
+RUNS = ["large batch", "many steps"]
 ENDS = [*RUNS, *(f"{run}, EMA" for run in RUNS), "distilled"]
 COLOURS = {name: f"C{number % 10}" for number, name in enumerate([*SWEEPS, *ENDS])}
 
@@ -73,8 +73,7 @@ class Seed:
         many = len(self.policies)
         steps, batch = self.trained["max_steps"], self.trained["global_batch_size"]
         large = {"global_batch_size": many * batch, "per_device_train_batch_size": many * batch}
-        self.rlhf("large batch", **large)
-        self.rlhf("large batch, low rate", **large, learning_rate=self.trained["learning_rate"] / 3)
+        self.rlhf("large batch", **large, learning_rate=self.trained["learning_rate"] / 2)
         self.rlhf("many steps", max_steps=many * steps, watch_steps=steps)
         self.distilled(steps * batch)
         self.merge("slerp of all", "slerp", self.policies)
@@ -152,11 +151,15 @@ class Seed:
         """The folders of a sweep, in the order of eta."""
         return sorted((self.folder / name).glob("eta-*"), key=lambda path: float(path.name.removeprefix("eta-")))
 
+    def measured(self, split: str) -> dict[str, Path]:
+        """The models that answer the prompts of a split: on the selection prompts only those that are chosen among."""
+        return {name: path for name, path in self.models().items() if split == "test" or name not in ENDS}
+
     def measure(self, split: str, num_samples: int) -> None:
-        """All models' answers to the prompts of a split."""
+        """Their answers."""
         recipe = yaml.safe_load(Path("recipes/tiny/evaluate.yaml").read_text())
         source = recipe["datasets"][0] | {"split": split}
-        models = [str(path) for path in self.models().values()]
+        models = [str(path) for path in self.measured(split).values()]
         values = {
             "init": self.start, "models": models, "baseline": self.start, "reward_model": self.reward_model,
             "datasets": [source], "num_samples": num_samples, "base": None,
@@ -167,7 +170,7 @@ class Seed:
     def points(self, split: str) -> dict[str, Point]:
         """Reward, gold, accuracy and KL of each model, by name."""
         measured = list(json.loads((self.folder / split / "models.json").read_text()).values())
-        return dict(zip(self.models(), measured, strict=True))
+        return dict(zip(self.measured(split), measured, strict=True))
 
     def front(self, name: str, metric: str) -> Callable[[float], float]:
         """A sweep's metric as a function of KL, linear between its points and the start; NaN past the last one."""
