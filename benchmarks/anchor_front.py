@@ -90,10 +90,11 @@ class Seed:
 
     def models(self) -> dict[str, Path]:
         """All models by name."""
-        found = {"start": self.start} | {name: self.folder / name / "policy-0" for name in self.arguments.anchors}
-        if "ema" in found:
-            found["ema, its average"] = found["ema"] / "anchor"
-        return found | {f"none, LITI {eta:g}": self.folder / "LITI" / f"eta-{eta:g}" for eta in ETAS}
+        found = {"start": self.start}
+        found |= {f"anchor {name}": self.folder / name / "policy-0" for name in self.arguments.anchors}
+        if "ema" in self.arguments.anchors:
+            found["anchor ema: its average"] = found["anchor ema"] / "anchor"
+        return found | {f"anchor none: LITI {eta:g}": self.folder / "LITI" / f"eta-{eta:g}" for eta in ETAS}
 
     def points(self) -> dict[str, dict[str, float]]:
         """What was measured on the test prompts, by name."""
@@ -144,12 +145,13 @@ def interval(values: list[float]) -> str:
 def table(seeds: list[Seed]) -> None:
     """Prints each model's means, and how its gold differs from that of the start and of the unanchored policy."""
     points = [seed.points() for seed in seeds]
-    print(f"\n| | {' | '.join(METRICS)} | gold, less the start's | gold, less that of none |")
+    print(f"\n| | {' | '.join(METRICS)} | gold, less the start's | gold, less that without an anchor |")
     print("|---" * (len(METRICS) + 3) + "|")
     for name in points[0]:
         means = " | ".join(f"{mean(each[name][key] for each in points):.3f}" for key in METRICS)
         differences = [
-            interval([each[name]["gold"] - each[other]["gold"] for each in points]) for other in ("start", "none")
+            interval([each[name]["gold"] - each[other]["gold"] for each in points])
+            for other in ("start", "anchor none")
         ]
         print(f"| {name} | {means} | {' | '.join(differences)} |")
     print("\nAfter the peak of gold, while the reward still rises:")

@@ -1,7 +1,7 @@
 """The `gemma2-post` command. Each subcommand imports what it needs when it is called, so --help is quick."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ def run(
     seed: int | None = None,
     report: bool = False,
     explain: bool = False,
+    rerun: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    fresh: Sequence[str] = (),
 ) -> None:
     """Runs a pipeline recipe, shows its progress, and at the end where to find the results.
 
@@ -37,35 +40,27 @@ def run(
         seed: Seed of every stage; replaces the recipes'.
         report: Whether to print the report at the end.
         explain: Whether to say only what would run, and why.
+        rerun: Stages to make again, whatever is there.
+        keep: Finished stages to keep, whatever has changed.
+        fresh: Stages to start over, also where an unfinished run could go on.
     """
-    if explain:
-        return say_what_would_run(pipeline, until, overrides, run_dir, seed)
-    from gemma2_post.pipeline.run import run
+    from gemma2_post.pipeline import run as runs
+    from gemma2_post.pipeline.decisions import Choice, choices_of
     from gemma2_post.pipeline.steps import load_pipeline
     from gemma2_post.report import report as reports
     from gemma2_post.report.terminal import View, terminal
 
-    loaded, view = load_pipeline(pipeline, run_dir, seed, overrides), View(terminal())
-    has_begun = run(loaded, until, view)
+    loaded = load_pipeline(pipeline, run_dir, seed, overrides)
+    choices = choices_of(loaded, {Choice.RERUN: [*rerun], Choice.KEEP: [*keep], Choice.FRESH: [*fresh]})
+    if explain:
+        return runs.explain(loaded, until, choices)
+    view = View(terminal())
+    has_begun = runs.run(loaded, until, view, choices)
     view.finish(loaded.run_dir, has_begun)
     if report:
         reports.report(loaded.run_dir)
     elif has_begun:
         view.say(f"to look at: {reports.write(loaded.run_dir)[0]}")
-
-
-def say_what_would_run(
-    pipeline: Path,
-    until: str | None = None,
-    overrides: Overrides | None = None,
-    run_dir: Path | None = None,
-    seed: int | None = None,
-) -> None:
-    """Prints what `run` would do, and why."""
-    from gemma2_post.pipeline.run import explain
-    from gemma2_post.pipeline.steps import load_pipeline
-
-    explain(load_pipeline(pipeline, run_dir, seed, overrides), until)
 
 
 def check(pipelines: list[Path]) -> None:
@@ -78,6 +73,13 @@ def check(pipelines: list[Path]) -> None:
 
     for each in loaded:
         print(f"{each.path}: {check.report(check.check(each))}")
+
+
+def clean(run_dir: Path, yes: bool = False) -> None:
+    """Lists the outputs of a run that were replaced by newer ones; with `yes`, deletes them."""
+    from gemma2_post.pipeline.clean import clean
+
+    clean(run_dir, yes)
 
 
 def plan(
@@ -180,6 +182,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="seed of every stage, in place of the recipes'")
     add("--report", action="store_true", help="print the report at the end")
     add("--explain", action="store_true", help="say what would run, and why, without running it")
+    several: dict[str, Any] = {"metavar": "STAGE", "action": "append", "default": []}
+    add("--rerun", help="make this stage again, although it is finished", **several)
+    add("--keep", help="keep this finished stage, whatever has changed", **several)
+    add("--fresh", help="start this stage over, although an unfinished run could go on", **several)
+
+    add = command(clean, "list what newer outputs of a run have replaced, and delete it")
+    add("run_dir", type=Path, help="for example runs/tiny")
+    add("--yes", action="store_true", help="delete it")
 
     add = command(check, "check a pipeline recipe without running it")
     add("pipelines", type=Path, nargs="+", help="for example recipes/tiny/pipeline.yaml")

@@ -22,7 +22,7 @@ from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.recipe import key, part
 from gemma2_post.training import memory as held
 from gemma2_post.training.checks import check_disk, check_sampling, check_training, complete_training, metrics_of
-from gemma2_post.training.keys import TRAINING_BOUNDS, TrainingRecipe
+from gemma2_post.training.keys import TRAINING_BOUNDS, TrainingRecipe, decisive
 
 if TYPE_CHECKING:
     import torch
@@ -194,6 +194,7 @@ COMMAND = Command(
     metrics,
     check,
     complete,
+    decisive=decisive,
     refused=REFUSED_KEYS | REFUSED,
     row_formats={"datasets": PROMPT, "held_out_datasets": PROMPT},
     headline=[GRADER, "kl_student_teacher"],

@@ -23,10 +23,10 @@ from gemma2_post.stage.command import Checked, Command, Curve, Parts, Stage
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.paths import FunctionPath, ModelPath
-from gemma2_post.stage.recipe import key, part
+from gemma2_post.stage.recipe import Effect, key, part
 from gemma2_post.training import memory as held
 from gemma2_post.training.checks import check_disk, check_training, complete_training, metrics_of
-from gemma2_post.training.keys import TRAINING_BOUNDS, TrainingRecipe
+from gemma2_post.training.keys import TRAINING_BOUNDS, TrainingRecipe, decisive
 
 if TYPE_CHECKING:
     from trl import RewardConfig
@@ -51,11 +51,15 @@ class Recipe(TrainingRecipe):
     training: "RewardConfig" = part("trl:RewardConfig", bounds=TRAINING_BOUNDS)
     preferences: PreferenceArguments = part(PreferenceArguments)
     policies: list[ModelPath] | None = key(
-        None, "Models whose answers to held-out prompts are scored, for normalization and for graders."
+        None,
+        "Models whose answers to held-out prompts are scored, for normalization and for graders.",
+        effect=Effect.MEASUREMENTS,
     )
-    max_new_tokens: int = key(256, "Longest answer of a policy, in tokens.", bounds=COUNT)
+    max_new_tokens: int = key(256, "Longest answer of a policy, in tokens.", effect=Effect.MEASUREMENTS, bounds=COUNT)
     noise_ceiling: FunctionPath | None = key(
-        None, "Function (module:function) of the held-out rows: the best accuracy that noisy labels allow."
+        None,
+        "Function (module:function) of the held-out rows: the best accuracy that noisy labels allow.",
+        effect=Effect.MEASUREMENTS,
     )
 
 
@@ -164,6 +168,7 @@ COMMAND = Command(
     metrics,
     check,
     complete,
+    decisive=decisive,
     refused=REFUSED_KEYS | REFUSED,
     row_formats={"datasets": PAIR, "held_out_datasets": PAIR},
     headline=["accuracy"],

@@ -14,14 +14,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from gemma2_post.data.rows import PROMPT
-from gemma2_post.evaluation.keys import RewardFunctionArguments, WatchArguments
+from gemma2_post.evaluation.keys import RewardFunctionArguments, SampleArguments, WatchArguments
 from gemma2_post.models import cost
 from gemma2_post.models.arguments import REFUSED_KEYS, check_prompt_length
 from gemma2_post.stage.bounds import COUNT, NOT_NEGATIVE, Bounds
 from gemma2_post.stage.command import GRADER, Checked, Command, Curve, Parts, Stage
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher
-from gemma2_post.stage.recipe import key, part
+from gemma2_post.stage.recipe import key, keys_of, part
+from gemma2_post.training import keys as training_keys
 from gemma2_post.training import memory as held
 from gemma2_post.training.checks import check_disk, check_sampling, check_training, complete_training, metrics_of
 from gemma2_post.training.keys import TRAINING_BOUNDS, TrainingRecipe
@@ -117,7 +118,8 @@ def main(stage: Stage, recipe: Recipe) -> None:
     start, reference = models_beside(trainer, recipe.model, is_moving=recipe.anchor != "start")
     anchor = EmaAnchor(trainer, recipe.anchor_mu) if recipe.anchor == "ema" else None
     restore = anchor.restore if anchor else lambda checkpoint: None
-    watch = Watch(trainer, recipe.watch, to_answer, start, reference if anchor else None, graders, restore)
+    moving = reference if anchor and not stage.is_made else None  # a finished policy has left its average behind
+    watch = Watch(trainer, recipe.watch, to_answer, start, moving, graders, restore)
     for callback in (FirstDivergenceIsZero(), *([anchor] if anchor else []), watch):
         trainer.add_callback(callback)
     run(
@@ -173,6 +175,17 @@ def implied(values: dict[str, object]) -> dict[str, object]:
     return keys
 
 
+def decisive(values: dict[str, object]) -> dict[str, object]:
+    """With a `kl_budget`, also how the KL is measured, which says when the run ends; with functions, their columns."""
+    found, names = training_keys.decisive(values), []
+    if values.get("kl_budget"):
+        found["num_samples"] = values.get("num_samples", keys_of(SampleArguments)["num_samples"].default)
+        names += ["held_out_datasets", "per_device_eval_batch_size"]
+    if values.get("reward_functions"):
+        names.append("columns")
+    return found | {name: values[name] for name in names if name in values}
+
+
 def metrics(recipe: Recipe) -> set[str]:
     measured = {"reward", "kl_to_start", "distinct_answers", "distinct_bigrams"} | recipe.samples.metrics
     measured |= recipe.rewards.names | ({"kl_to_anchor"} if recipe.anchor == "ema" else set())
@@ -225,6 +238,7 @@ COMMAND = Command(
     check,
     complete,
     implied,
+    decisive,
     refused=REFUSED_KEYS | REFUSED,
     row_formats={"datasets": PROMPT, "held_out_datasets": PROMPT},
     headline=[GRADER, "reward"],

@@ -18,10 +18,10 @@ from gemma2_post.stage.bounds import COUNT
 from gemma2_post.stage.command import GRADER, Checked, Command, Curve, Parts, Stage
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher
-from gemma2_post.stage.recipe import key, part
+from gemma2_post.stage.recipe import Effect, key, part
 from gemma2_post.training import memory as held
 from gemma2_post.training.checks import check_disk, check_training, complete_training, metrics_of
-from gemma2_post.training.keys import TRAINING_BOUNDS, TrainingRecipe
+from gemma2_post.training.keys import TRAINING_BOUNDS, TrainingRecipe, decisive
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -45,7 +45,7 @@ class Recipe(TrainingRecipe):
     """The keys of supervised fine-tuning."""
 
     training: "SFTConfig" = part("trl:SFTConfig", bounds=TRAINING_BOUNDS)
-    max_new_tokens: int = key(256, "Longest sampled answer, in tokens.", bounds=COUNT)
+    max_new_tokens: int = key(256, "Longest sampled answer, in tokens.", effect=Effect.MEASUREMENTS, bounds=COUNT)
 
 
 def main(stage: Stage, recipe: Recipe) -> None:
@@ -124,6 +124,7 @@ COMMAND = Command(
     metrics,
     check,
     complete,
+    decisive=decisive,
     refused=REFUSED_KEYS | REFUSED,
     row_formats={"datasets": CONVERSATION, "held_out_datasets": CONVERSATION},
     headline=[GRADER, "held_out_nll"],

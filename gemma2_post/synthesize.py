@@ -32,7 +32,6 @@ from gemma2_post.models.arguments import (
 from gemma2_post.stage import contract, digests
 from gemma2_post.stage.command import Checked, Command, Parts, Stage
 from gemma2_post.stage.errors import UserError
-from gemma2_post.stage.fingerprint import differences
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.recipe import key, part
 
@@ -153,7 +152,8 @@ def resume(
     answers = {(answer["row"], answer["sample"]): answer for answer in contract.read_lines(path, keys)}
     earlier = contract.read_json(path.with_name("sampling.json"), {}) or {}
     if answers and earlier != sampling:
-        changes = "; ".join(differences({"": earlier}, {"": sampling}))
+        changed = sorted(key for key in earlier.keys() | sampling.keys() if earlier.get(key) != sampling.get(key))
+        changes = "; ".join(f"{key} {earlier.get(key)} -> {sampling.get(key)}" for key in changed)
         raise UserError(
             f"{path.parent} holds {len(answers)} answers that were sampled in another way ({changes}); go back "
             "to that, choose another output_dir, or move the folder away"
@@ -204,6 +204,11 @@ def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
     return {"sampling": held | cost.sampling(config, args.batch_size, prompt, args.max_new_tokens, compute)}
 
 
+def decisive(values: dict[str, object]) -> dict[str, object]:
+    """The columns, which are written beside the answers."""
+    return {"columns": values["columns"]} if values.get("columns") else {}
+
+
 COMMAND = Command(
     "synthesize",
     Recipe,
@@ -211,6 +216,7 @@ COMMAND = Command(
     metrics,
     check,
     complete,
+    decisive=decisive,
     refused=REFUSED_KEYS | REFUSED,
     row_formats={"datasets": PROMPT},
     headline=["num_kept"],

@@ -36,7 +36,7 @@ class Recipe:
 
     merge: MergeArguments = part(MergeArguments)
     output_dir: str = key(help="Folder of the output.")
-    release: ReleaseArguments | None = part(ReleaseArguments, is_optional=True)
+    release: ReleaseArguments | None = part(ReleaseArguments, is_optional=True, only_measures=True)
 
 
 def main(stage: Stage, recipe: Recipe) -> None:

@@ -19,6 +19,10 @@ Recipe = dict[str, object]
 PIPELINES = sorted(Path("recipes").glob("*/pipeline.yaml"))
 
 
+EVERY = ("sft", "distill")
+"""Labels of the steps of `pipeline`."""
+
+
 @pytest.mark.parametrize("path", PIPELINES, ids=str)
 def test_a_shipped_pipeline_can_start(path: Path) -> None:
     """Without a GPU, and without the network, in seconds (of this process: the machine may be busy)."""
@@ -126,9 +130,9 @@ def test_more_processes_than_devices_are_refused_where_it_is_to_run(
     check(load_pipeline(pipeline, overrides=overrides))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=r"gpus\.yaml: starts 2 processes on this machine, which shows 1 GPUs"):
-        check(load_pipeline(pipeline, overrides=overrides), is_here=True)
+        check(load_pipeline(pipeline, overrides=overrides), to_run=EVERY)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    check(load_pipeline(pipeline, overrides=overrides), is_here=True)
+    check(load_pipeline(pipeline, overrides=overrides), to_run=EVERY)
 
 
 def test_the_number_of_processes_is_that_of_the_launcher(pipeline: Path, tmp_path: Path) -> None:
@@ -150,7 +154,7 @@ def test_several_machines_need_slurm(pipeline: Path, tmp_path: Path, monkeypatch
     check(load_pipeline(pipeline, overrides=overrides))
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(UserError, match="for 2 machines, and this is not a Slurm job; submit it with sbatch"):
-        check(load_pipeline(pipeline, overrides=overrides), is_here=True)
+        check(load_pipeline(pipeline, overrides=overrides), to_run=EVERY)
 
 
 def test_an_evaluation_on_prompts_that_were_trained_on_is_refused(

@@ -11,12 +11,13 @@ import pytest
 from huggingface_hub import constants
 from transformers import Gemma2Config
 
-from gemma2_post import distill, evaluate, sft
+from gemma2_post import distill, evaluate, rlhf, sft
 from gemma2_post.stage import contract, digests, disk
 from gemma2_post.stage.command import Stage
+from gemma2_post.stage.contract import State
 from gemma2_post.stage.disk import check_folder
 from gemma2_post.stage.errors import UserError, reported
-from gemma2_post.stage.fingerprint import differences
+from gemma2_post.stage.fingerprint import Differences, differences
 from gemma2_post.stage.recipe import build
 from gemma2_post.training.checks import check_disk
 
@@ -27,7 +28,7 @@ def test_output_folder_and_logging_do_not_change_the_fingerprint_and_the_rest_do
     same = sft.COMMAND.fingerprint(RECIPE | {"output_dir": "b", "logging_steps": 5})
     assert same == sft.COMMAND.fingerprint(RECIPE)
     other = sft.COMMAND.fingerprint(RECIPE | {"learning_rate": 2e-3})
-    assert differences(same, other) == ["learning_rate 0.001 -> 0.002"]
+    assert differences(same, other) == Differences(["learning_rate 0.001 -> 0.002"], [], [])
 
 
 def test_the_content_of_inputs_counts(tmp_path: Path) -> None:
@@ -36,7 +37,7 @@ def test_the_content_of_inputs_counts(tmp_path: Path) -> None:
     before = sft.COMMAND.fingerprint({"datasets": [{"path": str(file)}]})
     assert sft.COMMAND.fingerprint({"datasets": [{"path": str(file)}]}) == before
     file.write_text("{ }\n")
-    (change,) = differences(before, sft.COMMAND.fingerprint({"datasets": [{"path": str(file)}]}))
+    (change,) = differences(before, sft.COMMAND.fingerprint({"datasets": [{"path": str(file)}]})).output
     assert change.startswith(f"{file} {before['inputs'][str(file)]} -> ")
 
 
@@ -49,10 +50,10 @@ def test_a_function_counts_with_its_whole_package() -> None:
 def test_a_finished_stage_hands_its_recorded_hash_to_the_next(tmp_path: Path) -> None:
     wanted = sft.COMMAND.fingerprint(RECIPE)
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    assert not contract.is_done(tmp_path, wanted)
     contract.begin(tmp_path, wanted)
+    assert contract.state_of(tmp_path, wanted)[0] == State.NEW
     contract.finish(tmp_path, "sft", wanted, 1.0, {"dtype": "float32"}, {"held_out_nll": 1.0})
-    assert contract.is_done(tmp_path, wanted) and not (tmp_path / contract.BEGUN).exists()
+    assert contract.state_of(tmp_path, wanted)[0] == State.DONE and not (tmp_path / contract.BEGUN).exists()
     recorded = json.loads((tmp_path / "stage.json").read_text())["output"]
     assert sft.COMMAND.fingerprint({"model_name_or_path": str(tmp_path)})["inputs"] == {str(tmp_path): recorded}
 
@@ -60,10 +61,10 @@ def test_a_finished_stage_hands_its_recorded_hash_to_the_next(tmp_path: Path) ->
 def test_a_claim_without_a_checkpoint_holds_nothing_back_and_foreign_files_do(tmp_path: Path) -> None:
     wanted = sft.COMMAND.fingerprint(RECIPE)
     contract.begin(tmp_path / "claimed", sft.COMMAND.fingerprint({"learning_rate": 5}))
-    assert contract.what_changed(tmp_path / "claimed", wanted) == []
+    assert contract.state_of(tmp_path / "claimed", wanted)[0] == State.NEW
     (tmp_path / "thesis.docx").write_text("do not touch")
     with pytest.raises(UserError, match="holds files that no stage has made"):
-        contract.what_changed(tmp_path, wanted)
+        contract.state_of(tmp_path, wanted)
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
@@ -139,23 +140,29 @@ def test_a_folder_of_tasks_counts_by_its_content(tmp_path: Path, monkeypatch: py
     recipe = {"output_dir": "out", "benchmark_folder": "tasks"}
     before = evaluate.COMMAND.fingerprint(recipe)
     (tmp_path / "tasks" / "sums.yaml").write_text("task: sums\nnum_fewshot: 1")
-    assert differences(before, evaluate.COMMAND.fingerprint(recipe))
+    assert differences(before, evaluate.COMMAND.fingerprint(recipe)).output
 
 
-def test_what_is_on_the_hub_counts_with_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_on_the_hub_counts_by_the_files_that_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it was downloaded, when the Hub cannot be asked; a name whose folder is here is no name on the Hub."""
-    for kind, name, file in (
-        ("models", "someone/model", "config.json"),
-        ("datasets", "someone/data", ".gitattributes"),
-    ):
+
+    def commit(kind: str, name: str, revision: str, number: int, **files: str) -> None:
         folder = tmp_path / f"{kind}--{name.replace('/', '--')}"
-        for revision, commit in (("main", "1" * 40), ("v2", "2" * 40)):
-            (folder / "snapshots" / commit).mkdir(parents=True)
-            (folder / "snapshots" / commit / file).write_text("{}")
-            (folder / "refs").mkdir(exist_ok=True)
-            (folder / "refs" / revision).write_text(commit)
+        snapshot = folder / "snapshots" / (str(number) * 40)
+        snapshot.mkdir(parents=True)
+        for blob, file in files.items():
+            (folder / "blobs").mkdir(exist_ok=True)
+            (folder / "blobs" / blob).write_text(blob)
+            (snapshot / file).parent.mkdir(exist_ok=True)
+            (snapshot / file).symlink_to(folder / "blobs" / blob)
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / revision).write_text(snapshot.name)
+
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    commit("models", "someone/model", "v2", 1, a1="config.json", b1="model.safetensors", c1="README.md")
+    commit("datasets", "someone/data", "main", 1, d1="data/train.parquet", e1=".gitattributes")
+    commit("datasets", "someone/data", "v2", 2, d2="data/train.parquet")
     recipe = {
         "model_name_or_path": "someone/model",
         "model_revision": "v2",
@@ -163,11 +170,136 @@ def test_what_is_on_the_hub_counts_with_its_commit(tmp_path: Path, monkeypatch: 
         "datasets": [{"path": "someone/data"}],
         "held_out_datasets": [{"path": "someone/data", "revision": "v2"}, {"path": "someone/unknown"}],
     }
-    assert distill.COMMAND.fingerprint(recipe)["inputs"] == {
-        "someone/model@v2": "2" * 40,
-        "someone/data@main": "1" * 40,
-        "someone/data@v2": "2" * 40,
+    before = distill.COMMAND.fingerprint(recipe)
+    assert before["inputs"] == {
+        "someone/model@v2": {"config.json": "a1", "model.safetensors": "b1"},
+        "someone/data@main": {"data/train.parquet": "d1"},
     }
+    assert before["measurements"]["content of someone/data@v2"] == {"data/train.parquet": "d2"}
+
+    commit("models", "someone/model", "v2", 3, a1="config.json", b1="model.safetensors", c2="README.md")
+    assert differences(before, distill.COMMAND.fingerprint(recipe)) == Differences([], [], [])
+    commit("models", "someone/model", "v2", 4, a1="config.json", b2="model.safetensors", c2="README.md")
+    assert differences(before, distill.COMMAND.fingerprint(recipe)).output == [
+        "someone/model@v2: model.safetensors changed"
+    ]
+
+
+def finished(folder: Path, **values: object) -> dict:
+    """A finished sft of these values; returns its fingerprint."""
+    wanted = sft.COMMAND.fingerprint(RECIPE | values)
+    contract.begin(folder, wanted)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    contract.finish(folder, "sft", wanted, 1.0, {}, {})
+    return wanted
+
+
+def test_each_kind_of_change_has_its_own_consequence(tmp_path: Path) -> None:
+    wanted = finished(tmp_path)
+    held_out = [{"path": "gemma2_post.tiny.data:demonstrations"}]
+    changed = {
+        State.DONE: {"save_total_limit": 9, "report_to": "tensorboard", "headline": "gold", "dataset_num_proc": 4},
+        State.UNMEASURED: {"num_samples": 3, "graders": ["gemma2_post.tiny.gold:gold"], "max_new_tokens": 9},
+        State.OTHER: {"seed": 3, "held_out_share": 0.1, "held_out_datasets": held_out, "max_length": 8},
+    }
+    for state, values in changed.items():
+        for key, value in values.items():
+            found = contract.state_of(tmp_path, sft.COMMAND.fingerprint(RECIPE | {key: value}))
+            assert found[0] == state, key
+    for part in ("code", "versions"):
+        name = next(iter(wanted[part]))
+        state, found = contract.state_of(tmp_path, wanted | {part: wanted[part] | {name: "9.9.9"}})
+        assert state == State.DONE and found == Differences([], [], [f"{name} {wanted[part][name]} -> 9.9.9"])
+
+
+def test_held_out_rows_only_measure_if_they_are_not_taken_from_the_training_rows(tmp_path: Path) -> None:
+    sources = [{"path": "gemma2_post.tiny.data:demonstrations"}]
+    finished(tmp_path, held_out_datasets=sources)
+    others = RECIPE | {"held_out_datasets": [*sources, *sources]}
+    assert contract.state_of(tmp_path, sft.COMMAND.fingerprint(others))[0] == State.UNMEASURED
+    assert contract.state_of(tmp_path, sft.COMMAND.fingerprint(RECIPE))[0] == State.OTHER
+
+
+def test_what_is_measured_decides_where_a_kl_budget_ends_the_run() -> None:
+    def differ(**values: object) -> Differences:
+        return differences(rlhf.COMMAND.fingerprint(values), rlhf.COMMAND.fingerprint(values | {"num_samples": 9}))
+
+    assert differ().measurements == ["num_samples unset -> 9"]
+    assert differ(kl_budget=2.0).output == ["num_samples 64 -> 9"]
+
+
+def test_edited_weights_are_noticed_and_touched_ones_are_not(tmp_path: Path) -> None:
+    folder = tmp_path / "sft"
+    wanted = finished(folder)
+    weights = folder / "model.safetensors"
+    recorded = contract.input_digest(str(folder))
+    os.utime(weights, (1, 1))
+    assert contract.state_of(folder, wanted)[0] == State.DONE
+    weights.write_bytes(b"WEIGHTS")
+    state, found = contract.state_of(folder, wanted)
+    assert state == State.OTHER and found.output == ["files of the output were changed after it was finished"]
+    assert contract.input_digest(str(folder)) != recorded
+
+
+def test_weights_of_every_format_count(tmp_path: Path) -> None:
+    for name in ("pytorch_model.bin", "model.safetensors", "tokenizer.model"):
+        (tmp_path / name).write_bytes(b"old")
+        before = digests.of_input(str(tmp_path))
+        (tmp_path / name).write_bytes(b"new")
+        assert digests.of_input(str(tmp_path)) != before, name
+
+
+def test_a_run_that_resumes_after_an_update_names_all_who_made_it(tmp_path: Path) -> None:
+    wanted = sft.COMMAND.fingerprint(RECIPE)
+    for version in ("5.0", "5.1", "5.1", wanted["versions"]["transformers"]):
+        now = wanted | {"versions": wanted["versions"] | {"transformers": version}}
+        contract.begin(tmp_path, now)
+        (tmp_path / "checkpoint-1").mkdir(exist_ok=True)
+        assert contract.state_of(tmp_path, wanted)[0] == State.INTERRUPTED
+    contract.finish(tmp_path, "sft", wanted, 1.0, {}, {})
+    done = contract.read_done(tmp_path)
+    assert [each["versions"]["transformers"] for each in done["earlier"]] == ["5.0", "5.1"]
+
+
+@pytest.mark.parametrize("when", range(12))
+def test_a_kill_at_any_system_call_of_the_contract_leaves_what_the_next_start_can_use(
+    when: int, tmp_path: Path
+) -> None:
+    """A process claims a folder, claims it afresh for another recipe and finishes it; it dies at one of its calls."""
+    program = f"""
+import os, shutil, sys
+from pathlib import Path
+from gemma2_post import sft
+from gemma2_post.stage import contract
+calls = 0
+def dies(call):
+    def counted(*args, **more):
+        global calls
+        calls += 1
+        if calls == {when}:
+            os._exit(9)
+        return call(*args, **more)
+    return counted
+folder = Path({str(tmp_path / "sft")!r})
+first, second = (sft.COMMAND.fingerprint({{"learning_rate": rate}}) for rate in (1, 2))
+for module, name in ((os, "mkdir"), (os, "replace"), (os, "rename"), (os, "unlink"), (os, "rmdir"),
+                     (Path, "write_text"), (Path, "mkdir"), (Path, "rename"), (Path, "unlink")):
+    setattr(module, name, dies(getattr(module, name)))
+contract.begin(folder, first)
+(folder / "progress").mkdir()
+(folder / "progress" / "answers.jsonl").write_text("1")
+contract.begin_afresh(folder, second)
+contract.finish(folder, "sft", second, 1.0, {{}}, {{}})
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == (9 if when else 0), ended.stderr
+    wanted = sft.COMMAND.fingerprint({"learning_rate": 2})
+    state, _ = contract.state_of(tmp_path / "sft", wanted)
+    assert (state == State.DONE) or when
+    if state != State.DONE:
+        contract.begin_afresh(tmp_path / "sft", wanted)
+        contract.finish(tmp_path / "sft", "sft", wanted, 1.0, {}, {})
+    assert contract.state_of(tmp_path / "sft", wanted)[0] == State.DONE
 
 
 DAMAGED = {
@@ -192,8 +324,7 @@ def test_a_damaged_stage_file_is_one_sentence_that_names_it(file: str, content: 
     (tmp_path / file).write_bytes(content)
     wanted = sft.COMMAND.fingerprint(RECIPE)
     readers = [
-        lambda: contract.what_changed(tmp_path, wanted),
-        lambda: contract.belongs_to(tmp_path, wanted),
+        lambda: contract.state_of(tmp_path, wanted),
         lambda: contract.refuse_strange_files(tmp_path),
         lambda: contract.begin_afresh(tmp_path, wanted) if file == contract.BEGUN else contract.read_done(tmp_path),
     ]

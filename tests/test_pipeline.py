@@ -59,7 +59,8 @@ def test_run_makes_a_stage_once_and_again_when_its_recipe_changes(recipe: dict[s
     again = gemma2_post("run", str(pipeline), "--set", "sft.learning_rate=2e-3")
     assert again.returncode == 0 and "sft: runs again, because learning_rate 0.001 -> 0.002" in again.stdout
     assert (output / "model.safetensors").read_bytes() != weights
-    assert not output.with_name("sft.previous").exists()
+    (replaced,) = (output.parent / "replaced").iterdir()
+    assert (replaced / "model.safetensors").read_bytes() == weights
 
 
 @pytest.mark.slow
@@ -113,13 +114,14 @@ def test_an_entry_names_the_stages_it_reads_and_how_many_policies_it_trains(tmp_
     reward = {"policies": ["runs/x/sft"], "output_dir": "runs/x/reward"}
     x = Path("runs/x")
     assert steps_of(path, {"rlhf": {"beta": 0.2}}) == [
-        (CPU_CONFIG, [Step("sft", "sft", x / "sft", tmp_path / "sft.yaml", {"output_dir": "runs/x/sft"})]),
-        ("other.yaml", [Step("reward", "reward", x / "reward", tmp_path / "reward.yaml", reward)]),
+        (CPU_CONFIG, [Step("sft", "sft", "sft", x / "sft", tmp_path / "sft.yaml", {"output_dir": "runs/x/sft"})]),
+        ("other.yaml", [Step("reward", "reward", "reward", x / "reward", tmp_path / "reward.yaml", reward)]),
         (
             CPU_CONFIG,
             [
                 Step(
                     f"rlhf policy {m}",
+                    "rlhf",
                     "rlhf",
                     x / "rlhf" / f"policy-{m}",
                     tmp_path / "rlhf.yaml",
@@ -240,7 +242,7 @@ def test_stages_that_wait_for_each_other_are_a_circle(tmp_path: Path) -> None:
             ({name: {"recipe": "sft.yaml", "stage": "sft"}}, "a stage cannot be called .*; use letters, digits")
             for name in (
                 *("../x", "a/b", ".", "..", "", " ", "a b", "a\0b", ".hidden", "dot.", "ä", "a:b", "-x", "a\n"),
-                *("logs", "summary.json", "report.html", "sft.previous", "sft.aside"),
+                *("logs", "replaced", "summary.json", "report.html"),
             )
         ),
         *(
@@ -461,7 +463,7 @@ def test_a_change_makes_what_follows_from_it_and_nothing_else(
 
     def explained() -> dict[str, str]:
         capsys.readouterr()
-        cli.say_what_would_run(path, None, {}, tmp_path / "run")
+        cli.run(path, None, {}, tmp_path / "run", explain=True)
         return dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
 
     assert explained() == {
@@ -715,7 +717,7 @@ CPU = {"use_cpu": True, "num_processes": 1}
         (CPU, "", 1, 2, [{}]),
         (CPU | {"num_processes": 2}, "", 4, 2, [{}]),
         ({"num_processes": 1}, "0,1", 2, 2, [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]),
-        ({"num_processes": 2}, "4,5,6,7,8", 2, 5, [{"CUDA_VISIBLE_DEVICES": each} for each in ("4,5", "6,7")]),
+        ({"num_processes": 1}, "6", 2, 2, [{}]),
         ({"num_processes": 8}, "0,1,2,3,4,5,6,7", 2, 2, [{}]),
         ({"num_processes": 1, "num_machines": 2}, "0,1", 2, 2, [{}]),
         ({"num_processes": 1}, "", 2, 2, [{}]),
@@ -730,8 +732,15 @@ def test_runs_go_side_by_side_on_devices_of_their_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
     assert devices.places(Launcher(**config), num_runs) == expected
+
+
+def test_runs_of_several_processes_side_by_side_meet_at_different_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,8")
+    first, second = devices.places(Launcher(num_processes=2), 5)
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in (first, second)] == ["4,5", "6,7"]
+    assert first[devices.PORT] != second[devices.PORT]
 
 
 def test_steps_of_a_round_run_at_the_same_time_each_in_its_place(

@@ -17,6 +17,7 @@ from gemma2_post import rlhf
 from gemma2_post.evaluation import rewards
 from gemma2_post.evaluation.samples import Answer, distinctness
 from gemma2_post.models.loading import load_for_training
+from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
 from gemma2_post.training import policy as policies
 from gemma2_post.training import run as training
@@ -172,6 +173,8 @@ def test_resumed_equals_uninterrupted_anchor_included(
     first, second = saved_anchor(whole, method), saved_anchor(resumed, method)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert len(trajectories[1].points) == 3  # it did go on from step 2
+    tokens = [entry["num_tokens"] for entry in contract.read_lines(resumed / "log.jsonl") if "num_tokens" in entry]
+    assert training.throughput(trajectories[1].trainer, 1.0, tokens[1])["tokens_per_second"] == tokens[-1] - tokens[1]
     assert relative_error(second, average(trajectories[0].points, 0.3)) < 1e-6
 
 

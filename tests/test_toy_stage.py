@@ -174,7 +174,7 @@ def test_a_key_that_names_something_is_hashed_and_looked_for_and_handed_over_by_
     before = command(WithLexicon).fingerprint(values)
     assert before["inputs"].keys() == {str(lexicon), "gemma2_post.tiny.gold:gold", BASE}
     lexicon.write_text("b")
-    (change,) = differences(before, command(WithLexicon).fingerprint(values))
+    (change,) = differences(before, command(WithLexicon).fingerprint(values)).output
     assert change.startswith(f"{lexicon} ")
 
     monkeypatch.setitem(stages.STAGES, "toy", "tests.toy")

@@ -256,9 +256,8 @@ def test_an_adapter_under_zero_3_goes_back_when_its_budget_is_passed(
     output = in_two_processes("gemma2_post.rlhf", 3, values, tmp_path) / "policy-0"
     curve = [json.loads(line) for line in (output / "watch.jsonl").read_text().splitlines()]
     metrics = json.loads((output / "metrics.json").read_text())
-    *_, kept, passed = curve  # what was too far is told, too
-    assert 1 <= metrics["kept_step"] == kept["step"] and metrics["kl_to_start"] == kept["kl_to_start"]
-    assert kept["kl_to_start"] < BUDGET < passed["kl_to_start"]
+    kept = curve[-1]  # what was too far is not the policy's
+    assert 1 <= metrics["kept_step"] == kept["step"] < 4 and metrics["kl_to_start"] == kept["kl_to_start"] < BUDGET
     checkpoint = load_file(output / f"checkpoint-{kept['step']}" / "adapter_model.safetensors")
     saved = load_file(output / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(saved[name].bfloat16(), checkpoint[name].bfloat16()) for name in saved)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from gemma2_post.stage.bounds import FILLED, NOT_NEGATIVE, POSITIVE, SHARE, Bounds
 from gemma2_post.stage.paths import DataPath
-from gemma2_post.stage.recipe import key
+from gemma2_post.stage.recipe import Effect, key
 
 
 @dataclass
@@ -31,9 +31,14 @@ class DataArguments:
 
     datasets: list[Source] = key(help="Sources to train on: path, split, name, revision, weight.", bounds=FILLED)
     held_out_datasets: list[Source] | None = key(
-        None, "Sources to evaluate on; without it, held_out_share of the training rows.", bounds=FILLED
+        None,
+        "Sources to evaluate on; without it, held_out_share of the training rows.",
+        effect=Effect.MEASUREMENTS,
+        bounds=FILLED,
     )
-    columns: list[str] | None = key(None, "Columns kept beside the conversation, for graders and group_by.")
+    columns: list[str] | None = key(
+        None, "Columns kept beside the conversation, for graders and group_by.", effect=Effect.MEASUREMENTS
+    )
     held_out_share: float = key(
         0.02, "Share of the rows kept for evaluation, at random.", bounds=Bounds(above=0, below=1)
     )

@@ -7,7 +7,7 @@ from gemma2_post.data.keys import DataArguments, Source
 from gemma2_post.stage.bounds import COUNT, NOT_NEGATIVE, POSITIVE, SEED
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.paths import FilePath, FunctionPath, ModelPath
-from gemma2_post.stage.recipe import key, part
+from gemma2_post.stage.recipe import Effect, key, part
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -36,13 +36,17 @@ class SampleArguments:
     """The held-out answers that are sampled and graded."""
 
     graders: list[FunctionPath] | None = key(
-        None, "Functions module:function that grade sampled answers, called as TRL calls reward functions."
+        None,
+        "Functions module:function that grade sampled answers, called as TRL calls reward functions.",
+        effect=Effect.MEASUREMENTS,
     )
     headline: str | None = key(
-        None, "The metric shown first in tables and reports; without it, the first grader.", has_effect=False
+        None, "The metric shown first in tables and reports; without it, the first grader.", effect=Effect.NONE
     )
-    group_by: str | None = key(None, "Column by which the grades are also broken down.")
-    num_samples: int = key(64, "Held-out prompts answered before and after; 0 for none.", bounds=NOT_NEGATIVE)
+    group_by: str | None = key(None, "Column by which the grades are also broken down.", effect=Effect.MEASUREMENTS)
+    num_samples: int = key(
+        64, "Held-out prompts answered before and after; 0 for none.", effect=Effect.MEASUREMENTS, bounds=NOT_NEGATIVE
+    )
 
     @property
     def grader_names(self) -> list[str]:
@@ -164,10 +168,10 @@ class EndpointArguments:
     """How an OpenAI-compatible endpoint is asked."""
 
     api_key_variable: str | None = key(
-        None, "Environment variable with the endpoint's key; None if it needs none.", has_effect=False
+        None, "Environment variable with the endpoint's key; None if it needs none.", effect=Effect.NONE
     )
-    concurrency: int = key(8, "Requests to the endpoint at a time.", has_effect=False, bounds=COUNT)
-    endpoint_timeout: float = key(120.0, "Seconds for one attempt.", has_effect=False, bounds=POSITIVE)
+    concurrency: int = key(8, "Requests to the endpoint at a time.", effect=Effect.NONE, bounds=COUNT)
+    endpoint_timeout: float = key(120.0, "Seconds for one attempt.", effect=Effect.NONE, bounds=POSITIVE)
 
 
 @dataclass(kw_only=True)
@@ -250,6 +254,6 @@ class SynthesisArguments:
     endpoint_retries: int = key(
         20,
         "Additional attempts, at most 8 s apart: 20 are about two and a half minutes.",
-        has_effect=False,
+        effect=Effect.NONE,
         bounds=NOT_NEGATIVE,
     )

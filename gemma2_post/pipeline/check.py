@@ -5,6 +5,7 @@ It loads no weights and uses no network.
 
 import warnings
 from collections import Counter
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,11 @@ from gemma2_post.stage.recipe import keys_of, values_of
 Models = dict[str, Gemma2Config | None]
 
 
-def check(pipeline: Pipeline, until: str | None = None, is_here: bool = False) -> list[Job]:
+def check(pipeline: Pipeline, until: str | None = None, to_run: Container[str] = ()) -> list[Job]:
     """Checks every step, as thoroughly as is possible before earlier steps have run.
 
     Args:
-        is_here: Whether the pipeline will run on this machine, with its devices.
+        to_run: Labels of the steps that will run on this machine, with its devices.
 
     Raises:
         UserError: What is wrong.
@@ -50,7 +51,7 @@ def check(pipeline: Pipeline, until: str | None = None, is_here: bool = False) -
     jobs: list[Job] = []
     for launch, steps in pipeline.steps(until):
         for step in steps:
-            job = _check_step(step, launch, made, is_here)
+            job = _check_step(step, launch, made, step.label in to_run)
             with located(step.config or step.label):
                 if job.command.is_test:
                     _check_unseen(job, jobs)
@@ -64,6 +65,7 @@ def _check_step(step: Step, launch: str, made: Models, is_here: bool) -> Job:
 
     Args:
         made: Folders that earlier steps make, with the configs of their models; this step's folder is added.
+        is_here: Whether it will run on this machine.
     """
     launcher, command = launchers.read(launch), step.command
     if is_here:

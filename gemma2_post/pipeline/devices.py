@@ -2,9 +2,15 @@
 
 import os
 import shutil
+import socket
 import subprocess
+from contextlib import ExitStack
 
+from gemma2_post.stage.digests import num_cores
 from gemma2_post.stage.launcher import Launcher
+
+PORT = "MASTER_PORT"
+"""Environment variable with the port at which the processes of a run meet."""
 
 
 def places(launcher: Launcher, num_runs: int) -> list[dict[str, str]]:
@@ -20,7 +26,7 @@ def places(launcher: Launcher, num_runs: int) -> list[dict[str, str]]:
     if launcher.num_machines > 1:
         return [{}]
     if launcher.use_cpu:
-        cores = os.cpu_count() or 1
+        cores = num_cores()
         num_places = min(num_runs, cores) if num_processes == 1 else 1
         return [{"OMP_NUM_THREADS": str(cores // num_places)}] * num_places if num_places > 1 else [{}]
     gpus = _visible_gpus()
@@ -28,7 +34,20 @@ def places(launcher: Launcher, num_runs: int) -> list[dict[str, str]]:
     if num_places < 2:
         return [{}]
     shares = [gpus[i * num_processes : (i + 1) * num_processes] for i in range(num_places)]
-    return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
+    found = [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
+    if num_processes > 1:
+        for place, port in zip(found, _free_ports(num_places), strict=True):
+            place[PORT] = str(port)
+    return found
+
+
+def _free_ports(number: int) -> list[int]:
+    """Different ports that nothing listens to: side by side, accelerate would use the same one."""
+    with ExitStack() as stack:
+        opened = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for each in opened:
+            each.bind(("", 0))
+        return [each.getsockname()[1] for each in opened]
 
 
 def _visible_gpus() -> list[str]:

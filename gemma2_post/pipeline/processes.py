@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from gemma2_post.pipeline import slurm
+from gemma2_post.pipeline.devices import PORT
 from gemma2_post.pipeline.steps import Step
 from gemma2_post.stage.errors import EXIT_STATUS_FILE
 from gemma2_post.stage.launcher import Launcher
@@ -38,6 +39,7 @@ def launch(step: Step, config: str, launcher: Launcher, environment: dict[str, s
     if launcher.num_machines > 1:
         command = slurm.srun(launcher.num_machines)
     command += ["--quiet", "--config_file", config]
+    command += ["--main_process_port", environment[PORT]] if PORT in environment else []
     command += ["-m", step.command.module, *(["--config", str(step.config)] if step.config else [])]
     command += [f"--{key}={json.dumps(value)}" for key, value in step.values.items()]  # JSON is YAML
     log.parent.mkdir(exist_ok=True)

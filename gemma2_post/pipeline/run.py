@@ -5,7 +5,6 @@ Nothing here imports torch, so a run with everything up to date ends at once.
 
 import gc
 import logging
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -17,9 +16,11 @@ from queue import Queue
 from typing import Protocol
 
 from gemma2_post.pipeline import devices, gates, lock, processes, summary
+from gemma2_post.pipeline.decisions import Action, Choice, Decision, decide, forecast, replace
 from gemma2_post.pipeline.steps import Pipeline, Step
 from gemma2_post.stage import contract
 from gemma2_post.stage import launcher as launchers
+from gemma2_post.stage.contract import State
 from gemma2_post.stage.errors import UserError, located, reported
 from gemma2_post.stage.fingerprint import Fingerprint
 from gemma2_post.stage.launcher import Launcher
@@ -49,8 +50,11 @@ class View(Protocol):
     def live(self) -> AbstractContextManager[None]: ...
 
 
-def run(pipeline: Pipeline, until: str | None, view: View) -> bool:
+def run(pipeline: Pipeline, until: str | None, view: View, choices: dict[str, Choice]) -> bool:
     """Runs the stages in order, up to and including `until`.
+
+    Args:
+        choices: What the user says about steps, by label.
 
     Returns:
         Whether there was anything to do.
@@ -67,7 +71,7 @@ def run(pipeline: Pipeline, until: str | None, view: View) -> bool:
             print("ended processes that an earlier, killed run had left running", flush=True)
         _check_folders(pipeline, steps)
         view.begin({step.label: _log(pipeline, step) for step in steps})
-        current = _Run(pipeline, until, view)
+        current = _Run(pipeline, until, view, choices)
         status = "failed"
         try:
             with view.live():
@@ -90,55 +94,42 @@ def run(pipeline: Pipeline, until: str | None, view: View) -> bool:
     return current.has_begun
 
 
-def explain(pipeline: Pipeline, until: str | None) -> None:
+def explain(pipeline: Pipeline, until: str | None, choices: dict[str, Choice]) -> None:
     """Prints what `run` would do, and why."""
-    remade: dict[str, str] = {}
-    for _, steps in pipeline.steps(until):
-        for step in steps:
-            named = [
-                each for value in step.values.values() for each in (value if isinstance(value, list) else [value])
-            ]
-            reads = sorted(label for folder, label in remade.items() if folder in named)
-            why = f"runs after {', '.join(reads)}" if reads else _why(step)
-            if why != "up to date":
-                remade[str(step.folder)] = step.label
-            print(f"{step.label}: {why}")
+    for step, decision, reads in forecast(pipeline, until, choices):
+        if reads and choices.get(step.label) != Choice.KEEP:
+            print(f"{step.label}: runs after {', '.join(reads)}")
+        else:
+            nothing = "up to date" if decision.action == Action.KEEP else "runs for the first time"
+            print(f"{step.label}: {decision.why or nothing}")
 
 
-def _why(step: Step) -> str:
-    wanted = wanted_of(step)
-    if contract.is_done(step.folder, wanted):
-        return "up to date"
-    if contract.belongs_to(_previous(step.folder), wanted):
-        return "what was set aside comes back"
-    if changes := contract.what_changed(step.folder, wanted):
-        return f"runs again, because {'; '.join(changes)}"
-    return "resumes" if contract.has_progress(step.folder) else "runs for the first time"
-
-
-def _check(pipeline: Pipeline, until: str | None) -> None:
+def _check(pipeline: Pipeline, until: str | None, to_run: set[str]) -> None:
     """Checks the whole pipeline, in a separate process because that imports torch.
+
+    Args:
+        to_run: Labels of the steps that may run; the others need neither devices nor space.
 
     Raises:
         SystemExit: Something is wrong; the process has printed what.
     """
-    process = get_context("spawn").Process(target=_check_here, args=(pipeline, until), daemon=True)
+    process = get_context("spawn").Process(target=_check_here, args=(pipeline, until, to_run), daemon=True)
     process.start()
     process.join()
     if process.exitcode:
         raise SystemExit(process.exitcode)
 
 
-def _check_here(pipeline: Pipeline, until: str | None) -> None:
+def _check_here(pipeline: Pipeline, until: str | None, to_run: set[str]) -> None:
     gc.disable()  # the process imports much and ends soon
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when imported, it warns about a missing CPU kernel
     from gemma2_post.pipeline import check
     from gemma2_post.planning import memory
 
     with reported():
-        jobs = check.check(pipeline, until, is_here=True)
+        jobs = check.check(pipeline, until, to_run)
         with located(pipeline.path):
-            memory.check_disk(pipeline.run_dir, jobs)
+            memory.check_disk(pipeline.run_dir, [job for job in jobs if job.label in to_run])
 
 
 @contextmanager
@@ -182,18 +173,20 @@ def wanted_of(step: Step) -> Fingerprint:
 class _Run:
     """A run of a pipeline in progress."""
 
-    def __init__(self, pipeline: Pipeline, until: str | None, view: View):
-        self.pipeline, self.until, self.view = pipeline, until, view
+    def __init__(self, pipeline: Pipeline, until: str | None, view: View, choices: dict[str, Choice]):
+        self.pipeline, self.until, self.view, self.choices = pipeline, until, view, choices
         self.has_begun = False
 
     def round(self, config: str, steps: list[Step]) -> None:
         """Runs the steps that are not up to date, side by side if devices allow it; then checks their gates."""
         launcher = launchers.read(config)
-        wanted = {step.label: wanted_of(step) for step in steps}
-        to_run = [step for step in steps if not self._is_up_to_date(step, wanted[step.label])]
+        decisions = {step.label: self._decide(step) for step in steps}
+        to_run = [step for step in steps if decisions[step.label].action != Action.KEEP]
         if to_run:
-            if not self.has_begun:
-                _check(self.pipeline, self.until)  # everything, before the first stage starts
+            if not self.has_begun:  # everything is checked before the first stage starts
+                would = forecast(self.pipeline, self.until, self.choices)
+                kept = {step.label for step, decision, reads in would if decision.action == Action.KEEP and not reads}
+                _check(self.pipeline, self.until, {step.label for step, *_ in would} - kept)
                 self.has_begun = True
             places = devices.places(launcher, len(steps))
             free: Queue[dict[str, str]] = Queue()
@@ -203,7 +196,7 @@ class _Run:
             def run_step(step: Step) -> None:
                 place = free.get()
                 try:
-                    self._run_step(step, wanted[step.label], config, launcher, place)
+                    self._run_step(step, decisions[step.label], config, launcher, place)
                 finally:
                     free.put(place)
 
@@ -228,60 +221,46 @@ class _Run:
                 self.view.set(step.label, "below its gate")
                 raise
 
-    def _is_up_to_date(self, step: Step, wanted: Fingerprint) -> bool:
-        """Whether there is nothing to do; shows that, or what changed. Brings back a version that was set aside."""
-        output_dir = step.folder
-        previous = _previous(output_dir)
-        if contract.belongs_to(previous, wanted) and not contract.is_done(output_dir, wanted):
-            # The recipe is what it was before: both versions change places.
-            if output_dir.is_dir():
-                aside = output_dir.with_name(f"{output_dir.name}.aside")
-                output_dir.rename(aside)
-                previous.rename(output_dir)
-                aside.rename(previous)
-            else:
-                previous.rename(output_dir)
-        if contract.is_done(output_dir, wanted):
-            metrics = contract.metrics_of(output_dir)
+    def _decide(self, step: Step) -> Decision:
+        """What to do with a step; shows that, and brings back an output that was replaced if it is wanted again."""
+        wanted, choice = wanted_of(step), self.choices.get(step.label)
+        decision = decide(self.pipeline, step, wanted, choice)
+        if decision.replaced:
+            self.view.say(f"{step.label}: {decision.why}")
+            replace(self.pipeline, step)
+            decision.replaced.rename(step.folder)
+            decision = decide(self.pipeline, step, wanted, choice)
+        if decision.why:
+            self.view.say(f"{step.label}: {decision.why}")
+        if decision.action == Action.KEEP:
+            metrics = contract.metrics_of(step.folder)
             self.view.set(step.label, "up to date", step.command.headline_of(step.keys, metrics))
-            return True
-        if changes := contract.what_changed(output_dir, wanted):
-            self.view.say(f"{step.label}: runs again, because {'; '.join(changes)}")
-        return False
+        return decision
 
     def _run_step(
-        self, step: Step, wanted: Fingerprint, config: str, launcher: Launcher, environment: dict[str, str]
+        self, step: Step, decision: Decision, config: str, launcher: Launcher, environment: dict[str, str]
     ) -> None:
-        """Runs a step; keeps what was in its folder until the step has made something new."""
-        output_dir, log = step.folder, _log(self.pipeline, step)
-        previous = _previous(output_dir)
-        if contract.what_changed(output_dir, wanted):
-            if previous.is_dir() and not (output_dir / contract.DONE).is_file():
-                shutil.rmtree(output_dir)  # an unfinished replacement
-            else:
-                shutil.rmtree(previous, ignore_errors=True)
-                output_dir.rename(previous)
+        """Runs a step; what was in its folder is kept among the replaced outputs, or comes back if nothing is made."""
+        log = _log(self.pipeline, step)
+        replaced = replace(self.pipeline, step) if decision.action == Action.RUN else None
         self.view.set(step.label, "running", f"log: {log}")
         began = time.monotonic()
         try:
             status = processes.launch(step, config, launcher, environment, self.pipeline.run_dir, log)
+            if not status and contract.state_of(step.folder, wanted_of(step))[0] == State.UNMEASURED:
+                # It was begun with other measurements than it was finished with; `training/run.py` says why.
+                status = processes.launch(step, config, launcher, environment, self.pipeline.run_dir, log)
         finally:
-            # If the step made nothing, put back what was there.
-            is_done = (output_dir / contract.DONE).is_file()
-            if previous.is_dir() and not is_done and not contract.has_progress(output_dir):
-                shutil.rmtree(output_dir, ignore_errors=True)
-                previous.rename(output_dir)
+            is_done = (step.folder / contract.DONE).is_file()
+            if replaced and not is_done and not contract.has_progress(step.folder):
+                contract.discard(step.folder)
+                replaced.rename(step.folder)
         seconds = time.monotonic() - began
         if status or not is_done:
             self.view.set(step.label, "failed", f"status {status}", seconds)
             raise _failure(step, status, log)
-        shutil.rmtree(previous, ignore_errors=True)
-        metrics = contract.metrics_of(output_dir)
+        metrics = contract.metrics_of(step.folder)
         self.view.set(step.label, "done", step.command.headline_of(step.keys, metrics), seconds)
-
-
-def _previous(output_dir: Path) -> Path:
-    return output_dir.with_name(f"{output_dir.name}.previous")
 
 
 def _failure(step: Step, status: int, log: Path) -> UserError:

@@ -45,10 +45,8 @@ class StageEntry:
 
 
 _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_-])?")
-_TAKEN = ("logs", "report.html", "report.md", "summary.json", "judgments.jsonl")
+_TAKEN = ("logs", "replaced", "report.html", "report.md", "summary.json", "judgments.jsonl")
 """What else a run writes into its folder."""
-_TAKEN_ENDINGS = (".previous", ".aside")
-"""Endings of a stage's folder that is set aside while the stage runs again."""
 MODEL = "model"
 """An entry's name for `model_name_or_path`."""
 
@@ -174,6 +172,8 @@ class Step:
     """One run of a stage."""
 
     label: str
+    entry: str
+    """The entry of the pipeline that it belongs to."""
     stage: str
     folder: Path
     """Its output: the recipe's output_dir, or one policy's folder in it."""
@@ -250,10 +250,10 @@ def load_pipeline(
 def _entry(name: str, values: dict[str, object]) -> StageEntry:
     """An entry of the recipe; its keys are those of `StageEntry` and the stage's keys that name models."""
     with located(repr(name) if not name.strip() else name):
-        if not _NAME.fullmatch(name) or name in _TAKEN or name.endswith(_TAKEN_ENDINGS):
+        if not _NAME.fullmatch(name) or name in _TAKEN:
             raise UserError(
                 f"a stage cannot be called {name!r}, because its folder has its name; use letters, digits, _, - and, "
-                f"inside, a dot, but none of {', '.join((*_TAKEN, *_TAKEN_ENDINGS))}"
+                f"inside, a dot, but none of {', '.join(_TAKEN)}"
             )
         if not isinstance(values, dict):
             raise UserError(f"the entry is {values!r}; write a mapping, for example `{{recipe: sft.yaml}}`")
@@ -321,7 +321,7 @@ def rounds(pipeline: Pipeline, name: str) -> Iterator[tuple[str, list[Step]]]:
         yield pipeline.launch_of(name), _policies(pipeline, name, name, 0)
     else:
         values = pipeline.references_of(name) | pipeline.overrides.get(name, {}) | {"output_dir": str(output)}
-        step = Step(name, pipeline.stage_of(name), output, pipeline.config_of(name), values, entry.gates or {})
+        step = Step(name, name, pipeline.stage_of(name), output, pipeline.config_of(name), values, entry.gates or {})
         yield pipeline.launch_of(name), [step]
 
 
@@ -339,6 +339,7 @@ def _policies(pipeline: Pipeline, name: str, output: str, first: int, model: str
     return [
         Step(
             f"{output} policy {number}",
+            name,
             pipeline.stage_of(name),
             folder / f"policy-{number}",
             pipeline.config_of(name),
@@ -365,7 +366,7 @@ def _warp_rounds(pipeline: Pipeline, name: str) -> Iterator[tuple[str, list[Step
     for iteration in range(1, entry.iterations or 1):
         folder = pipeline.run_dir / f"{name}-{iteration}"
         values = {"init": start, "policies": policies, "eta": entry.next_eta} | how | {"output_dir": str(folder)}
-        yield launch, [Step(folder.name, stage, folder, None, values)]
+        yield launch, [Step(folder.name, name, stage, folder, None, values)]
         steps = _policies(pipeline, merged, f"{merged}-{iteration + 1}", len(runs), str(folder))
         yield pipeline.launch_of(merged), steps
         start, policies = str(folder), [str(step.folder) for step in steps]
@@ -377,4 +378,4 @@ def _warp_rounds(pipeline: Pipeline, name: str) -> Iterator[tuple[str, list[Step
         values["reward_model"] = references["reward_model"]
     output = pipeline.run_dir / name
     values |= pipeline.overrides.get(name, {}) | {"output_dir": str(output)}
-    yield launch, [Step(name, stage, output, pipeline.config_of(name), values, entry.gates or {})]
+    yield launch, [Step(name, name, stage, output, pipeline.config_of(name), values, entry.gates or {})]

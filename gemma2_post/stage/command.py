@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from gemma2_post.stage import contract, fingerprint, launcher, recipe
 from gemma2_post.stage.command_line import read
+from gemma2_post.stage.contract import State
 from gemma2_post.stage.disk import check_folder
 from gemma2_post.stage.errors import UserError, located, reported
 from gemma2_post.stage.fingerprint import Fingerprint
@@ -41,6 +42,11 @@ class Stage:
     output_dir: Path
     fingerprint: Fingerprint
     began: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_made(self) -> bool:
+        """Whether its output is there already, so that it only has to be measured in another way."""
+        return (self.output_dir / contract.DONE).is_file()
 
     def finish(self, facts: dict[str, object], metrics: dict[str, float], summary: str = "") -> None:
         """Marks the output as done and prints a line; see `contract.finish`."""
@@ -86,6 +92,8 @@ class Command(Generic[R]):
     """Fills in what follows from the recipe and the launcher."""
     implied: Callable[[dict[str, object]], dict[str, object]] = lambda values: {}
     """Keys that follow from the recipe's keys and override them."""
+    decisive: Callable[[dict[str, object]], dict[str, object]] = lambda values: {}
+    """Keys, with their values, that decide the output given the recipe's keys, although they usually only measure."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Keys that must not be set, with the reason."""
     needs_config: bool = True
@@ -128,8 +136,10 @@ class Command(Generic[R]):
             stage, recipe = self.parse(sys.argv[1:])
             gc.freeze()
             gc.enable()
-            if contract.is_done(stage.output_dir, stage.fingerprint):
-                print(f"{stage.output_dir} is up to date")
+            state, found = contract.state_of(stage.output_dir, stage.fingerprint)
+            if state == State.DONE:
+                kept = f"is kept, although {'; '.join(found.updates)}; move it away to make it again"
+                print(f"{stage.output_dir} {kept if found.updates else 'is up to date'}")
                 return
             self.run(stage, recipe)
 
@@ -168,16 +178,18 @@ class Command(Generic[R]):
     def run(self, stage: Stage, built: R) -> None:
         """Runs a checked recipe; refuses a folder with the output or checkpoints of another recipe."""
         with located(stage.where):
-            if changes := contract.what_changed(stage.output_dir, stage.fingerprint):
+            state, found = contract.state_of(stage.output_dir, stage.fingerprint)
+            if state == State.OTHER:
                 raise UserError(
-                    f"output_dir {stage.output_dir} was made by a different recipe ({'; '.join(changes[:3])}); "
+                    f"output_dir {stage.output_dir} was made by a different recipe ({'; '.join(found.output[:3])}); "
                     "choose another output_dir, or move that folder away"
                 )
             self.main(stage, built)
 
     def fingerprint(self, values: dict[str, object]) -> Fingerprint:
         """What the output depends on, given these keys."""
-        return fingerprint.fingerprint(self.recipe, self.main, values, contract.input_digest)
+        decisive = self.decisive(values)
+        return fingerprint.fingerprint(self.recipe, self.main, values, contract.input_digest, decisive)
 
     def headline_of(self, values: dict[str, object], metrics: dict[str, float]) -> str:
         """The most important metric, before and after: `accuracy 0.57 -> 0.82`.

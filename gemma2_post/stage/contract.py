@@ -3,6 +3,7 @@
 Nothing here imports torch, so checking whether a stage is up to date is instant.
 """
 
+import enum
 import json
 import math
 import os
@@ -10,12 +11,13 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from gemma2_post.stage import digests
 from gemma2_post.stage.errors import PlacedError, UserError
-from gemma2_post.stage.fingerprint import Fingerprint, differences
+from gemma2_post.stage.fingerprint import PARTS, Differences, Fingerprint, differences
 
 DONE = "stage.json"
 BEGUN = "begun.json"
@@ -27,6 +29,8 @@ PROGRESS = "progress"
 """Folder for the partial results of a stage without checkpoints; the stage itself decides whether it can resume."""
 _PACKAGE = Path(__file__).parents[1]
 _CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
+_LEFT_OVER = re.compile(r"\.(.+\.tmp|discarded-.+)")
+"""Names of what a kill leaves of a file that was being written, or of a folder that was being deleted."""
 _MEASURED = {DONE, BEGUN, "log.jsonl", "watch.jsonl", "answers.jsonl"} | {
     f"{name}.json" for name in ("before", "metrics", "merge", "front", "models", "gains")
 }
@@ -36,15 +40,47 @@ _MEASURED = {DONE, BEGUN, "log.jsonl", "watch.jsonl", "answers.jsonl"} | {
 Keys = Mapping[str, type | tuple[type, ...]]
 """The keys that a JSON object must have, with the types of their values."""
 NUMBER = (int, float)
-_FINGERPRINT = dict.fromkeys(("recipe", "inputs", "code", "versions"), dict)
+_FINGERPRINT = dict.fromkeys(PARTS, dict)
 _BEGUN_KEYS: Keys = {"fingerprint": dict}
 _DONE_KEYS: Keys = {"stage": str, "fingerprint": dict, "output": str, "wall_seconds": NUMBER, "metrics": dict}
+
+
+class State(enum.Enum):
+    """What an output folder holds, seen from what is wanted of it."""
+
+    NEW = "nothing that could be used"
+    DONE = "the finished output"
+    UNMEASURED = "the finished output, measured in another way"
+    INTERRUPTED = "an unfinished run that can go on"
+    OTHER = "an output that something else has made, finished or not"
 
 
 def input_digest(path: str) -> str | None:
     """Content hash of an input that a recipe names; see `digests.of_input`."""
     done = read_done(Path(path), "output")
-    return done["output"] if done else digests.of_input(path)
+    return output_digest(Path(path), done) if done else digests.of_input(path)
+
+
+def output_digest(folder: Path, done: dict[str, Any]) -> str:
+    """Content hash of a finished output: the recorded one if sizes and times of its files are the recorded ones."""
+    now = _stamps(folder)
+    return done["output"] if now == done.get("files") else _hashed(folder, json.dumps(now))
+
+
+@cache
+def _hashed(folder: Path, stamps: str) -> str:
+    """Content hash of the output that the next stage reads; `stamps` says whether the last one still holds."""
+    return digests.of_files(_output_files(folder))
+
+
+def _output_files(folder: Path) -> list[Path]:
+    return [path for path in digests.files_in(folder) if path.name not in _MEASURED]
+
+
+def _stamps(folder: Path) -> dict[str, list[int]]:
+    """Size in bytes and time of the last change in ns of each file of an output."""
+    stats = {path.name: path.stat() for path in _output_files(folder)}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def read_json(path: Path, keys: Keys | None = None, advice: str = "") -> Any:
@@ -89,6 +125,8 @@ def metrics_of(folder: Path) -> dict[str, Any]:
 
 def _read_run(path: Path, keys: Keys) -> dict[str, Any] | None:
     found = read_json(path, keys)
+    if found is not None and "fingerprint" in keys:
+        found["fingerprint"].setdefault("measurements", {})  # 0.1.0 wrote all keys into the recipe
     if found is not None and "fingerprint" in keys and (problem := _problem(found["fingerprint"], _FINGERPRINT)):
         raise PlacedError(
             f"{path}: the file is damaged (in its fingerprint {problem}); move {path.parent} away, then run again "
@@ -180,39 +218,31 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def is_done(output_dir: Path, wanted: Fingerprint) -> bool:
-    """Whether the directory holds the finished output of exactly this fingerprint."""
-    return _is_of(read_done(output_dir, "fingerprint"), wanted)
-
-
-def belongs_to(output_dir: Path, wanted: Fingerprint) -> bool:
-    """Whether the directory holds the output of exactly this fingerprint, finished or resumable."""
-    return is_done(output_dir, wanted) or (_is_of(read_begun(output_dir), wanted) and has_progress(output_dir))
-
-
-def _is_of(found: dict[str, Any] | None, wanted: Fingerprint) -> bool:
-    return found is not None and found["fingerprint"] == json.loads(json.dumps(wanted))
-
-
-def what_changed(output_dir: Path, wanted: Fingerprint) -> list[str]:
-    """How the run in the directory differs from `wanted`, in words; empty if the directory can be used.
+def state_of(output_dir: Path, wanted: Fingerprint) -> tuple[State, Differences]:
+    """What the directory holds, and how that differs from what is wanted.
 
     Raises:
-        UserError: The directory holds files that no stage has made.
+        UserError: The directory holds files that no stage has made, or a file of the contract is damaged.
     """
-    found = read_done(output_dir, "fingerprint")
-    if found is None and checkpoints(output_dir):
-        found = read_begun(output_dir)
-    if found is not None:
-        return differences(found["fingerprint"], json.loads(json.dumps(wanted)))
+    wanted = json.loads(json.dumps(wanted))
+    if done := read_done(output_dir, "fingerprint", "output"):
+        found = differences(done["fingerprint"], wanted)
+        if output_digest(output_dir, done) != done["output"]:
+            found.output.append("files of the output were changed after it was finished")
+        state = State.OTHER if found.output else State.UNMEASURED if found.measurements else State.DONE
+        return state, found
     refuse_strange_files(output_dir)
-    return []
+    if (begun := read_begun(output_dir)) and has_progress(output_dir):
+        found = differences(begun["fingerprint"], wanted)
+        return State.OTHER if found.output else State.INTERRUPTED, found
+    return State.NEW, Differences([], [], [])
 
 
 def refuse_strange_files(output_dir: Path) -> None:
     """Raises a `UserError` if the directory holds files that no stage has made, or the files of one are damaged."""
     is_ours = read_done(output_dir, "fingerprint") is not None or read_begun(output_dir) is not None
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not is_ours:
+    there = [path.name for path in output_dir.iterdir()] if output_dir.is_dir() else []
+    if not is_ours and not all(map(_LEFT_OVER.fullmatch, there)):
         raise UserError(f"output_dir {output_dir}: holds files that no stage has made; choose another output_dir")
 
 
@@ -234,17 +264,36 @@ def has_progress(output_dir: Path) -> bool:
 
 
 def begin(output_dir: Path, wanted: Fingerprint) -> None:
-    """Records in the directory which run its checkpoints will belong to."""
+    """Records in the directory which run its checkpoints belong to; keeps who else has made a part of it."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / BEGUN, {"fingerprint": wanted})
+    begun = read_begun(output_dir)
+    earlier = begun.get("earlier", []) if begun else []
+    if begun and differences(begun["fingerprint"], json.loads(json.dumps(wanted))).updates:
+        earlier = [*earlier, {part: begun["fingerprint"][part] for part in ("code", "versions")}]
+    write_json(output_dir / BEGUN, {"fingerprint": wanted} | ({"earlier": earlier} if earlier else {}))
 
 
 def begin_afresh(output_dir: Path, wanted: Fingerprint) -> None:
-    """`begin`, after deleting the directory if an unfinished run of another fingerprint has left it."""
+    """`begin`, after deleting what does not belong to this run.
+
+    That is everything that an unfinished run of another recipe has left, or partial measurements of another kind.
+    """
     begun = read_begun(output_dir)
-    if begun is not None and not _is_of(begun, wanted):
-        shutil.rmtree(output_dir)
+    found = differences(begun["fingerprint"], json.loads(json.dumps(wanted))) if begun else None
+    if found and found.output and not (output_dir / DONE).is_file():
+        discard(output_dir)
+    elif found is None or found.output or found.measurements:
+        discard(output_dir / PROGRESS)
     begin(output_dir, wanted)
+
+
+def discard(folder: Path) -> None:
+    """Deletes a folder, if it exists; a kill leaves either all of it or a name that nothing reads."""
+    discarded = folder.with_name(f".discarded-{folder.name}")
+    shutil.rmtree(discarded, ignore_errors=True)
+    if folder.is_dir():
+        folder.rename(discarded)
+        shutil.rmtree(discarded)
 
 
 def check_finite(metrics: Mapping[str, object]) -> None:
@@ -265,17 +314,21 @@ def finish(
     """Writes `metrics.json`, then `stage.json`: from then on the stage is done.
 
     Args:
-        facts: What the next stage checks (base model, adapter lineage, dtype, hashes of tokenizer and template).
+        facts: What the next stage checks (base model, adapter lineage, dtype, hashes of tokenizer and template). The
+            file also says which earlier code and versions have made a part of it.
 
     Raises:
         UserError: A metric is NaN or infinite.
     """
     check_finite(metrics)
     write_json(output_dir / "metrics.json", metrics)
+    begun = read_begun(output_dir) or {}
     stage_file = {
         "stage": stage,
         "fingerprint": wanted,
-        "output": digests.of_files([path for path in digests.files_in(output_dir) if path.name not in _MEASURED]),
+        **({"earlier": begun["earlier"]} if "earlier" in begun else {}),
+        "output": digests.of_files(_output_files(output_dir)),
+        "files": _stamps(output_dir),
         **facts,
         "git_commit": _git_commit(),
         "wall_seconds": round(seconds, 1),

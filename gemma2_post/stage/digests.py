@@ -23,7 +23,7 @@ DATA_SUFFIXES = [
     *(f"{suffix}{how}" for suffix in _COMPRESSIBLE for how in (".gz", ".zst")),
 ]
 """How the names of data files end."""
-_SUFFIXES = {".py", ".safetensors", ".jinja", ".model", ".yaml", ".gz", ".zst", *DATA_SUFFIXES}
+_SUFFIXES = {".py", ".safetensors", ".bin", ".jinja", ".model", ".yaml", ".gz", ".zst", *DATA_SUFFIXES}
 _IMPORT = re.compile(r"^ *(?:from ([.\w]+) )?import (\([^)]*\)|[^#\n]*)", re.MULTILINE)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -45,35 +45,47 @@ def of_input(path: str) -> str | None:
     return None
 
 
-def of_hub(name: str, revision: str | None, is_dataset: bool) -> str | None:
-    """Commit of a model or data set on the Hub; of the cached download if the Hub cannot be reached.
+def of_hub(name: str, revision: str | None, is_dataset: bool) -> dict[str, str] | None:
+    """Content hashes by file of a model or data set on the Hub; of those that are cached, if it cannot be reached.
 
     None if it is not a Hub name, or is neither on the Hub nor in the cache; the stage itself reports that.
     """
     if not _HUB_NAME.fullmatch(name) or Path(name).parent.exists():
         return None
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi, snapshot_download
 
     kind = "dataset" if is_dataset else "model"
     with contextlib.suppress(Exception):  # no network, no such name, no access: each transport has its own errors
-        return HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=10).sha
-    # This file is always there, and its path in the cache contains the commit.
-    file = ".gitattributes" if is_dataset else "config.json"
+        info = HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=10, files_metadata=True)
+        files = [file for file in getattr(info, "siblings", None) or [] if _is_read(file.rfilename)]
+        return {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
     try:
-        found = hf_hub_download(name, file, revision=revision, repo_type=kind, local_files_only=True)
+        folder = Path(snapshot_download(name, revision=revision, repo_type=kind, local_files_only=True))
     except OSError:
         return None
-    return Path(found).parent.name
+    # In the cache a file is a link to a blob, whose name is its hash.
+    cached = sorted(path for path in folder.rglob("*") if path.is_symlink() and _is_read(path.name))
+    return {path.relative_to(folder).as_posix(): path.resolve().name for path in cached}
+
+
+def _is_read(file: str) -> bool:
+    """Whether a file of a repository is weights, a config, a tokenizer or data; a README or an image is not."""
+    return Path(file).suffix in _SUFFIXES
+
+
+def num_cores() -> int:
+    """The cores that this process may use: fewer than the machine has under an affinity mask or in a Slurm job."""
+    return len(os.sched_getaffinity(0))
 
 
 def files_in(directory: Path) -> list[Path]:
     """The files of a directory that count: no checkpoints, no logs, nothing that Python leaves behind."""
-    return sorted(path for path in directory.iterdir() if path.is_file() and path.suffix in _SUFFIXES)
+    return sorted(path for path in directory.iterdir() if path.is_file() and _is_read(path.name))
 
 
 def of_files(files: list[Path]) -> str:
     """Hash of the names and contents of files."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(num_cores()) as pool:
         parts = pool.map(_of_file, files)
     lines = [f"{file.name} {part}\n" for file, part in zip(files, parts, strict=True)]
     return xxhash.xxh3_64_hexdigest("".join(lines).encode())

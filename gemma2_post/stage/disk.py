@@ -43,3 +43,8 @@ def check_space(output_dir: Path, num_bytes: int) -> None:
             f"output_dir {output_dir}: no space left on the device for the output "
             f"({free / 1e6:,.0f} MB free, about {num_bytes / 1e6:,.0f} MB needed); free some or write elsewhere"
         )
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder; 0 if it does not exist."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,70 +1,137 @@
-"""What the output of a stage depends on: the recipe's keys, the contents of its inputs, the code, library versions.
+"""What the output of a stage depends on, in parts, so that each kind of change has its own consequence.
+
+- `recipe`, `inputs`: the keys and the contents that decide what the stage makes. A change makes it again.
+- `measurements`: the keys and the contents that decide only what is measured of it. A change measures again.
+- `code`, `versions`: this package's modules that the stage imports, and the libraries. A change is told, not acted on.
 
 Nothing here imports torch, so checking whether a stage is up to date is instant.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from gemma2_post.stage import digests
 from gemma2_post.stage.paths import Kind, Reference, references
-from gemma2_post.stage.recipe import keys_of
+from gemma2_post.stage.recipe import Effect, keys_of
 
-Fingerprint = dict[str, dict[str, object]]
+Fingerprint = dict[str, dict[str, Any]]
 
+PARTS = ("recipe", "inputs", "measurements", "code", "versions")
+_OURS = "gemma2_post"
 _VERSIONS_THAT_MATTER = ["torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "deepspeed"]
-_WITHOUT_EFFECT = {"output_dir", "report_to", "run_name", "logging_steps", "disable_tqdm", "logging_dir"}
-"""Keys of TRL's classes that do not affect the output; our own keys say so with `has_effect=False`."""
+_WITHOUT_EFFECT = {
+    *("output_dir", "report_to", "run_name", "logging_steps", "logging_dir", "logging_first_step", "disable_tqdm"),
+    *("save_steps", "save_strategy", "save_total_limit", "log_completions", "num_completions_to_print", "ddp_timeout"),
+    *("dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
+}
+"""Keys of TRL's classes that do not affect the output; our own keys say so with `effect`."""
+_MEASURING = {"per_device_eval_batch_size"}
+"""Keys of TRL's classes that affect measurements only."""
 
 _version = cache(metadata.version)  # reads files, and a pipeline asks once for each step
 
 
 def fingerprint(
-    recipe_class: type, main: Callable, values: dict[str, object], digest_of: Callable[[str], str | None]
+    recipe_class: type,
+    main: Callable,
+    values: dict[str, object],
+    digest_of: Callable[[str], str | None],
+    decisive: dict[str, object],
 ) -> Fingerprint:
-    """What the output of a stage depends on, in parts; one of our keys at its default counts as unset.
+    """What the output of a stage depends on, in `PARTS`; one of our keys at its default counts as unset.
 
     Args:
         main: The stage's main function; its module and that module's imports are the code.
         values: The keys of the recipe.
         digest_of: Returns the content hash of something local, or None if it does not exist.
+        decisive: Keys, with their values, that decide the output here although they usually only measure, or although
+            they are at their defaults.
     """
     keys = keys_of(recipe_class, of_libraries=False)
-    decisive = {
+    effects = {name: keys[name].effect for name in keys}
+    effects |= dict.fromkeys(_WITHOUT_EFFECT, Effect.NONE) | dict.fromkeys(_MEASURING, Effect.MEASUREMENTS)
+    counted = {
         name: value
-        for name, value in sorted(values.items())
-        if name not in _WITHOUT_EFFECT
-        and not (name in keys and (not keys[name].has_effect or value == keys[name].default))
+        for name, value in sorted((values | decisive).items())
+        if name in decisive
+        or (effects.get(name) != Effect.NONE and not (name in keys and value == keys[name].default))
     }
+    measuring = {
+        name: value
+        for name, value in counted.items()
+        if name not in decisive and effects.get(name) == Effect.MEASUREMENTS
+    }
+    recipe = {name: value for name, value in counted.items() if name not in measuring}
+    inputs = _contents(list(references(recipe_class, recipe)), digest_of)
+    measured = _contents(list(references(recipe_class, measuring)), digest_of)
     return {
-        "recipe": decisive,
-        "inputs": _inputs(list(references(recipe_class, decisive)), digest_of),
-        "code": {"gemma2_post": digests.of_code(Path(inspect.getfile(main)))},
+        "recipe": recipe,
+        "inputs": inputs,
+        "measurements": measuring | {f"content of {name}": digest for name, digest in measured.items()},
+        "code": {_OURS: f"{_version(_OURS)} {digests.of_code(Path(inspect.getfile(main)))}"},
         "versions": {name: _version(name) for name in _VERSIONS_THAT_MATTER},
     }
 
 
-def _inputs(named: list[Reference], digest_of: Callable[[str], str | None]) -> dict[str, object]:
-    """Content hashes by path, and commits of what is on the Hub by `name@revision`."""
+def _contents(named: list[Reference], digest_of: Callable[[str], str | None]) -> dict[str, Any]:
+    """Content hashes by path; of what is on the Hub, by `name@revision`, the hash of each file."""
     paths = list(dict.fromkeys(each.name for each in named))
     with ThreadPoolExecutor() as pool:
-        found = dict(zip(paths, pool.map(digest_of, paths), strict=True))
+        found: dict[str, Any] = dict(zip(paths, pool.map(digest_of, paths), strict=True))
     for each in named:
         if found[each.name] is None and each.kind in (Kind.MODEL, Kind.DATA):
-            commit = digests.of_hub(each.name, each.revision, is_dataset=each.kind == Kind.DATA)
-            found[f"{each.name}@{each.revision or 'main'}"] = commit
+            files = digests.of_hub(each.name, each.revision, is_dataset=each.kind == Kind.DATA)
+            found[f"{each.name}@{each.revision or 'main'}"] = files
     return {path: digest for path, digest in found.items() if digest}
 
 
-def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
-    """What changed between two fingerprints, in words."""
-    return [
-        f"{key} {before.get(key, 'unset')} -> {after.get(key, 'unset')}"
-        for before, after in ((old.get(part, {}), new[part]) for part in new)
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    ]
+# --- what differs ---
+
+
+@dataclass(frozen=True)
+class Differences:
+    """What differs between two fingerprints, in words, by what follows from it."""
+
+    output: list[str]
+    """Something else would be made."""
+    measurements: list[str]
+    """The same would be made, and measured differently."""
+    updates: list[str]
+    """Code and versions; whether they matter is for the user to decide."""
+
+
+def differences(old: Fingerprint, new: Fingerprint) -> Differences:
+    """What differs between the fingerprint of something made earlier and what is wanted now."""
+    found = {part: list(_different(old.get(part, {}), new[part])) for part in PARTS}
+    return Differences(
+        output=found["recipe"] + found["inputs"],
+        measurements=found["measurements"],
+        updates=found["code"] + found["versions"],
+    )
+
+
+def _different(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key, "unset"), new.get(key, "unset")
+        if isinstance(before, dict) and isinstance(after, dict):
+            # Files on the Hub: what is not downloaded is not known offline.
+            yield from (f"{key}: {file} changed" for file in before if before[file] != after.get(file, before[file]))
+        elif before != after:
+            yield f"{key} {before} -> {after}"
+
+
+def made_by(fingerprint: Fingerprint, updates: list[str]) -> str:
+    """Who made something, as far as that differs from what is installed: `gemma2_post 0.1.0 and transformers 5.23.0`.
+
+    Args:
+        updates: What differs; see `Differences`.
+    """
+    names = [update.partition(" ")[0] for update in updates]
+    versions = {**fingerprint["code"], **fingerprint["versions"]}
+    return " and ".join(f"{name} {str(versions.get(name, '?')).partition(' ')[0]}" for name in names)

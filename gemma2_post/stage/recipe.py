@@ -27,27 +27,44 @@ R = TypeVar("R", bound="DataclassInstance")
 _NAME_BYTES = 255
 
 
-def key(default: object = MISSING, help: str = "", has_effect: bool = True, bounds: Bounds = ANY) -> Any:
+class Effect(enum.Enum):
+    """What a change of a key changes."""
+
+    OUTPUT = "output"
+    """What the stage makes: weights or data."""
+    MEASUREMENTS = "measurements"
+    """Only what is measured of it."""
+    NONE = "none"
+
+
+def key(default: object = MISSING, help: str = "", effect: Effect = Effect.OUTPUT, bounds: Bounds = ANY) -> Any:
     """A field that is a key of the recipe.
 
     Args:
         default: The default value; without one, the key is required.
         help: What the key means, for `--help`, the schema and the reference.
-        has_effect: Whether the key affects the output; if not, the fingerprint leaves it out.
+        effect: What a change of it changes; see `stage/fingerprint.py`.
         bounds: The values that it may have.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "has_effect": has_effect, "bounds": bounds})
+    return dataclasses.field(default=default, metadata={"help": help, "effect": effect, "bounds": bounds})
 
 
-def part(kind: type | str, is_optional: bool = False, bounds: Mapping[str, Bounds] | None = None) -> Any:
+def part(
+    kind: type | str,
+    is_optional: bool = False,
+    bounds: Mapping[str, Bounds] | None = None,
+    only_measures: bool = False,
+) -> Any:
     """A field whose keys are those of a dataclass.
 
     Args:
         kind: The dataclass, or `module:name` for one of a library's.
         is_optional: Whether the part is None unless one of its keys is given.
         bounds: The values that keys of a library's class may have, by key; names that it does not have are ignored.
+        only_measures: Whether all of its keys affect measurements only, whatever they say themselves.
     """
-    return dataclasses.field(metadata={"part": kind, "is_optional": is_optional, "bounds": bounds or {}})
+    metadata = {"part": kind, "is_optional": is_optional, "bounds": bounds or {}, "only_measures": only_measures}
+    return dataclasses.field(metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -60,7 +77,7 @@ class Key:
     default: object
     """`MISSING` if the key is required."""
     help: str
-    has_effect: bool
+    effect: Effect
     part: type
     """The dataclass that declares it."""
     bounds: Bounds = ANY
@@ -84,13 +101,16 @@ def _keys_of(recipe_class: type, of_libraries: bool) -> dict[str, Key]:
             if of_libraries or isinstance(kind, type):
                 bounds = field.metadata["bounds"]
                 for name, key in keys_of(_loaded(kind), of_libraries).items():
-                    found[name] = dataclasses.replace(key, bounds=bounds[name]) if name in bounds else key
+                    key = dataclasses.replace(key, bounds=bounds.get(name, key.bounds))
+                    if field.metadata["only_measures"] and key.effect == Effect.OUTPUT:
+                        key = dataclasses.replace(key, effect=Effect.MEASUREMENTS)
+                    found[name] = key
         elif field.init:
             default = field.default if field.default_factory is MISSING else field.default_factory()
             text = " ".join(str(field.metadata.get("help", "")).split())
-            has_effect = field.metadata.get("has_effect", True)
+            effect = field.metadata.get("effect", Effect.OUTPUT)
             bounds = field.metadata.get("bounds", ANY)
-            found[field.name] = Key(field.name, hints[field.name], default, text, has_effect, recipe_class, bounds)
+            found[field.name] = Key(field.name, hints[field.name], default, text, effect, recipe_class, bounds)
     return found
 
 

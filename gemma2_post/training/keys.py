@@ -7,7 +7,7 @@ from gemma2_post.data.keys import DataArguments
 from gemma2_post.evaluation.keys import SampleArguments
 from gemma2_post.models.arguments import MODEL_BOUNDS
 from gemma2_post.stage.bounds import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Bounds
-from gemma2_post.stage.recipe import key, part
+from gemma2_post.stage.recipe import key, keys_of, part
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -31,6 +31,12 @@ TRAINING_BOUNDS = {
     "epsilon_high": NOT_NEGATIVE, "num_completions_to_print": COUNT, "num_generations_eval": COUNT,
 }  # fmt: skip
 """The values that keys of TRL's classes may have, where TRL itself would fail late or train nothing."""
+
+
+def decisive(values: dict[str, object]) -> dict[str, object]:
+    """The share of the training rows that is held out, where no other rows are."""
+    share = keys_of(DataArguments)["held_out_share"]
+    return {} if values.get("held_out_datasets") else {share.name: values.get(share.name, share.default)}
 
 
 @dataclass(kw_only=True)

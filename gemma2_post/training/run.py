@@ -1,5 +1,6 @@
 """From a trainer to a finished directory: what every training stage does after building its trainer."""
 
+import contextlib
 import json
 import logging
 import resource
@@ -18,6 +19,7 @@ from gemma2_post.models.tokenizer import save_tokenizer, tokenizer_digest
 from gemma2_post.stage import contract, digests
 from gemma2_post.stage.command import Stage
 from gemma2_post.stage.errors import UserError
+from gemma2_post.training.again import KEPT, MeasuredAgain, MeasureFinished
 from gemma2_post.training.checkpoints import TRAINER_FILE, newest_checkpoint
 from gemma2_post.training.finite import Metrics, StopIfNotFinite
 from gemma2_post.training.keys import TrainingRecipe
@@ -36,7 +38,7 @@ class _MeasureBefore(TrainerCallback):
             metrics = self.measure()
             if state.is_world_process_zero:
                 contract.write_json(self.path, metrics)
-        self.ended = time.monotonic()
+        self.ended, self.tokens_before = time.monotonic(), state.num_input_tokens_seen
 
 
 class _NoLastCheckpoint(TrainerCallback):
@@ -63,6 +65,10 @@ def run(
 ) -> None:
     """Trains (from the newest checkpoint, if there is one), saves a plain Hugging Face model, then the contract.
 
+    A finished stage whose measurements have changed is measured again, before and after, and not trained. A run that
+    resumes with other measurements than it began with finishes as what it began, because its values from before the
+    first step are of that kind; what starts it then measures it again.
+
     Args:
         measure: Measures the stage's metrics; called on every process before the first and after the last step.
         complete: Called on the main process with the metrics before and after, once the weights are saved; writes what
@@ -75,7 +81,10 @@ def run(
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-    checkpoint = newest_checkpoint(stage.output_dir, last_file)
+    finished = contract.read_done(stage.output_dir)
+    checkpoint = None if finished else newest_checkpoint(stage.output_dir, last_file)
+    if checkpoint and (begun := contract.read_begun(stage.output_dir)):
+        stage.fingerprint = stage.fingerprint | {"measurements": begun["fingerprint"]["measurements"]}
     before_file = stage.output_dir / "before.json"
     if checkpoint and contract.read_json(before_file, {}) is None:
         raise UserError(
@@ -99,22 +108,32 @@ def run(
     measure_before = _MeasureBefore(before_file, measure_finite, is_resumed=checkpoint is not None)
     for callback in (finite, measure_before, _NoLastCheckpoint()):
         trainer.add_callback(callback)
-    with finite.sampling(trainer):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        seconds = time.monotonic() - measure_before.ended
-        after = measure_finite()
-
-    save(stage.output_dir, trainer, recipe)
-    save_more()
+    if finished:
+        kept_step = finished["metrics"].get("kept_step")
+        measure_finished = MeasureFinished(trainer, stage.output_dir, kept_step, measure_finite)
+        trainer.add_callback(measure_finished)
+        with finite.sampling(trainer), contextlib.suppress(MeasuredAgain):
+            trainer.train()
+        after = measure_finished.after
+        kept = {name: finished["metrics"][name] for name in KEPT if name in finished["metrics"]}
+    else:
+        with finite.sampling(trainer):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            seconds = time.monotonic() - measure_before.ended
+            after = measure_finite()
+        save(stage.output_dir, trainer, recipe)
+        save_more()
+        kept = throughput(trainer, seconds, measure_before.tokens_before)
     if trainer.is_world_process_zero():
-        save_tokenizer(tokenizer, stage.output_dir)
-        log = "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
-        contract.write_text(stage.output_dir / "log.jsonl", log)
+        if not finished:
+            save_tokenizer(tokenizer, stage.output_dir)
+            log = "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
+            contract.write_text(stage.output_dir / "log.jsonl", log)
         before: Metrics = contract.read_json(before_file, {})
         additional = complete(before, after)
         finite.check(additional, trainer.state.global_step)
         metrics = {f"{name}_before": value for name, value in before.items()} | after
-        metrics |= additional | throughput(trainer, seconds)
+        metrics |= additional | kept
         model_args = recipe.model
         facts = {
             "base_model": model_args.model_name_or_path,
@@ -177,9 +196,15 @@ def fp32_master(parameter: torch.nn.Parameter) -> torch.Tensor:
     return safe_get_full_fp32_param(parameter).cpu()
 
 
-def throughput(trainer: Trainer, seconds: float) -> Metrics:
-    """Tokens per second of training over all processes, without padding, and peak memory in GB."""
+def throughput(trainer: Trainer, seconds: float, tokens_before: int) -> Metrics:
+    """Tokens per second of training over all processes, without padding, and peak memory in GB.
+
+    Args:
+        seconds: Since the training began or resumed.
+        tokens_before: Tokens that the trainer had counted by then.
+    """
     num_tokens = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry][-1]
+    num_tokens -= tokens_before
     if trainer.args.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:

@@ -105,6 +105,9 @@ class Watch(TrainerCallback):
         self.start, self.anchor, self.graders, self.restore_anchor = start, anchor, graders, restore_anchor
         self.output_dir = Path(trainer.args.output_dir)
         self.curve: list[Metrics] = []
+        finished = (self.output_dir / contract.DONE).is_file()
+        self.earlier: list[Metrics] = self._read() if finished else []
+        """What was watched while a finished policy, which is only measured again, was trained."""
         self.kept_step: int | None = None
         """The last step under the budget, once the run has passed the budget."""
 
@@ -112,8 +115,7 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         if state.global_step:
-            entries = contract.read_lines(self.output_dir / "watch.jsonl", {"step": int}, is_appended_to=False)
-            self.curve = [entry for entry in entries if entry["step"] <= state.global_step]
+            self.curve = [entry for entry in self._read() if entry["step"] <= state.global_step]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if state.global_step % self.args.watch_steps and state.global_step < state.max_steps:
@@ -179,7 +181,7 @@ class Watch(TrainerCallback):
         """Writes the curve, and the answers for people to read."""
         directory = self.output_dir / "samples"
         directory.mkdir(parents=True, exist_ok=True)
-        contract.write_text(self.output_dir / "watch.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.curve))
+        self._write_curve()
         lines = [
             {"prompt": prompt, "answer": answer.text, "ended": answer.stopped, "reward": reward}
             for prompt, answer, reward in zip(self.rows["prompt"], answers, rewards["reward"], strict=True)
@@ -187,6 +189,16 @@ class Watch(TrainerCallback):
         contract.write_text(
             directory / f"step-{step}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         )
+
+    def _read(self) -> list[Metrics]:
+        return contract.read_lines(self.output_dir / "watch.jsonl", {"step": int}, is_appended_to=False)
+
+    def _write_curve(self) -> None:
+        found = {entry["step"]: entry for entry in self.earlier}
+        for entry in self.curve:
+            found[entry["step"]] = found.get(entry["step"], {}) | entry
+        lines = [json.dumps(found[step]) + "\n" for step in sorted(found)]
+        contract.write_text(self.output_dir / "watch.jsonl", "".join(lines))
 
     def _go_back(self, kl: float) -> None:
         """Restores the weights and the anchor of the last checkpoint under the budget."""
@@ -207,3 +219,5 @@ class Watch(TrainerCallback):
             self.trainer._load_from_checkpoint(str(checkpoint))
         self.restore_anchor(checkpoint)
         self.curve.pop()
+        if self.trainer.is_world_process_zero():
+            self._write_curve()  # its last line is the policy's

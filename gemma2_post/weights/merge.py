@@ -4,7 +4,6 @@ Only a few slices are in memory at a time, besides mapped pages of the inputs, w
 pass over a group directly follows the first, so the disk is read once.
 """
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
+from gemma2_post.stage.digests import num_cores
 from gemma2_post.stage.errors import UserError
 from gemma2_post.weights import interpolation
 from gemma2_post.weights.inputs import Adapter, Model
@@ -251,7 +251,7 @@ class _Workers:
     def __enter__(self) -> "_Workers":
         self.num_threads = torch.get_num_threads()
         torch.set_num_threads(1)  # a slice is too small to split
-        self.pool = ThreadPoolExecutor(os.cpu_count())
+        self.pool = ThreadPoolExecutor(num_cores())
         return self
 
     def map(self, function: Callable[[Slice], Result], parts: list[Slice]) -> Iterator[Result]:
