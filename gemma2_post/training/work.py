@@ -1,0 +1,75 @@
+"""What one process of a training stage computes, from the recipe and what is known of the rows; see `models/work.py`."""
+
+from math import ceil
+
+from gemma2_post.models import work
+from gemma2_post.models.work import Model
+from gemma2_post.stage.work import Lengths, Pass, Rows, UnknownRows
+from gemma2_post.training import memory
+from gemma2_post.training.memory import Training
+
+
+def model_of(checked: Training) -> Model:
+    """The trained model."""
+    recipe = checked.recipe
+    return Model(memory.config_of(checked), memory.compute_of(checked), recipe.quantization, memory.adapted_of(checked))
+
+
+def num_steps(checked: Training, rows: Rows) -> int:
+    """Optimizer steps: the recipe's `max_steps`, or those of its epochs.
+
+    Raises:
+        UnknownRows: It has no `max_steps`, and the number of rows is not known.
+    """
+    training = checked.recipe.training
+    if training.max_steps > 0:
+        return training.max_steps
+    held_out = 0 if checked.recipe.data.held_out_datasets else num_held_out(checked, rows)
+    return ceil(training.num_train_epochs * (rows.number - held_out) / checked.recipe.global_batch_size)
+
+
+def num_held_out(checked: Training, rows: Rows) -> int:
+    """Number of held-out rows; of a share of unknown rows, as if training read each row once.
+
+    Raises:
+        UnknownRows: They are not known, and neither is how many rows training reads.
+    """
+    data, max_steps = checked.recipe.data, checked.recipe.training.max_steps
+    if data.held_out_datasets:
+        if rows.known_held_out is None:
+            raise UnknownRows
+        return rows.known_held_out
+    if rows.known is None and max_steps > 0:
+        return round(data.held_out_share * max_steps * checked.recipe.global_batch_size)
+    return max(1, round(data.held_out_share * rows.number))
+
+
+def per_process(checked: Training, number: float) -> int:
+    """How many of these rows each process takes."""
+    return ceil(number / checked.launcher.num_processes)
+
+
+def answering(checked: Training, model: Model, prompts: Lengths, answers: Lengths) -> list[Pass]:
+    """Answers to the held-out prompts."""
+    number = per_process(checked, checked.recipe.samples.num_samples)
+    return work.sampling(model, number, checked.recipe.training.per_device_eval_batch_size, prompts, answers)
+
+
+def comparing(checked: Training, models: list[Model], prompts: Lengths, answers: Lengths) -> list[Pass]:
+    """The logits of all held-out answers by each of the models."""
+    number, rows = per_process(checked, checked.recipe.samples.num_samples), checked.recipe.training.per_device_eval_batch_size
+    lengths = prompts.plus(answers)
+    return [work.reading(each, number, rows, lengths, answers.longest(rows)) for each in models]
+
+
+def a_step(checked: Training, model: Model, lengths: Lengths, loss: float) -> Pass:
+    """The forward and backward passes of one optimizer step.
+
+    Args:
+        lengths: Lengths of rows.
+        loss: FLOPs of the loss on one batch of `per_device_train_batch_size` rows.
+    """
+    training = checked.recipe.training
+    rows = training.per_device_train_batch_size
+    each = work.training(model, rows, lengths, loss, training.gradient_checkpointing)
+    return each.times(training.gradient_accumulation_steps)
