@@ -209,14 +209,10 @@ def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
     )
     sampled = computed.per_process(checked, recipe.global_batch_size)
     batch, both = training.per_device_train_batch_size, prompts.plus(answers)
-    logits = batch * answers.longest(batch)
-    # Both models' logits, in the forward and in the backward pass; the divergences between the KLs take them once more.
-    more = passes.head_flops(student.config, logits) if 0 < training.beta < 1 else 0
-    loss = passes.loss_flops(student, logits) + more
-    teacher_logits = answers.longest(batch) * (3 if more else 2)
+    loss = passes.divergence_loss(student, teacher, batch * answers.longest(batch), training.beta)
     step = [
         *passes.sampling(student, sampled, sampled, prompts, answers, training.use_vllm),
-        passes.reading(teacher, sampled, batch, both, teacher_logits),
+        passes.reading(teacher, sampled, batch, both),
         computed.a_step(checked, student, both, loss),
     ]
     measured = [

@@ -9,6 +9,7 @@ that the model is unchanged. The loss is Bradley-Terry, -log sigmoid(r(chosen) -
         -m gemma2_post.reward --config recipes/tiny/reward.yaml
 """
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -171,10 +172,11 @@ def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
     training, samples = recipe.training, computed.per_process(checked, recipe.samples.num_samples)
     lengths = rows.conversations_up_to(training.max_length or model.config.max_position_embeddings)
     batch, eval_rows = 2 * training.per_device_train_batch_size, training.per_device_eval_batch_size
-    if training.train_sampling_strategy == "group_by_length":  # a batch is hardly padded
-        lengths = Lengths((lengths.mean,))
     prompts, answers = rows.prompts_up_to(training.max_length), rows.answers_up_to(recipe.max_new_tokens)
-    step = passes.training(model, batch, lengths, 0, training.gradient_checkpointing)
+    by_length = training.train_sampling_strategy == "group_by_length"  # pads little more than the shorter of a pair
+    padded = Lengths((lengths.longest(2 if by_length else batch),))
+    step = passes.training(model, batch, padded, passes.Loss(), training.gradient_checkpointing)
+    step = dataclasses.replace(step, tokens=batch * lengths.mean)
     pairs = 2 * computed.per_process(checked, computed.num_held_out(checked, rows))
     scored = [passes.reading(model, pairs, eval_rows, lengths)]
     found: list[Pass] = []
@@ -184,7 +186,7 @@ def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
         answering = passes.Model(policy, compute_of_policies(checked))
         found += passes.sampling(answering, samples, eval_rows, prompts, answers)
         scored.append(passes.reading(model, samples, eval_rows, prompts.plus(answers)))
-    steps = training.gradient_accumulation_steps * computed.num_steps(checked, rows)
+    steps = computed.accumulation(checked) * computed.num_steps(checked, rows)
     return [*found, *times(steps, [step]), *times(2, scored)]
 
 

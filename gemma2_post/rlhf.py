@@ -228,13 +228,15 @@ def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
         cost.longest_prompt(checked.models.values(), recipe.max_prompt_length, training.max_completion_length)
     )
     sampled, both = computed.per_process(checked, recipe.global_batch_size), prompts.plus(answers)
-    batch, longest = training.per_device_train_batch_size, answers.longest(training.per_device_train_batch_size)
+    batch = training.per_device_train_batch_size
+    # Triton scores only the answers; without it, the prompts are scored, too.
+    longest = (both if policy.compute.on_cpu else answers).longest(batch)
     # TRL reads the answers again as the policy, whether or not it has changed, and as the anchor.
     read = passes.reading(policy, sampled, batch, both, longest)
     step = [
         *passes.sampling(policy, sampled, sampled, prompts, answers, training.use_vllm),
         *([read, read] if training.beta else [read]),
-        computed.a_step(checked, policy, both, passes.loss_flops(policy, batch * longest)),
+        computed.a_step(checked, policy, both, passes.fused_loss(policy, batch * longest)),
     ]
     watched = [
         *computed.answering(checked, policy, prompts, answers),

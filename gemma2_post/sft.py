@@ -132,7 +132,9 @@ def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
         steps = steps if training.max_steps > 0 else ceil(steps * lengths.mean / limit)
     trained = Lengths((limit,)) if training.packing else lengths
     batch = training.per_device_train_batch_size
-    loss = passes.loss_flops(model, batch * trained.longest(batch))
+    # Triton scores only the tokens in the loss, at most all but padding; without it, padding is scored, too.
+    scored = batch * (trained.longest(batch) if model.compute.on_cpu else trained.mean)
+    loss = passes.fused_loss(model, scored)
     eval_rows = training.per_device_eval_batch_size
     evaluated = passes.reading(model, num_held_out, eval_rows, lengths, logits=lengths.longest(eval_rows))
     prompts, answers = rows.prompts_up_to(limit), rows.answers_up_to(recipe.max_new_tokens)

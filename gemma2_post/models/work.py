@@ -1,16 +1,16 @@
 """FLOPs, bytes and layers of passes through a Gemma 2 model. Pure arithmetic on its config.
 
-A product of matrices takes two FLOPs per weight and token. A backward pass takes two products for each one forward; one
-where a weight is frozen. Looking up embeddings is free, the tied head is not: of Gemma 2 2B's 2.6 billion weights it has
-0.6. (arXiv 2001.08361, section 2.1.) Norms, activations, the softmax and the optimizer are not counted: they are what
-the stated shares of a GPU's peak leave room for.
+A product of matrices takes two FLOPs per weight and token. A backward pass takes two products for each one forward, one
+where a weight is frozen. Looking up embeddings is free; the tied head is not, and it has 0.6 of Gemma 2 2B's 2.6 billion
+weights. (arXiv 2001.08361, section 2.1.) Norms, activations and the softmax count by the bytes that they move; the
+optimizer is not counted.
 """
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gemma2_post.models import cost
-from gemma2_post.models.cost import BF16, Adapted, Compute
+from gemma2_post.models.cost import BF16, FP32, Adapted, Compute
 from gemma2_post.models.shapes import linear_shapes
 from gemma2_post.stage.work import Lengths, Pass, batches
 
@@ -69,11 +69,6 @@ def backward_flops(model: Model, rows: float, length: float, checkpoints: bool) 
     return found + (forward_flops(model, rows, length) if checkpoints else 0)
 
 
-def loss_flops(model: Model, tokens: float) -> float:
-    """A fused loss: its backward pass computes the logits again (TRL's `kernels/chunked_logprob.py`)."""
-    return (3 if model.adapted else 4) * head_flops(model.config, tokens)
-
-
 # --- bytes ---
 
 
@@ -89,6 +84,51 @@ def _activation_bytes(model: Model, rows: float, length: float) -> float:
     return 2 * model.config.num_hidden_layers * layer
 
 
+def logit_bytes(model: Model, tokens: float, copies: int) -> float:
+    """Copies of these tokens' logits in fp32, each written and read."""
+    return 2 * FP32 * tokens * model.config.vocab_size * copies
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a loss over the vocabulary takes, with its backward pass."""
+
+    flops: float = 0
+    num_bytes: float = 0
+
+
+def fused_loss(model: Model, tokens: float) -> Loss:
+    """Log-probabilities; the backward pass computes the logits again (TRL's `kernels/chunked_logprob.py`)."""
+    flops = (3 if model.adapted else 4) * head_flops(model.config, tokens)
+    return Loss(flops, logit_bytes(model, tokens, sum(copies(model))))
+
+
+def divergence_loss(student: Model, teacher: Model, tokens: float, beta: float) -> Loss:
+    """Divergence of student and teacher; the divergences between the two KLs take their logits once more.
+
+    (TRL's `kernels/chunked_divergence.py`.) The passes of the teacher that it follows are not counted here.
+    """
+    both = head_flops(student.config, tokens) + head_flops(teacher.config, tokens)
+    passes = 3 if 0 < beta < 1 else 2
+    gradients = (1 if student.adapted else 2) * head_flops(student.config, tokens)
+    return Loss(passes * both + gradients, logit_bytes(student, tokens, 2 * sum(copies(student))))
+
+
+def copies(model: Model) -> tuple[int, int]:
+    """Copies of the logits in fp32 that a loss makes, one after another, in its forward and in its backward pass.
+
+    Triton's kernels work where the logits are; without Triton each operation of TRL's `_forward_tile` and
+    `_backward_tile` makes one.
+    """
+    return (10, 18) if model.compute.on_cpu else (1, 2)
+
+
+def _layers(model: Model) -> float:
+    """Layers to start, with their adapters: about 5 operations for each adapted matrix beside 50 in a layer."""
+    adapted = model.adapted
+    return model.config.num_hidden_layers * (1 + 0.1 * len(adapted.target_modules) if adapted else 1)
+
+
 # --- passes ---
 
 
@@ -96,26 +136,22 @@ def reading(model: Model, number: float, rows: float, lengths: Lengths, logits: 
     """Forward passes over `number` texts, at most `rows` at once.
 
     Args:
-        logits: Tokens of each text whose logits are computed.
+        logits: Tokens of each text whose log-probabilities are computed.
     """
     count = batches(number, rows)
     rows, config = number / count if count else 0, model.config
     flops = forward_flops(model, rows, lengths.longest(rows)) + head_flops(config, rows * logits)
     num_bytes = _weight_bytes(model) + _activation_bytes(model, rows, lengths.longest(rows))
-    tokens, layers = rows * lengths.mean, config.num_hidden_layers
-    return Pass(config, model.compute.itemsize, count, tokens, 0, flops, num_bytes, layers)
+    num_bytes += logit_bytes(model, rows * logits, copies(model)[0])
+    return Pass(config, model.compute.itemsize, count, rows * lengths.mean, 0, flops, num_bytes, _layers(model))
 
 
-def training(model: Model, rows: int, lengths: Lengths, loss: float, checkpoints: bool) -> Pass:
-    """One forward and backward pass over a batch.
-
-    Args:
-        loss: FLOPs of the loss over the vocabulary.
-    """
+def training(model: Model, rows: int, lengths: Lengths, loss: Loss, checkpoints: bool) -> Pass:
+    """One forward and backward pass over a batch."""
     length, config = lengths.longest(rows), model.config
-    flops = forward_flops(model, rows, length) + backward_flops(model, rows, length, checkpoints) + loss
-    layers = config.num_hidden_layers * (4 if checkpoints else 3)
-    num_bytes = (3 if checkpoints else 2) * _weight_bytes(model)
+    flops = forward_flops(model, rows, length) + backward_flops(model, rows, length, checkpoints) + loss.flops
+    layers = (4 if checkpoints else 3) * _layers(model)
+    num_bytes = (3 if checkpoints else 2) * _weight_bytes(model) + loss.num_bytes
     num_bytes += (4 if checkpoints else 3) * _activation_bytes(model, rows, length)
     return Pass(config, model.compute.itemsize, 1, rows * lengths.mean, 0, flops, num_bytes, layers)
 
@@ -134,8 +170,9 @@ def sampling(
         return []
     rows, config = number / count, model.config
     prompt, steps = prompts.longest(rows), answers.longest(rows)
-    itemsize, layers = model.compute.itemsize, 0 if is_served else config.num_hidden_layers
+    itemsize, layers = model.compute.itemsize, 0 if is_served else _layers(model)
     weights, head = _weight_bytes(model), head_flops(config, rows)
+    weights += logit_bytes(model, rows, 4)
     read = weights + _activation_bytes(model, rows, prompt)
     first = forward_flops(model, rows, prompt) + head
     length = prompt + steps / 2  # on the average step

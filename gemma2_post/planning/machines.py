@@ -4,11 +4,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from gemma2_post.models import work
 from gemma2_post.models.cost import BF16, Compute
 from gemma2_post.models.work import Model
+from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.work import Lengths, Pass
 
 if TYPE_CHECKING:
@@ -25,12 +27,10 @@ class Speed:
     """Bytes/s from memory."""
     layer: float
     """Seconds that a layer takes to start, whatever it computes."""
-    start: float
-    """Seconds to start a stage: Python, imports, data, weights."""
 
     def times(self, factor: float) -> "Speed":
         """A machine that is this many times as fast."""
-        return Speed(self.flops * factor, self.bandwidth * factor, self.layer / factor, self.start / factor)
+        return Speed(self.flops * factor, self.bandwidth * factor, self.layer / factor)
 
     def seconds(self, each: Pass) -> float:
         """How long these passes take, as if computing, reading memory and starting layers did not overlap."""
@@ -55,16 +55,21 @@ LAYER_SECONDS = 0.5e-3, 1.5e-3
 """Time to start the kernels of a layer from Python, at best and at worst; assumed as well. It limits how fast
 `generate` of transformers samples: 26 layers of 1 ms are 38 steps per second, whatever the batch."""
 START_SECONDS = 30, 120
+"""Time to start a stage: processes, imports, data, and weights that are read."""
+
+
+def check_gpu(gpu: str) -> None:
+    """Raises a `UserError` for a GPU that is not in the table."""
+    if gpu not in GPUS:
+        raise UserError(f"--gpu {gpu}: its speed is not known; name one of {', '.join(GPUS)}")
 
 
 def speeds_of(gpu: str) -> tuple[Speed, Speed]:
     """A GPU at its best and at its worst."""
     flops, bandwidth = GPUS[gpu]
     best, worst = (
-        Speed(flops * share, bandwidth * of_bandwidth, layer, start)
-        for share, of_bandwidth, layer, start in zip(
-            FLOPS_SHARES, BANDWIDTH_SHARES, LAYER_SECONDS, START_SECONDS, strict=True
-        )
+        Speed(flops * share, bandwidth * of_bandwidth, layer)
+        for share, of_bandwidth, layer in zip(FLOPS_SHARES, BANDWIDTH_SHARES, LAYER_SECONDS, strict=True)
     )
     return best, worst
 
@@ -73,9 +78,9 @@ def speeds_of(gpu: str) -> tuple[Speed, Speed]:
 
 SPREAD = 1.3
 """By how much a processor may be faster or slower than when it was measured."""
-CPU_START_SECONDS = 15
-"""Measured with the tiny chain: 9 s for processes and imports, the rest for data and the output."""
-ROWS, LENGTH, NEW = 16, 64, 16
+CPU_START_SECONDS = 11, 20
+"""Time to start a stage; in the tiny chain, 9 s for processes and imports, the rest for data and the output."""
+ROWS, LENGTH, NEW = 32, 96, 16
 """Rows, their tokens, and the sampled tokens of the measurement."""
 MOST_LAYERS, MOST_TOKENS = 4, 4096
 """Layers and vocabulary of the measured model, at most; a pass is in proportion to both."""
@@ -125,7 +130,7 @@ def _measured(widths: _Widths, itemsize: int) -> Speed:
         torch.nn.functional.linear(hidden, model.model.layers[0].mlp.up_proj.weight)
 
     def train() -> None:
-        model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
+        model.model(input_ids=rows, use_cache=False).last_hidden_state.backward(hidden.view(ROWS, LENGTH, -1))
 
     def sample() -> None:
         prompt = rows[:1, :1]
@@ -133,19 +138,19 @@ def _measured(widths: _Widths, itemsize: int) -> Speed:
 
     flops = 2 * hidden.numel() * config.intermediate_size / _seconds(multiply)
     layer = _seconds(sample) / NEW / config.num_hidden_layers
-    loss = 3 * work.head_flops(config, ROWS * LENGTH)
-    step = work.training(Model(config, Compute(itemsize)), ROWS, Lengths((LENGTH,)), loss, checkpoints=False)
+    described = Model(config, Compute(itemsize, on_cpu=True))
+    step = work.training(described, ROWS, Lengths((LENGTH,)), work.Loss(), checkpoints=False)
     seconds = _seconds(train)
     others = seconds - step.flops / flops - step.layers * layer
-    return Speed(flops, step.num_bytes / max(others, seconds / 4), layer, CPU_START_SECONDS)
+    return Speed(flops, step.num_bytes / max(others, seconds / 4), layer)
 
 
 def _seconds(call: Callable[[], None]) -> float:
-    """The fastest of five calls, after one to warm up."""
+    """The median of three calls, after one to warm up."""
     call()
     found = []
-    for _ in range(5):
+    for _ in range(3):
         began = time.perf_counter()
         call()
         found.append(time.perf_counter() - began)
-    return min(found)
+    return median(found)

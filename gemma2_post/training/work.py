@@ -1,18 +1,21 @@
-"""What one process of a training stage computes, from the recipe and what is known of the rows; see `models/work.py`."""
+"""What one process of a training stage computes; see `models/work.py`."""
 
 from math import ceil
 
 from gemma2_post.models import work
-from gemma2_post.models.work import Model
-from gemma2_post.stage.work import Lengths, Pass, Rows, UnknownRows
+from gemma2_post.models.work import Loss, Model
+from gemma2_post.stage.work import Lengths, Pass, Rows
 from gemma2_post.training import memory
+from gemma2_post.training.checks import accumulation_steps
 from gemma2_post.training.memory import Training
 
 
 def model_of(checked: Training) -> Model:
     """The trained model."""
     recipe = checked.recipe
-    return Model(memory.config_of(checked), memory.compute_of(checked), recipe.quantization, memory.adapted_of(checked))
+    return Model(
+        memory.config_of(checked), memory.compute_of(checked), recipe.quantization, memory.adapted_of(checked)
+    )
 
 
 def num_steps(checked: Training, rows: Rows) -> int:
@@ -29,19 +32,17 @@ def num_steps(checked: Training, rows: Rows) -> int:
 
 
 def num_held_out(checked: Training, rows: Rows) -> int:
-    """Number of held-out rows; of a share of unknown rows, as if training read each row once.
+    """Number of held-out rows; if they are unknown, `held_out_share` of the rows that training reads.
 
     Raises:
         UnknownRows: They are not known, and neither is how many rows training reads.
     """
-    data, max_steps = checked.recipe.data, checked.recipe.training.max_steps
-    if data.held_out_datasets:
-        if rows.known_held_out is None:
-            raise UnknownRows
+    share, max_steps = checked.recipe.data.held_out_share, checked.recipe.training.max_steps
+    if rows.known_held_out is not None:
         return rows.known_held_out
     if rows.known is None and max_steps > 0:
-        return round(data.held_out_share * max_steps * checked.recipe.global_batch_size)
-    return max(1, round(data.held_out_share * rows.number))
+        return round(share * max_steps * checked.recipe.global_batch_size)
+    return max(1, round(share * rows.number))
 
 
 def per_process(checked: Training, number: float) -> int:
@@ -57,19 +58,27 @@ def answering(checked: Training, model: Model, prompts: Lengths, answers: Length
 
 def comparing(checked: Training, models: list[Model], prompts: Lengths, answers: Lengths) -> list[Pass]:
     """The logits of all held-out answers by each of the models."""
-    number, rows = per_process(checked, checked.recipe.samples.num_samples), checked.recipe.training.per_device_eval_batch_size
+    number, rows = (
+        per_process(checked, checked.recipe.samples.num_samples),
+        checked.recipe.training.per_device_eval_batch_size,
+    )
     lengths = prompts.plus(answers)
     return [work.reading(each, number, rows, lengths, answers.longest(rows)) for each in models]
 
 
-def a_step(checked: Training, model: Model, lengths: Lengths, loss: float) -> Pass:
+def a_step(checked: Training, model: Model, lengths: Lengths, loss: Loss) -> Pass:
     """The forward and backward passes of one optimizer step.
 
     Args:
         lengths: Lengths of rows.
-        loss: FLOPs of the loss on one batch of `per_device_train_batch_size` rows.
+        loss: The loss on one batch of `per_device_train_batch_size` rows.
     """
     training = checked.recipe.training
-    rows = training.per_device_train_batch_size
-    each = work.training(model, rows, lengths, loss, training.gradient_checkpointing)
-    return each.times(training.gradient_accumulation_steps)
+    each = work.training(model, training.per_device_train_batch_size, lengths, loss, training.gradient_checkpointing)
+    return each.times(accumulation(checked))
+
+
+def accumulation(checked: Training) -> int:
+    """Batches of one process in an optimizer step; the plan may be for another number of processes than the recipe."""
+    batch, processes = checked.recipe.training.per_device_train_batch_size, checked.launcher.num_processes
+    return accumulation_steps(checked.recipe.global_batch_size, batch, processes)
