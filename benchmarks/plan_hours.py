@@ -34,7 +34,8 @@ def main() -> None:
         middle, measured = sqrt(best * worst), sum(seconds) / len(seconds)
         name = each.job.command.name + (f", mean of {len(seconds)}" if len(seconds) > 1 else "")
         print(
-            f"| {name} | {best:.0f} to {worst:.0f} | {middle:.0f} | {measured:.0f} | {measured / middle:.2f} |", flush=True
+            f"| {name} | {best:.0f} to {worst:.0f} | {middle:.0f} | {measured:.0f} | {measured / middle:.2f} |",
+            flush=True,
         )
 
 

@@ -209,11 +209,12 @@ def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
     )
     sampled = computed.per_process(checked, recipe.global_batch_size)
     batch, both = training.per_device_train_batch_size, prompts.plus(answers)
-    loss = passes.divergence_loss(student, teacher, batch * answers.longest(batch), training.beta)
+    padded = both.longest(sampled)  # the answers of a step are padded once
+    loss = passes.divergence_loss(student, teacher, batch * answers.mean, training.beta)
     step = [
         *passes.sampling(student, sampled, sampled, prompts, answers, training.use_vllm),
-        passes.reading(teacher, sampled, batch, both),
-        computed.a_step(checked, student, both, loss),
+        passes.reading(teacher, sampled, batch, both, padded=padded),
+        computed.a_step(checked, student, both, loss, padded),
     ]
     measured = [
         *computed.answering(checked, student, prompts, answers),

@@ -9,7 +9,6 @@ that the model is unchanged. The loss is Bradley-Terry, -log sigmoid(r(chosen) -
         -m gemma2_post.reward --config recipes/tiny/reward.yaml
 """
 
-import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.paths import FunctionPath, ModelPath
 from gemma2_post.stage.recipe import key, part
-from gemma2_post.stage.work import Lengths, Pass, Rows, times
+from gemma2_post.stage.work import Pass, Rows, times
 from gemma2_post.training import memory as held
 from gemma2_post.training import work as computed
 from gemma2_post.training.checks import check_disk, check_training, complete_training, metrics_of
@@ -174,9 +173,8 @@ def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
     batch, eval_rows = 2 * training.per_device_train_batch_size, training.per_device_eval_batch_size
     prompts, answers = rows.prompts_up_to(training.max_length), rows.answers_up_to(recipe.max_new_tokens)
     by_length = training.train_sampling_strategy == "group_by_length"  # pads little more than the shorter of a pair
-    padded = Lengths((lengths.longest(2 if by_length else batch),))
-    step = passes.training(model, batch, padded, passes.Loss(), training.gradient_checkpointing)
-    step = dataclasses.replace(step, tokens=batch * lengths.mean)
+    padded = lengths.longest(2 if by_length else batch)
+    step = passes.training(model, batch, lengths, passes.Loss(), training.gradient_checkpointing, padded)
     pairs = 2 * computed.per_process(checked, computed.num_held_out(checked, rows))
     scored = [passes.reading(model, pairs, eval_rows, lengths)]
     found: list[Pass] = []

@@ -229,14 +229,17 @@ def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
     )
     sampled, both = computed.per_process(checked, recipe.global_batch_size), prompts.plus(answers)
     batch = training.per_device_train_batch_size
+    # The answers of a step are padded once, and each prompt is there `num_generations` times.
+    prompt = prompts.longest(sampled / training.num_generations)
+    padded = prompt + answers.longest(sampled)
     # Triton scores only the answers; without it, the prompts are scored, too.
-    longest = (both if policy.compute.on_cpu else answers).longest(batch)
+    scored = padded if policy.compute.on_cpu else answers.mean
     # TRL reads the answers again as the policy, whether or not it has changed, and as the anchor.
-    read = passes.reading(policy, sampled, batch, both, longest)
+    read = passes.reading(policy, sampled, batch, both, scored, padded)
     step = [
-        *passes.sampling(policy, sampled, sampled, prompts, answers, training.use_vllm),
+        *passes.sampling(policy, sampled, sampled, prompts, answers, training.use_vllm, prompt),
         *([read, read] if training.beta else [read]),
-        computed.a_step(checked, policy, both, passes.fused_loss(policy, batch * longest)),
+        computed.a_step(checked, policy, both, passes.fused_loss(policy, batch * scored), padded),
     ]
     watched = [
         *computed.answering(checked, policy, prompts, answers),

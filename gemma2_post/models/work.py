@@ -1,9 +1,9 @@
 """FLOPs, bytes and layers of passes through a Gemma 2 model. Pure arithmetic on its config.
 
-A product of matrices takes two FLOPs per weight and token. A backward pass takes two products for each one forward, one
-where a weight is frozen. Looking up embeddings is free; the tied head is not, and it has 0.6 of Gemma 2 2B's 2.6 billion
-weights. (arXiv 2001.08361, section 2.1.) Norms, activations and the softmax count by the bytes that they move; the
-optimizer is not counted.
+A product of matrices takes two FLOPs per weight and token. A backward pass takes two products for each one forward,
+one where a weight is frozen. Looking up embeddings is free; the tied head is not, and it has 0.6 of Gemma 2 2B's 2.6
+billion weights. (arXiv 2001.08361, section 2.1.) Norms, activations and the softmax count by the bytes that they move;
+the optimizer is not counted.
 """
 
 from dataclasses import dataclass
@@ -132,23 +132,33 @@ def _layers(model: Model) -> float:
 # --- passes ---
 
 
-def reading(model: Model, number: float, rows: float, lengths: Lengths, logits: float = 0) -> Pass:
+def reading(
+    model: Model, number: float, rows: float, lengths: Lengths, logits: float = 0, padded: float | None = None
+) -> Pass:
     """Forward passes over `number` texts, at most `rows` at once.
 
     Args:
         logits: Tokens of each text whose log-probabilities are computed.
+        padded: The length that texts are padded to; None for that of the longest in a batch.
     """
     count = batches(number, rows)
     rows, config = number / count if count else 0, model.config
-    flops = forward_flops(model, rows, lengths.longest(rows)) + head_flops(config, rows * logits)
-    num_bytes = _weight_bytes(model) + _activation_bytes(model, rows, lengths.longest(rows))
+    length = padded or lengths.longest(rows)
+    flops = forward_flops(model, rows, length) + head_flops(config, rows * logits)
+    num_bytes = _weight_bytes(model) + _activation_bytes(model, rows, length)
     num_bytes += logit_bytes(model, rows * logits, copies(model)[0])
     return Pass(config, model.compute.itemsize, count, rows * lengths.mean, 0, flops, num_bytes, _layers(model))
 
 
-def training(model: Model, rows: int, lengths: Lengths, loss: Loss, checkpoints: bool) -> Pass:
-    """One forward and backward pass over a batch."""
-    length, config = lengths.longest(rows), model.config
+def training(
+    model: Model, rows: int, lengths: Lengths, loss: Loss, checkpoints: bool, padded: float | None = None
+) -> Pass:
+    """One forward and backward pass over a batch.
+
+    Args:
+        padded: See `reading`.
+    """
+    length, config = padded or lengths.longest(rows), model.config
     flops = forward_flops(model, rows, length) + backward_flops(model, rows, length, checkpoints) + loss.flops
     layers = (4 if checkpoints else 3) * _layers(model)
     num_bytes = (3 if checkpoints else 2) * _weight_bytes(model) + loss.num_bytes
@@ -157,19 +167,26 @@ def training(model: Model, rows: int, lengths: Lengths, loss: Loss, checkpoints:
 
 
 def sampling(
-    model: Model, number: float, rows: float, prompts: Lengths, answers: Lengths, is_served: bool = False
+    model: Model,
+    number: float,
+    rows: float,
+    prompts: Lengths,
+    answers: Lengths,
+    is_served: bool = False,
+    padded: float | None = None,
 ) -> list[Pass]:
     """Answers to `number` prompts, at most `rows` at once: the prompts in one pass, then a pass for each token of the
     longest answer in the batch.
 
     Args:
         is_served: Whether vLLM samples, which starts the layers of a step as one CUDA graph.
+        padded: The length that prompts are padded to; None for that of the longest in a batch.
     """
     count = batches(number, rows)
     if not count:
         return []
     rows, config = number / count, model.config
-    prompt, steps = prompts.longest(rows), answers.longest(rows)
+    prompt, steps = padded or prompts.longest(rows), answers.longest(rows)
     itemsize, layers = model.compute.itemsize, 0 if is_served else _layers(model)
     weights, head = _weight_bytes(model), head_flops(config, rows)
     weights += logit_bytes(model, rows, 4)

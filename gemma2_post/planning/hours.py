@@ -105,7 +105,7 @@ def table(estimates: list[Estimate]) -> Table:
         if each.passes is None:
             found.add_row(name, "?", "?", "?", "?", "?")
             continue
-        sizes = _count(each.tokens), _count(each.generated), f"{each.flops / 1e15:.3g}"
+        sizes = _count(each.tokens), _count(each.generated), _digits(each.flops / 1e15)
         found.add_row(name, *sizes, duration(*each.seconds), f"{each.device_seconds / total:.0%}")
     return found
 
@@ -122,13 +122,14 @@ def summary(estimates: list[Estimate]) -> list[str]:
         totals = []
         if on_gpu:
             best, worst = (sum(each.devices * each.seconds[i] for each in on_gpu) / 3600 for i in range(2))
-            totals.append(f"{best:.2g} to {worst:.2g} GPU-hours on {known[0].gpu}")
+            totals.append(f"{_digits(best)} to {_digits(worst)} GPU-hours on {known[0].gpu}")
         if on_cpu:
             best, worst = (sum(each.seconds[i] for each in on_cpu) for i in range(2))
             totals.append(f"{duration(best, worst)} on this machine's processor")
         longest = max(known, key=lambda each: each.device_seconds)
         share = longest.device_seconds / sum(each.device_seconds for each in known)
-        lines.append(f"in all{without}: {' and '.join(totals)}; {longest.job.label} takes most, {share:.0%}")
+        name = longest.job.label.partition(" policy ")[0]
+        lines.append(f"in all{without}: {' and '.join(totals)}; {name} takes most, {share:.0%}")
     steps = [each.job.command.name for each in unknown if not each.job.unknown]
     if steps:
         sets = " ".join(f"--set {name}.max_steps=N" for name in steps)
@@ -150,8 +151,8 @@ def assumptions(on_gpu: bool, on_cpu: bool, gpu: str) -> list[str]:
     if on_cpu:
         lines.append(f"this machine's processor was measured now; it may be {machines.SPREAD:g} times as fast or slow")
     lines.append(
-        f"lengths: those of the first {FIRST_ROWS} rows; of rows on the Hub, all up to the limit alike; answers are as "
-        "long as in the data of an earlier stage, those of a base model as long as they may be"
+        f"lengths: those of the first {FIRST_ROWS} rows; of rows on the Hub, all up to the limit alike; answers are "
+        "as long as in the data of an earlier stage, those of a base model as long as they may be"
     )
     lines.append(
         "runs of a stage are added up; not counted: communication between GPUs, checkpoints, benchmarks, "
@@ -163,7 +164,12 @@ def assumptions(on_gpu: bool, on_cpu: bool, gpu: str) -> list[str]:
 def duration(best: float, worst: float) -> str:
     """A range of seconds in the unit that suits its end: `1.5 to 4.2 h`."""
     size, unit = (3600, "h") if worst >= 7200 else (60, "min") if worst >= 120 else (1, "s")
-    return f"{best / size:.2g} to {worst / size:.2g} {unit}"
+    return f"{_digits(best / size)} to {_digits(worst / size)} {unit}"
+
+
+def _digits(number: float) -> str:
+    """A number with two digits, or as a whole number."""
+    return f"{number:.2g}" if number < 100 else f"{number:,.0f}"
 
 
 def _count(number: float) -> str:

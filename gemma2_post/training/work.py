@@ -66,15 +66,17 @@ def comparing(checked: Training, models: list[Model], prompts: Lengths, answers:
     return [work.reading(each, number, rows, lengths, answers.longest(rows)) for each in models]
 
 
-def a_step(checked: Training, model: Model, lengths: Lengths, loss: Loss) -> Pass:
+def a_step(checked: Training, model: Model, lengths: Lengths, loss: Loss, padded: float | None = None) -> Pass:
     """The forward and backward passes of one optimizer step.
 
     Args:
         lengths: Lengths of rows.
         loss: The loss on one batch of `per_device_train_batch_size` rows.
+        padded: See `models.work.reading`.
     """
     training = checked.recipe.training
-    each = work.training(model, training.per_device_train_batch_size, lengths, loss, training.gradient_checkpointing)
+    rows = training.per_device_train_batch_size
+    each = work.training(model, rows, lengths, loss, training.gradient_checkpointing, padded)
     return each.times(accumulation(checked))
 
 
