@@ -10,6 +10,8 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from gemma2_post import cli, sft
+from gemma2_post.data.keys import Source
+from gemma2_post.data.rows import CONVERSATION
 from gemma2_post.models import work
 from gemma2_post.models.cost import FP32, Adapted, Compute
 from gemma2_post.models.shapes import known_config, num_parameters
@@ -17,10 +19,10 @@ from gemma2_post.models.work import Model
 from gemma2_post.pipeline import check, steps
 from gemma2_post.planning import hours, machines, plan
 from gemma2_post.planning.hours import Estimate
-from gemma2_post.planning.rows import counter, rows_of_job
+from gemma2_post.planning.rows import counter, read, rows_of_job
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.work import Lengths, Pass, Rows, UnknownRows, evenly
-from tests.conftest import random_model
+from tests.conftest import random_model, write_rows
 
 ROWS, LENGTH = 3, 32
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -90,6 +92,17 @@ def of_recipe(pipeline: str, stage: str, **values: object) -> list[Pass]:
     jobs = check.check(steps.load_pipeline(Path(pipeline), overrides={stage: values} if values else {}), until=stage)
     job = next(each for each in jobs if each.command.name == stage)
     return job.command.work(job.checked, rows_of_job(job, counter(jobs), None))
+
+
+def test_rows_of_a_mixture_and_of_the_hub(tmp_path: Path) -> None:
+    """Weights 3 and 1 use no row twice: all 100 rows of one source, and 33 of the other's 50."""
+    paths = write_rows(tmp_path / "a.jsonl", 100), write_rows(tmp_path / "b.jsonl", 50)
+    both = [Source(path=str(path), weight=weight) for path, weight in zip(paths, (3, 1), strict=True)]
+    known, first = read(both, CONVERSATION, [])
+    assert known == 133 and len(first) == 150
+    assert read([Source(path=str(path)) for path in paths], CONVERSATION, [])[0] == 150
+    assert read([*both, Source(path="someone/chats")], CONVERSATION, []) == (None, first)
+    assert read([], CONVERSATION, []) == (None, [])
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ class Model:
     quantization: str | None = None
     """4bit, 8bit or None."""
     adapted: Adapted | None = None
-    """The adapter, if it computes with one or only that is trained."""
+    """The adapter that it computes with, which alone is trained."""
 
 
 # --- FLOPs ---
@@ -44,11 +44,11 @@ def _adapter_parameters(model: Model) -> int:
 
 
 def attention_flops(model: Model, rows: float, queries: float, keys: float) -> float:
-    """The products with keys and with values, in all layers: eager attention computes what the mask removes, too."""
+    """The products with keys and with values, in all layers; only eager attention computes what the mask removes."""
     config = model.config
     each = 4 * rows * config.num_attention_heads * config.head_dim * queries * keys
-    is_masked = model.compute.attention == "eager" or queries == 1
-    return config.num_hidden_layers * each * (1 if is_masked else 0.5)
+    computed = 1 if model.compute.attention == "eager" or queries == 1 else 0.5
+    return config.num_hidden_layers * each * computed
 
 
 def head_flops(config: "Gemma2Config", tokens: float) -> float:

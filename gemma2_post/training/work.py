@@ -58,11 +58,8 @@ def answering(checked: Training, model: Model, prompts: Lengths, answers: Length
 
 def comparing(checked: Training, models: list[Model], prompts: Lengths, answers: Lengths) -> list[Pass]:
     """The logits of all held-out answers by each of the models."""
-    number, rows = (
-        per_process(checked, checked.recipe.samples.num_samples),
-        checked.recipe.training.per_device_eval_batch_size,
-    )
-    lengths = prompts.plus(answers)
+    number = per_process(checked, checked.recipe.samples.num_samples)
+    rows, lengths = checked.recipe.training.per_device_eval_batch_size, prompts.plus(answers)
     return [work.reading(each, number, rows, lengths, answers.longest(rows)) for each in models]
 
 
