@@ -88,12 +88,17 @@ def plan(
     overrides: Overrides | None = None,
     gpus: int | None = None,
     memory: float | None = None,
+    gpu: str = "H100",
 ) -> None:
-    """Shows the memory and disk that each stage needs.
+    """Shows the memory, disk and time that each stage needs.
 
     Args:
         gpus: Number of GPUs; replaces the accelerate configs'.
         memory: Memory of each GPU in GB; the plan then says what does not fit.
+        gpu: The kind of GPU.
+
+    Raises:
+        UserError: Its speed is not known.
     """
     from gemma2_post.pipeline.steps import load_pipeline
     from gemma2_post.report.terminal import terminal
@@ -102,9 +107,11 @@ def plan(
     loaded.steps(until)
     _quiet()
     from gemma2_post.pipeline.check import check
+    from gemma2_post.planning.machines import check_gpu
     from gemma2_post.planning.plan import show
 
-    show(check(loaded, until), terminal(), gpus, memory)
+    check_gpu(gpu)
+    show(check(loaded, until), terminal(), gpus, memory, gpu)
 
 
 def report(run_dir: Path) -> None:
@@ -194,9 +201,15 @@ def _parser() -> argparse.ArgumentParser:
     add = command(check, "check a pipeline recipe without running it")
     add("pipelines", type=Path, nargs="+", help="for example recipes/tiny/pipeline.yaml")
 
-    add = command(plan, "show memory and disk of each stage, without downloading anything", of_pipeline)
+    add = command(plan, "show memory, disk and time of each stage, without downloading anything", of_pipeline)
     add("--gpus", type=int, metavar="N", help="number of GPUs, in place of the accelerate configs'")
     add("--memory", type=float, metavar="GB", help="memory of each GPU; says what does not fit")
+    add(
+        "--gpu",
+        default="H100",
+        metavar="NAME",
+        help="the GPU of the hours: H100 (default), H200, A100, L4, 'RTX 4090'",
+    )
 
     add = command(report, "show the models of a run side by side, and conversations to read")
     add("run_dir", type=Path, help="for example runs/tiny")

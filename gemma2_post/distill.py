@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Literal
 
 from gemma2_post.data.rows import PROMPT
 from gemma2_post.models import cost
+from gemma2_post.models import work as passes
 from gemma2_post.models.arguments import REFUSED_KEYS, check_model_arguments, check_prompt_length
 from gemma2_post.stage.bounds import COUNT, SHARE
 from gemma2_post.stage.command import GRADER, Checked, Command, Curve, Parts, Stage
 from gemma2_post.stage.errors import UserError, located
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.recipe import key, part
+from gemma2_post.stage.work import Pass, Rows, times
 from gemma2_post.training import memory as held
+from gemma2_post.training import work as computed
 from gemma2_post.training.checks import check_disk, check_sampling, check_training, complete_training, metrics_of
 from gemma2_post.training.keys import TRAINING_BOUNDS, TrainingRecipe, decisive
 
@@ -165,11 +168,16 @@ def metrics(recipe: Recipe) -> set[str]:
     return metrics_of(grades | DIVERGENCES if grades else set(), additional)
 
 
+def teacher_quantization(recipe: Recipe) -> str | None:
+    """How the teacher is quantized: `4bit`, `8bit` or None."""
+    return "4bit" if recipe.teacher_load_in_4bit else "8bit" if recipe.teacher_load_in_8bit else None
+
+
 def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
     config, recipe, compute = held.config_of(checked), checked.recipe, held.compute_of(checked)
     teacher = checked.models["teacher_model_name_or_path"]
     assert teacher is not None, "the planner asks only about models whose shapes it knows"
-    quantization = "4bit" if recipe.teacher_load_in_4bit else "8bit" if recipe.teacher_load_in_8bit else None
+    quantization = teacher_quantization(recipe)
     in_fp32 = recipe.teacher_dtype == "float32"
     itemsize = cost.FP32 if in_fp32 and not checked.launcher.zero_stage else cost.BF16
     frozen = {"teacher": held.shared(cost.weights(teacher, itemsize, quantization), checked.launcher, 3)}
@@ -185,6 +193,39 @@ def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
         **held.sampling(checked, parts, prompt, answer, trains_on_answers=True),
         **held.divergence(checked, parts, prompt, answer),
     }
+
+
+def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
+    recipe, training, student = checked.recipe, checked.recipe.training, computed.model_of(checked)
+    teacher_config, compute = checked.models["teacher_model_name_or_path"], student.compute
+    assert teacher_config is not None, "the planner asks only about models whose shapes it knows"
+    compute = cost.Compute(
+        cost.FP32 if recipe.teacher_dtype == "float32" else cost.BF16, compute.attention, compute.on_cpu
+    )
+    teacher = passes.Model(teacher_config, compute, teacher_quantization(recipe))
+    answers = rows.answers_up_to(training.max_completion_length)
+    prompts = rows.prompts_up_to(
+        cost.longest_prompt(checked.models.values(), recipe.max_prompt_length, training.max_completion_length)
+    )
+    sampled = computed.per_process(checked, recipe.global_batch_size)
+    batch, both = training.per_device_train_batch_size, prompts.plus(answers)
+    padded = both.longest(sampled)  # the answers of a step are padded once
+    loss = passes.divergence_loss(student, teacher, batch * answers.mean, training.beta)
+    step = [
+        *passes.sampling(student, sampled, sampled, prompts, answers, training.use_vllm),
+        passes.reading(teacher, sampled, batch, both, padded=padded),
+        computed.a_step(checked, student, both, loss, padded),
+    ]
+    measured = [
+        *computed.answering(checked, student, prompts, answers),
+        *computed.comparing(checked, [student, teacher], prompts, answers),
+    ]
+    grades_teacher = bool(recipe.samples.graders)
+    return [
+        *times(computed.num_steps(checked, rows), step),
+        *times(2, measured),
+        *(computed.answering(checked, teacher, prompts, answers) if grades_teacher else []),
+    ]
 
 
 COMMAND = Command(
@@ -203,6 +244,7 @@ COMMAND = Command(
     needed_models=["model_name_or_path", "teacher_model_name_or_path"],
     memory=memory,
     disk=held.disk,
+    work=work,
 )
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING
 
 from gemma2_post.data.rows import DOCUMENT, PROMPT, QUESTION
 from gemma2_post.evaluation import memory as measuring
+from gemma2_post.evaluation import work as computed
 from gemma2_post.evaluation.keys import REFUSED, BenchmarkArguments, CorpusArguments, JudgeArguments, MeasureArguments
 from gemma2_post.models import cost
+from gemma2_post.models import work as passes
 from gemma2_post.stage import contract
 from gemma2_post.stage.bounds import FILLED
 from gemma2_post.stage.command import Checked, Command, Parts, Stage
@@ -28,6 +30,7 @@ from gemma2_post.stage.errors import UserError, located
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.paths import ModelPath
 from gemma2_post.stage.recipe import key, part
+from gemma2_post.stage.work import Lengths, Pass, Rows, evenly, times
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -150,6 +153,9 @@ def metrics(recipe: Recipe) -> set[str]:
 JUDGE_BATCH, JUDGE_QUESTION = 8, 200
 """Pairs that a judge reads at once, and the tokens of its question without them (`evaluation/judge.py`)."""
 
+MEMORISED = 50, 50
+"""Tokens of the corpus that a model reads and continues (`evaluation/memorisation.py`)."""
+
 
 def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
     found = measuring.measuring(checked, checked.recipe.measured)
@@ -161,6 +167,31 @@ def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
         held |= {"weights": found["sampling"]["weights"]} if judging.safety_datasets else {}
         question = JUDGE_QUESTION + prompt + 2 * answers.max_completion_length
         found["judge"] = held | cost.sampling(judge, JUDGE_BATCH, question, judging.judge_max_tokens, compute)
+    return found
+
+
+def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
+    """Every model's answers; the base model's are as long as they may be. `safety_datasets` and `benchmarks`, whose
+    sizes are not known, are not counted."""
+    recipe, measured = checked.recipe, checked.recipe.measured
+    config, compute = checked.models["init"], measuring.compute_of(checked)
+    assert config is not None, "the planner asks only about models whose shapes it knows"
+    limit, others = measured.answers.max_completion_length, len(set(recipe.models))
+    answers = rows.answers_up_to(limit)
+    found = times(others, computed.measuring(checked, measured, rows, answers))
+    if recipe.base:
+        found += computed.measuring(checked, measured, rows, Lengths((limit,)))
+    num_models = others + (recipe.base is not None)
+    if recipe.memorizing.corpus:
+        prefix, continuation = (Lengths((tokens,)) for tokens in MEMORISED)
+        number, model = recipe.memorizing.num_memorised, passes.Model(config, compute)
+        found += times(num_models, passes.sampling(model, number, measured.answers.batch_size, prefix, continuation))
+    if judge := checked.models.get("judge"):
+        pair = computed.prompts_of(checked, measured, rows).plus(answers).plus(answers)
+        question = pair.plus(Lengths((JUDGE_QUESTION,)))
+        asked = 2 * (num_models - 1) * measured.samples.num_samples  # in both orders
+        replies = evenly(recipe.judging.judge_max_tokens)
+        found += passes.sampling(passes.Model(judge, compute), asked, JUDGE_BATCH, question, replies)
     return found
 
 
@@ -177,6 +208,7 @@ COMMAND = Command(
     below_gate="read answers.jsonl next to models.json: which model fails, and on which prompts?",
     needed_models=["init", "reward_model", "judge"],
     memory=memory,
+    work=work,
 )
 
 if __name__ == "__main__":

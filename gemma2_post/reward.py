@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 from gemma2_post.data.keys import PreferenceArguments
 from gemma2_post.data.pairs import PAIR
 from gemma2_post.models import cost
+from gemma2_post.models import work as passes
 from gemma2_post.models.arguments import REFUSED_KEYS, check_length
 from gemma2_post.stage.bounds import COUNT
 from gemma2_post.stage.command import Checked, Command, Curve, Parts, Stage
@@ -24,7 +25,9 @@ from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.paths import FunctionPath, ModelPath
 from gemma2_post.stage.recipe import Effect, key, part
+from gemma2_post.stage.work import Pass, Rows, times
 from gemma2_post.training import memory as held
+from gemma2_post.training import work as computed
 from gemma2_post.training.checks import check_disk, check_training, complete_training, metrics_of
 from gemma2_post.training.keys import TRAINING_BOUNDS, TrainingRecipe, decisive
 
@@ -147,6 +150,12 @@ def metrics(recipe: Recipe) -> set[str]:
     return metrics_of(PAIR_METRICS | measured, {"answer_reward_mean", "answer_reward_spread"})
 
 
+def compute_of_policies(checked: Checked[Recipe]) -> cost.Compute:
+    """How policies answer: in bf16 on a GPU."""
+    on_cpu = checked.launcher.use_cpu
+    return cost.Compute(cost.FP32 if on_cpu else cost.BF16, "eager", on_cpu)
+
+
 def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
     config, recipe, compute = held.config_of(checked), checked.recipe, held.compute_of(checked)
     rows, eval_rows = 2 * recipe.training.per_device_train_batch_size, recipe.training.per_device_eval_batch_size
@@ -154,11 +163,33 @@ def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
     parts = held.held(checked)
     phases = held.training_step(checked, parts, rows, length)  # chosen and rejected side by side
     if policy := checked.models.get("policies"):  # before the reward model is loaded
-        policy_compute = cost.Compute(cost.FP32 if compute.on_cpu else cost.BF16, "eager", compute.on_cpu)
+        policy_compute = compute_of_policies(checked)
         answering = cost.sampling(policy, eval_rows, length, recipe.max_new_tokens, policy_compute)
         phases["answers of policies"] = {"policies": cost.weights(policy, policy_compute.itemsize)} | answering
     scoring = {"activations": cost.forward(config, eval_rows, length, compute), "gathered": held.gathered(checked)}
     return phases | {"scoring": parts | scoring}
+
+
+def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
+    recipe, model = checked.recipe, computed.model_of(checked)
+    training, samples = recipe.training, computed.per_process(checked, recipe.samples.num_samples)
+    lengths = rows.conversations_up_to(training.max_length or model.config.max_position_embeddings)
+    batch, eval_rows = 2 * training.per_device_train_batch_size, training.per_device_eval_batch_size
+    prompts, answers = rows.prompts_up_to(training.max_length), rows.answers_up_to(recipe.max_new_tokens)
+    by_length = training.train_sampling_strategy == "group_by_length"  # pads little more than the shorter of a pair
+    padded = lengths.longest(2 if by_length else batch)
+    step = passes.training(model, batch, lengths, passes.Loss(), training.gradient_checkpointing, padded)
+    pairs = 2 * computed.per_process(checked, computed.num_held_out(checked, rows))
+    scored = [passes.reading(model, pairs, eval_rows, lengths)]
+    found: list[Pass] = []
+    for _ in recipe.policies or []:
+        policy = checked.models["policies"]
+        assert policy is not None, "the planner asks only about models whose shapes it knows"
+        answering = passes.Model(policy, compute_of_policies(checked))
+        found += passes.sampling(answering, samples, eval_rows, prompts, answers)
+        scored.append(passes.reading(model, samples, eval_rows, prompts.plus(answers)))
+    steps = computed.accumulation(checked) * computed.num_steps(checked, rows)
+    return [*found, *times(steps, [step]), *times(2, scored)]
 
 
 COMMAND = Command(
@@ -181,6 +212,7 @@ COMMAND = Command(
     needed_models=["model_name_or_path", "policies"],
     memory=memory,
     disk=held.disk,
+    work=work,
 )
 
 if __name__ == "__main__":

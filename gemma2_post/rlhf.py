@@ -11,19 +11,23 @@ tokens. The anchor is an exponential moving average of the policy, the model tha
 
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from typing import TYPE_CHECKING, Literal
 
 from gemma2_post.data.rows import PROMPT
 from gemma2_post.evaluation.keys import RewardFunctionArguments, SampleArguments, WatchArguments
 from gemma2_post.models import cost
+from gemma2_post.models import work as passes
 from gemma2_post.models.arguments import REFUSED_KEYS, check_prompt_length
 from gemma2_post.stage.bounds import COUNT, NOT_NEGATIVE, Bounds
 from gemma2_post.stage.command import GRADER, Checked, Command, Curve, Parts, Stage
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.recipe import key, keys_of, part
+from gemma2_post.stage.work import Pass, Rows, times
 from gemma2_post.training import keys as training_keys
 from gemma2_post.training import memory as held
+from gemma2_post.training import work as computed
 from gemma2_post.training.checks import check_disk, check_sampling, check_training, complete_training, metrics_of
 from gemma2_post.training.keys import TRAINING_BOUNDS, TrainingRecipe
 
@@ -230,6 +234,40 @@ def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
     return phases
 
 
+def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
+    recipe, training, policy = checked.recipe, checked.recipe.training, computed.model_of(checked)
+    answers = rows.answers_up_to(training.max_completion_length)
+    prompts = rows.prompts_up_to(
+        cost.longest_prompt(checked.models.values(), recipe.max_prompt_length, training.max_completion_length)
+    )
+    sampled, both = computed.per_process(checked, recipe.global_batch_size), prompts.plus(answers)
+    batch = training.per_device_train_batch_size
+    # The answers of a step are padded once, and each prompt is there `num_generations` times.
+    prompt = prompts.longest(sampled / training.num_generations)
+    padded = prompt + answers.longest(sampled)
+    # Triton scores only the answers; without it, the prompts are scored, too.
+    scored = padded if policy.compute.on_cpu else answers.mean
+    # TRL reads the answers again as the policy, whether or not it has changed, and as the anchor.
+    read = passes.reading(policy, sampled, batch, both, scored, padded)
+    step = [
+        *passes.sampling(policy, sampled, sampled, prompts, answers, training.use_vllm, prompt),
+        *([read, read] if training.beta else [read]),
+        computed.a_step(checked, policy, both, passes.fused_loss(policy, batch * scored), padded),
+    ]
+    watched = [
+        *computed.answering(checked, policy, prompts, answers),
+        *computed.comparing(checked, [policy] * (4 if recipe.anchor == "ema" else 2), prompts, answers),
+    ]
+    if scorer := checked.models.get("reward_model"):
+        on_cpu = checked.launcher.use_cpu
+        scoring = passes.Model(scorer, cost.Compute(cost.FP32 if on_cpu else cost.BF16, "eager", on_cpu))
+        conversations, number = recipe.rewards.reward_batch_size, recipe.samples.num_samples
+        step.append(passes.reading(scoring, sampled, conversations, both))
+        watched.append(passes.reading(scoring, computed.per_process(checked, number), conversations, both))
+    steps = computed.num_steps(checked, rows)
+    return [*times(steps, step), *times(1 + ceil(steps / recipe.watch.watch_steps), watched)]
+
+
 COMMAND = Command(
     "rlhf",
     Recipe,
@@ -252,6 +290,7 @@ COMMAND = Command(
     needed_models=["model_name_or_path", "reward_model"],
     memory=memory,
     disk=lambda checked: held.disk(checked, has_anchor=checked.recipe.anchor == "ema"),
+    work=work,
 )
 
 if __name__ == "__main__":

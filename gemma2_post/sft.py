@@ -9,17 +9,21 @@ model itself says: its words, each `<end_of_turn>`, and the final `<eos>`.
 """
 
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING
 
 from gemma2_post.data.rows import CONVERSATION
 from gemma2_post.models import cost
+from gemma2_post.models import work as passes
 from gemma2_post.models.arguments import REFUSED_KEYS, attention_of, check_length, check_prompt_length
 from gemma2_post.stage.bounds import COUNT
 from gemma2_post.stage.command import GRADER, Checked, Command, Curve, Parts, Stage
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.recipe import Effect, key, part
+from gemma2_post.stage.work import Lengths, Pass, Rows, times
 from gemma2_post.training import memory as held
+from gemma2_post.training import work as computed
 from gemma2_post.training.checks import check_disk, check_training, complete_training, metrics_of
 from gemma2_post.training.keys import TRAINING_BOUNDS, TrainingRecipe, decisive
 
@@ -117,6 +121,31 @@ def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
     return held.training_step(checked, parts, rows, length, loss) | sampling
 
 
+def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
+    """Its answers before training are as long as they may be: a base model does not end its turns."""
+    recipe, model = checked.recipe, computed.model_of(checked)
+    training = recipe.training
+    limit = training.max_length or model.config.max_position_embeddings
+    lengths, steps = rows.conversations_up_to(limit), computed.num_steps(checked, rows)
+    num_held_out = computed.per_process(checked, computed.num_held_out(checked, rows))
+    if training.packing:
+        steps = steps if training.max_steps > 0 else ceil(steps * lengths.mean / limit)
+    trained = Lengths((limit,)) if training.packing else lengths
+    batch = training.per_device_train_batch_size
+    # Triton scores only the tokens in the loss, at most all but padding; without it, padding is scored, too.
+    scored = batch * (trained.longest(batch) if model.compute.on_cpu else trained.mean)
+    loss = passes.fused_loss(model, scored)
+    eval_rows = training.per_device_eval_batch_size
+    evaluated = passes.reading(model, num_held_out, eval_rows, lengths, logits=lengths.longest(eval_rows))
+    prompts, answers = rows.prompts_up_to(limit), rows.answers_up_to(recipe.max_new_tokens)
+    return [
+        *times(steps, [computed.a_step(checked, model, trained, loss)]),
+        *times(2, [evaluated]),
+        *computed.answering(checked, model, prompts, Lengths((recipe.max_new_tokens,))),
+        *computed.answering(checked, model, prompts, answers),
+    ]
+
+
 COMMAND = Command(
     "sft",
     Recipe,
@@ -132,6 +161,7 @@ COMMAND = Command(
     curves=[Curve("log.jsonl", "loss", "loss")],
     memory=memory,
     disk=held.disk,
+    work=work,
 )
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from gemma2_post.data.keys import DataArguments
 from gemma2_post.data.rows import PROMPT
 from gemma2_post.evaluation.keys import SynthesisArguments
 from gemma2_post.models import cost
+from gemma2_post.models import work as passes
 from gemma2_post.models.arguments import (
     MODEL_BOUNDS,
     REFUSED_KEYS,
@@ -34,6 +35,7 @@ from gemma2_post.stage.command import Checked, Command, Parts, Stage
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.recipe import key, part
+from gemma2_post.stage.work import Pass, Rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -190,13 +192,21 @@ def metrics(recipe: Recipe) -> set[str]:
     return counts | {"mean_tokens", "tokens_per_second"}
 
 
+def teacher_of(checked: Checked[Recipe]) -> passes.Model:
+    """The local teacher."""
+    model, config = checked.recipe.model, checked.models["model_name_or_path"]
+    assert config is not None, "the planner asks only about models whose shapes it knows"
+    itemsize = cost.BF16 if model.dtype == "bfloat16" else cost.FP32
+    compute = cost.Compute(itemsize, attention_of(model), checked.launcher.use_cpu)
+    return passes.Model(config, compute, checked.recipe.quantization)
+
+
 def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
     args, model = checked.recipe.synthesis, checked.recipe.model
     if args.endpoint:
         return {"asking": {}}
-    config, on_cpu = checked.models["model_name_or_path"], checked.launcher.use_cpu
-    assert config is not None, "the planner asks only about models whose shapes it knows"
-    compute = cost.Compute(cost.BF16 if model.dtype == "bfloat16" else cost.FP32, attention_of(model), on_cpu)
+    teacher = teacher_of(checked)
+    config, compute, on_cpu = teacher.config, teacher.compute, teacher.compute.on_cpu
     prompt = cost.longest_prompt([config], args.max_prompt_length, args.max_new_tokens)
     held = {"weights": cost.weights(config, compute.itemsize, checked.recipe.quantization, model.use_bnb_nested_quant)}
     if scorer := checked.models.get("reward_model"):
@@ -207,6 +217,21 @@ def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
 def decisive(values: dict[str, object]) -> dict[str, object]:
     """The columns, which are written beside the answers."""
     return {"columns": values["columns"]} if values.get("columns") else {}
+
+
+def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
+    """A local teacher's answers, and their rewards; an endpoint computes elsewhere."""
+    args = checked.recipe.synthesis
+    if args.endpoint:
+        return []
+    teacher = teacher_of(checked)
+    prompts = rows.prompts_up_to(cost.longest_prompt([teacher.config], args.max_prompt_length, args.max_new_tokens))
+    answers, number = rows.answers_up_to(args.max_new_tokens), args.num_answers * rows.number
+    found = passes.sampling(teacher, number, args.batch_size, prompts, answers)
+    if scorer := checked.models.get("reward_model"):
+        scoring = passes.Model(scorer, cost.Compute(cost.FP32 if teacher.compute.on_cpu else cost.BF16))
+        found.append(passes.reading(scoring, number, args.batch_size, prompts.plus(answers)))
+    return found
 
 
 COMMAND = Command(
@@ -222,6 +247,7 @@ COMMAND = Command(
     headline=["num_kept"],
     needed_models=["model_name_or_path", "reward_model"],
     memory=memory,
+    work=work,
 )
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from gemma2_post.data.rows import QUESTION
 from gemma2_post.evaluation import memory as measuring
+from gemma2_post.evaluation import work as measured
 from gemma2_post.evaluation.keys import REFUSED, ReleaseArguments
 from gemma2_post.models import cost
 from gemma2_post.models.shapes import num_parameters
@@ -27,6 +28,7 @@ from gemma2_post.stage.command import GRADER, Checked, Command, Parts, Stage
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.recipe import key, part
+from gemma2_post.stage.work import Pass, Rows, times
 from gemma2_post.weights.keys import MergeArguments
 
 
@@ -85,6 +87,20 @@ def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
     return measuring.measuring(checked, checked.recipe.release.measured)
 
 
+POINTS_OF_A_RUN = 3
+"""Points of a run beside the sweep: its end, its anchor, and one checkpoint."""
+
+
+def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
+    """Measuring the points; a merge reads and writes weights and computes next to nothing."""
+    recipe = checked.recipe
+    if recipe.release is None:
+        return []
+    points = sum(map(len, recipe.merge.sweeps.values())) + POINTS_OF_A_RUN * len(recipe.release.runs or [])
+    answers = rows.answers_up_to(recipe.release.measured.answers.max_completion_length)
+    return times(points, measured.measuring(checked, recipe.release.measured, rows, answers))
+
+
 def disk(checked: Checked[Recipe]) -> tuple[float, float]:
     args, config = checked.recipe.merge, checked.models["init"]
     assert config is not None, "the planner asks only about models whose shapes it knows"
@@ -115,6 +131,7 @@ COMMAND = Command(
     needed_models=["init", "reward_model"],
     memory=memory,
     disk=disk,
+    work=work,
 )
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ class Adapted:
     has_dropout: bool = False
 
 
-def _scores(config: "Gemma2Config", rows: int, length: int) -> int:
+def _scores(config: "Gemma2Config", rows: float, length: float) -> float:
     return rows * config.num_attention_heads * length**2
 
 
@@ -100,7 +100,7 @@ def masks(rows: int, length: int, compute: Compute) -> float:
 
 
 def saved_by_layer(
-    config: "Gemma2Config", rows: int, length: int, compute: Compute, adapted: Adapted | None = None
+    config: "Gemma2Config", rows: float, length: float, compute: Compute, adapted: Adapted | None = None
 ) -> float:
     """What a layer saves in its forward pass for its backward pass.
 

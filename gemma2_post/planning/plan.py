@@ -1,6 +1,8 @@
 """Whether a pipeline fits a machine, before anything is downloaded: memory and disk of each stage, and remedies.
 
-gemma2-post plan recipes/gemma-2-9b/pipeline.yaml --gpus 8 --memory 80
+How long it takes is in `planning/hours.py`.
+
+    gemma2-post plan recipes/gemma-2-9b/pipeline.yaml --gpus 8 --memory 80 --gpu H100
 """
 
 import dataclasses
@@ -12,7 +14,7 @@ import psutil
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
-from gemma2_post.planning import memory
+from gemma2_post.planning import hours, memory
 from gemma2_post.planning.memory import Job
 from gemma2_post.stage.command import Parts
 from gemma2_post.stage.errors import located
@@ -167,13 +169,20 @@ def _changes(job: Job) -> Iterator[list[Change]]:
 # --- to read ---
 
 
-def show(jobs: list[Job], console: Console, num_gpus: int | None = None, memory_gb: float | None = None) -> None:
-    """Prints the table and the remedies."""
+def show(
+    jobs: list[Job], console: Console, num_gpus: int | None = None, memory_gb: float | None = None, gpu: str = "H100"
+) -> None:
+    """Prints memory and disk with the remedies, then tokens and hours on such a GPU with their assumptions."""
     rows = plan(jobs, num_gpus, memory_gb)
     console.print(table(rows, memory_gb))
     for row in rows:
         if row.remedy:
             console.print(f"{row.job.label}: {row.remedy}", markup=False, highlight=False, soft_wrap=True)
+    estimates = hours.estimate([(row.job, row.num_runs) for row in rows], gpu)
+    console.print()
+    console.print(hours.table(estimates))
+    for line in hours.summary(estimates):
+        console.print(line, markup=False, highlight=False)
 
 
 def table(rows: list[Row], memory_gb: float | None) -> Table:

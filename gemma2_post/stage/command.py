@@ -19,6 +19,7 @@ from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.paths import with_policies
 from gemma2_post.stage.recipe import R
 from gemma2_post.stage.reference import describe_keys, wrapped
+from gemma2_post.stage.work import Pass, Rows
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -115,6 +116,8 @@ class Command(Generic[R]):
     """Memory of one process in each phase."""
     disk: Callable[[Checked[R]], tuple[float, float]] = lambda checked: (0, 0)
     """Bytes of its output, and the most bytes that its checkpoints take at once."""
+    work: Callable[[Checked[R], Rows], list[Pass]] = lambda checked, rows: []
+    """The passes of one process through models; raises `UnknownRows` if they depend on an unknown number of rows."""
 
     @property
     def documentation(self) -> str:

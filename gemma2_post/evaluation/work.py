@@ -1,0 +1,30 @@
+"""What a stage that measures models computes; see `models/work.py`."""
+
+from gemma2_post.evaluation import memory
+from gemma2_post.evaluation.keys import MeasureArguments
+from gemma2_post.models import cost, work
+from gemma2_post.models.work import Model
+from gemma2_post.stage.command import Checked
+from gemma2_post.stage.work import Lengths, Pass, Rows
+
+
+def prompts_of(checked: Checked, measured: MeasureArguments, rows: Rows) -> Lengths:
+    """Lengths of the prompts."""
+    args = measured.answers
+    return rows.prompts_up_to(
+        cost.longest_prompt(checked.models.values(), args.max_prompt_length, args.max_completion_length)
+    )
+
+
+def measuring(checked: Checked, measured: MeasureArguments, rows: Rows, answers: Lengths) -> list[Pass]:
+    """One model: its answers, their logits by it and by the start, and their rewards."""
+    config, compute, args = checked.models["init"], memory.compute_of(checked), measured.answers
+    assert config is not None, "the planner asks only about models whose shapes it knows"
+    model, prompts = Model(config, compute), prompts_of(checked, measured, rows)
+    number = min(measured.samples.num_samples, rows.known or measured.samples.num_samples)
+    both = prompts.plus(answers)
+    found = work.sampling(model, number, args.batch_size, prompts, answers)
+    found += 2 * [work.reading(model, number, args.batch_size, both, answers.longest(args.batch_size))]
+    if scorer := checked.models.get("reward_model"):
+        found.append(work.reading(Model(scorer, compute), number, measured.rewards.reward_batch_size, both))
+    return found
