@@ -97,7 +97,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
         positions, whose = score.max_length, "the reward model's"
     longest_answer = recipe.training.max_completion_length
     longest = check_prompt_length(recipe.max_prompt_length, "max_completion_length", longest_answer, positions, whose)
-    check_disk(stage, recipe, config, additional_weights=recipe.anchor == "ema")
+    check_disk(stage, recipe, config, has_anchor=recipe.anchor == "ema", saves_every=recipe.watch.watch_steps)
     with recipe.training.main_process_first():
         train, held_out = split_held_out(recipe.data, recipe.training.seed, load_prompts)
         train, held_out = (
@@ -268,6 +268,10 @@ def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
     return [*times(steps, step), *times(1 + ceil(steps / recipe.watch.watch_steps), watched)]
 
 
+def disk(checked: Checked[Recipe]) -> tuple[float, float]:
+    return held.disk(checked, checked.recipe.anchor == "ema", checked.recipe.watch.watch_steps)
+
+
 COMMAND = Command(
     "rlhf",
     Recipe,
@@ -289,7 +293,7 @@ COMMAND = Command(
     ],
     needed_models=["model_name_or_path", "reward_model"],
     memory=memory,
-    disk=lambda checked: held.disk(checked, has_anchor=checked.recipe.anchor == "ema"),
+    disk=disk,
     work=work,
 )
 

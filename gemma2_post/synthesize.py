@@ -215,8 +215,9 @@ def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
 
 
 def decisive(values: dict[str, object]) -> dict[str, object]:
-    """The columns, which are written beside the answers."""
-    return {"columns": values["columns"]} if values.get("columns") else {}
+    """The columns, which are written beside the answers, and that a server answers, wherever it is."""
+    columns = {"columns": values["columns"]} if values.get("columns") else {}
+    return columns | ({"endpoint": "a server"} if values.get("endpoint") else {})
 
 
 def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:

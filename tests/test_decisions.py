@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma2_post import cli, evaluate, sft
+from gemma2_post import cli, evaluate, sft, synthesize
 from gemma2_post.pipeline import processes
 from gemma2_post.pipeline.steps import Step
 from gemma2_post.stage import contract, digests, fingerprint
@@ -141,6 +141,14 @@ def test_only_what_is_finished_can_be_kept(tmp_path: Path, ran: list[str]) -> No
     with pytest.raises(UserError, match="--keep distill: it is not finished, so there is nothing to keep"):
         start(path, keep=["distill"])
     assert ran == []
+
+
+def test_a_server_that_has_moved_answers_the_same() -> None:
+    """A half of a teacher's answers is worth keeping."""
+    here, there, local = (
+        synthesize.COMMAND.fingerprint({"endpoint": url} if url else {}) for url in ("http://a/v1", "http://b/v1", "")
+    )
+    assert differences(here, there) == Differences([], [], []) and differences(here, local).output
 
 
 def unfinished(path: Path, **values: object) -> Path:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, TrainingArguments
 
 from gemma2_post import rlhf
 from gemma2_post.models import cost
@@ -17,7 +17,10 @@ from gemma2_post.pipeline import check, steps
 from gemma2_post.planning import memory, plan
 from gemma2_post.planning.memory import Job
 from gemma2_post.planning.plan import Change
+from gemma2_post.stage.command import Stage
 from gemma2_post.stage.errors import UserError
+from gemma2_post.training import checks
+from gemma2_post.training import memory as held
 from tests.conftest import random_model
 
 GB = 1e9
@@ -205,3 +208,38 @@ def test_a_chain_that_does_not_fit_on_the_disk_is_refused(tmp_path: Path, monkey
     (run_dir / "sft").mkdir(parents=True)
     (run_dir / "sft" / "model.safetensors").write_bytes(b"0" * 1000)
     memory.check_disk(run_dir, chain)
+    (run_dir / "replaced").mkdir()
+    with pytest.raises(UserError, match=f"free some, for example what gemma2-post clean {run_dir} lists, or"):
+        memory.check_disk(run_dir, chain, replaced={"sft"})  # what is set aside still takes its space
+
+
+def test_a_stage_that_resumes_needs_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoints are there already; the stage counts as the chain does."""
+    chain = check.check(steps.load_pipeline(Path("recipes/gemma-2-2b/pipeline.yaml"), tmp_path / "run"))
+    job = next(each for each in chain if each.command.name == "rlhf")
+    recipe, config = job.checked.recipe, job.checked.models["model_name_or_path"]
+    needed = int(sum(job.command.disk(job.checked)))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1000))
+    stage = Stage("rlhf", "rlhf.yaml", tmp_path / "policy-0", {})
+    more = {"has_anchor": recipe.anchor == "ema", "saves_every": recipe.watch.watch_steps}
+    with pytest.raises(UserError, match=rf"about {needed / 1e6:,.0f} MB needed"):
+        checks.check_disk(stage, recipe, config, **more)
+    (stage.output_dir / "checkpoint-20").mkdir(parents=True)
+    (stage.output_dir / "checkpoint-20" / "model.safetensors").write_bytes(b"0" * 1001)
+    checks.check_disk(stage, recipe, config, **more)
+
+
+@pytest.mark.parametrize(
+    ("values", "number"),
+    [
+        ({"save_total_limit": 2}, 3),
+        ({"max_steps": 100, "save_steps": 10}, 10),
+        ({"max_steps": 100, "save_steps": 0.25}, 4),
+        ({"save_strategy": "epoch", "num_train_epochs": 5}, 5),
+        ({"save_steps": 10}, 3),
+    ],
+)
+def test_without_a_limit_every_checkpoint_stays(values: dict[str, object], number: int) -> None:
+    training = TrainingArguments(use_cpu=True, **values)
+    assert held._checkpoints(training, None) == number

@@ -5,8 +5,8 @@ import time
 from pathlib import Path
 
 from gemma2_post.pipeline import lock
-from gemma2_post.pipeline.decisions import REPLACED, replaced_folders
-from gemma2_post.stage.disk import size_of
+from gemma2_post.pipeline.decisions import replaced_folders
+from gemma2_post.stage.disk import REPLACED, size_of
 from gemma2_post.stage.errors import UserError
 
 

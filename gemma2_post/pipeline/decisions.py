@@ -14,11 +14,10 @@ from pathlib import Path
 from gemma2_post.pipeline.steps import Pipeline, Step
 from gemma2_post.stage import contract
 from gemma2_post.stage.contract import State
+from gemma2_post.stage.disk import REPLACED
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.fingerprint import Fingerprint, made_by
 
-REPLACED = "replaced"
-"""Folder in a run's folder for the outputs that were replaced."""
 _DATE = re.compile(r"\d{4}-\d\d-\d\d-\d{6}(-\d+)?")
 
 

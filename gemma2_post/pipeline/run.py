@@ -104,23 +104,24 @@ def explain(pipeline: Pipeline, until: str | None, choices: dict[str, Choice]) -
             print(f"{step.label}: {decision.why or nothing}")
 
 
-def _check(pipeline: Pipeline, until: str | None, to_run: set[str]) -> None:
+def _check(pipeline: Pipeline, until: str | None, to_run: set[str], replaced: set[str]) -> None:
     """Checks the whole pipeline, in a separate process because that imports torch.
 
     Args:
         to_run: Labels of the steps that may run; the others need neither devices nor space.
+        replaced: Labels of those whose present output is set aside.
 
     Raises:
         SystemExit: Something is wrong; the process has printed what.
     """
-    process = get_context("spawn").Process(target=_check_here, args=(pipeline, until, to_run), daemon=True)
+    process = get_context("spawn").Process(target=_check_here, args=(pipeline, until, to_run, replaced), daemon=True)
     process.start()
     process.join()
     if process.exitcode:
         raise SystemExit(process.exitcode)
 
 
-def _check_here(pipeline: Pipeline, until: str | None, to_run: set[str]) -> None:
+def _check_here(pipeline: Pipeline, until: str | None, to_run: set[str], replaced: set[str]) -> None:
     gc.disable()  # the process imports much and ends soon
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when imported, it warns about a missing CPU kernel
     from gemma2_post.pipeline import check
@@ -129,7 +130,7 @@ def _check_here(pipeline: Pipeline, until: str | None, to_run: set[str]) -> None
     with reported():
         jobs = check.check(pipeline, until, to_run)
         with located(pipeline.path):
-            memory.check_disk(pipeline.run_dir, [job for job in jobs if job.label in to_run])
+            memory.check_disk(pipeline.run_dir, [job for job in jobs if job.label in to_run], replaced)
 
 
 @contextmanager
@@ -184,9 +185,13 @@ class _Run:
         to_run = [step for step in steps if decisions[step.label].action != Action.KEEP]
         if to_run:
             if not self.has_begun:  # everything is checked before the first stage starts
-                would = forecast(self.pipeline, self.until, self.choices)
-                kept = {step.label for step, decision, reads in would if decision.action == Action.KEEP and not reads}
-                _check(self.pipeline, self.until, {step.label for step, *_ in would} - kept)
+                to_run_at_all, replaced = set(), set()
+                for step, decision, reads in forecast(self.pipeline, self.until, self.choices):
+                    if reads or decision.action != Action.KEEP:
+                        to_run_at_all.add(step.label)
+                    if reads or decision.action == Action.RUN:
+                        replaced.add(step.label)
+                _check(self.pipeline, self.until, to_run_at_all, replaced)
                 self.has_begun = True
             places = devices.places(launcher, len(steps))
             free: Queue[dict[str, str]] = Queue()

@@ -1,12 +1,12 @@
 """What a stage needs: peak memory, host memory, disk. Each stage says what its memory holds."""
 
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
 from gemma2_post.models.cost import BF16, ONEDNN_KERNELS
-from gemma2_post.stage import contract
 from gemma2_post.stage.command import Checked, Command, Parts
-from gemma2_post.stage.disk import check_space
+from gemma2_post.stage.disk import check_space, missing
 from gemma2_post.training import memory as training
 from gemma2_post.training.keys import TrainingRecipe
 
@@ -57,11 +57,13 @@ def host(job: Job) -> float:
     return training.host(job.checked) if job.trains else 0
 
 
-def check_disk(run_dir: Path, jobs: list[Job]) -> None:
-    """Raises a `UserError` if the outputs and checkpoints do not fit on the disk; skips jobs with unknown shapes."""
-    num_bytes = 0.0
-    for job in jobs:
-        if not (job.folder / contract.DONE).is_file() and not job.unknown:
-            there = sum(path.stat().st_size for path in job.folder.rglob("*") if path.is_file())
-            num_bytes += max(0, sum(job.command.disk(job.checked)) - there)
-    check_space(run_dir, int(num_bytes))
+def check_disk(run_dir: Path, jobs: list[Job], replaced: Container[str] = ()) -> None:
+    """Raises a `UserError` if the outputs and checkpoints do not fit on the disk; skips jobs with unknown shapes.
+
+    Args:
+        jobs: The jobs that will run.
+        replaced: Labels of those whose present output is set aside, which frees nothing.
+    """
+    sizes = [(job, sum(job.command.disk(job.checked))) for job in jobs if not job.unknown]
+    needed = sum(size if job.label in replaced else missing(job.folder, size) for job, size in sizes)
+    check_space(run_dir, needed, is_shared=True)

@@ -182,7 +182,8 @@ class Command(Generic[R]):
         """Runs a checked recipe; refuses a folder with the output or checkpoints of another recipe."""
         with located(stage.where):
             state, found = contract.state_of(stage.output_dir, stage.fingerprint)
-            if state == State.OTHER:
+            # Without checkpoints, the stage itself knows what it can use of an unfinished run.
+            if state == State.OTHER and (stage.is_made or contract.checkpoints(stage.output_dir)):
                 raise UserError(
                     f"output_dir {stage.output_dir} was made by a different recipe ({'; '.join(found.output[:3])}); "
                     "choose another output_dir, or move that folder away"

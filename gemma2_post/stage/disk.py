@@ -8,6 +8,9 @@ from pathlib import Path
 
 from gemma2_post.stage.errors import UserError
 
+REPLACED = "replaced"
+"""Folder in a run's folder for the outputs that were replaced."""
+
 
 def check_folder(folder: Path, key: str) -> None:
     """Raises a `UserError` if a folder can neither be written to nor made; leaves nothing behind.
@@ -34,15 +37,30 @@ def _why_not_usable(folder: Path) -> str:
         return (error.strerror or str(error)).lower()
 
 
-def check_space(output_dir: Path, num_bytes: int) -> None:
-    """Raises a `UserError` if `num_bytes` do not fit on the disk of `output_dir`."""
+def check_space(output_dir: Path, num_bytes: float, is_shared: bool = False) -> None:
+    """Raises a `UserError` if what is missing of `num_bytes` does not fit on the disk of `output_dir`.
+
+    Args:
+        num_bytes: All that the output and its checkpoints take at their most.
+        is_shared: Whether the folder holds more than that output, so that nothing in it counts.
+    """
+    needed = num_bytes if is_shared else missing(output_dir, num_bytes)
     existing = next(parent for parent in [output_dir, *output_dir.absolute().parents] if parent.exists())
     free = shutil.disk_usage(existing).free
-    if free < num_bytes:
+    if free < needed:
+        replaced = next(
+            (path / REPLACED for path in [output_dir, *output_dir.parents] if (path / REPLACED).is_dir()), None
+        )
+        more = f", for example what gemma2-post clean {replaced.parent} lists," if replaced else ""
         raise UserError(
             f"output_dir {output_dir}: no space left on the device for the output "
-            f"({free / 1e6:,.0f} MB free, about {num_bytes / 1e6:,.0f} MB needed); free some or write elsewhere"
+            f"({free / 1e6:,.0f} MB free, about {needed / 1e6:,.0f} MB needed); free some{more} or write elsewhere"
         )
+
+
+def missing(folder: Path, num_bytes: float) -> float:
+    """Bytes of an output that are not on the disk yet: a run that resumes has a part of them."""
+    return max(0.0, num_bytes - size_of(folder))
 
 
 def size_of(folder: Path) -> int:

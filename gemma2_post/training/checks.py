@@ -1,14 +1,14 @@
 """What every training stage checks and fills in before it loads anything."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemma2_post.models.arguments import check_arguments, complete_model_arguments
-from gemma2_post.models.shapes import num_parameters
-from gemma2_post.stage.command import Stage
+from gemma2_post.stage.command import Checked, Stage
 from gemma2_post.stage.disk import check_space
 from gemma2_post.stage.errors import UserError
-from gemma2_post.stage.launcher import Launcher
+from gemma2_post.stage.launcher import Launcher, of_this_process
 from gemma2_post.training.keys import TrainingRecipe
+from gemma2_post.training.memory import disk
 
 if TYPE_CHECKING:
     from transformers import Gemma2Config, TrainingArguments
@@ -119,17 +119,11 @@ def metrics_of(measured: set[str], additional: set[str]) -> set[str]:
     return measured | {f"{name}_before" for name in measured} | additional | {"tokens_per_second", "peak_memory_gb"}
 
 
-def check_disk(stage: Stage, recipe: TrainingRecipe, config: "Gemma2Config", additional_weights: int = 0) -> None:
-    """Refuses to begin if the disk has no room for the output and, in full fine-tuning, for two checkpoints.
-
-    A checkpoint holds fp32 weights and both moments of Adam, 12 bytes per parameter, and stays until the next one is
-    written. Checkpoints of adapters are small.
+def check_disk(stage: Stage, recipe: TrainingRecipe, config: "Gemma2Config", **more: Any) -> None:
+    """Refuses to begin if the disk has no room for what is missing of the output and the checkpoints.
 
     Args:
-        additional_weights: Number of additional fp32 copies of the weights, in the output and in each checkpoint.
+        more: See `memory.disk`.
     """
-    use_peft = recipe.model.use_peft
-    checkpoints = 0 if use_peft or recipe.training.save_strategy == "no" else 2
-    bytes_each = {"float32": 4, "bfloat16": 2}[recipe.save_dtype] + 12 * checkpoints
-    bytes_each += 0 if use_peft else 4 * additional_weights * (1 + checkpoints)
-    check_space(stage.output_dir, num_parameters(config) * bytes_each)
+    checked = Checked(recipe, of_this_process(recipe.training), {"model_name_or_path": config})
+    check_space(stage.output_dir, sum(disk(checked, **more)))

@@ -8,6 +8,7 @@ Sources: DeepSpeed's ZeRO (arXiv 1910.02054) and the defaults in its `runtime/ze
 """
 
 from collections.abc import Iterable
+from math import ceil
 from typing import TYPE_CHECKING
 
 from gemma2_post.models import cost
@@ -19,7 +20,7 @@ from gemma2_post.stage.launcher import Launcher
 from gemma2_post.training.keys import TrainingRecipe
 
 if TYPE_CHECKING:
-    from transformers import Gemma2Config
+    from transformers import Gemma2Config, TrainingArguments
 
 BUCKET = 500_000_000
 """Gradient elements that DeepSpeed reduces at once (`reduce_bucket_size`)."""
@@ -215,11 +216,12 @@ def host(checked: Training) -> float:
     return offloaded + total * (FP32 if checked.recipe.model.use_peft or keeps_fp32(checked) else BF16)
 
 
-def disk(checked: Training, has_anchor: bool = False) -> tuple[float, float]:
+def disk(checked: Training, has_anchor: bool = False, saves_every: int | None = None) -> tuple[float, float]:
     """Bytes of the output, and of the checkpoints at their most.
 
     Args:
         has_anchor: Whether the output and each checkpoint hold another fp32 copy of what is trained.
+        saves_every: Steps between checkpoints, if not the recipe's `save_steps`.
     """
     recipe, trained = checked.recipe, trained_parameters(checked)
     anchor = FP32 * trained if has_anchor else 0
@@ -230,4 +232,19 @@ def disk(checked: Training, has_anchor: bool = False) -> tuple[float, float]:
         output += FP32 * trained
     if recipe.training.save_strategy == "no":
         return output, 0
-    return output, each * ((recipe.training.save_total_limit or 2) + 1)  # the oldest goes once the newest is written
+    return output, each * _checkpoints(recipe.training, saves_every)
+
+
+def _checkpoints(training: "TrainingArguments", saves_every: int | None) -> int:
+    """How many checkpoints there are at most.
+
+    Without a limit all of them stay; where the number of steps follows from rows that are not counted here, three are.
+    """
+    if training.save_total_limit:
+        return training.save_total_limit + 1  # the oldest goes once the newest is written
+    if saves_every is None and training.save_strategy == "epoch":
+        return ceil(training.num_train_epochs)
+    every = saves_every or training.save_steps
+    if training.max_steps < 1:
+        return 3
+    return training.max_steps // every if every >= 1 else round(1 / every)
