@@ -107,14 +107,10 @@ def main(stage: Stage, recipe: Recipe) -> None:
     progress = stage.output_dir / contract.PROGRESS / "answers.jsonl"
     answers = resume(stage, args, prompts, teacher)
     num_earlier, began = sum(answer["num_tokens"] for answer in answers.values()), time.monotonic()
-    with (
-        open(progress, "a", encoding="ascii") as file,
-        tqdm(total=len(prompts) * args.num_answers, initial=len(answers), unit="answer") as bar,
-    ):
+    with tqdm(total=len(prompts) * args.num_answers, initial=len(answers), unit="answer") as bar:
 
         def write(batch: list[dict]) -> None:
-            file.write("".join(json.dumps(answer) + "\n" for answer in batch))
-            file.flush()
+            contract.append_lines(progress, batch)
             answers.update({(answer["row"], answer["sample"]): answer for answer in batch})
             bar.update(len(answers) - bar.n)
 

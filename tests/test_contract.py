@@ -355,13 +355,20 @@ def test_a_damaged_line_is_named_and_the_file_is_left_as_it_is(middle: bytes, tm
     assert file.read_bytes() == LINE + middle + LINE + b'{"key": "cut'
 
 
-def test_only_a_file_that_is_appended_to_loses_a_last_line_that_is_cut(tmp_path: Path) -> None:
+def test_only_a_file_that_is_appended_to_may_have_a_last_line_that_is_cut(tmp_path: Path) -> None:
+    """A reader leaves it: another process may be writing it. The next writer removes it."""
     file = tmp_path / "watch.jsonl"
     file.write_bytes(LINE + LINE[:-5])
     with pytest.raises(UserError, match=rf"{file}: line 2 is damaged \(it is not JSON\); move {tmp_path} away"):
         contract.read_lines(file, is_appended_to=False)
     assert contract.read_lines(file) == [{"key": "a", "reply": "[[A]]"}]
-    assert file.read_bytes() == LINE
+    assert file.read_bytes() == LINE + LINE[:-5]
+    contract.append_lines(file, [{"key": "a", "reply": "[[A]]"}])
+    assert file.read_bytes() == LINE + LINE
+    file.write_bytes(LINE[:-5])
+    contract.append_lines(file, [{"key": "a", "reply": "[[A]]"}])
+    contract.append_lines(tmp_path / "new.jsonl", [{"key": "a", "reply": "[[A]]"}])
+    assert file.read_bytes() == LINE == (tmp_path / "new.jsonl").read_bytes()
 
 
 def test_a_folder_for_an_output_is_checked_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -168,8 +168,7 @@ class Comparison:
         for path, name in self.names.items():
             if name not in found:
                 found[name] = measure_one(path)
-                with open(self.progress / file, "a", encoding="utf-8") as lines:
-                    lines.write(json.dumps({"model": name, "measured": found[name]}) + "\n")
+                contract.append_lines(self.progress / file, [{"model": name, "measured": found[name]}])
         return found
 
     def write_answers(self, path: Path) -> None:

@@ -4,7 +4,6 @@ Every reply is appended to a file as it comes, under a hash of the question, so 
 was judged before. (arXiv 2306.05685 measures how much judges prefer the first answer.)
 """
 
-import json
 import logging
 import re
 from collections import defaultdict
@@ -125,18 +124,16 @@ class Judge:
             return next((each for each in verdicts if each is not None), None)
 
         self.replies.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.replies, "a", encoding="utf-8") as file:
 
-            def write(text: str, reply: str | None) -> None:
-                replies[key_of[text]].append(reply)
-                if reply is not None:
-                    file.write(json.dumps({"key": key_of[text], "reply": reply}) + "\n")
-                    file.flush()
+        def write(text: str, reply: str | None) -> None:
+            replies[key_of[text]].append(reply)
+            if reply is not None:
+                contract.append_lines(self.replies, [{"key": key_of[text], "reply": reply}])
 
-            for attempt in range(ATTEMPTS):
-                missing = [text for text in key_of if found(text) is None and len(replies[key_of[text]]) <= attempt]
-                if missing:
-                    self.ask(missing, attempt, write)
+        for attempt in range(ATTEMPTS):
+            missing = [text for text in key_of if found(text) is None and len(replies[key_of[text]]) <= attempt]
+            if missing:
+                self.ask(missing, attempt, write)
         return {text: found(text) for text in key_of}
 
 

@@ -4,7 +4,6 @@ The reward is the one that training would give; KL is KL(model || start) of whol
 nats. The models are loaded one at a time next to the start, and the reward model after they are gone.
 """
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from math import sqrt
@@ -120,8 +119,7 @@ class Measurement:
             with located(path):
                 found[path] = self._answer_one(path, start)
             record = vars(found[path]) | {"model": str(path), "answers": [vars(each) for each in found[path].answers]}
-            with open(cache, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            contract.append_lines(cache, [record])
         return found
 
     def _answer_one(self, path: Path, start: PreTrainedModel) -> Answered:

@@ -15,6 +15,7 @@ from gemma2_post.report.files import Files
 from gemma2_post.report.terminal import duration
 from gemma2_post.stage import contract
 from gemma2_post.stage.command import first_grader
+from gemma2_post.stage.fingerprint import keys_in
 from gemma2_post.stage.stages import command_of
 
 HTML, MARKDOWN = "report.html", "report.md"
@@ -87,7 +88,7 @@ def write(run_dir: Path, summary: dict, rows: list[dict], files: Files) -> list[
 def _stage(run_dir: Path, name: str, done: dict, gates: dict[str, str], headline: str, files: Files) -> Stage:
     """What the page says about a finished step, from its stage file and the other files in its folder."""
     folder, metrics = run_dir / name, done["metrics"]
-    command, grader = command_of(done["stage"]), first_grader(done["fingerprint"]["recipe"])
+    command, grader = command_of(done["stage"]), first_grader(keys_in(done["fingerprint"]))
     shown: dict[str, str] = {}
     for pattern, what in command.pictures.items():
         for path in sorted(folder.glob(pattern)):
@@ -109,7 +110,7 @@ def _stage(run_dir: Path, name: str, done: dict, gates: dict[str, str], headline
             for metric, bound in gates.items()
             if metric in metrics and passes(metrics[metric], bound)
         ],
-        yaml.safe_dump(done["fingerprint"]["recipe"], sort_keys=False, allow_unicode=True),
+        yaml.safe_dump(keys_in(done["fingerprint"]), sort_keys=False, allow_unicode=True),
         done["output"],
         curves,
         pictures,

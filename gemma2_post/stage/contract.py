@@ -4,13 +4,14 @@ Nothing here imports torch, so checking whether a stage is up to date is instant
 """
 
 import enum
+import fcntl
 import json
 import math
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def read_lines(path: Path, keys: Keys | None = None, is_appended_to: bool = True
 
     Args:
         keys: The keys that each record must have.
-        is_appended_to: Whether a kill may have cut the last line, which is then removed.
+        is_appended_to: Whether its last line may be cut, by a kill or because it is being written; it is left out.
 
     Raises:
         UserError: A line is damaged.
@@ -157,9 +158,20 @@ def read_lines(path: Path, keys: Keys | None = None, is_appended_to: bool = True
                 f"{path}: line {number} is damaged ({record}); {advice}, then run the same command again"
             )
         records.append(record)
-    if whole < len(written):
-        os.truncate(path, whole)
     return records
+
+
+def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Appends JSON records, one to a line, beside other processes that append; a last line that is cut goes."""
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    with open(path, "ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        if end and file.read() != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(lines)
 
 
 def records_of(lines: bytes, keys: Keys | None = None) -> list[dict[str, Any] | ValueError]:

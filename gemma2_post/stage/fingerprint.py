@@ -24,6 +24,7 @@ Fingerprint = dict[str, dict[str, Any]]
 
 PARTS = ("recipe", "inputs", "measurements", "code", "versions")
 _OURS = "gemma2_post"
+_CONTENT = "content of "
 _VERSIONS_THAT_MATTER = ["torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "deepspeed"]
 _WITHOUT_EFFECT = {
     *("output_dir", "report_to", "run_name", "logging_steps", "logging_dir", "logging_first_step", "disable_tqdm"),
@@ -73,7 +74,7 @@ def fingerprint(
     return {
         "recipe": recipe,
         "inputs": inputs,
-        "measurements": measuring | {f"content of {name}": digest for name, digest in measured.items()},
+        "measurements": measuring | {f"{_CONTENT}{name}": digest for name, digest in measured.items()},
         "code": {_OURS: f"{_version(_OURS)} {digests.of_code(Path(inspect.getfile(main)))}"},
         "versions": {name: _version(name) for name in _VERSIONS_THAT_MATTER},
     }
@@ -89,6 +90,12 @@ def _contents(named: list[Reference], digest_of: Callable[[str], str | None]) ->
             files = digests.of_hub(each.name, each.revision, is_dataset=each.kind == Kind.DATA)
             found[f"{each.name}@{each.revision or 'main'}"] = files
     return {path: digest for path, digest in found.items() if digest}
+
+
+def keys_in(fingerprint: Fingerprint) -> dict[str, Any]:
+    """The recipe's keys in a fingerprint, those that only measure included."""
+    measuring = fingerprint["measurements"].items()
+    return fingerprint["recipe"] | {key: value for key, value in measuring if not key.startswith(_CONTENT)}
 
 
 # --- what differs ---
