@@ -259,6 +259,11 @@ def test_a_run_that_resumes_after_an_update_names_all_who_made_it(tmp_path: Path
     contract.finish(tmp_path, "sft", wanted, 1.0, {}, {})
     done = contract.read_done(tmp_path)
     assert [each["versions"]["transformers"] for each in done["earlier"]] == ["5.0", "5.1"]
+    newer = wanted | {"versions": wanted["versions"] | {"transformers": "9.9"}}
+    contract.begin(tmp_path, newer)  # to measure it again
+    contract.finish(tmp_path, "sft", newer, 1.0, {}, {})
+    versions = [each["versions"]["transformers"] for each in contract.read_done(tmp_path)["earlier"]]
+    assert versions == ["5.0", "5.1", wanted["versions"]["transformers"]]
 
 
 @pytest.mark.parametrize("when", range(12))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gemma2_post import cli, evaluate, sft, synthesize
-from gemma2_post.pipeline import processes
+from gemma2_post.pipeline import processes, run
 from gemma2_post.pipeline.steps import Step
 from gemma2_post.stage import contract, digests, fingerprint
 from gemma2_post.stage.command import Command
@@ -96,6 +96,18 @@ def test_a_changed_module_counts_where_it_is_imported(monkeypatch: pytest.Monkey
     for stage, name in ((sft.COMMAND, "turns.py"), (evaluate.COMMAND, "judge.py")):
         found = changed(stage, name)
         assert len(found.updates) == 1 and found == Differences([], [], found.updates)
+
+
+def test_only_what_will_run_needs_devices_and_space(
+    path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained on eight GPUs, evaluated on one."""
+    asked = []
+    monkeypatch.setattr(run, "_check", lambda pipeline, until, to_run, replaced: asked.append((to_run, replaced)))
+    start(path, overrides={"distill": {"learning_rate": 0.5}})
+    start(path, overrides={"distill": {"learning_rate": 0.5, "num_samples": 3}})
+    start(path)
+    assert asked == [({"distill"}, {"distill"}), ({"distill"}, set())]
 
 
 def test_a_changed_grader_measures_again_and_trains_nothing(

@@ -278,10 +278,10 @@ def has_progress(output_dir: Path) -> bool:
 def begin(output_dir: Path, wanted: Fingerprint) -> None:
     """Records in the directory which run its checkpoints belong to; keeps who else has made a part of it."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    begun = read_begun(output_dir)
-    earlier = begun.get("earlier", []) if begun else []
-    if begun and differences(begun["fingerprint"], json.loads(json.dumps(wanted))).updates:
-        earlier = [*earlier, {part: begun["fingerprint"][part] for part in ("code", "versions")}]
+    before = read_done(output_dir, "fingerprint") or read_begun(output_dir)
+    earlier = before.get("earlier", []) if before else []
+    if before and differences(before["fingerprint"], json.loads(json.dumps(wanted))).updates:
+        earlier = [*earlier, {part: before["fingerprint"][part] for part in ("code", "versions")}]
     write_json(output_dir / BEGUN, {"fingerprint": wanted} | ({"earlier": earlier} if earlier else {}))
 
 
