@@ -36,9 +36,11 @@ Curve = list[dict[str, float]]
 class Seed:
     """The models of one seed, and what was measured of them."""
 
-    def __init__(self, run: Path, number: int, arguments: argparse.Namespace):
-        self.folder, self.start, self.number, self.arguments = run / "anchor-front", run / "distill", number, arguments
+    def __init__(self, run: Path, arguments: argparse.Namespace):
+        self.folder, self.start, self.arguments = run / "anchor-front", run / "distill", arguments
         self.reward_model = self.folder / "reward"
+        distilled = json.loads((self.start / "stage.json").read_text())
+        self.number = distilled["fingerprint"]["recipe"].get("seed", 0)
 
     def make(self) -> None:
         """Trains and merges what is missing, and measures all of it."""
@@ -187,7 +189,7 @@ def main() -> None:
     parser.add_argument("--num_samples", type=int, default=480)
     parser.add_argument("--output", type=Path, default=Path("runs/anchor-front"))
     arguments = parser.parse_args()
-    seeds = [Seed(run, number, arguments) for number, run in enumerate(arguments.runs)]
+    seeds = [Seed(run, arguments) for run in arguments.runs]
     for seed in seeds:
         seed.make()
     arguments.output.mkdir(parents=True, exist_ok=True)
