@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from gemma2_post.pipeline import processes
+from gemma2_post.stage.disk import REPLACED
 
 
 def disturb(command: list[str], run_dir: Path, num_kills: int, longest: float, seed: int) -> list[str]:
@@ -57,7 +58,7 @@ def made_by(run_dir: Path) -> dict[str, object]:
     stages = {
         str(path.parent.relative_to(run_dir)): json.loads(path.read_text())["output"]
         for path in sorted(run_dir.rglob("stage.json"))
-        if not path.parent.name.endswith(".previous")
+        if REPLACED not in path.parts
     }
     return stages | {"models": json.loads((run_dir / "summary.json").read_text())["models"]}
 

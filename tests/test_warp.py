@@ -593,7 +593,7 @@ def test_the_loop_is_one_entry_of_a_pipeline_and_each_run_a_folder(
     path = tmp_path / "pipeline.yaml"
     content = {"run_dir": str(tmp_path / "run"), "launch": "accelerate_configs/cpu.yaml", "stages": stages}
     path.write_text(json.dumps(content))
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # one after the other, in one process
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})  # one after the other, in one process
 
     def launch(step: Step, *_: object) -> int:
         arguments = [*(["--config", str(step.config)] if step.config else [])]
