@@ -16,13 +16,12 @@ import argparse
 import json
 import subprocess
 import sys
-from math import sqrt
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import yaml
 from matplotlib.figure import Figure
-from scipy.stats import t
+from over_seeds import interval
 
 COLOURS = {"none": "tab:red", "ema": "tab:blue", "start": "tab:orange", "copy": "tab:green"}
 ETAS = [0.3, 0.5, 0.7]
@@ -134,14 +133,6 @@ def over_optimization(curve: Curve) -> dict[str, float]:
         "reward": curve[highest]["reward"] - curve[peak]["reward"],
         "gold": curve[highest]["gold"] - curve[peak]["gold"],
     }
-
-
-def interval(values: list[float]) -> str:
-    """The mean, and its 95% interval by Student's t."""
-    if len(values) < 2:
-        return f"{values[0]:+.3f}"
-    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / sqrt(len(values))
-    return f"{mean(values):+.3f} ({mean(values) - half:+.3f} to {mean(values) + half:+.3f})"
 
 
 def table(seeds: list[Seed]) -> None:

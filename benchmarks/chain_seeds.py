@@ -11,11 +11,10 @@ Prints the tables of `recipes/tiny/README.md`. A gain is paired by prompt within
 
 import argparse
 import json
-from math import sqrt
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
-from scipy.stats import t
+from over_seeds import interval
 
 METRICS = {"gold": 3, "accuracy": 3, "flattery": 3, "reward": 2, "kl_to_init": 2, "mean_tokens": 1, "stop_rate": 3}
 
@@ -40,12 +39,6 @@ def main() -> None:
         print(f"| {gains[0]['model']} over {gains[0]['over']} | {by_seed} | {interval([g['mean'] for g in gains])} |")
     gates = [stage.get("gates", {}) for run in runs for stage in run["stages"].values()]
     print(f"\n{len(runs)} seeds, {sum(map(len, gates))} gates; status: {', '.join(run['status'] for run in runs)}")
-
-
-def interval(values: list[float]) -> str:
-    """The mean, and its 95% interval by Student's t."""
-    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / sqrt(len(values))
-    return f"{mean(values):.3f} ({mean(values) - half:.3f} to {mean(values) + half:.3f})"
 
 
 if __name__ == "__main__":

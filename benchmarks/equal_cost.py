@@ -20,12 +20,12 @@ from collections.abc import Callable
 from functools import cache
 from math import cos, radians, sqrt
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import numpy
 import yaml
 from matplotlib.figure import Figure
-from scipy.stats import t
+from over_seeds import interval
 
 from gemma2_post.tiny.data import prompts
 
@@ -196,14 +196,6 @@ def arms(seed: Seed) -> dict[str, Point]:
     }
     found |= {name: seed.chosen([f"{name} {eta:g}" for eta in ETAS]) for name in SWEEPS}
     return {"start": test["start"]} | found | {name: test[name] for name in ENDS}
-
-
-def interval(values: list[float]) -> str:
-    """The mean, and its 95% interval by Student's t."""
-    if len(values) < 2:
-        return f"{values[0]:+.3f}"
-    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / sqrt(len(values))
-    return f"{mean(values):+.3f} ({mean(values) - half:+.3f} to {mean(values) + half:+.3f})"
 
 
 def table(seeds: list[Seed]) -> None:

@@ -758,7 +758,7 @@ def test_steps_of_a_round_run_at_the_same_time_each_in_its_place(
         return finish(step)
 
     monkeypatch.setattr(processes, "launch", launch)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
     path = write_pipeline(tmp_path, {"rlhf": {"recipe": "rlhf.yaml", "num_policies": 2}})
     cli.run(path, None, {}, tmp_path / "run")
     assert seen == ["1", "1"]
