@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -25,9 +26,11 @@ GAINS = "gains.json"
 """Also written by it: the difference of each model to the one before it."""
 PROGRESS = "progress"
 """Folder for the partial results of a stage without checkpoints; the stage itself decides whether it can resume."""
+HOW_FAR = "progress.json"
+"""How far a training stage is, for `gemma2-post status`."""
 _PACKAGE = Path(__file__).parents[1]
 _CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
-_MEASURED = {DONE, BEGUN, "log.jsonl", "watch.jsonl", "answers.jsonl"} | {
+_MEASURED = {DONE, BEGUN, HOW_FAR, "log.jsonl", "watch.jsonl", "answers.jsonl"} | {
     f"{name}.json" for name in ("before", "metrics", "merge", "front", "models", "gains")
 }
 """Files that record how a stage went; the next stage does not read them, so the output hash leaves them out."""
@@ -233,10 +236,14 @@ def has_progress(output_dir: Path) -> bool:
     return bool(checkpoints(output_dir)) or any(path.stat().st_size for path in partial)
 
 
-def begin(output_dir: Path, wanted: Fingerprint) -> None:
-    """Records in the directory which run its checkpoints will belong to."""
+def begin(output_dir: Path, wanted: Fingerprint) -> str:
+    """Records in the directory which run its checkpoints will belong to; returns its id, which a resumed run keeps."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / BEGUN, {"fingerprint": wanted})
+    begun = read_begun(output_dir)
+    resumed = begun.get("run_id") if begun and _is_of(begun, wanted) and has_progress(output_dir) else None
+    run_id = resumed or secrets.token_hex(4)
+    write_json(output_dir / BEGUN, {"fingerprint": wanted, "run_id": run_id})
+    return run_id
 
 
 def begin_afresh(output_dir: Path, wanted: Fingerprint) -> None:
@@ -271,12 +278,14 @@ def finish(
         UserError: A metric is NaN or infinite.
     """
     check_finite(metrics)
+    begun = read_begun(output_dir) or {}
     write_json(output_dir / "metrics.json", metrics)
     stage_file = {
         "stage": stage,
         "fingerprint": wanted,
         "output": digests.of_files([path for path in digests.files_in(output_dir) if path.name not in _MEASURED]),
         **facts,
+        "run_id": begun.get("run_id"),
         "git_commit": _git_commit(),
         "wall_seconds": round(seconds, 1),
         "metrics": metrics,

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +17,11 @@ from gemma2_post.models.tokenizer import save_tokenizer, tokenizer_digest
 from gemma2_post.stage import contract, digests
 from gemma2_post.stage.command import Stage
 from gemma2_post.stage.errors import UserError
+from gemma2_post.training import trackers
 from gemma2_post.training.checkpoints import TRAINER_FILE, newest_checkpoint
 from gemma2_post.training.finite import Metrics, StopIfNotFinite
 from gemma2_post.training.keys import TrainingRecipe
+from gemma2_post.training.progress import Progress, peak_memory_gb
 
 
 class _MeasureBefore(TrainerCallback):
@@ -84,7 +85,8 @@ def run(
         )
     trainer.accelerator.wait_for_everyone()  # before the main process writes what the others look for
     if trainer.is_world_process_zero():
-        contract.begin(stage.output_dir, stage.fingerprint)
+        run_id = contract.begin(stage.output_dir, stage.fingerprint)
+        trackers.begin(trainer, stage.output_dir, run_id, contract.step_of(checkpoint) + 1 if checkpoint else 0)
     if checkpoint:
         logging.getLogger(__name__).warning(
             "resuming from %s: weights, optimizer, scheduler, data order and random state", checkpoint
@@ -94,10 +96,11 @@ def run(
     def measure_finite() -> Metrics:
         metrics = measure()
         finite.check(metrics, trainer.state.global_step)
+        trackers.log(trainer, metrics)
         return metrics
 
     measure_before = _MeasureBefore(before_file, measure_finite, is_resumed=checkpoint is not None)
-    for callback in (finite, measure_before, _NoLastCheckpoint()):
+    for callback in (finite, measure_before, _NoLastCheckpoint(), Progress(stage.output_dir)):
         trainer.add_callback(callback)
     with finite.sampling(trainer):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -111,10 +114,10 @@ def run(
         log = "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
         contract.write_text(stage.output_dir / "log.jsonl", log)
         before: Metrics = contract.read_json(before_file, {})
-        additional = complete(before, after)
+        additional = complete(before, after) | throughput(trainer, seconds)
         finite.check(additional, trainer.state.global_step)
-        metrics = {f"{name}_before": value for name, value in before.items()} | after
-        metrics |= additional | throughput(trainer, seconds)
+        trackers.log(trainer, additional)
+        metrics = {f"{name}_before": value for name, value in before.items()} | after | additional
         model_args = recipe.model
         facts = {
             "base_model": model_args.model_name_or_path,
@@ -180,8 +183,4 @@ def fp32_master(parameter: torch.nn.Parameter) -> torch.Tensor:
 def throughput(trainer: Trainer, seconds: float) -> Metrics:
     """Tokens per second of training over all processes, without padding, and peak memory in GB."""
     num_tokens = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry][-1]
-    if trainer.args.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"tokens_per_second": num_tokens / seconds, "peak_memory_gb": peak / 1e9}
+    return {"tokens_per_second": num_tokens / seconds, "peak_memory_gb": peak_memory_gb(trainer.args)}
