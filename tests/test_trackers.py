@@ -1,7 +1,6 @@
 """What trackers show of a run: one run for a stage that resumes, and what we measure beside what the trainer logs."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerCallback
 
 from gemma2_post.stage import contract
-from gemma2_post.training import trackers
 from gemma2_post.training.finite import StopIfNotFinite
 
 Recipe = dict[str, object]

@@ -45,7 +45,7 @@ class StageEntry:
 
 
 _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_-])?")
-_TAKEN = ("logs", "report.html", "report.md", "summary.json", "judgments.jsonl")
+_TAKEN = ("logs", "report.html", "report.md", "summary.json", "status.json", "judgments.jsonl")
 """What else a run writes into its folder."""
 _TAKEN_ENDINGS = (".previous", ".aside")
 """Endings of a stage's folder that is set aside while the stage runs again."""
