@@ -53,7 +53,7 @@ def read(run_dir: Path) -> dict[str, Any]:
     advice = "remove it; the next run writes it again"
     status = contract.read_json(run_dir / STATUS, _KEYS, advice)
     if status is None:
-        raise UserError(f"{run_dir}: there is no {STATUS}, so no run has begun there; name the folder of a run")
+        raise UserError(f"{run_dir}: there is no {STATUS}, which a run writes; name the run_dir of a run")
     try:
         rows = {label: Row(**row) for label, row in status["steps"].items()}
     except TypeError as error:
@@ -87,10 +87,9 @@ def _headline(run_dir: Path, status: Mapping[str, Any]) -> str:
     silent = time.time() - status["time"]
     if is_lost(status):
         return f"{run_dir}: no sign of life for {_long(silent)} from {status['process']}; the same command resumes it"
-    took = duration(status["time"] - status["began"])
     if status["state"] == RUNNING:
-        return f"{run_dir}: running for {took} as {status['process']}"
-    return f"{run_dir}: {status['state']} after {took}, {_long(silent)} ago"
+        return f"{run_dir}: running for {duration(time.time() - status['began'])} as {status['process']}"
+    return f"{run_dir}: {status['state']} after {duration(status['time'] - status['began'])}, {_long(silent)} ago"
 
 
 def _of_running(run_dir: Path, row: Row) -> list[str]:
@@ -109,7 +108,7 @@ def _of_running(run_dir: Path, row: Row) -> list[str]:
     speed = how_far.get("tokens_per_second")
     return [
         f"{how_far['step']}/{how_far['max_steps']}",
-        duration(how_far["seconds_left"]),
+        duration(how_far["seconds_left"]) if how_far["step"] < how_far["max_steps"] else "",
         f"{speed:,.0f}" if speed else "",
         f"{how_far['memory_gb']:.1f}",
         measured,

@@ -36,7 +36,7 @@ class Progress(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Metrics, **_: object
     ) -> None:
-        if "loss" not in logs:  # a measurement, not a training step
+        if "num_tokens" not in logs:  # a measurement, not training steps
             return
         now, self.logged = time.monotonic(), dict(logs)
         if self.counted and logs["num_tokens"] > self.counted[1]:
