@@ -121,6 +121,18 @@ def report(run_dir: Path) -> None:
     report(run_dir)
 
 
+def status(run_dir: Path, follow: bool = False) -> None:
+    """Shows what a run does now.
+
+    Args:
+        follow: Whether to keep it on the screen until the run ends.
+    """
+    from gemma2_post.report.status import show
+    from gemma2_post.report.terminal import terminal
+
+    show(run_dir, terminal(), follow)
+
+
 def chat(directory: str, prompt: str | None, load: str | None, temperature: float, max_new_tokens: int | None) -> None:
     """Talks to a model."""
     _quiet()
@@ -213,6 +225,12 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command(report, "show the models of a run side by side, and conversations to read")
     add("run_dir", type=Path, help="for example runs/tiny")
+
+    add = command(
+        status, "show what a run does now: how far it is, how fast, what it measured; also from another machine"
+    )
+    add("run_dir", type=Path, help="for example runs/tiny")
+    add("--follow", action="store_true", help="keep it on the screen until the run ends, or until Ctrl-C")
 
     add = command(chat, "talk to a model")
     add("directory", help="the output of a stage, or any Gemma 2 chat model")

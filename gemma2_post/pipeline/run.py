@@ -26,6 +26,8 @@ from gemma2_post.stage.fingerprint import Fingerprint
 from gemma2_post.stage.launcher import Launcher
 
 LOGS = "logs"
+_BEAT = 10.0
+"""Seconds between two signs of life."""
 
 
 class StageError(UserError):
@@ -41,11 +43,15 @@ class Interrupted(BaseException):
 class View(Protocol):
     """Where a run shows its progress; see `report/terminal.py`."""
 
-    def begin(self, logs: dict[str, Path]) -> None: ...
+    def begin(self, run_dir: Path, steps: list[tuple[Step, Path]]) -> None: ...
 
     def set(self, label: str, state: str, note: str | None = None, seconds: float | None = None) -> None: ...
 
     def say(self, line: str) -> None: ...
+
+    def beat(self) -> None: ...
+
+    def end(self, status: str) -> None: ...
 
     def live(self) -> AbstractContextManager[None]: ...
 
@@ -70,7 +76,7 @@ def run(pipeline: Pipeline, until: str | None, view: View, choices: dict[str, Ch
         if processes.end_all(pipeline.run_dir):
             print("ended processes that an earlier, killed run had left running", flush=True)
         _check_folders(pipeline, steps)
-        view.begin({step.label: _log(pipeline, step) for step in steps})
+        view.begin(pipeline.run_dir, [(step, _log(pipeline, step)) for step in steps])
         current = _Run(pipeline, until, view, choices)
         status = "failed"
         try:
@@ -89,6 +95,7 @@ def run(pipeline: Pipeline, until: str | None, view: View, choices: dict[str, Ch
             processes.end_all(pipeline.run_dir)
             if current.has_begun or status != "failed":
                 summary.write(pipeline, status, time.monotonic() - began if current.has_begun else 0.0)
+            view.end(status)
             if status == "interrupted":
                 view.say("interrupted; the same command resumes")
     return current.has_begun
@@ -209,7 +216,8 @@ class _Run:
                 running: list[Future[None]] = []
                 try:
                     running += (pool.submit(run_step, step) for step in to_run)
-                    wait(running)
+                    while wait(running, timeout=_BEAT).not_done:
+                        self.view.beat()
                 except Interrupted:
                     pool.shutdown(wait=False, cancel_futures=True)
                     processes.end_all(self.pipeline.run_dir)

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -28,11 +29,13 @@ GAINS = "gains.json"
 """Also written by it: the difference of each model to the one before it."""
 PROGRESS = "progress"
 """Folder for the partial results of a stage without checkpoints; the stage itself decides whether it can resume."""
+HOW_FAR = "progress.json"
+"""How far a training stage is, for `gemma2-post status`."""
 _PACKAGE = Path(__file__).parents[1]
 _CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
 _LEFT_OVER = re.compile(r"\.(.+\.tmp|discarded-.+)")
 """Names of what a kill leaves of a file that was being written, or of a folder that was being deleted."""
-_MEASURED = {DONE, BEGUN, "log.jsonl", "watch.jsonl", "answers.jsonl"} | {
+_MEASURED = {DONE, BEGUN, HOW_FAR, "log.jsonl", "watch.jsonl", "answers.jsonl"} | {
     f"{name}.json" for name in ("before", "metrics", "merge", "front", "models", "gains")
 }
 """Files that record how a stage went; the next stage does not read them, so the output hash leaves them out."""
@@ -275,14 +278,25 @@ def has_progress(output_dir: Path) -> bool:
     return bool(checkpoints(output_dir)) or any(path.stat().st_size for path in partial)
 
 
-def begin(output_dir: Path, wanted: Fingerprint) -> None:
-    """Records in the directory which run its checkpoints belong to; keeps who else has made a part of it."""
+def begin(output_dir: Path, wanted: Fingerprint) -> str:
+    """Records in the directory which run its checkpoints belong to; keeps who else has made a part of it.
+
+    Returns:
+        The run's id for trackers, which it keeps when it resumes.
+    """
     output_dir.mkdir(parents=True, exist_ok=True)
     before = read_done(output_dir, "fingerprint") or read_begun(output_dir)
-    earlier = before.get("earlier", []) if before else []
-    if before and differences(before["fingerprint"], json.loads(json.dumps(wanted))).updates:
-        earlier = [*earlier, {part: before["fingerprint"][part] for part in ("code", "versions")}]
-    write_json(output_dir / BEGUN, {"fingerprint": wanted} | ({"earlier": earlier} if earlier else {}))
+    found = differences(before["fingerprint"], json.loads(json.dumps(wanted))) if before else None
+    begun: dict[str, Any] = {"fingerprint": wanted, "run_id": secrets.token_hex(4)}
+    if before and found:
+        earlier = before.get("earlier", [])
+        if found.updates:
+            earlier = [*earlier, {part: before["fingerprint"][part] for part in ("code", "versions")}]
+        begun |= {"earlier": earlier} if earlier else {}
+        if "run_id" in before and not found.output:
+            begun["run_id"] = before["run_id"]
+    write_json(output_dir / BEGUN, begun)
+    return begun["run_id"]
 
 
 def begin_afresh(output_dir: Path, wanted: Fingerprint) -> None:
@@ -342,6 +356,7 @@ def finish(
         "output": digests.of_files(_output_files(output_dir)),
         "files": _stamps(output_dir),
         **facts,
+        "run_id": begun.get("run_id"),
         "git_commit": _git_commit(),
         "wall_seconds": round(seconds, 1),
         "metrics": metrics,

@@ -29,7 +29,7 @@ _VERSIONS_THAT_MATTER = ["torch", "transformers", "trl", "peft", "bitsandbytes",
 _WITHOUT_EFFECT = {
     *("output_dir", "report_to", "run_name", "logging_steps", "logging_dir", "logging_first_step", "disable_tqdm"),
     *("save_steps", "save_strategy", "save_total_limit", "log_completions", "num_completions_to_print", "ddp_timeout"),
-    *("dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
+    *("dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "project"),
 }
 """Keys of TRL's classes that do not affect the output; our own keys say so with `effect`."""
 _MEASURING = {"per_device_eval_batch_size"}

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +18,12 @@ from gemma2_post.models.tokenizer import save_tokenizer, tokenizer_digest
 from gemma2_post.stage import contract, digests
 from gemma2_post.stage.command import Stage
 from gemma2_post.stage.errors import UserError
+from gemma2_post.training import trackers
 from gemma2_post.training.again import KEPT, MeasuredAgain, MeasureFinished
 from gemma2_post.training.checkpoints import TRAINER_FILE, newest_checkpoint
 from gemma2_post.training.finite import Metrics, StopIfNotFinite
 from gemma2_post.training.keys import TrainingRecipe
+from gemma2_post.training.progress import Progress, peak_memory_gb
 
 
 class _MeasureBefore(TrainerCallback):
@@ -93,7 +94,10 @@ def run(
         )
     trainer.accelerator.wait_for_everyone()  # before the main process writes what the others look for
     if trainer.is_world_process_zero():
-        contract.begin(stage.output_dir, stage.fingerprint)
+        run_id = contract.begin(stage.output_dir, stage.fingerprint)
+        logged = contract.read_lines(stage.output_dir / "log.jsonl", {"step": int}) if finished else []
+        next_step = contract.step_of(checkpoint) + 1 if checkpoint else logged[-1]["step"] + 1 if logged else 0
+        trackers.begin(trainer, stage.output_dir, run_id, next_step)
     if checkpoint:
         logging.getLogger(__name__).warning(
             "resuming from %s: weights, optimizer, scheduler, data order and random state", checkpoint
@@ -103,10 +107,11 @@ def run(
     def measure_finite() -> Metrics:
         metrics = measure()
         finite.check(metrics, trainer.state.global_step)
+        trackers.log(trainer, metrics)
         return metrics
 
     measure_before = _MeasureBefore(before_file, measure_finite, is_resumed=checkpoint is not None)
-    for callback in (finite, measure_before, _NoLastCheckpoint()):
+    for callback in (finite, measure_before, _NoLastCheckpoint(), Progress(stage.output_dir)):
         trainer.add_callback(callback)
     if finished:
         kept_step = finished["metrics"].get("kept_step")
@@ -132,6 +137,7 @@ def run(
         before: Metrics = contract.read_json(before_file, {})
         additional = complete(before, after)
         finite.check(additional, trainer.state.global_step)
+        trackers.log(trainer, additional | kept)
         metrics = {f"{name}_before": value for name, value in before.items()} | after
         metrics |= additional | kept
         model_args = recipe.model
@@ -205,8 +211,4 @@ def throughput(trainer: Trainer, seconds: float, tokens_before: int) -> Metrics:
     """
     num_tokens = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry][-1]
     num_tokens -= tokens_before
-    if trainer.args.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"tokens_per_second": num_tokens / seconds, "peak_memory_gb": peak / 1e9}
+    return {"tokens_per_second": num_tokens / seconds, "peak_memory_gb": peak_memory_gb(trainer.args)}

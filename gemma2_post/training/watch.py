@@ -18,6 +18,7 @@ from gemma2_post.evaluation.rewards import values_of, weighted
 from gemma2_post.evaluation.samples import Answer, Grader, distinctness, gather_rows, grade, sample_held_out, share_of
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
+from gemma2_post.training import trackers
 from gemma2_post.training.checkpoints import what_is_left
 from gemma2_post.training.finite import Metrics, StopIfNotFinite
 
@@ -121,6 +122,8 @@ class Watch(TrainerCallback):
         if state.global_step % self.args.watch_steps and state.global_step < state.max_steps:
             return
         metrics = self.measure()
+        if state.global_step < state.max_steps:  # the last measurement is logged with all others after training
+            trackers.log(self.trainer, metrics)
         if self.args.kl_budget is not None and metrics["kl_to_start"] > self.args.kl_budget:
             self._go_back(metrics["kl_to_start"])
             control.should_training_stop, control.should_save = True, False
