@@ -17,7 +17,7 @@ from gemma2_post.stage.recipe import keys_of
 Fingerprint = dict[str, dict[str, object]]
 
 _VERSIONS_THAT_MATTER = ["torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "deepspeed"]
-_WITHOUT_EFFECT = {"output_dir", "report_to", "run_name", "logging_steps", "disable_tqdm", "project"}
+_WITHOUT_EFFECT = {"output_dir", "report_to", "run_name", "logging_steps", "disable_tqdm", "logging_dir", "project"}
 """Keys of TRL's classes that do not affect the output; our own keys say so with `has_effect=False`."""
 
 _version = cache(metadata.version)  # reads files, and a pipeline asks once for each step
