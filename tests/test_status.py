@@ -35,7 +35,7 @@ def shown(run_dir: Path) -> dict[str, list[str]]:
 def begin(run_dir: Path, *stages: str) -> View:
     """A run of these stages that has begun, shown on no terminal."""
     view = View(Console(file=io.StringIO()))
-    steps = [Step(name, name.partition(" ")[0], run_dir / name, None, {}) for name in stages]
+    steps = [Step(name, name.partition(" ")[0], name.partition(" ")[0], run_dir / name, None, {}) for name in stages]
     view.begin(run_dir, [(step, run_dir / "logs" / f"{step.label}.log") for step in steps])
     return view
 

@@ -22,12 +22,13 @@ class Progress(TrainerCallback):
         self.logged: Metrics = {}
         self.tokens_per_second: float | None = None
         self.counted: tuple[float, float] | None = None
-        """When tokens were last counted, and how many there had been."""
+        """When tokens were last counted, and how many; some of TRL's trainers begin at 0 again when they resume."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         self.began, self.first_step, self.written = time.monotonic(), state.global_step, 0.0
+        self.counted = None if state.global_step else (self.began, 0.0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if time.monotonic() - self.written > _SECONDS_APART:
