@@ -78,8 +78,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     """Trains the student; measures the divergences (nats) and the graders, and how much of the gap it closed."""
     from trl import DistillationTrainer, get_peft_config
 
-    from gemma2_post.data.preparation import check_enough, drop_long_prompts, split_held_out
-    from gemma2_post.data.sources import load_prompts
+    from gemma2_post.data.preparation import check_enough, drop_too_long, split_held_out
     from gemma2_post.evaluation.divergence import mean_divergences
     from gemma2_post.evaluation.samples import grade, rows_to_answer, sample_held_out
     from gemma2_post.models.loading import load_for_training
@@ -95,11 +94,10 @@ def main(stage: Stage, recipe: Recipe) -> None:
     longest_answer = recipe.training.max_completion_length
     longest = check_prompt_length(recipe.max_prompt_length, "max_completion_length", longest_answer, positions)
     check_disk(stage, recipe, config)
-    with recipe.training.main_process_first():
-        train, held_out = split_held_out(recipe.data, recipe.training.seed, load_prompts)
-        train, held_out = (
-            drop_long_prompts(rows, tokenizer, longest, recipe.data.max_too_long_share) for rows in (train, held_out)
-        )
+    train, held_out = (
+        drop_too_long(rows, "max_prompt_length", longest, recipe.data.max_too_long_share).dataset()
+        for rows in split_held_out(recipe.data, recipe.training.seed, PROMPT, tokenizer)
+    )
     check_enough(train, recipe.global_batch_size, f"global_batch_size {recipe.global_batch_size}")
     to_answer, graders = rows_to_answer(recipe.samples, held_out)
 

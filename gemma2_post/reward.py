@@ -10,7 +10,6 @@ that the model is unchanged. The loss is Bradley-Terry, -log sigmoid(r(chosen) -
 """
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -70,8 +69,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     """Trains on the pairs; measures held-out pairs and answers of policies; writes what a loader checks."""
     from trl import RewardTrainer, get_peft_config
 
-    from gemma2_post.data.preparation import balance_turns, check_enough, split_held_out, tokenize_pairs
-    from gemma2_post.data.sources import load_preferences
+    from gemma2_post.data.preparation import balance_turns, check_enough, drop_too_long, split_held_out
     from gemma2_post.evaluation import policies
     from gemma2_post.evaluation.pairs import measure_pairs, plot_pairs
     from gemma2_post.evaluation.samples import rows_to_answer
@@ -83,13 +81,13 @@ def main(stage: Stage, recipe: Recipe) -> None:
     max_length = check_length(recipe.training.max_length, config)
     check_disk(stage, recipe, config)
     seed, share = recipe.training.seed, recipe.preferences.multi_turn_share
-    with recipe.training.main_process_first():
-        load = partial(load_preferences, score_margin=recipe.preferences.score_margin)
-        train, held_out = split_held_out(recipe.data, seed, load)
-        train, held_out = (
-            tokenize_pairs(pairs, tokenizer, max_length, recipe.data.max_too_long_share) for pairs in (train, held_out)
-        )
-        train = train if share is None else balance_turns(train, share, seed)
+    pair_format = PAIR.with_settings({"score_margin": recipe.preferences.score_margin})
+    train_pairs, held_out_pairs = (
+        drop_too_long(pairs, "max_length", max_length, recipe.data.max_too_long_share)
+        for pairs in split_held_out(recipe.data, seed, pair_format, tokenizer)
+    )
+    train_pairs = train_pairs if share is None else balance_turns(train_pairs, share, seed)
+    train, held_out = train_pairs.dataset(), held_out_pairs.dataset()
     check_enough(train, recipe.global_batch_size, f"global_batch_size {recipe.global_batch_size}", "pairs")
     to_answer, graders = rows_to_answer(recipe.samples, held_out)
     named, names = recipe.noise_ceiling, recipe.policies or []

@@ -78,8 +78,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     """Trains one policy, and stops it past its KL budget or when it collapses."""
     from trl import RLOOTrainer
 
-    from gemma2_post.data.preparation import check_enough, drop_long_prompts, split_held_out
-    from gemma2_post.data.sources import load_prompts
+    from gemma2_post.data.preparation import check_enough, drop_too_long, split_held_out
     from gemma2_post.evaluation.rewards import ModelReward, load_reward_functions
     from gemma2_post.evaluation.samples import rows_to_answer
     from gemma2_post.models.tokenizer import load_config_and_tokenizer
@@ -98,11 +97,10 @@ def main(stage: Stage, recipe: Recipe) -> None:
     longest_answer = recipe.training.max_completion_length
     longest = check_prompt_length(recipe.max_prompt_length, "max_completion_length", longest_answer, positions, whose)
     check_disk(stage, recipe, config, has_anchor=recipe.anchor == "ema", saves_every=recipe.watch.watch_steps)
-    with recipe.training.main_process_first():
-        train, held_out = split_held_out(recipe.data, recipe.training.seed, load_prompts)
-        train, held_out = (
-            drop_long_prompts(rows, tokenizer, longest, recipe.data.max_too_long_share) for rows in (train, held_out)
-        )
+    train, held_out = (
+        drop_too_long(rows, "max_prompt_length", longest, recipe.data.max_too_long_share).dataset()
+        for rows in split_held_out(recipe.data, recipe.training.seed, PROMPT, tokenizer)
+    )
     num_prompts = recipe.global_batch_size // recipe.training.num_generations
     check_enough(train, num_prompts, f"the {num_prompts} of a step (global_batch_size / num_generations)")
     to_answer, graders = rows_to_answer(recipe.samples, held_out)

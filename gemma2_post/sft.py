@@ -56,7 +56,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     """Trains on the data, and measures `held_out_nll` (nats a token) and the graders before and after it."""
     from trl import SFTTrainer, get_peft_config
 
-    from gemma2_post.data.preparation import check_enough, split_held_out, tokenize
+    from gemma2_post.data.preparation import check_enough, drop_too_long, split_held_out
     from gemma2_post.evaluation.samples import grade, rows_to_answer, sample_held_out
     from gemma2_post.models.loading import load_for_training
     from gemma2_post.models.tokenizer import load_config_and_tokenizer
@@ -66,11 +66,10 @@ def main(stage: Stage, recipe: Recipe) -> None:
     max_length = check_length(recipe.training.max_length, config)
     check_prompt_length(None, "max_new_tokens", recipe.max_new_tokens, config.max_position_embeddings)
     check_disk(stage, recipe, config)
-    with recipe.training.main_process_first():
-        train, held_out = split_held_out(recipe.data, recipe.training.seed)
-        train, held_out = (
-            tokenize(rows, tokenizer, max_length, recipe.data.max_too_long_share) for rows in (train, held_out)
-        )
+    train, held_out = (
+        drop_too_long(rows, "max_length", max_length, recipe.data.max_too_long_share).dataset()
+        for rows in split_held_out(recipe.data, recipe.training.seed, CONVERSATION, tokenizer)
+    )
     check_enough(train, recipe.global_batch_size, f"global_batch_size {recipe.global_batch_size}", "conversations")
     to_answer, graders = rows_to_answer(recipe.samples, held_out)
     prompts = [messages[:-1] for messages in to_answer["messages"]]

@@ -68,9 +68,9 @@ def main(stage: Stage, recipe: Recipe) -> None:
     from tqdm import tqdm
     from trl import ModelConfig
 
-    from gemma2_post.data.preparation import drop_long_prompts
+    from gemma2_post.data.mixture import load_rows
+    from gemma2_post.data.preparation import drop_too_long
     from gemma2_post.data.selection import candidates_of, select, write_rows
-    from gemma2_post.data.sources import load_prompts
     from gemma2_post.evaluation import endpoint
     from gemma2_post.evaluation.teacher import ask_endpoint, ask_model, load_rewards
     from gemma2_post.models.tokenizer import load_config_and_tokenizer
@@ -80,9 +80,10 @@ def main(stage: Stage, recipe: Recipe) -> None:
     without_effect = sorted(stage.fingerprint["recipe"].keys() & local - {"model_name_or_path"})
     if args.endpoint and without_effect:
         raise UserError(f"{without_effect[0]} has no effect with an endpoint; remove one of them")
-    prompts = load_prompts(data_args.datasets, data_args.max_invalid_share, args.seed, data_args.columns)
+    settings = data_args.max_invalid_share, args.seed, data_args.columns
     revision = None
     if args.endpoint:
+        prompts = load_rows(data_args.datasets, *settings, row_format=PROMPT).dataset()
         client = endpoint.connect(args.endpoint, args.server, args.endpoint_retries)
         ask = partial(ask_endpoint, args, recipe.model.model_name_or_path, client)
     else:
@@ -91,7 +92,8 @@ def main(stage: Stage, recipe: Recipe) -> None:
         longest = check_prompt_length(
             args.max_prompt_length, "max_new_tokens", args.max_new_tokens, config.max_position_embeddings
         )
-        prompts = drop_long_prompts(prompts, tokenizer, longest, data_args.max_too_long_share)
+        found = load_rows(data_args.datasets, *settings, row_format=PROMPT, tokenizer=tokenizer)
+        prompts = drop_too_long(found, "max_prompt_length", longest, data_args.max_too_long_share).dataset()
         ask = partial(ask_model, args, recipe.model, tokenizer)
     rewards_of = load_rewards(args, prompts) if args.reward_model else None
 

@@ -4,9 +4,7 @@ A pair is given by answers called chosen and rejected, or by two answers and a c
 the layouts of HelpSteer, SHP and PKU-SafeRLHF.
 """
 
-import dataclasses
 import math
-from functools import partial
 from typing import Any
 
 from gemma2_post.data.rows import ADDITIONS, HISTORY, QUESTIONS, SYSTEM, UNSUPPORTED, Row, RowFormat, question_turns
@@ -36,10 +34,10 @@ _READ = frozenset(
 
 
 def read_pair(row: Row, score_margin: float = 0.0) -> dict[str, Any]:
-    """`prompt`, `chosen`, `rejected` (messages), `margin`, `is_tie`, `had_system` of a row in a known form.
+    """`prompt`, `chosen`, `rejected` (messages), `margin`, `is_tie`, `num_turns` (the user's), `had_system` of a row.
 
-    Either a prompt with two answers, or two conversations that differ only in the model's last turn; as messages,
-    texts, or transcripts with "Human:" and "Assistant:".
+    The row has either a prompt with two answers, or two conversations that differ only in the model's last turn; as
+    messages, texts, or transcripts with "Human:" and "Assistant:".
 
     Args:
         score_margin: Margin per point of difference between the scores.
@@ -72,6 +70,7 @@ def read_pair(row: Row, score_margin: float = 0.0) -> dict[str, Any]:
         "rejected": [rejected],
         "margin": margin,
         "is_tie": is_tie or has_equal_scores,
+        "num_turns": (len(shared) + 1) // 2,
         "had_system": pair["chosen"] is not unfolded["chosen"],
     }
 
@@ -154,13 +153,9 @@ def _number(row: Row, column: str) -> float | None:
 
 PAIR = RowFormat(
     read_pair,
-    ("prompt", "chosen", "rejected", "margin", "is_tie"),
+    ("prompt", "chosen", "rejected", "margin", "is_tie", "num_turns"),
     "chosen + rejected | chosen_messages + rejected_messages | response_1 + response_2 + preference_strength | "
     "human_ref_A + human_ref_B + labels | response_0 + response_1 + better_response_id",
     _READ,
+    {"score_margin": 0.0},
 )
-
-
-def pairs_with_margin(score_margin: float) -> RowFormat:
-    """The format of pairs, with this margin per point of difference between the scores."""
-    return dataclasses.replace(PAIR, parse=partial(read_pair, score_margin=score_margin))

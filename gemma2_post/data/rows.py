@@ -4,8 +4,8 @@ What belongs to a row's meaning is read or refused: a column of a known name who
 read would be lost. Columns of other names are metadata and stay unread.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gemma2_post.data.turns import (
@@ -85,14 +85,17 @@ def _texts(value: object) -> Iterator[str]:
 class RowFormat:
     """What rows are read as."""
 
-    parse: Callable[[Row], dict[str, Any]]
-    """Returns the columns of the result, and `had_system`: whether a system message was folded."""
+    parse: Callable[..., dict[str, Any]]
+    """Takes a `Row` and the settings; returns the columns of the result, and `had_system`: whether it folded a system
+    message."""
     result: tuple[str, ...]
     """The columns of the result."""
     expected: str
     """The columns that a row needs, for errors."""
     columns: frozenset[str] = _KNOWN
     """All columns that it may read."""
+    settings: Mapping[str, float] = field(default_factory=dict)
+    """Keys of the recipe that `parse` is called with, at their defaults."""
 
     def read(self, columns: dict[str, Any], for_graders: Iterable[str] = ()) -> dict[str, Any]:
         """The result for one row.
@@ -100,7 +103,11 @@ class RowFormat:
         Raises:
             InvalidRow: The row is of no known format, or is wrong.
         """
-        return self.parse(Row(columns, for_graders))
+        return self.parse(Row(columns, for_graders), **self.settings)
+
+    def with_settings(self, values: Mapping[str, Any]) -> "RowFormat":
+        """The format with the settings that a recipe's keys give it."""
+        return replace(self, settings={name: values.get(name, self.settings[name]) for name in self.settings})
 
     def no_format(self, row: Row) -> InvalidRow:
         """The error for a row without the columns that are needed."""

@@ -199,7 +199,7 @@ def check_messages(messages: list[Turn], last: str = "assistant") -> None:
             raise InvalidRow(f"the content of turn {i} is empty")
         if "\0" in content:
             raise InvalidRow(f"turn {i} holds a NUL character; remove it")
-        if any("\ud800" <= character <= "\udfff" for character in content):
+        if not _is_whole(content):
             raise InvalidRow(f"turn {i} holds half a character (a lone surrogate)")
         if token := _CONTROL_TOKENS.search(content):
             found = token.group()
@@ -207,6 +207,15 @@ def check_messages(messages: list[Turn], last: str = "assistant") -> None:
     if messages[-1]["role"] != last:
         found, wanted = ("user", "model") if last == "assistant" else ("model", "user")
         raise InvalidRow(f"the last turn is the {found}'s; it must be the {wanted}'s")
+
+
+def _is_whole(text: str) -> bool:
+    """Whether a text can be encoded: it holds no lone surrogate."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_valid(messages: list[Turn]) -> bool:

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from gemma2_post.data.preparation import drop_long_prompts
-from gemma2_post.data.sources import load_documents, load_prompts
+from gemma2_post.data.mixture import load_documents, load_rows
+from gemma2_post.data.preparation import drop_too_long
+from gemma2_post.data.rows import PROMPT
 from gemma2_post.data.turns import Message
 from gemma2_post.evaluation import benchmarks, endpoint
 from gemma2_post.evaluation.judge import Judge, ask_endpoint, ask_model, check_most
@@ -236,8 +237,9 @@ def load_safety_prompts(args: JudgeArguments, measurement: Measurement) -> list[
     """The prompts of `safety_datasets`; a prompt that is too long is an error."""
     if not args.safety_datasets:
         return []
-    rows = load_prompts(args.safety_datasets, 0.0, measurement.args.seed)
-    rows = drop_long_prompts(rows, measurement.tokenizer, measurement.longest, max_too_long_share=0.0)
+    seed, tokenizer = measurement.args.seed, measurement.tokenizer
+    found = load_rows(args.safety_datasets, 0.0, seed, row_format=PROMPT, tokenizer=tokenizer)
+    rows = drop_too_long(found, "max_prompt_length", measurement.longest, max_too_long_share=0.0).dataset()
     return list(rows["prompt"])
 
 
@@ -250,7 +252,7 @@ def load_corpus(
     documents = [
         tokenizer(document, add_special_tokens=False)["input_ids"]
         if isinstance(document, str)
-        else render(tokenizer, document)["input_ids"][1:]  # without <bos>
+        else render(tokenizer, [document])["input_ids"][0][1:]  # without <bos>
         for document in load_documents(args.corpus, max_invalid_share, seed)
     ]
     found = windows(documents, args.num_memorised, seed)

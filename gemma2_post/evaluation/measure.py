@@ -16,8 +16,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from gemma2_post.data.preparation import drop_long_prompts
-from gemma2_post.data.sources import load_questions
+from gemma2_post.data.mixture import load_rows
+from gemma2_post.data.preparation import drop_too_long
+from gemma2_post.data.rows import QUESTION
 from gemma2_post.data.turns import Message
 from gemma2_post.evaluation import rewards
 from gemma2_post.evaluation.divergence import measure_divergence
@@ -70,8 +71,9 @@ class Measurement:
             args.max_completion_length,
             min(config.max_position_embeddings, self.score.max_length if self.score else 1 << 30),
         )
-        rows = load_questions(data_args.datasets, data_args.max_invalid_share, args.seed, data_args.columns)
-        rows = drop_long_prompts(rows, self.tokenizer, self.longest, data_args.max_too_long_share)
+        settings = data_args.max_invalid_share, args.seed, data_args.columns
+        found = load_rows(data_args.datasets, *settings, row_format=QUESTION, tokenizer=self.tokenizer)
+        rows = drop_too_long(found, "max_prompt_length", self.longest, data_args.max_too_long_share).dataset()
         if len(data_args.datasets) > 1:
             rows = rows.shuffle(seed=args.seed)  # some of each
         self.num_prompts = len(rows)

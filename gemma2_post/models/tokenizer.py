@@ -107,17 +107,25 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, output_dir: Path) -> None
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], trained: list[bool] | None = None
-) -> dict[str, list[int]]:
-    """A conversation for training: `input_ids` and `labels` (-100 where there is no loss), lists of equal length.
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[list[dict[str, str]]],
+    trained: list[list[bool]] | None = None,
+) -> dict[str, list[list[int]]]:
+    """Conversations for training: `input_ids` and `labels` (-100 where there is no loss), lists of equal length.
 
     Args:
-        trained: For each message, whether the model's turn counts in the loss; None for all.
+        trained: For each message of each conversation, whether the model's turn counts in the loss; None for all.
     """
-    flags = trained or [True] * len(messages)
-    turns = [{**message, "trained": flag} for message, flag in zip(messages, flags, strict=True)]
+    trained = trained or [[True] * len(messages) for messages in conversations]
+    turns = [
+        [{**message, "trained": flag} for message, flag in zip(messages, flags, strict=True)]
+        for messages, flags in zip(conversations, trained, strict=True)
+    ]
     encoded = tokenizer.apply_chat_template(
         turns, chat_template=TRAINING_TEMPLATE, return_dict=True, return_assistant_tokens_mask=True
     )
-    ids, masks = encoded["input_ids"], encoded["assistant_masks"]
-    return {"input_ids": ids, "labels": [token if spoken else -100 for token, spoken in zip(ids, masks, strict=True)]}
+    labels = [
+        [token if spoken else -100 for token, spoken in zip(ids, mask, strict=True)]
+        for ids, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+    ]
+    return {"input_ids": encoded["input_ids"], "labels": labels}
