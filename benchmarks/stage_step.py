@@ -60,7 +60,7 @@ def bare_sft(max_steps: int, output_dir: str) -> "SFTTrainer":
 
     base = "gemma2_post/tiny/models/base"
     tokenizer = AutoTokenizer.from_pretrained(base)
-    rows = [render(tokenizer, row["messages"]) for row in demonstrations("train")]
+    rows = render(tokenizer, [row["messages"] for row in demonstrations("train")])
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     )
@@ -82,7 +82,7 @@ def bare_sft(max_steps: int, output_dir: str) -> "SFTTrainer":
             report_to="none",
             seed=0,
         ),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_dict(rows),
         processing_class=tokenizer,
         peft_config=LoraConfig(
             r=16,

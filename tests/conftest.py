@@ -20,6 +20,11 @@ from transformers import (
 )
 
 from gemma2_post import distill, reward, rlhf, sft
+from gemma2_post.data.keys import Source
+from gemma2_post.data.mixture import load_rows
+from gemma2_post.data.pairs import PAIR
+from gemma2_post.data.preparation import drop_ties
+from gemma2_post.data.rows import CONVERSATION, PROMPT
 from gemma2_post.models import reward_model
 from gemma2_post.models.loading import load_config
 from gemma2_post.models.saving import save_model
@@ -53,6 +58,25 @@ def rows_of(make: Callable[[str], list[dict[str, object]]], split: str) -> list[
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps the tests from reading and writing the user's cache of data sets."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))  # of the processes that it starts
+
+
+def load_conversations(sources: list[Source], *settings: object, **more: object) -> datasets.Dataset:
+    """As `load_rows` reads them, without tokens."""
+    return load_rows(sources, *settings, row_format=CONVERSATION, **more).dataset()
+
+
+def load_prompts(sources: list[Source], *settings: object, **more: object) -> datasets.Dataset:
+    """As `load_rows` reads them, without tokens."""
+    return load_rows(sources, *settings, row_format=PROMPT, **more).dataset()
+
+
+def load_preferences(
+    sources: list[Source], *settings: object, score_margin: float = 0.0, **more: object
+) -> datasets.Dataset:
+    """As `load_rows` reads them, without ties and tokens."""
+    row_format = PAIR.with_settings({"score_margin": score_margin})
+    return drop_ties(load_rows(sources, *settings, row_format=row_format, **more)).dataset()
 
 
 @pytest.fixture(scope="session")

@@ -10,14 +10,15 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import pack_dataset
 
-from gemma2_post.data import rows
+from gemma2_post.data import prepared, rows
 from gemma2_post.data.keys import DataArguments, Source
-from gemma2_post.data.preparation import split_held_out, tokenize
+from gemma2_post.data.mixture import load_rows
+from gemma2_post.data.preparation import drop_too_long, split_held_out
 from gemma2_post.data.rows import CONVERSATION
-from gemma2_post.data.sources import load_conversations
 from gemma2_post.models.tokenizer import render
 from gemma2_post.stage.errors import UserError, located
 from gemma2_post.stage.recipe import build
+from tests.conftest import load_conversations
 
 USER, MODEL = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
 CHAT = [USER, MODEL]
@@ -198,13 +199,15 @@ def test_a_mixture_has_its_proportions_and_uses_no_row_twice(tmp_path: Path) -> 
     assert len(load_conversations(sources, 0.0, seed=0)) == 80
 
 
-def test_held_out_rows_are_taken_out_of_the_training_rows_by_seed(tmp_path: Path) -> None:
+def test_held_out_rows_are_taken_out_of_the_training_rows_by_seed(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     rows = [{"messages": [{"role": "user", "content": str(i)}, MODEL]} for i in range(50)]
     arguments = DataArguments([Source(write(tmp_path / "rows.jsonl", rows))], held_out_share=0.1)
 
     def split(seed: int) -> tuple[set[str], set[str]]:
-        parts = split_held_out(arguments, seed)
-        return tuple({messages[0]["content"] for messages in part["messages"]} for part in parts)
+        parts = split_held_out(arguments, seed, CONVERSATION, tokenizer)
+        return tuple({messages[0]["content"] for messages in part.dataset()["messages"]} for part in parts)
 
     train, held_out = split(seed=0)
     assert len(held_out) == 5 and len(train) == 45 and not train & held_out
@@ -212,20 +215,20 @@ def test_held_out_rows_are_taken_out_of_the_training_rows_by_seed(tmp_path: Path
 
 
 def test_long_rows_are_dropped_and_counted_and_never_cut(
-    tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     long = [{"role": "user", "content": "Hi " * 50}, MODEL]
-    rows = Dataset.from_list(
-        [{"messages": CHAT, "trained": [False, True]}] * 19 + [{"messages": long, "trained": [False, True]}]
-    )
-    length = len(render(tokenizer, CHAT)["input_ids"])
-    kept = tokenize(rows, tokenizer, max_length=length, max_too_long_share=0.05)
-    assert len(kept) == 19 and all(ids == render(tokenizer, CHAT)["input_ids"] for ids in kept["input_ids"])
-    assert f"dropped 1 of 20 rows longer than {length} tokens" in caplog.text
-    with pytest.raises(UserError, match=f"1 of 20 rows are longer than max_length {length} tokens"):
-        tokenize(rows, tokenizer, max_length=length, max_too_long_share=0.04)
+    path = write(tmp_path / "rows.jsonl", [{"messages": CHAT}] * 19 + [{"messages": long}])
+    rows = load_rows([Source(path)], 0.0, 0, row_format=CONVERSATION, tokenizer=tokenizer)
+    (expected,) = render(tokenizer, [CHAT])["input_ids"]
+    length = len(expected)
+    kept = drop_too_long(rows, "max_length", length, max_too_long_share=0.05).dataset()
+    assert len(kept) == 19 and all(ids == expected for ids in kept["input_ids"])
+    assert f"dropped: 1 of 20 rows are longer than max_length {length} tokens" in caplog.text
+    with pytest.raises(UserError, match=f"1 of 20 rows are longer than max_length {length} tokens; raise max_length"):
+        drop_too_long(rows, "max_length", length, max_too_long_share=0.04)
     with pytest.raises(UserError, match="all 20 rows are longer than max_length"):
-        tokenize(rows, tokenizer, max_length=length - 1, max_too_long_share=1.0)
+        drop_too_long(rows, "max_length", length - 1, max_too_long_share=1.0)
 
 
 @pytest.mark.parametrize(
@@ -319,13 +322,16 @@ def test_a_weight_must_be_above_0(weight: float, tmp_path: Path) -> None:
         build(DataArguments, {"datasets": [{"path": path, "weight": weight}]})
 
 
-def test_held_out_datasets_take_the_place_of_the_share_and_one_row_cannot_be_split(tmp_path: Path) -> None:
+def test_held_out_datasets_take_the_place_of_the_share_and_one_row_cannot_be_split(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     paths = [write(tmp_path / f"{i}.jsonl", numbered(i, i + 1)) for i in range(2)]
-    train, held_out = split_held_out(DataArguments([Source(paths[0])], [Source(paths[1])]), seed=0)
+    arguments = DataArguments([Source(paths[0])], [Source(paths[1])])
+    train, held_out = (rows.dataset() for rows in split_held_out(arguments, 0, CONVERSATION, tokenizer))
     assert train["messages"] == [numbered(0, 1)[0]["messages"]]
     assert held_out["messages"] == [numbered(1, 2)[0]["messages"]]
     with pytest.raises(UserError, match=r"^recipe: 1 rows cannot be split"), located("recipe"):
-        split_held_out(DataArguments([Source(paths[0])]), seed=0)
+        split_held_out(DataArguments([Source(paths[0])]), 0, CONVERSATION, tokenizer)
 
 
 def test_packing_does_not_bring_back_what_an_earlier_code_made(
@@ -335,7 +341,7 @@ def test_packing_does_not_bring_back_what_an_earlier_code_made(
 
     def packed() -> list[int]:
         # As SFTTrainer does with packing: true; it knows the rows by their fingerprint only.
-        tokens = tokenize(load(path), tokenizer, 64, 0.0)
+        tokens = load_rows([Source(path)], 0.0, 0, row_format=CONVERSATION, tokenizer=tokenizer).dataset()
         return [
             i
             for ids in pack_dataset(tokens.select_columns(["input_ids", "labels"]), 128, "bfd")["input_ids"]
@@ -344,6 +350,7 @@ def test_packing_does_not_bring_back_what_an_earlier_code_made(
 
     before = packed()
     monkeypatch.setattr(rows, "fold_system", lambda turns: [{**turn, "content": "new"} for turn in turns])
+    monkeypatch.setattr(prepared, "_LIBRARIES", [])  # as other code would, it makes another key
     assert packed() != before
 
 

@@ -18,14 +18,13 @@ from trl.import_utils import is_vllm_available
 
 from gemma2_post import distill
 from gemma2_post.data.keys import Source
-from gemma2_post.data.sources import load_prompts
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError, located
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.tiny.data import prompts
 from gemma2_post.training import run as training
 from gemma2_post.training.watch import StopIfAnswersAreCut
-from tests.conftest import BASE, TEACHER, losses, random_model
+from tests.conftest import BASE, TEACHER, load_prompts, losses, random_model
 from tests.test_bad_input import MODEL, USER, make_adapter, with_rows, with_values
 
 Run = Callable[[dict[str, object]], Path]

@@ -8,13 +8,16 @@ from pathlib import Path
 import pyarrow
 import pytest
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from gemma2_post.data.keys import DataArguments, Source
+from gemma2_post.data.mixture import load_documents
 from gemma2_post.data.preparation import split_held_out
 from gemma2_post.data.rows import CONVERSATION, DOCUMENT
-from gemma2_post.data.sources import check_sources, load_conversations, load_documents
+from gemma2_post.data.sources import check_sources
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
+from tests.conftest import load_conversations
 
 ROWS = [{"prompt": f"What is {i}, really?", "completion": f'It is "{i}".\nYes.'} for i in range(4)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -245,13 +248,15 @@ def test_plain_text_is_a_document(tmp_path: Path) -> None:
     check_sources(sources, [], DOCUMENT, 0.0)
 
 
-def test_what_is_held_out_is_not_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_held_out_is_not_trained_on(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "train.jsonl").write_text(LINES)
     (tmp_path / "held_out.jsonl").write_text(LINES.splitlines()[1])
     arguments = DataArguments([Source(str(tmp_path / "train.jsonl"))], [Source(str(tmp_path / "held_out.jsonl"))])
-    train, held_out = split_held_out(arguments, seed=0)
+    train, held_out = (rows.dataset() for rows in split_held_out(arguments, 0, CONVERSATION, tokenizer))
     assert [messages[0]["content"] for messages in train["messages"]] == [ALL[0], *ALL[2:]] and len(held_out) == 1
     assert "dropped 1 of 4 training rows, because they are held out, too" in caplog.text
     arguments.held_out_datasets = arguments.datasets
     with pytest.raises(UserError, match="every training row is held out, too"):
-        split_held_out(arguments, seed=0)
+        split_held_out(arguments, 0, CONVERSATION, tokenizer)

@@ -10,11 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from gemma2_post.data.keys import Source
 from gemma2_post.data.pairs import PAIR
-from gemma2_post.data.preparation import tokenize
 from gemma2_post.data.rows import CONVERSATION, DOCUMENT, PROMPT, QUESTION
-from gemma2_post.data.sources import load_conversations, load_preferences
 from gemma2_post.data.turns import InvalidRow
 from gemma2_post.models.tokenizer import render
+from tests.conftest import load_conversations, load_preferences
 
 Row = dict[str, object]
 
@@ -37,8 +36,8 @@ def test_a_turn_with_a_weight_of_0_has_no_loss(
 ) -> None:
     row = {"messages": [USER, MODEL | zero, AGAIN | {"weight": 0}, BYE | one]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    (found,) = tokenize(load_conversations([Source(str(tmp_path / "rows.jsonl"))], 0.0, 0), tokenizer, 256, 0.0)
-    everything = render(tokenizer, CHAT)
+    (found,) = load_conversations([Source(str(tmp_path / "rows.jsonl"))], 0.0, 0, tokenizer=tokenizer)
+    everything = {name: values[0] for name, values in render(tokenizer, [CHAT]).items()}
     assert found["input_ids"] == everything["input_ids"]
     spoken = [token for token in found["labels"] if token != -100]
     assert tokenizer.decode(spoken) == "Bye!<end_of_turn><eos>"

@@ -41,10 +41,14 @@ def pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def rendered_alone(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> dict[str, list[int]]:
+    return {name: values[0] for name, values in render(tokenizer, [messages]).items()}
+
+
 def test_a_single_turn_is_rendered_and_masked_token_by_token(any_tokenizer: PreTrainedTokenizerBase) -> None:
     user, sure = pieces(any_tokenizer, "user\nHi"), pieces(any_tokenizer, "Sure!")
     (newline,), model = pieces(any_tokenizer, "\n"), pieces(any_tokenizer, "model\n")
-    rendered = render(any_tokenizer, SINGLE)
+    rendered = rendered_alone(any_tokenizer, SINGLE)
     prompt = [2, 106, *user, 107, newline, 106, *model]
     assert rendered["input_ids"] == [*prompt, *sure, 107, 1]
     assert rendered["labels"] == [-100] * len(prompt) + [*sure, 107, 1]
@@ -53,8 +57,8 @@ def test_a_single_turn_is_rendered_and_masked_token_by_token(any_tokenizer: PreT
 def test_every_turn_of_the_model_has_loss_and_only_the_last_one_ends_with_eos(
     any_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    first = render(any_tokenizer, SINGLE)
-    rendered = render(any_tokenizer, MULTI)
+    first = rendered_alone(any_tokenizer, SINGLE)
+    rendered = rendered_alone(any_tokenizer, MULTI)
     length = len(first["input_ids"]) - 1  # the first turn without its <eos>
     assert rendered["input_ids"][:length] == first["input_ids"][:-1]
     assert rendered["labels"][:length] == first["labels"][:-1]
@@ -68,7 +72,7 @@ def test_every_turn_of_the_model_has_loss_and_only_the_last_one_ends_with_eos(
 
 def test_training_text_begins_with_the_prompt_of_inference(any_tokenizer: PreTrainedTokenizerBase) -> None:
     prompt = any_tokenizer.apply_chat_template(MULTI[:-1], add_generation_prompt=True)["input_ids"]
-    assert render(any_tokenizer, MULTI)["input_ids"][: len(prompt)] == prompt
+    assert rendered_alone(any_tokenizer, MULTI)["input_ids"][: len(prompt)] == prompt
 
 
 def test_the_cropped_gemma_tokenizer_renders_its_golden_ids(real_data: Path) -> None:

@@ -5,16 +5,18 @@ import logging
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from gemma2_post.data import pairs
 from gemma2_post.data.keys import Source
-from gemma2_post.data.pairs import pairs_with_margin
-from gemma2_post.data.preparation import balance_turns, tokenize_pairs
-from gemma2_post.data.sources import load_preferences
+from gemma2_post.data.mixture import Rows, load_rows
+from gemma2_post.data.preparation import balance_turns, drop_too_long
 from gemma2_post.data.turns import InvalidRow
 from gemma2_post.stage.errors import UserError, located
+from tests.conftest import load_preferences
 
 Row = dict[str, object]
 
@@ -26,7 +28,7 @@ PAIR = {"prompt": [HI], "chosen": [BYE], "rejected": [GO]}
 
 
 def to_pair(row: Row, score_margin: float = 0.0) -> Row:
-    return pairs_with_margin(score_margin).read(row)
+    return pairs.PAIR.with_settings({"score_margin": score_margin}).read(row)
 
 
 def sharegpt(*turns: dict[str, str]) -> list[dict[str, str]]:
@@ -38,8 +40,8 @@ def load(folder: Path, rows: list[Row] | str, **options: object) -> Dataset:
     """The pairs of a file with these rows, as a recipe's `datasets` are read."""
     text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "pairs.jsonl").write_text(text)
-    settings = {"max_invalid_share": 0.0, "seed": 0} | options
-    return load_preferences([Source(str(folder / "pairs.jsonl"))], **settings)
+    settings = {"max_invalid_share": 0.0} | options
+    return load_preferences([Source(str(folder / "pairs.jsonl"))], settings.pop("max_invalid_share"), 0, **settings)
 
 
 # --- forms ---
@@ -96,6 +98,7 @@ FORMS = [
 @pytest.mark.parametrize(("row", "prompt"), [form[1:] for form in FORMS], ids=[form[0] for form in FORMS])
 def test_every_form_gives_the_same_pair(row: Row, prompt: list[dict[str, str]]) -> None:
     expected = {"prompt": prompt, "chosen": [BYE], "rejected": [GO], "margin": 0.0, "is_tie": False}
+    expected |= {"num_turns": 1 + (prompt == MULTI["prompt as messages"]["prompt"])}
     assert to_pair(row) == expected | {"had_system": prompt == [FOLDED]}
 
 
@@ -187,7 +190,7 @@ def test_a_row_that_is_no_pair_is_refused_by_its_number(
     file = tmp_path / "pairs.parquet"
     Dataset.from_list([{column: row.get(column) for column in columns} for row in rows]).to_parquet(file)
     with pytest.raises(UserError) as refused, located("recipe"):
-        load_preferences([Source(str(file))], 0.0, seed=0)
+        load_preferences([Source(str(file))], 0.0, 0)
     assert str(refused.value).startswith(f"recipe: {file}: row {len(rows) - 1}: {message}")
 
 
@@ -246,8 +249,9 @@ def test_ties_are_dropped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureF
 # --- turns ---
 
 
-def pairs_of_turns(*num_turns: int) -> Dataset:
-    return Dataset.from_dict({"num_turns": num_turns, "row": range(len(num_turns))})
+def pairs_of_turns(*num_turns: int) -> Rows:
+    found = Dataset.from_dict({"num_turns": num_turns, "row": range(len(num_turns))})
+    return Rows(found, np.random.default_rng(1).permutation(len(found)))
 
 
 @pytest.mark.parametrize(
@@ -263,15 +267,15 @@ def pairs_of_turns(*num_turns: int) -> Dataset:
 def test_the_largest_mixture_with_this_share_of_multi_turn_pairs(
     num_single: int, num_multi: int, share: float, expected: tuple[int, int]
 ) -> None:
-    pairs = pairs_of_turns(*[1] * num_single, *(2 + i % 3 for i in range(num_multi))).shuffle(seed=1)
-    balanced = balance_turns(pairs, share, seed=0)
+    pairs = pairs_of_turns(*[1] * num_single, *(2 + i % 3 for i in range(num_multi)))
+    balanced = balance_turns(pairs, share, seed=0).dataset()
     is_single = [num_turns == 1 for num_turns in balanced["num_turns"]]
     assert (sum(is_single), len(is_single) - sum(is_single)) == expected
     assert len(set(balanced["row"])) == len(balanced)
-    order = {row: position for position, row in enumerate(pairs["row"])}
+    order = {row: position for position, row in enumerate(pairs.numbers)}
     assert list(balanced["row"]) == sorted(balanced["row"], key=order.__getitem__)
-    assert list(balance_turns(pairs, share, seed=0)["row"]) == list(balanced["row"])
-    other = list(balance_turns(pairs, share, seed=1)["row"])
+    assert list(balance_turns(pairs, share, seed=0).numbers) == list(balanced["row"])
+    other = list(balance_turns(pairs, share, seed=1).numbers)
     assert (other == list(balanced["row"])) == (len(balanced) == len(pairs))
 
 
@@ -303,8 +307,10 @@ def test_long_pairs_are_dropped_by_turns_and_none_is_cut(
         *(MULTI["prompt as messages"] for _ in range(2)),
     ]
     rows[4] = rows[4] | {"rejected": [GO | {"content": "plus " * 40}]}
-    rows = [to_pair(row) | {"num_turns": 1 + (i >= 4)} for i, row in enumerate(rows)]
-    whole = tokenize_pairs(Dataset.from_list(rows), tokenizer, 256, 0.0)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = Source(str(tmp_path / "pairs.jsonl"))
+    read = load_rows([source], 0.0, 0, row_format=pairs.PAIR, tokenizer=tokenizer)
+    whole = drop_too_long(read, "max_length", 256, 0.0).dataset()
     assert len(whole) == 6 and not caplog.text
     for row in whole:
         for side in ("chosen", "rejected"):
@@ -315,16 +321,17 @@ def test_long_pairs_are_dropped_by_turns_and_none_is_cut(
             )
             assert row[f"{side}_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
     longest = max(len(whole[5]["chosen_ids"]), len(whole[5]["rejected_ids"]))
-    found = f"3 of 6 pairs are longer than max_length {longest} (2 of 4 with 1 user turns, 1 of 2 with 2 user turns)"
+    by_turns = "(2 of 4 with 1 user turns, 1 of 2 with 2 user turns)"
+    found = f"3 of 6 pairs are longer than max_length {longest} tokens {by_turns}"
     with caplog.at_level(logging.WARNING):
-        kept = tokenize_pairs(Dataset.from_list(rows), tokenizer, longest, 0.5)
+        kept = drop_too_long(read, "max_length", longest, 0.5).dataset()
     assert kept.to_list() == [whole[i] for i in (0, 3, 5)]
     assert f"dropped: {found}" in caplog.text
     with pytest.raises(UserError) as refused, located("recipe"):
-        tokenize_pairs(Dataset.from_list(rows), tokenizer, longest, 0.49)
+        drop_too_long(read, "max_length", longest, 0.49)
     assert str(refused.value) == f"recipe: {found}; raise max_length, or allow a larger share with max_too_long_share"
-    with pytest.raises(UserError, match="6 of 6 pairs are longer than max_length 3 "):
-        tokenize_pairs(Dataset.from_list(rows), tokenizer, 3, 1.0)
+    with pytest.raises(UserError, match="all 6 pairs are longer than max_length 3 tokens; raise max_length"):
+        drop_too_long(read, "max_length", 3, 1.0)
 
 
 # --- real data ---
@@ -349,7 +356,7 @@ def test_the_harmless_transcripts_parse_but_for_six(real_data: Path) -> None:
         925: "chosen: the content of turn 1 is empty",
         1103: "chosen: the content of turn 1 is empty",
     }
-    loaded = load_preferences([Source(str(file))], 0.01, seed=0)
+    loaded = load_preferences([Source(str(file))], 0.01, 0)
     assert len(loaded) == len(pairs) == 1150
     assert loaded.select_columns(["prompt", "chosen", "rejected"]).to_list() == [
         {column: pair[column] for column in ("prompt", "chosen", "rejected")} for pair in pairs.values()
@@ -365,7 +372,7 @@ def test_the_harmless_transcripts_parse_but_for_six(real_data: Path) -> None:
 def test_sharegpt_preferences_parse_completely(real_data: Path) -> None:
     file = real_data / "preference" / "llamafactory" / "dpo_en_demo.json"
     rows = json.loads(file.read_text())
-    loaded = load_preferences([Source(str(file))], 0.0, seed=0)
+    loaded = load_preferences([Source(str(file))], 0.0, 0)
     assert len(loaded) == len(rows)
     for pair, row in zip(loaded, rows, strict=True):
         assert [turn["content"] for turn in pair["chosen"]] == [row["chosen"]["value"]]

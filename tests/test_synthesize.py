@@ -19,11 +19,10 @@ from gemma2_post import synthesize
 from gemma2_post.data.duplicates import find_duplicates
 from gemma2_post.data.keys import Source
 from gemma2_post.data.selection import Candidate, select
-from gemma2_post.data.sources import load_conversations, load_prompts
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
 from gemma2_post.tiny.gold import gold
-from tests.conftest import TEACHER, run_stage, write_prompts
+from tests.conftest import TEACHER, load_conversations, load_prompts, run_stage, write_prompts
 from tests.test_reward import make_reward_model
 
 Recipe = dict[str, object]

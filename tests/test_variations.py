@@ -12,7 +12,8 @@ import yaml
 
 from gemma2_post.data import pairs, rows
 from gemma2_post.data.keys import Source
-from gemma2_post.data.sources import check_sources, load_mixture
+from gemma2_post.data.mixture import load_rows
+from gemma2_post.data.sources import check_sources
 from gemma2_post.pipeline import check
 from gemma2_post.pipeline.steps import load_pipeline
 from gemma2_post.stage.errors import UserError
@@ -162,7 +163,7 @@ def test_a_data_file_is_read_wholly_or_refused(seed: int, tmp_path: Path) -> Non
     file.write_bytes(content)
     try:
         check_sources([Source(str(file))], [], row_format, 0.0)
-        found = load_mixture([Source(str(file))], 0.0, 0, row_format=row_format).to_list()
+        found = load_rows([Source(str(file))], 0.0, 0, row_format=row_format).dataset().to_list()
     except UserError as error:
         assert str(error).startswith(str(file)) and ";" in str(error) and is_one_sentence(error)
         return

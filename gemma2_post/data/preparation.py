@@ -54,7 +54,7 @@ def drop_ties(rows: Rows) -> Rows:
     """
     if "is_tie" not in rows.all.column_names:
         return rows
-    kept = rows.take(~rows.column("is_tie"))
+    kept = Rows(rows.all.remove_columns("is_tie"), rows.numbers[~rows.column("is_tie")])
     if len(kept) == 0:
         raise UserError(f"datasets: all {len(rows)} pairs are ties (equal scores); give pairs that differ")
     if len(kept) < len(rows):

@@ -94,7 +94,7 @@ class RowFormat:
     """The columns that a row needs, for errors."""
     columns: frozenset[str] = _KNOWN
     """All columns that it may read."""
-    settings: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, float] = field(default_factory=dict, hash=False)
     """Keys of the recipe that `parse` is called with, at their defaults."""
 
     def read(self, columns: dict[str, Any], for_graders: Iterable[str] = ()) -> dict[str, Any]:
