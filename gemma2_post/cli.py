@@ -75,8 +75,12 @@ def check(pipelines: list[Path]) -> None:
         print(f"{each.path}: {check.report(check.check(each))}")
 
 
-def clean(run_dir: Path, yes: bool = False) -> None:
-    """Lists the outputs of a run that were replaced by newer ones; with `yes`, deletes them."""
+def clean(run_dir: Path | None = None, yes: bool = False) -> None:
+    """Lists the outputs of a run that newer ones have replaced, or without a run all prepared data.
+
+    Args:
+        yes: Whether to delete them.
+    """
     from gemma2_post.pipeline.clean import clean
 
     clean(run_dir, yes)
@@ -112,6 +116,18 @@ def plan(
 
     check_gpu(gpu)
     show(check(loaded, until), terminal(), gpus, memory, gpu)
+
+
+def prepare(pipeline: Path, until: str | None = None, overrides: Overrides | None = None) -> None:
+    """Reads, checks and tokenizes the data of all stages, which then start with it at once."""
+    from gemma2_post.pipeline.steps import load_pipeline
+
+    loaded = load_pipeline(pipeline, overrides=overrides)
+    _quiet()
+    from gemma2_post.pipeline.check import check
+    from gemma2_post.pipeline.prepare import prepare
+
+    prepare(check(loaded, until))
 
 
 def report(run_dir: Path) -> None:
@@ -206,8 +222,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--keep", help="keep this finished stage, whatever has changed", **several)
     add("--fresh", help="start this stage over, although an unfinished run could go on", **several)
 
-    add = command(clean, "list what newer outputs of a run have replaced, and delete it")
-    add("run_dir", type=Path, help="for example runs/tiny")
+    add = command(clean, "list what newer outputs of a run have replaced, or prepared data, and delete it")
+    add("run_dir", type=Path, nargs="?", help="for example runs/tiny; without it: the prepared data of all runs")
     add("--yes", action="store_true", help="delete it")
 
     add = command(check, "check a pipeline recipe without running it")
@@ -222,6 +238,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="the GPU of the hours: H100 (default), H200, A100, L4, 'RTX 4090'",
     )
+
+    command(prepare, "read, check and tokenize the data ahead of the run, without a GPU", of_pipeline)
 
     add = command(report, "show the models of a run side by side, and conversations to read")
     add("run_dir", type=Path, help="for example runs/tiny")

@@ -75,8 +75,12 @@ def test_a_stage_gets_the_output_of_the_one_that_it_names(
     content = {"run_dir": str(run_dir), "launch": CPU_CONFIG, "stages": stages}
     pipeline.write_text(yaml.safe_dump(content, sort_keys=False))
 
+    ahead = gemma2_post("prepare", str(pipeline))
+    assert ahead.returncode == 0 and "sft: datasets: " in ahead.stdout and "distill: datasets: " in ahead.stdout
+    prepared = sorted((tmp_path / "cache" / "gemma2_post").glob("*/"))
     first = gemma2_post("run", str(pipeline))
     assert first.returncode == 0, first.stderr
+    assert sorted((tmp_path / "cache" / "gemma2_post").glob("*/")) == prepared  # the stages have mapped them
     done = json.loads((run_dir / "distill" / "stage.json").read_text())
     assert done["base_model"] == str(run_dir / "sft")
     assert done["base_digest"] == json.loads((run_dir / "sft" / "stage.json").read_text())["output"]
@@ -629,6 +633,9 @@ def test_progress_is_what_the_newest_bar_says(tmp_path: Path) -> None:
         assert file.flush() is None and processes.progress(log) == "70/188, 00:27 left"
         file.write("\nanswers:  25%|██▌       | 1/4 [00:02<00:06,  2.1s/model]")
         assert file.flush() is None and processes.progress(log) == "answers 1/4, 00:06 left"
+        file.write("\rreading and tokenizing my.data:rows:  25%|██▌       | 5/20 [00:02<00:06,  2.1 rows/s]")
+        assert file.flush() is None
+        assert processes.progress(log) == "reading and tokenizing my.data:rows 5/20, 00:06 left"
 
 
 # --- one at a time ---

@@ -10,11 +10,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import datasets
 import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from gemma2_post import cli
 from gemma2_post.data import prepared, reading
 from gemma2_post.data.keys import Source
 from gemma2_post.data.mixture import Rows, load_rows
@@ -63,10 +63,6 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     found: list[str] = []
     monkeypatch.setattr(prepared, "read", lambda task: found.append(task.source.path) or reading.read(task))
     yield found
-
-
-def cached() -> list[str]:
-    return sorted(os.listdir(Path(datasets.config.HF_DATASETS_CACHE) / "gemma2_post"))
 
 
 # --- the same rows ---
@@ -202,6 +198,20 @@ def test_a_function_counts_by_its_rows(tmp_path: Path, read: list[str], monkeypa
     assert len(load("of_a_file:rows", None)) == 4 and len(read) == 2
 
 
+def test_prepared_rows_are_listed_with_their_source_and_deleted_only_when_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "rows.jsonl", conversations(3))
+    cli.clean()
+    assert capsys.readouterr().out == "there is no prepared data\n"
+    load(path, None)
+    for yes, ending in ((False, "--yes deletes them"), (True, "deleted")):
+        cli.clean(yes=yes)
+        printed = capsys.readouterr().out.splitlines()
+        assert f" ({path}): " in printed[0] and printed[1:] == [ending]
+    assert len(load(path, None)) == 3
+
+
 # --- interrupted, and side by side ---
 
 SCRIPT = """
@@ -250,6 +260,7 @@ def test_a_second_process_waits_and_maps(
     assert printed == f"200 {sum(rows.column('_length'))}\n"
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_leaves_nothing_that_counts_and_no_process(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", conversations(400))
     killed = start(path, 0.2)

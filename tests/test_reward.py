@@ -593,7 +593,7 @@ BAD: dict[str, tuple[Change, str]] = {
         with_pairs({"prompt": "Hi"}),
         "the columns prompt are of no known format; expected chosen + rej",
     ),
-    "all too long": (with_values(max_length=3), "16 of 16 pairs are longer than max_length 3 (9 of 9 with 1 user "),
+    "all too long": (with_values(max_length=3), "all 16 pairs are longer than max_length 3 tokens; raise max_length"),
     "longer than the model": (
         with_values(max_length=512),
         "max_length is 512, more than the 256 positions of the mod",

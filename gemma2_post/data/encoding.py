@@ -14,7 +14,9 @@ _IDS, _COUNT = pyarrow.list_(pyarrow.int32()), pyarrow.int32()
 
 
 def types_of(row_format: RowFormat) -> dict[str, pyarrow.DataType]:
-    """The columns that `encode` adds to rows of this format."""
+    """The columns that `encode` adds to rows of this format; none to documents, which are not tokenized."""
+    if "text" in row_format.result:
+        return {}
     if "chosen" in row_format.result:
         return {"chosen_ids": _IDS, "rejected_ids": _IDS, "length": _COUNT, LENGTH: _COUNT}
     if "trained" in row_format.result:

@@ -114,6 +114,18 @@ def read_file(file: Path, columns: set[str]) -> Iterator[Columns]:
         raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())[:200]}); write it again") from error
 
 
+def count_rows(file: Path) -> int | None:
+    """Rows of a Parquet file, lines of a file with a row in each; None of other files."""
+    if file.suffix == ".parquet":
+        from pyarrow.parquet import read_metadata  # a slow import
+
+        return int(read_metadata(file).num_rows)
+    if file.suffix in _LINES:
+        with open(file, "rb") as stream:
+            return sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))
+    return None
+
+
 def _suffix(file: Path) -> str:
     """The last suffix, or the last two of a compressed file: `.jsonl.gz`."""
     return "".join(file.suffixes[-2:]) if file.suffix in _COMPRESSED else file.suffix

@@ -24,6 +24,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
+from gemma2_post.data.encoding import types_of
 from gemma2_post.data.functions import is_function
 from gemma2_post.data.keys import Source
 from gemma2_post.data.reading import Found, Task, read
@@ -33,7 +34,8 @@ from gemma2_post.stage import contract, digests
 
 logger = logging.getLogger(__name__)
 
-_FOUND = "found.json"
+FILE = "rows.json"
+"""In a folder of prepared rows: where they were read first, and what was found."""
 _LIBRARIES = ["datasets", "tokenizers", "transformers"]
 _SECONDS_APART = 0.5
 
@@ -48,20 +50,26 @@ def prepared(
     Raises:
         UserError: See `reading.read`.
     """
+    tokenizer = tokenizer if types_of(row_format) else None
     state = PartialState()
     keys = [_key(source, row_format, columns, tokenizer) if state.is_main_process else ""]
     if state.num_processes > 1:
         broadcast_object_list(keys)
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "gemma2_post" / keys[0]
+    folder = root() / keys[0]
     if state.is_local_main_process:
         with _alone(folder, source):
             if not folder.is_dir():
                 _prepare(folder, source, row_format, columns, tokenizer)
     while not folder.is_dir():  # no barrier: its time limit would be one for the preparation
         time.sleep(_SECONDS_APART)
-    found = Found(**json.loads((folder / _FOUND).read_text()))
+    found = Found(**json.loads((folder / FILE).read_text())["found"])
     files = [Dataset.from_file(str(file)) for file in sorted(folder.glob("*.arrow"))]
     return concatenate_datasets(files) if files else Dataset.from_dict({}), found
+
+
+def root() -> Path:
+    """The folder of all prepared rows."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "gemma2_post"
 
 
 def _prepare(
@@ -72,7 +80,7 @@ def _prepare(
     unfinished.mkdir()
     found = read(Task(source, row_format, columns, tokenizer, unfinished))
     found.schema = None  # the files have it
-    contract.write_json(unfinished / _FOUND, asdict(found))
+    contract.write_json(unfinished / FILE, {"source": source.path, "found": asdict(found)})
     unfinished.rename(folder)
 
 

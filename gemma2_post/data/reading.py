@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from gemma2_post.data.encoding import encode, types_of
 from gemma2_post.data.keys import Source
 from gemma2_post.data.rows import RowFormat
-from gemma2_post.data.sources import rows_of
+from gemma2_post.data.sources import num_rows_in, rows_of
 from gemma2_post.data.turns import InvalidRow
 from gemma2_post.stage.digests import num_cores
 from gemma2_post.stage.errors import UserError
@@ -94,13 +94,15 @@ def read(task: Task) -> Found:
         UserError: The source cannot be read, or a column to keep has values of different types.
     """
     found, schemas = Found(), {}
-    what = f"{task.source.path}: {'reading and tokenizing' if task.tokenizer else 'reading'}"
-    with tqdm(desc=what, unit=" rows", unit_scale=True, delay=1) as bar:
+    doing = "reading and tokenizing" if task.tokenizer else "reading"
+    with tqdm(desc=f"{doing} {task.source.path}", unit=" rows", delay=1) as bar:
         for number, batch in enumerate(_results(task)):
             if batch.schema:
                 schemas[number] = batch.schema
                 found.schema = _merged(task.source, found, batch)
             found.add(batch)
+            if batch.num_rows == _BATCH_ROWS and bar.total is None:
+                bar.total = num_rows_in(task.source)
             bar.update(batch.num_rows)
     for number, schema in schemas.items():
         if schema != found.schema:

@@ -24,7 +24,7 @@ RUN_DIR = "GEMMA2_POST_RUN_DIR"
 """Environment variable by which all processes of a run are found, even those whose parents are gone."""
 _GRACE = 45.0
 """Seconds between SIGTERM and SIGKILL; srun takes half a minute to end processes on other nodes."""
-_BAR = re.compile(r"(?:^|[\r\n])(?:([^\r\n:|]+): +)?\s*\d+%\|[^|]*\| (\d+)/(\d+) \[[^<\]]*<([^,\]]+)")
+_BAR = re.compile(r"(?:^|[\r\n])(?:([^\r\n|]+?): +)?\s*\d+%\|[^|]*\| (\d+)/(\d+) \[[^<\]]*<([^,\]]+)")
 
 
 def launch(step: Step, config: str, launcher: Launcher, environment: dict[str, str], run_dir: Path, log: Path) -> int:
