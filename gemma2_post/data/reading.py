@@ -6,7 +6,6 @@ file. Only a few batches are in memory, however many rows there are.
 
 import ctypes
 import gc
-import json
 import multiprocessing
 import os
 import signal
@@ -187,8 +186,7 @@ def _table(task: Task, rows: list[dict[str, Any]]) -> pyarrow.Table:
     names = task.row_format.result
     columns = {name: pyarrow.array([row[name] for row in rows], _TYPES[name]) for name in names}
     said = [name for name in _SAID if name in names]
-    digests = [xxhash.xxh3_64_intdigest(json.dumps([row[name] for name in said]).encode()) for row in rows]
-    columns[DIGEST] = pyarrow.array(digests, _TYPES[DIGEST])
+    columns[DIGEST] = pyarrow.array([_digest([row[name] for name in said]) for row in rows], _TYPES[DIGEST])
     if task.tokenizer:
         parts = [
             encode(task.row_format, task.tokenizer, rows[start : start + _ENCODED_ROWS])
@@ -197,6 +195,12 @@ def _table(task: Task, rows: list[dict[str, Any]]) -> pyarrow.Table:
         for name, kind in types_of(task.row_format).items():
             columns[name] = pyarrow.concat_arrays([pyarrow.array(part[name], kind) for part in parts])
     return pyarrow.table(columns)
+
+
+def _digest(parts: list[list[dict[str, str]]]) -> int:
+    """Hash of messages in several parts; no text holds NUL."""
+    said = "\0\0".join("\0".join(f"{turn['role']}\0{turn['content']}" for turn in part) for part in parts)
+    return xxhash.xxh3_64_intdigest(said.encode())
 
 
 def _array(source: Source, column: str, numbers: list[int], values: list[Any]) -> pyarrow.Array:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 from transformers import AutoTokenizer, Gemma2Config, PreTrainedTokenizerBase
 from trl import ModelConfig
 from trl.chat_template_utils import gemma_chat_template
@@ -122,10 +123,15 @@ def render(
         for messages, flags in zip(conversations, trained, strict=True)
     ]
     encoded = tokenizer.apply_chat_template(
-        turns, chat_template=TRAINING_TEMPLATE, return_dict=True, return_assistant_tokens_mask=True
+        turns,
+        chat_template=TRAINING_TEMPLATE,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"return_attention_mask": False},
     )
-    labels = [
-        [token if spoken else -100 for token, spoken in zip(ids, mask, strict=True)]
-        for ids, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
-    ]
-    return {"input_ids": encoded["input_ids"], "labels": labels}
+    input_ids = [np.array(ids, np.int32) for ids in encoded["input_ids"]]
+    masks = [np.array(mask, bool) for mask in encoded["assistant_masks"]]
+    return {
+        "input_ids": input_ids,
+        "labels": [np.where(mask, ids, -100) for ids, mask in zip(input_ids, masks, strict=True)],
+    }
