@@ -220,7 +220,7 @@ def test_long_rows_are_dropped_and_counted_and_never_cut(
     long = [{"role": "user", "content": "Hi " * 50}, MODEL]
     path = write(tmp_path / "rows.jsonl", [{"messages": CHAT}] * 19 + [{"messages": long}])
     rows = load_rows([Source(path)], 0.0, 0, row_format=CONVERSATION, tokenizer=tokenizer)
-    (expected,) = render(tokenizer, [CHAT])["input_ids"]
+    (expected,) = (ids.tolist() for ids in render(tokenizer, [CHAT])["input_ids"])
     length = len(expected)
     kept = drop_too_long(rows, "max_length", length, max_too_long_share=0.05).dataset()
     assert len(kept) == 19 and all(ids == expected for ids in kept["input_ids"])

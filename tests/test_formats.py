@@ -37,7 +37,7 @@ def test_a_turn_with_a_weight_of_0_has_no_loss(
     row = {"messages": [USER, MODEL | zero, AGAIN | {"weight": 0}, BYE | one]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     (found,) = load_conversations([Source(str(tmp_path / "rows.jsonl"))], 0.0, 0, tokenizer=tokenizer)
-    everything = {name: values[0] for name, values in render(tokenizer, [CHAT]).items()}
+    everything = {name: values[0].tolist() for name, values in render(tokenizer, [CHAT]).items()}
     assert found["input_ids"] == everything["input_ids"]
     spoken = [token for token in found["labels"] if token != -100]
     assert tokenizer.decode(spoken) == "Bye!<end_of_turn><eos>"

@@ -42,7 +42,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def rendered_alone(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> dict[str, list[int]]:
-    return {name: values[0] for name, values in render(tokenizer, [messages]).items()}
+    return {name: values[0].tolist() for name, values in render(tokenizer, [messages]).items()}
 
 
 def test_a_single_turn_is_rendered_and_masked_token_by_token(any_tokenizer: PreTrainedTokenizerBase) -> None:

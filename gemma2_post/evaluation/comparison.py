@@ -252,7 +252,7 @@ def load_corpus(
     documents = [
         tokenizer(document, add_special_tokens=False)["input_ids"]
         if isinstance(document, str)
-        else render(tokenizer, [document])["input_ids"][0][1:]  # without <bos>
+        else render(tokenizer, [document])["input_ids"][0][1:].tolist()  # without <bos>
         for document in load_documents(args.corpus, max_invalid_share, seed)
     ]
     found = windows(documents, args.num_memorised, seed)

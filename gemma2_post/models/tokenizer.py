@@ -111,8 +111,8 @@ def render(
     tokenizer: PreTrainedTokenizerBase,
     conversations: list[list[dict[str, str]]],
     trained: list[list[bool]] | None = None,
-) -> dict[str, list[list[int]]]:
-    """Conversations for training: `input_ids` and `labels` (-100 where there is no loss), lists of equal length.
+) -> dict[str, list[np.ndarray]]:
+    """Conversations for training: `input_ids` and `labels` (-100 where there is no loss), int32, of equal length.
 
     Args:
         trained: For each message of each conversation, whether the model's turn counts in the loss; None for all.
