@@ -82,7 +82,7 @@ def metrics(recipe: Recipe) -> set[str]:
 
 
 def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
-    if checked.recipe.release is None:  # a few MB per core (`weights/streaming.py`)
+    if checked.recipe.release is None:  # a few MB per core (`models/streaming.py`)
         return {"merging": {}}
     return measuring.measuring(checked, checked.recipe.release.measured)
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gemma2_post.models.saving import save_configs
-from gemma2_post.models.shards import write_shards
+from gemma2_post.models.streaming import write_tensors
 from tests.conftest import random_model
 
 
@@ -15,9 +15,10 @@ from tests.conftest import random_model
 def test_from_pretrained_reads_what_was_written(shard_bytes: int, is_sharded: bool, tmp_path: Path) -> None:
     model = random_model(300)
     parameters = dict(model.named_parameters())
-    sizes = {name: 4 * each.numel() for name, each in parameters.items()}
-    write_shards(tmp_path, sizes, lambda name: parameters[name].detach(), shard_bytes)
-    save_configs(model, tmp_path, torch.float32)
+    shapes = {name: each.shape for name, each in parameters.items()}
+    tensor_of = {name: each.detach() for name, each in parameters.items()}.__getitem__
+    write_tensors(tmp_path, shapes, torch.float32, tensor_of, shard_bytes=shard_bytes)
+    save_configs(type(model), model.config, tmp_path, torch.float32)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert (len(files) > 2) == is_sharded == (tmp_path / "model.safetensors.index.json").is_file()
     read, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -26,7 +27,7 @@ def test_from_pretrained_reads_what_was_written(shard_bytes: int, is_sharded: bo
 
 
 def test_a_process_that_writes_nothing_is_asked_for_every_tensor_in_the_same_order(tmp_path: Path) -> None:
-    sizes = dict.fromkeys("abcde", 40)
+    shapes = dict.fromkeys("abcde", torch.Size([10]))
     asked: dict[bool, list[str]] = {True: [], False: []}
     for writes in (True, False):
 
@@ -34,6 +35,6 @@ def test_a_process_that_writes_nothing_is_asked_for_every_tensor_in_the_same_ord
             asked[writes].append(name)
             return torch.zeros(10)
 
-        write_shards(tmp_path / "out" if writes else None, sizes, tensor_of, shard_bytes=80)
+        write_tensors(tmp_path / "out" if writes else None, shapes, torch.float32, tensor_of, shard_bytes=80)
     assert asked[True] == asked[False] == list("abcde")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3 and [*tmp_path.iterdir()] == [tmp_path / "out"]

@@ -17,14 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from gemma2_post import cli, rlhf, warp
 from gemma2_post.evaluation import measure
+from gemma2_post.models import streaming
 from gemma2_post.models.saving import save_model
+from gemma2_post.models.streaming import ShardWriter, open_weights
 from gemma2_post.models.tokenizer import save_tokenizer
 from gemma2_post.pipeline import processes
 from gemma2_post.pipeline.steps import Step
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
-from gemma2_post.weights import interpolation, points, streaming
-from gemma2_post.weights.streaming import ShardWriter, open_weights
+from gemma2_post.weights import interpolation, points
 from tests.conftest import TEACHER, random_model, run_stage
 
 Recipe = dict[str, object]

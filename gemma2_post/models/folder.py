@@ -15,6 +15,11 @@ from gemma2_post.stage.errors import UserError
 
 WEIGHTS = "model.safetensors"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TOKENIZER_FILES = [
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
+]
+"""What a tokenizer may consist of, without its chat template."""
+TEMPLATE = "chat_template.jinja"
 LANGUAGE_MODEL, REWARD_MODEL = "a language model", "a reward model"
 _ARCHITECTURES = {"Gemma2ForCausalLM": LANGUAGE_MODEL, "Gemma2ForSequenceClassification": REWARD_MODEL}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -82,6 +87,11 @@ def _no_folder(path: str) -> UserError:
 def is_hub_name(path: str) -> bool:
     """Whether a text can be the name of a model on the Hub, `organization/model`."""
     return bool(_HUB_NAME.fullmatch(path)) and not Path(path).exists()
+
+
+def absolute(path: str) -> str:
+    """The absolute path of a local model; the name of one on the Hub as it is."""
+    return str(Path(path).resolve()) if Path(path).is_dir() else path
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
@@ -19,9 +20,14 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import ModelConfig, get_quantization_config
 
-from gemma2_post.models.folder import LANGUAGE_MODEL, check_kind, is_hub_name, open_folder
+from gemma2_post.models.folder import LANGUAGE_MODEL, check_kind, is_hub_name, open_folder, read_object
+from gemma2_post.models.shapes import tensor_shapes
+from gemma2_post.models.streaming import Weights, open_weights
 from gemma2_post.models.tokens import BOS, PAD, STOP_TOKEN_IDS
 from gemma2_post.stage.errors import UserError
+
+_WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "config.json"]
+"""What `from_pretrained` has downloaded of a model on the Hub, at least."""
 
 
 def load_config(path: str, revision: str | None = None, wanted: str = LANGUAGE_MODEL) -> Gemma2Config:
@@ -65,6 +71,23 @@ def load_error(path: str, error: OSError) -> UserError | OSError:
         f"accept its license at https://huggingface.co/{path} and log in with `hf auth login` (a token alone does not "
         f"do); if this machine is offline, download it elsewhere and give the directory ({reason})"
     )
+
+
+def open_base(model_args: ModelConfig) -> Weights:
+    """The weights of the unquantized model that a recipe names, mapped from its files, which are local or downloaded.
+
+    Raises:
+        UserError: It has no whole weights in safetensors.
+    """
+    path = model_args.model_name_or_path
+    folder = Path(path)
+    if is_hub_name(path):
+        folder = Path(snapshot_download(path, revision=model_args.model_revision, allow_patterns=_WEIGHTS))
+    weights = open_weights(folder)
+    for name in tensor_shapes(read_object(folder / "config.json"), path):
+        if name not in weights:
+            raise UserError(f"{path} lacks the tensor {name}, which its config needs; get the model again")
+    return weights
 
 
 def load_for_training(model_args: ModelConfig, training_args: TrainingArguments) -> PreTrainedModel:

@@ -1,17 +1,20 @@
-"""Saving Gemma 2 models as plain Hugging Face directories."""
+"""Saving Gemma 2 models as plain Hugging Face directories, one tensor at a time."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedModel
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from trl import ModelConfig
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper, load_peft_weights
+from transformers import Gemma2Config, PreTrainedModel
 
+from gemma2_post.models.folder import ADAPTER, absolute, read_object
 from gemma2_post.models.loading import generation_config
-from gemma2_post.models.shapes import SCORE_HEAD
-from gemma2_post.models.shards import check_finite
+from gemma2_post.models.shapes import LM_HEAD, SCORE_HEAD
+from gemma2_post.models.streaming import Weights, write_tensors
 from gemma2_post.models.tokens import BOS, EOS, PAD
+from gemma2_post.stage import contract
 
 
 def save_model(
@@ -19,47 +22,99 @@ def save_model(
 ) -> None:
     """Writes a directory that its `Auto` class loads: weights, config, and for a language model the generation config.
 
-    The layout is canonical: only the embedding is saved, not the tied head (ZeRO-1 and 2 gather both); each tensor is
-    rounded once to `dtype`; a reward model's score head is in fp32.
+    The layout is canonical: only the embedding is saved, not the tied head; each tensor is rounded once to `dtype`; a
+    reward model's score head is in fp32.
     """
-    check_finite(state_dict)
-    head, embedding = state_dict.pop("lm_head.weight", None), state_dict["model.embed_tokens.weight"]
+    head, embedding = state_dict.get(LM_HEAD), state_dict["model.embed_tokens.weight"]
     if head is not None and not torch.equal(head, embedding):
         raise RuntimeError("lm_head and embed_tokens differ: training has untied them")
-    if empty := [name for name, tensor in state_dict.items() if tensor.numel() == 0]:
-        raise RuntimeError(f"{empty[0]} is empty: the shards of the model were not gathered")
-    rounded = {name: tensor.to(torch.float32 if name == SCORE_HEAD else dtype) for name, tensor in state_dict.items()}
-    model.save_pretrained(output_dir, state_dict=rounded)
-    save_configs(model, output_dir, dtype)
+    shapes = {name: tensor.shape for name, tensor in state_dict.items() if name != LM_HEAD}
+    write_tensors(output_dir, shapes, dtype, state_dict.__getitem__, {SCORE_HEAD})
+    save_configs(type(model), model.config, output_dir, dtype)
 
 
-def save_configs(model: PreTrainedModel, output_dir: Path, dtype: torch.dtype) -> None:
-    """Writes the config files that belong to weights saved in `dtype`, whatever the dtype of `model`."""
-    if model.can_generate():
+def save_configs(
+    model_class: type[PreTrainedModel], config: Gemma2Config, output_dir: Path, dtype: torch.dtype
+) -> None:
+    """Writes the config files that belong to weights saved in `dtype`, whatever the dtype of the model."""
+    if model_class.can_generate():
         generation_config().save_pretrained(output_dir)
-    config = model.config
-    config.architectures = [type(model).__name__]
+    config.architectures = [model_class.__name__]
     config.__dict__.pop("cache_implementation", None)  # "hybrid" in Google's files, which transformers 5 dropped
     config.update({"use_cache": True, "dtype": dtype, "eos_token_id": EOS, "bos_token_id": BOS, "pad_token_id": PAD})
     config.save_pretrained(output_dir)
 
 
-def merge_adapter(
-    adapter_dir: Path, model_args: ModelConfig, model_class: type[PreTrainedModel], **config: object
-) -> PreTrainedModel:
-    """The unquantized base model with the adapter merged in fp32, on the CPU.
-
-    Merging into the 4-bit base would quantize the sum again; bf16 would round away part of the update.
+def save_adapter(model: PeftModel, state_dict: dict[str, torch.Tensor], directory: Path) -> None:
+    """Writes the adapter `default` as PEFT loads it from anywhere: a local base is named by its absolute path.
 
     Args:
-        config: Values that override the base model's config.
+        state_dict: Its tensors, by the names of the model's parameters.
     """
-    unset_hf_deepspeed_config()  # else ZeRO-3 would shard this model too
-    base = model_class.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        dtype=torch.float32,
-        attn_implementation=model_args.attn_implementation,
-        **config,
+    model.save_pretrained(directory, state_dict=state_dict, selected_adapters=["default"])
+    config = read_object(directory / ADAPTER)
+    contract.write_json(
+        directory / ADAPTER, config | {"base_model_name_or_path": absolute(config["base_model_name_or_path"])}
     )
-    return PeftModel.from_pretrained(base, adapter_dir, torch_device="cpu").merge_and_unload()
+
+
+def save_sum(
+    model_class: type[PreTrainedModel],
+    config: Gemma2Config,
+    base: Weights,
+    adapter_dir: Path,
+    output_dir: Path,
+    dtype: torch.dtype,
+) -> None:
+    """Writes the sum of the unquantized base and an adapter, computed by PEFT in fp32 for one matrix at a time.
+
+    Merging into a 4-bit base would quantize the sum again; bf16 would round away part of the update.
+
+    Args:
+        config: The base's, with the changes of the trained model.
+        base: The base's weights, mapped from its files.
+    """
+    with torch.device("meta"):
+        empty = model_class._from_config(config)
+    shapes = {name: parameter.shape for name, parameter in empty.named_parameters()}
+    tensor_of = _summed(empty, base, adapter_dir)
+    write_tensors(output_dir, shapes, dtype, tensor_of, {SCORE_HEAD})
+    save_configs(model_class, config, output_dir, dtype)
+
+
+def _summed(empty: PreTrainedModel, base: Weights, adapter_dir: Path) -> Callable[[str], torch.Tensor]:
+    """Returns the tensors of the sum by name, each once.
+
+    Args:
+        empty: The model without memory for its weights.
+    """
+    peft_config = PeftConfig.from_pretrained(adapter_dir)
+    peft_config.base_model_name_or_path = None  # else PEFT warns that the empty model has another name
+    adapted = get_peft_model(empty, peft_config, low_cpu_mem_usage=True)
+    modules = dict(adapted.get_base_model().named_modules())
+    layers = {f"{name}.weight": each for name, each in modules.items() if isinstance(each, BaseTunerLayer)}
+    nothing = torch.nn.Parameter(torch.empty(0))  # fp32 on the CPU, where PEFT then puts the adapter
+    for layer in layers.values():
+        layer.get_base_layer().weight = nothing
+    set_peft_model_state_dict(adapted, load_peft_weights(str(adapter_dir), "cpu"), low_cpu_mem_usage=True)
+    whole = {
+        f"{name}.{key}": parameter
+        for name, each in modules.items()
+        if isinstance(each, ModulesToSaveWrapper)
+        for key, parameter in each.modules_to_save["default"].named_parameters()
+    }
+
+    @torch.no_grad()
+    def tensor_of(name: str) -> torch.Tensor:
+        if name in whole:
+            return whole[name]
+        if name not in layers:
+            return base[name]
+        layer = layers.pop(name)
+        matrix = layer.get_base_layer()
+        matrix.weight = torch.nn.Parameter(base[name].to(torch.float32, copy=True))
+        layer.merge()
+        summed, matrix.weight = matrix.weight, nothing
+        return summed
+
+    return tensor_of

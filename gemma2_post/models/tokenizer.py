@@ -1,17 +1,20 @@
 """Gemma 2's tokenizer and chat format: loading, checking, saving, rendering."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, Gemma2Config, PreTrainedTokenizerBase
 from trl import ModelConfig
 from trl.chat_template_utils import gemma_chat_template
 
 from gemma2_post.models.arguments import check_lora_modules
+from gemma2_post.models.folder import TEMPLATE, TOKENIZER_FILES, is_hub_name
 from gemma2_post.models.loading import load_config, load_error
 from gemma2_post.models.tokens import SPECIAL_TOKENS
-from gemma2_post.stage import digests
+from gemma2_post.stage import contract, digests
 from gemma2_post.stage.errors import UserError
 
 TRAINING_TEMPLATE = (
@@ -39,11 +42,17 @@ the final `<eos>`.
 
 def load_tokenizer(path: str, config: Gemma2Config, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer with the Gemma 2 chat template, checked against Gemma's ids and the model's vocabulary size."""
+    folder = Path(path)
+    try:
+        if is_hub_name(path):  # all of its files, of which transformers would load some
+            folder = Path(snapshot_download(path, revision=revision, allow_patterns=[*TOKENIZER_FILES, "config.json"]))
+    except OSError as error:
+        raise load_error(path, error) from error
     # Without this file, transformers silently builds a GemmaTokenizer of five tokens.
-    if Path(path).is_dir() and not (Path(path) / "tokenizer.json").is_file():
+    if folder.is_dir() and not (folder / "tokenizer.json").is_file():
         raise UserError(f"{path} has no tokenizer.json; copy the base model's tokenizer files there")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except OSError as error:
         raise load_error(path, error) from error
     except Exception as error:  # the tokenizers library raises its errors as plain Exception
@@ -101,10 +110,17 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, output_dir: Path) -> None:
-    """Saves the tokenizer as it was loaded: resets the settings that padding a batch leaves in it."""
-    tokenizer.backend_tokenizer.no_padding()
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.save_pretrained(output_dir)
+    """Copies the tokenizer's files, and writes the chat template beside them.
+
+    What transformers 5 would write lacks `tokenizer.model` and `added_tokens_decoder`, which llama.cpp needs, and
+    cannot be read by transformers 4.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    source = Path(tokenizer.name_or_path)
+    for file in [source / name for name in TOKENIZER_FILES]:
+        if file.is_file():
+            shutil.copyfile(file, output_dir / file.name)
+    contract.write_text(output_dir / TEMPLATE, tokenizer.chat_template)
 
 
 def render(

@@ -10,8 +10,8 @@ from trl import ModelConfig, RLOOConfig, get_peft_config
 from trl.models.utils import prepare_deepspeed
 
 from gemma2_post.models.loading import load_for_training
-from gemma2_post.models.saving import save_configs
-from gemma2_post.models.shards import write_shards
+from gemma2_post.models.saving import save_adapter, save_configs
+from gemma2_post.models.streaming import write_tensors
 from gemma2_post.models.tokenizer import save_tokenizer
 from gemma2_post.training.watch import WithAdapter
 from gemma2_post.weights.anchor import REFERENCE_ADAPTER, EmaAnchor
@@ -63,9 +63,9 @@ def save_anchor(trainer: "RLOOTrainer", anchor: EmaAnchor) -> None:
     if isinstance(policy, PeftModel):
         weights = {name: anchor.whole(name) for name in anchor.shadows}
         if is_main:
-            policy.save_pretrained(directory, state_dict=weights, selected_adapters=["default"])
+            save_adapter(policy, weights, directory)
         return
-    write_shards(directory if is_main else None, anchor.sizes(), anchor.whole)
+    write_tensors(directory if is_main else None, anchor.shapes(), torch.float32, anchor.whole)
     if is_main:
-        save_configs(policy, directory, torch.float32)
+        save_configs(type(policy), policy.config, directory, torch.float32)
         save_tokenizer(trainer.processing_class, directory)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Gemma2Config, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gemma2_post.models.saving import merge_adapter, save_configs, save_model
+from gemma2_post.models.loading import open_base
+from gemma2_post.models.saving import save_adapter, save_configs, save_sum
 from gemma2_post.models.shapes import SCORE_HEAD
-from gemma2_post.models.shards import write_shards
+from gemma2_post.models.streaming import Weights, write_tensors
 from gemma2_post.models.tokenizer import save_tokenizer, tokenizer_digest
 from gemma2_post.stage import contract, digests
 from gemma2_post.stage.command import Stage
@@ -92,6 +93,8 @@ def run(
             f"{before_file} is missing, which was measured before the first step of {checkpoint.name}; move "
             f"{stage.output_dir} away to begin again"
         )
+    # Before training, because what is missing would show only after it.
+    base = open_base(recipe.model) if recipe.model.use_peft and trainer.is_world_process_zero() else None
     trainer.accelerator.wait_for_everyone()  # before the main process writes what the others look for
     if trainer.is_world_process_zero():
         run_id = contract.begin(stage.output_dir, stage.fingerprint)
@@ -126,7 +129,7 @@ def run(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             seconds = time.monotonic() - measure_before.ended
             after = measure_finite()
-        save(stage.output_dir, trainer, recipe)
+        save(stage.output_dir, trainer, recipe, base)
         save_more()
         kept = throughput(trainer, seconds, measure_before.tokens_before)
     if trainer.is_world_process_zero():
@@ -156,43 +159,54 @@ def run(
     trainer.end()
 
 
-def save(output_dir: Path, trainer: Trainer, recipe: TrainingRecipe) -> None:
+def save(output_dir: Path, trainer: Trainer, recipe: TrainingRecipe, base: Weights | None) -> None:
     """Saves the model; an adapter goes to `adapter/`, and its sum with the unquantized base next to it.
 
-    Every process calls this, because under DeepSpeed all of them take part in gathering. DeepSpeed gathers the copies
-    that it computes with; adapters, a score head and, with `save_dtype: float32`, all weights come from fp32 masters.
+    Every process calls this, because under DeepSpeed all of them take part in gathering, one parameter at a time.
+    Adapters, a score head and, with `save_dtype: float32`, all weights come from DeepSpeed's fp32 masters, the others
+    from the copies that it computes with.
+
+    Args:
+        base: The base's weights if an adapter was trained; only the main process needs them.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     dtype = getattr(torch, recipe.save_dtype)
-    is_main = trainer.is_world_process_zero()
-    parameters = dict(model.named_parameters())
-    if trainer.is_deepspeed_enabled and not isinstance(model, PeftModel) and dtype == torch.float32:
-        sizes = {name: 4 * getattr(each, "ds_numel", each.numel()) for name, each in parameters.items()}
-        write_shards(output_dir if is_main else None, sizes, lambda name: fp32_master(parameters[name]))
+    is_main, has_adapter = trainer.is_world_process_zero(), isinstance(model, PeftModel)
+    parameters = {name: each for name, each in model.named_parameters() if each.requires_grad or not has_adapter}
+
+    def whole(name: str) -> torch.Tensor:
+        is_exact = has_adapter or name == SCORE_HEAD or dtype == torch.float32
+        if trainer.is_deepspeed_enabled and is_exact:
+            return fp32_master(parameters[name])
+        return gathered(parameters[name])
+
+    if not has_adapter:
+        shapes = {name: getattr(each, "ds_shape", each.shape) for name, each in parameters.items()}
+        write_tensors(output_dir if is_main else None, shapes, dtype, whole, {SCORE_HEAD})
         if is_main:
-            save_configs(model, output_dir, dtype)
+            save_configs(type(model), model.config, output_dir, dtype)
         return
-    # Outside DeepSpeed the wrapped model may be a compiled one.
-    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped if trainer.is_deepspeed_enabled else model)
-    if trainer.is_deepspeed_enabled:
-        for name, parameter in parameters.items():
-            if name == SCORE_HEAD or (isinstance(model, PeftModel) and parameter.requires_grad):
-                master = fp32_master(parameter)
-                if is_main:
-                    state_dict[name] = master
-    if not is_main:
-        return
-    if isinstance(model, PeftModel):
-        model.save_pretrained(output_dir / "adapter", state_dict=state_dict, selected_adapters=["default"])
-        base = model.get_base_model()
-        labels = {} if base.can_generate() else {"num_labels": 1}
-        model = merge_adapter(output_dir / "adapter", recipe.model, type(base), **labels)
-        # Rounded in place, one parameter at a time: a copy of 27b would take another 54 GB.
-        for name, parameter in model.named_parameters():
-            if name != SCORE_HEAD:
-                parameter.data = parameter.data.to(dtype)
-        state_dict = dict(model.state_dict())
-    save_model(model, state_dict, output_dir, dtype)
+    trained = {name: whole(name) for name in parameters}
+    if is_main:
+        save_adapter(model, trained, output_dir / "adapter")
+        model_class = type(model.get_base_model())
+        labels = {} if model_class.can_generate() else {"num_labels": 1}
+        model_args = recipe.model
+        config = Gemma2Config.from_pretrained(
+            model_args.model_name_or_path, revision=model_args.model_revision, **labels
+        )
+        assert base is not None, "the main process has opened the base"
+        save_sum(model_class, config, base, output_dir / "adapter", output_dir, dtype)
+
+
+def gathered(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The whole parameter as the model computes with it; under ZeRO-3 every process must call this."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.data
+    from deepspeed.zero import GatheredParameters  # a slow import
+
+    with GatheredParameters([parameter]):
+        return parameter.data.cpu()
 
 
 def fp32_master(parameter: torch.nn.Parameter) -> torch.Tensor:

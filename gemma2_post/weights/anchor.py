@@ -85,9 +85,9 @@ class EmaAnchor(TrainerCallback):
         """A whole parameter of the anchor, fp32, on the CPU; every process must call it."""
         return _gathered(self.tracked[name][0], self.shadows[name]).cpu()
 
-    def sizes(self) -> dict[str, int]:
-        """Bytes of each whole parameter in fp32."""
-        return {name: 4 * getattr(each, "ds_numel", each.numel()) for name, (each, _) in self.tracked.items()}
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shapes of the whole parameters."""
+        return {name: getattr(each, "ds_shape", each.shape) for name, (each, _) in self.tracked.items()}
 
     @torch.no_grad()
     def _write_reference(self) -> None:

@@ -9,10 +9,18 @@ import torch
 from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 
-from gemma2_post.models.folder import ADAPTER, ADAPTER_WEIGHTS, check_folder, is_hub_name, open_folder, read_object
+from gemma2_post.models.folder import (
+    ADAPTER,
+    ADAPTER_WEIGHTS,
+    absolute,
+    check_folder,
+    is_hub_name,
+    open_folder,
+    read_object,
+)
+from gemma2_post.models.streaming import Weights, open_weights
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
-from gemma2_post.weights.streaming import Weights, open_weights
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _PLAIN = set(
@@ -179,7 +187,7 @@ def check_start(start: Model, name: str, directory: Path, force: bool) -> None:
         found = f"was trained from {stage.get('base_model')}, or from an earlier version of it"
     elif (directory / ADAPTER).is_file():
         base = read_object(directory / ADAPTER).get("base_model_name_or_path")
-        if base in (start.name, str(start.directory)):
+        if base in (start.name, absolute(start.name), str(start.directory)):
             return
         found = f"was trained on {base}"
     else:

@@ -16,12 +16,12 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
+from gemma2_post.models.streaming import ShardWriter, row_slices, scratch
 from gemma2_post.stage.digests import num_cores
 from gemma2_post.stage.errors import UserError
 from gemma2_post.weights import interpolation
 from gemma2_post.weights.inputs import Adapter, Model
 from gemma2_post.weights.keys import Angles, Rule
-from gemma2_post.weights.streaming import ShardWriter, row_slices, scratch
 
 Result = TypeVar("Result")
 Slice = tuple[str, slice]

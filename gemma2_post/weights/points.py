@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from gemma2_post.models.folder import TEMPLATE, TOKENIZER_FILES, absolute
+from gemma2_post.models.streaming import ShardWriter
 from gemma2_post.models.tokens import BOS, EOS, PAD, STOP_TOKEN_IDS
 from gemma2_post.stage import contract
 from gemma2_post.stage.command import Stage
@@ -27,13 +29,8 @@ from gemma2_post.weights.merge import (
     merge_models,
     write_with_adapter,
 )
-from gemma2_post.weights.streaming import ShardWriter
 
 REPORT = "merge.json"
-TOKENIZER_FILES = [
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    "chat_template.jinja",
-]
 
 
 @dataclass
@@ -220,7 +217,7 @@ def write_adapter(directory: Path, merge: Merge, merged: LowRank, eta: float) ->
         tensors[f"base_model.model.{module}.lora_B.weight"] = (eta * b).contiguous()
     rank = max(len(a) for _, a in merged.values())
     config = merge.adapters[0].config | {
-        "base_model_name_or_path": merge.init.name,
+        "base_model_name_or_path": absolute(merge.init.name),
         "r": rank,
         "lora_alpha": rank,
         "use_rslora": False,
@@ -233,7 +230,7 @@ def write_adapter(directory: Path, merge: Merge, merged: LowRank, eta: float) ->
 
 def write_beside(directory: Path, merge: Merge, rule: Rule, eta: float) -> None:
     """Writes config, generation config, tokenizer with its template, and a card that says how the model was made."""
-    for file in TOKENIZER_FILES:
+    for file in [*TOKENIZER_FILES, TEMPLATE]:
         if (merge.tokenizer / file).is_file():
             shutil.copyfile(merge.tokenizer / file, directory / file)
     config = merge.init.config

@@ -3,8 +3,9 @@
 import json
 import os
 import re
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors import safe_open
 
 from gemma2_post.models.folder import files_of, read_shapes
 from gemma2_post.stage import contract
+from gemma2_post.stage.errors import UserError
 
 Weights = dict[str, torch.Tensor]
 """Tensors by name, mapped from the files: data is read only when it is used."""
@@ -64,19 +66,27 @@ def row_slices(shape: torch.Size) -> Iterator[slice]:
 class ShardWriter:
     """Writes `model.safetensors`, or shards with an index, by slices of tensors, in any order and from any thread.
 
-    The full size is reserved at once, so a full disk shows before the work, not after it.
+    The full size is reserved at once, so a full disk shows before the work, not after it. The files are those that the
+    safetensors library would write.
 
     Args:
-        dtype: Dtype of all tensors in the files.
+        dtype: Dtype of the tensors in the files.
+        in_fp32: Names of tensors that are written in fp32 instead.
         shard_bytes: Largest size of a shard.
     """
 
     def __init__(
-        self, directory: Path, shapes: dict[str, torch.Size], dtype: torch.dtype, shard_bytes: int = 5_000_000_000
+        self,
+        directory: Path,
+        shapes: dict[str, torch.Size],
+        dtype: torch.dtype,
+        in_fp32: Container[str] = (),
+        shard_bytes: int = 5_000_000_000,
     ):
-        self.directory, self.dtype = directory, dtype
+        self.directory = directory
+        self.dtypes = {name: torch.float32 if name in in_fp32 else dtype for name in shapes}
         self.plan = split_state_dict_into_shards_factory(
-            {name: prod(shape) * dtype.itemsize for name, shape in shapes.items()},
+            {name: prod(shape) * self.dtypes[name].itemsize for name, shape in shapes.items()},
             get_storage_size=lambda num_bytes: num_bytes,
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=shard_bytes,
@@ -93,9 +103,10 @@ class ShardWriter:
         """Creates a safetensors file with its header: 8 bytes of length, JSON padded to 8 bytes, then the data."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for name, shape in shapes.items():
-            start, end = end, end + prod(shape) * self.dtype.itemsize
-            header[name] = {"dtype": _DTYPES[self.dtype], "shape": list(shape), "data_offsets": [start, end]}
+        for name in sorted(shapes, key=lambda name: (-self.dtypes[name].itemsize, name)):
+            start, end = end, end + prod(shapes[name]) * self.dtypes[name].itemsize
+            kind, shape = _DTYPES[self.dtypes[name]], list(shapes[name])
+            header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -106,15 +117,15 @@ class ShardWriter:
             self.places[name] = (file, 8 + len(text) + header[name]["data_offsets"][0])
 
     def write(self, name: str, first_element: int, values: torch.Tensor) -> bool:
-        """Writes consecutive elements of a tensor, rounded to the writer's dtype here and nowhere else.
+        """Writes consecutive elements of a tensor, rounded to the dtype in the file here and nowhere else.
 
         Returns:
             Whether the rounded elements are all finite.
         """
-        file, start = self.places[name]
-        rounded = scratch("rounded", values.numel(), self.dtype, torch.device("cpu")).copy_(values)
+        (file, start), dtype = self.places[name], self.dtypes[name]
+        rounded = scratch("rounded", values.numel(), dtype, torch.device("cpu")).copy_(values)
         with self.lock:
-            os.pwrite(file, rounded.view(torch.uint8).numpy().data, start + first_element * self.dtype.itemsize)
+            os.pwrite(file, rounded.view(torch.uint8).numpy().data, start + first_element * dtype.itemsize)
         return bool(rounded.sum(dtype=torch.float32).isfinite())
 
     def __enter__(self) -> "ShardWriter":
@@ -126,3 +137,46 @@ class ShardWriter:
         if error is None and self.plan.is_sharded:
             index = {"metadata": self.plan.metadata, "weight_map": self.plan.tensor_to_filename}
             contract.write_json(self.directory / "model.safetensors.index.json", index)
+
+
+def write_tensors(
+    output_dir: Path | None,
+    shapes: dict[str, torch.Size],
+    dtype: torch.dtype,
+    tensor_of: Callable[[str], torch.Tensor],
+    in_fp32: Container[str] = (),
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes `model.safetensors`, or shards with an index, one tensor at a time; replaces what has these names.
+
+    Args:
+        output_dir: None on a process that helps gather the tensors but writes nothing.
+        shapes: Shapes of the tensors, in the same order on every process.
+        dtype: Dtype to which each tensor is rounded.
+        tensor_of: Returns the tensor with a given name, on any device.
+        in_fp32: Names of tensors that are written in fp32 instead.
+        shard_bytes: Largest size of a shard.
+
+    Raises:
+        UserError: A tensor has NaN or infinite values; nothing is replaced.
+    """
+    if output_dir is None:
+        for name in shapes:
+            tensor_of(name)
+        return
+    unfinished = output_dir / ".weights"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        with ShardWriter(unfinished, shapes, dtype, in_fp32, shard_bytes) as writer:
+            for name, shape in shapes.items():
+                tensor = tensor_of(name)
+                for rows in row_slices(shape):
+                    if not writer.write(name, rows.start * prod(shape[1:]), tensor[rows].reshape(-1)):
+                        raise UserError(
+                            f"{name} has NaN or infinite values, so the model is not saved; lower learning_rate"
+                        )
+        for file in unfinished.iterdir():
+            file.replace(output_dir / file.name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
