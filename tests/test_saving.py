@@ -1,17 +1,26 @@
 """What is saved one tensor at a time are the files that transformers and PEFT would write from whole models."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Gemma2Config,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from gemma2_post.models.loading import load_config
 from gemma2_post.models.saving import save_model, save_sum
 from gemma2_post.models.shapes import SCORE_HEAD
-from gemma2_post.models.streaming import open_weights, write_tensors
+from gemma2_post.models.streaming import places_of, write_tensors
+from gemma2_post.models.tokenizer import load_tokenizer, save_tokenizer, tokenizer_digest
 from gemma2_post.stage.errors import UserError
-from tests.conftest import random_model
+from tests.conftest import BASE, random_model
 
 ADAPTERS = {
     "LoRA": {},
@@ -61,7 +70,7 @@ def test_the_sum_with_an_adapter_has_the_bytes_of_whole_models(
     )
 
     config = Gemma2Config.from_pretrained(tmp_path / "base", **labels)
-    base = open_weights(tmp_path / "base")
+    base = places_of(tmp_path / "base")
     save_sum(type(model), config, base, tmp_path / "adapter", tmp_path / "sum", dtype)
     written, expected = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("sum", "whole"))
     assert written == expected
@@ -85,3 +94,19 @@ def test_a_tensor_that_is_not_finite_replaces_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="b has NaN or infinite values, so the model is not saved"):
         write_tensors(tmp_path, shapes, torch.float32, tensors.__getitem__)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("model.safetensors", b"earlier")]
+
+
+def test_a_tokenizer_is_saved_with_the_bytes_of_its_files(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Also those that transformers 5 would lose, and whatever a batch has set in it."""
+    shutil.copytree(BASE, tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.model").write_bytes(b"SentencePiece")
+    (tmp_path / "base" / "added_tokens.json").write_text("{}")
+    loaded = load_tokenizer(str(tmp_path / "base"), load_config(BASE))
+    loaded(["a", "b c"], padding=True, truncation=True, max_length=2)
+    save_tokenizer(loaded, tmp_path / "out")
+    names = ["added_tokens.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*names, "chat_template.jinja"])
+    assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "base" / name).read_bytes() for name in names)
+    again = load_tokenizer(str(tmp_path / "out"), load_config(BASE))
+    assert again.chat_template == (tmp_path / "out" / "chat_template.jinja").read_text() == tokenizer.chat_template
+    assert tokenizer_digest(again) == tokenizer_digest(tokenizer)

@@ -22,7 +22,7 @@ from trl import ModelConfig, get_quantization_config
 
 from gemma2_post.models.folder import LANGUAGE_MODEL, check_kind, is_hub_name, open_folder, read_object
 from gemma2_post.models.shapes import tensor_shapes
-from gemma2_post.models.streaming import Weights, open_weights
+from gemma2_post.models.streaming import places_of
 from gemma2_post.models.tokens import BOS, PAD, STOP_TOKEN_IDS
 from gemma2_post.stage.errors import UserError
 
@@ -73,8 +73,8 @@ def load_error(path: str, error: OSError) -> UserError | OSError:
     )
 
 
-def open_base(model_args: ModelConfig) -> Weights:
-    """The weights of the unquantized model that a recipe names, mapped from its files, which are local or downloaded.
+def find_weights(model_args: ModelConfig) -> dict[str, Path]:
+    """The file of each tensor of the unquantized model that a recipe names, local or downloaded.
 
     Raises:
         UserError: It has no whole weights in safetensors.
@@ -83,11 +83,11 @@ def open_base(model_args: ModelConfig) -> Weights:
     folder = Path(path)
     if is_hub_name(path):
         folder = Path(snapshot_download(path, revision=model_args.model_revision, allow_patterns=_WEIGHTS))
-    weights = open_weights(folder)
+    places = places_of(folder)
     for name in tensor_shapes(read_object(folder / "config.json"), path):
-        if name not in weights:
+        if name not in places:
             raise UserError(f"{path} lacks the tensor {name}, which its config needs; get the model again")
-    return weights
+    return places
 
 
 def load_for_training(model_args: ModelConfig, training_args: TrainingArguments) -> PreTrainedModel:

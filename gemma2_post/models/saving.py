@@ -8,11 +8,12 @@ from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from transformers import Gemma2Config, PreTrainedModel
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from gemma2_post.models.folder import ADAPTER, absolute, read_object
 from gemma2_post.models.loading import generation_config
 from gemma2_post.models.shapes import LM_HEAD, SCORE_HEAD
-from gemma2_post.models.streaming import Weights, write_tensors
+from gemma2_post.models.streaming import read_tensor, write_tensors
 from gemma2_post.models.tokens import BOS, EOS, PAD
 from gemma2_post.stage import contract
 
@@ -61,7 +62,7 @@ def save_adapter(model: PeftModel, state_dict: dict[str, torch.Tensor], director
 def save_sum(
     model_class: type[PreTrainedModel],
     config: Gemma2Config,
-    base: Weights,
+    base: dict[str, Path],
     adapter_dir: Path,
     output_dir: Path,
     dtype: torch.dtype,
@@ -72,8 +73,9 @@ def save_sum(
 
     Args:
         config: The base's, with the changes of the trained model.
-        base: The base's weights, mapped from its files.
+        base: The file of each of the base's tensors.
     """
+    unset_hf_deepspeed_config()  # else ZeRO-3 would shard this model, too
     with torch.device("meta"):
         empty = model_class._from_config(config)
     shapes = {name: parameter.shape for name, parameter in empty.named_parameters()}
@@ -82,7 +84,7 @@ def save_sum(
     save_configs(model_class, config, output_dir, dtype)
 
 
-def _summed(empty: PreTrainedModel, base: Weights, adapter_dir: Path) -> Callable[[str], torch.Tensor]:
+def _summed(empty: PreTrainedModel, base: dict[str, Path], adapter_dir: Path) -> Callable[[str], torch.Tensor]:
     """Returns the tensors of the sum by name, each once.
 
     Args:
@@ -109,10 +111,10 @@ def _summed(empty: PreTrainedModel, base: Weights, adapter_dir: Path) -> Callabl
         if name in whole:
             return whole[name]
         if name not in layers:
-            return base[name]
+            return read_tensor(base[name], name)
         layer = layers.pop(name)
         matrix = layer.get_base_layer()
-        matrix.weight = torch.nn.Parameter(base[name].to(torch.float32, copy=True))
+        matrix.weight = torch.nn.Parameter(read_tensor(base[name], name).to(torch.float32, copy=True))
         layer.merge()
         summed, matrix.weight = matrix.weight, nothing
         return summed

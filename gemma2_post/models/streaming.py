@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 
-from gemma2_post.models.folder import files_of, read_shapes
+from gemma2_post.models.folder import files_of, read_header, read_shapes
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
 
@@ -38,6 +38,22 @@ def open_weights(directory: Path, file: str = "model.safetensors") -> Weights:
         with safe_open(path, "pt") as shard:
             weights |= {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
     return dict(sorted(weights.items(), key=lambda item: _by_number(item[0])))
+
+
+def places_of(directory: Path) -> dict[str, Path]:
+    """The file of each tensor in a directory's weights.
+
+    Raises:
+        UserError: A file is missing or damaged, or the weights are quantized.
+    """
+    read_shapes(directory)
+    return {name: file for file in files_of(directory) for name in read_header(file)}
+
+
+def read_tensor(file: Path, name: str) -> torch.Tensor:
+    """A tensor, mapped from its file; the mapping ends with it, so no other tensor's pages stay in memory."""
+    with safe_open(file, "pt") as opened:
+        return opened.get_tensor(name)
 
 
 def _by_number(name: str) -> list[str | int]:

@@ -204,16 +204,20 @@ def divergence(checked: Training, held: Parts, prompt: int, answer: int) -> dict
 
 
 def host(checked: Training) -> float:
-    """Host memory that the first process of a stage on a GPU needs: to load, to merge an adapter and to gather what is
-    saved, plus its share of what ZeRO offloads."""
-    launcher, total = checked.launcher, num_parameters(config_of(checked))
+    """Host memory that the first process of a stage on a GPU needs: to load the model, or later to save it, one tensor
+    at a time; plus its share of what ZeRO offloads."""
+    launcher, config, recipe = checked.launcher, config_of(checked), checked.recipe
+    total = num_parameters(config)
     offloaded = 0.0
     if launcher.offloads_optimizer:  # masters, moments, and gradients in fp32
         offloaded += shared(trained_parameters(checked) * (ADAMW + 2 * FP32), launcher, 1)
     if launcher.offloads_parameters:
         offloaded += shared(BF16 * total, launcher, 3)
-    # An adapter is merged into the base in fp32; otherwise the weights are loaded, and gathered to be saved.
-    return offloaded + total * (FP32 if checked.recipe.model.use_peft or keeps_fp32(checked) else BF16)
+    # A quantized model is loaded onto the GPU tensor by tensor, any other one wholly, and then moved.
+    loading = 0 if recipe.quantization else total * (FP32 if recipe.model.dtype == "float32" else BF16)
+    embedding = config.vocab_size * config.hidden_size
+    summed = 2 * max(i * o for i, o in linear_shapes(config).values()) if recipe.model.use_peft else 0
+    return offloaded + max(loading, FP32 * max(embedding, summed))
 
 
 def disk(checked: Training, has_anchor: bool = False, saves_every: int | None = None) -> tuple[float, float]:

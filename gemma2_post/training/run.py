@@ -11,10 +11,10 @@ import torch
 from peft import PeftModel
 from transformers import Gemma2Config, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gemma2_post.models.loading import open_base
+from gemma2_post.models.loading import find_weights
 from gemma2_post.models.saving import save_adapter, save_configs, save_sum
 from gemma2_post.models.shapes import SCORE_HEAD
-from gemma2_post.models.streaming import Weights, write_tensors
+from gemma2_post.models.streaming import write_tensors
 from gemma2_post.models.tokenizer import save_tokenizer, tokenizer_digest
 from gemma2_post.stage import contract, digests
 from gemma2_post.stage.command import Stage
@@ -94,7 +94,7 @@ def run(
             f"{stage.output_dir} away to begin again"
         )
     # Before training, because what is missing would show only after it.
-    base = open_base(recipe.model) if recipe.model.use_peft and trainer.is_world_process_zero() else None
+    base = find_weights(recipe.model) if recipe.model.use_peft and trainer.is_world_process_zero() else None
     trainer.accelerator.wait_for_everyone()  # before the main process writes what the others look for
     if trainer.is_world_process_zero():
         run_id = contract.begin(stage.output_dir, stage.fingerprint)
@@ -159,7 +159,7 @@ def run(
     trainer.end()
 
 
-def save(output_dir: Path, trainer: Trainer, recipe: TrainingRecipe, base: Weights | None) -> None:
+def save(output_dir: Path, trainer: Trainer, recipe: TrainingRecipe, base: dict[str, Path] | None) -> None:
     """Saves the model; an adapter goes to `adapter/`, and its sum with the unquantized base next to it.
 
     Every process calls this, because under DeepSpeed all of them take part in gathering, one parameter at a time.
@@ -167,7 +167,7 @@ def save(output_dir: Path, trainer: Trainer, recipe: TrainingRecipe, base: Weigh
     from the copies that it computes with.
 
     Args:
-        base: The base's weights if an adapter was trained; only the main process needs them.
+        base: The file of each of the base's tensors if an adapter was trained; only the main process needs them.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     dtype = getattr(torch, recipe.save_dtype)
@@ -203,7 +203,7 @@ def gathered(parameter: torch.nn.Parameter) -> torch.Tensor:
     """The whole parameter as the model computes with it; under ZeRO-3 every process must call this."""
     if not hasattr(parameter, "ds_id"):
         return parameter.data
-    from deepspeed.zero import GatheredParameters  # a slow import
+    from deepspeed.runtime.zero import GatheredParameters  # a slow import
 
     with GatheredParameters([parameter]):
         return parameter.data.cpu()
