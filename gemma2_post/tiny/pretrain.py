@@ -40,7 +40,7 @@ from gemma2_post.stage.errors import located
 from gemma2_post.tiny import world
 from gemma2_post.tiny.corpus import documents
 from gemma2_post.tiny.data import TEACHER_MANNERS, TEACHER_RIGHT
-from gemma2_post.tiny.tokenizer import VOCAB_SIZE, train_tokenizer
+from gemma2_post.tiny.tokenizer import VOCAB_SIZE, train_tokenizer, write_tokenizer_config
 
 ROW_TOKENS = 160
 SHAPES = {
@@ -146,6 +146,7 @@ def pretrain(name: str, output_dir: Path, max_steps: int, seed: int = 0) -> None
     model.generation_config = generation_config()
     model.to(torch.bfloat16).save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
+    write_tokenizer_config(output_dir)
     (output_dir / "pretrain_log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
 
 

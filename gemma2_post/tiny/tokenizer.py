@@ -1,6 +1,8 @@
 """The tokenizer of the tiny world: a small vocabulary in which the control tokens keep Gemma's ids."""
 
+import json
 from itertools import islice
+from pathlib import Path
 from random import Random
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -41,3 +43,18 @@ def train_tokenizer(num_documents: int = 2000) -> PreTrainedTokenizerFast:
         extra_special_tokens=["<start_of_turn>", "<end_of_turn>"],
         padding_side="left",
     )
+
+
+def write_tokenizer_config(directory: Path) -> None:
+    """Writes `tokenizer_config.json` in words that transformers 4 and 5 understand; version 5 writes its own."""
+    config = {
+        "additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"],
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "model_max_length": int(1e30),
+        "pad_token": "<pad>",
+        "padding_side": "left",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
