@@ -155,7 +155,7 @@ def recipe(tmp_path: Path, model_dir: Path) -> dict[str, object]:
         "per_device_eval_batch_size": 4,
         "learning_rate": 1e-3,
         "lr_scheduler_type": "constant",
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",

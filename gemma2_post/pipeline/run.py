@@ -4,7 +4,6 @@ Nothing here imports torch, so a run with everything up to date ends at once.
 """
 
 import gc
-import logging
 import signal
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Protocol
 from gemma2_post.pipeline import devices, gates, lock, processes, summary
 from gemma2_post.pipeline.decisions import Action, Choice, Decision, decide, forecast, replace
 from gemma2_post.pipeline.steps import Pipeline, Step
+from gemma2_post.stage.quiet import silence_libraries
 from gemma2_post.stage import contract
 from gemma2_post.stage import launcher as launchers
 from gemma2_post.stage.contract import State
@@ -130,7 +130,7 @@ def _check(pipeline: Pipeline, until: str | None, to_run: set[str], replaced: se
 
 def _check_here(pipeline: Pipeline, until: str | None, to_run: set[str], replaced: set[str]) -> None:
     gc.disable()  # the process imports much and ends soon
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when imported, it warns about a missing CPU kernel
+    silence_libraries()
     from gemma2_post.pipeline import check
     from gemma2_post.planning import memory
 
