@@ -94,6 +94,14 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def real_tokenizer() -> PreTrainedTokenizerBase:
+    """Gemma's own tokenizer; skips the test without it."""
+    if "GEMMA2_POST_TOKENIZER" not in os.environ:
+        pytest.skip("set GEMMA2_POST_TOKENIZER to the folder of the real Gemma tokenizer to run this")
+    return load_tokenizer(os.environ["GEMMA2_POST_TOKENIZER"], Gemma2Config())
+
+
+@pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
     """A small random model, in bf16 like Gemma 2's releases."""
     directory = tmp_path_factory.mktemp("model")

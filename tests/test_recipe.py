@@ -138,7 +138,8 @@ def test_the_command_line_overrides_the_file_and_counts_in_the_fingerprint() -> 
         (["--no_bf16"], {"bf16": False}),
         (["--use_peft", "--load_in_4bit", "--bf16"], {"use_peft": True, "load_in_4bit": True, "bf16": True}),
         (["--bf16", "false", "--use_peft=true"], {"use_peft": True, "bf16": False}),
-        (["--no_gradient_checkpointing", "--seed", "3"], {"gradient_checkpointing": False, "seed": 3}),
+        (["--no_activation_checkpointing", "--seed", "3"], {"activation_checkpointing": False, "seed": 3}),
+        (["--no_gradient_checkpointing"], {"activation_checkpointing": False}),
     ],
     ids=str,
 )

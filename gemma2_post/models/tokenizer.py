@@ -14,6 +14,7 @@ from gemma2_post.models.tokens import SPECIAL_TOKENS
 from gemma2_post.stage import digests
 from gemma2_post.stage.errors import UserError
 
+
 def load_tokenizer(path: str, config: Gemma2Config, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer with the Gemma 2 chat template, checked against Gemma's ids and the model's vocabulary size."""
     # Without this file, transformers silently builds a GemmaTokenizer of five tokens.

@@ -17,13 +17,13 @@ from typing import Protocol
 from gemma2_post.pipeline import devices, gates, lock, processes, summary
 from gemma2_post.pipeline.decisions import Action, Choice, Decision, decide, forecast, replace
 from gemma2_post.pipeline.steps import Pipeline, Step
-from gemma2_post.stage.quiet import silence_libraries
 from gemma2_post.stage import contract
 from gemma2_post.stage import launcher as launchers
 from gemma2_post.stage.contract import State
 from gemma2_post.stage.errors import UserError, located, reported
 from gemma2_post.stage.fingerprint import Fingerprint
 from gemma2_post.stage.launcher import Launcher
+from gemma2_post.stage.quiet import silence_libraries
 
 LOGS = "logs"
 _BEAT = 10.0
