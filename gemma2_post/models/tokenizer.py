@@ -58,10 +58,10 @@ def _check_control_tokens(path: str, tokenizer: PreTrainedTokenizerBase) -> None
     for token, expected in SPECIAL_TOKENS.items():
         if (found := encode(f"a\n{token}\na")) != [*before, expected, *after]:
             between = tokenizer.convert_ids_to_tokens(found[len(before) : -len(after)])
+            read = " ".join(map(str, between)) or "nothing"
             raise UserError(
-                f"the tokenizer in {path} reads {token} inside a text as {' '.join(map(str, between)) or 'nothing'}, not "
-                f"as the one token {expected}; copy tokenizer.json and tokenizer_config.json of the base model there, "
-                "where it is an added token"
+                f"the tokenizer in {path} reads {token} inside a text as {read}, not as the one token {expected}; copy "
+                "tokenizer.json and tokenizer_config.json of the base model there, where it is an added token"
             )
 
 
