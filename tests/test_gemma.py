@@ -221,8 +221,14 @@ def stripping(tokenizer: dict, settings: dict) -> None:
 
 
 UNREADABLE = {
-    "no added token": (as_plain_pieces, "reads <start_of_turn> inside a text as <"),
-    "a token that strips": (stripping, "reads <end_of_turn> inside a text as "),
+    "no added token": (
+        as_plain_pieces,
+        r"reads '\\n<start_of_turn>\\n' as '\\n' '<' .* '>' '\\n', not as '\\n' '<start_of_turn>' '\\n'; copy",
+    ),
+    "a token that strips": (
+        stripping,
+        r"reads '\\n<end_of_turn>\\n' as '\\n' '<end_of_turn>', not as '\\n' '<end_of_turn>' '\\n'; copy",
+    ),
 }
 
 

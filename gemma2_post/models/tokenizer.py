@@ -54,14 +54,14 @@ def _check_control_tokens(path: str, tokenizer: PreTrainedTokenizerBase) -> None
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    before, after = encode("a\n"), encode("\na")
-    for token, expected in SPECIAL_TOKENS.items():
-        if (found := encode(f"a\n{token}\na")) != [*before, expected, *after]:
-            between = tokenizer.convert_ids_to_tokens(found[len(before) : -len(after)])
-            read = " ".join(map(str, between)) or "nothing"
+    newline = encode("\n")
+    for token, token_id in SPECIAL_TOKENS.items():
+        expected, found = [*newline, token_id, *newline], encode(text := f"\n{token}\n")
+        if found != expected:
+            read, wanted = (" ".join(map(repr, tokenizer.convert_ids_to_tokens(ids))) for ids in (found, expected))
             raise UserError(
-                f"the tokenizer in {path} reads {token} inside a text as {read}, not as the one token {expected}; copy "
-                "tokenizer.json and tokenizer_config.json of the base model there, where it is an added token"
+                f"the tokenizer in {path} reads {text!r} as {read}, not as {wanted}; copy tokenizer.json and "
+                "tokenizer_config.json of the base model there, where that is one added token"
             )
 
 
