@@ -75,7 +75,7 @@ def worker(which: str, policy: str, num_steps: int, report: str) -> None:
         beta=0.1,
         ref_model_mixup_alpha=MU,
         ref_model_sync_steps=1,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

@@ -76,8 +76,7 @@ def bare(model: str, data: str) -> int:
     from datasets import load_dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
-
-    from gemma2_post.models.tokenizer import gemma_chat_template
+    from trl.chat_template_utils import gemma_chat_template
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = gemma_chat_template

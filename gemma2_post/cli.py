@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma2_post.stage.errors import UserError, reported
+from gemma2_post.stage.quiet import silence_libraries
 
 Overrides = dict[str, dict[str, object]]
 """Recipe keys by stage, which replace the recipe's."""
@@ -68,7 +69,7 @@ def check(pipelines: list[Path]) -> None:
     from gemma2_post.pipeline.steps import load_pipeline
 
     loaded = [load_pipeline(path) for path in pipelines]
-    _quiet()
+    silence_libraries()
     from gemma2_post.pipeline import check
 
     for each in loaded:
@@ -109,7 +110,7 @@ def plan(
 
     loaded = load_pipeline(pipeline, overrides=overrides)
     loaded.steps(until)
-    _quiet()
+    silence_libraries()
     from gemma2_post.pipeline.check import check
     from gemma2_post.planning.machines import check_gpu
     from gemma2_post.planning.plan import show
@@ -123,7 +124,7 @@ def prepare(pipeline: Path, until: str | None = None, overrides: Overrides | Non
     from gemma2_post.pipeline.steps import load_pipeline
 
     loaded = load_pipeline(pipeline, overrides=overrides)
-    _quiet()
+    silence_libraries()
     from gemma2_post.pipeline.check import check
     from gemma2_post.pipeline.prepare import prepare
 
@@ -151,7 +152,7 @@ def status(run_dir: Path, follow: bool = False) -> None:
 
 def chat(directory: str, prompt: str | None, load: str | None, temperature: float, max_new_tokens: int | None) -> None:
     """Talks to a model."""
-    _quiet()
+    silence_libraries()
     from gemma2_post.chat import chat
 
     chat(directory, prompt, load, temperature, max_new_tokens)
@@ -159,7 +160,7 @@ def chat(directory: str, prompt: str | None, load: str | None, temperature: floa
 
 def schema(directory: Path, markdown: Path | None) -> None:
     """Writes the JSON Schemas of all recipes to a folder, and the reference of all keys to a Markdown file."""
-    _quiet()
+    silence_libraries()
     from gemma2_post.pipeline.schema import write_reference, write_schemas
 
     write_schemas(directory)
@@ -173,7 +174,7 @@ def parse_overrides(settings: list[str]) -> Overrides:
     Raises:
         UserError: A setting is not STAGE.KEY=VALUE.
     """
-    from gemma2_post.stage.recipe_file import parse_value
+    from gemma2_post.stage.recipe_file import RENAMED, parse_value
 
     overrides: Overrides = {}
     for setting in settings:
@@ -181,17 +182,11 @@ def parse_overrides(settings: list[str]) -> Overrides:
         stage, dot, key = target.partition(".")
         if not (equals and dot and stage and key and value.strip()):
             raise UserError(f"--set {setting}: expected STAGE.KEY=VALUE, for example sft.learning_rate=1e-4")
+        key = RENAMED.get(key, key)
         if key in overrides.get(stage, {}):
             raise UserError(f"--set {setting}: {target} is set twice; keep one of them")
         overrides.setdefault(stage, {})[key] = parse_value(value)
     return overrides
-
-
-def _quiet() -> None:
-    """Silences a warning of bitsandbytes at its import, about a CPU kernel that is not needed here."""
-    import logging
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -176,7 +176,7 @@ def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
     prompts, answers = rows.prompts_up_to(training.max_length), rows.answers_up_to(recipe.max_new_tokens)
     by_length = training.train_sampling_strategy == "group_by_length"  # pads little more than the shorter of a pair
     padded = lengths.longest(2 if by_length else batch)
-    step = passes.training(model, batch, lengths, passes.Loss(), training.gradient_checkpointing, padded)
+    step = passes.training(model, batch, lengths, passes.Loss(), training.activation_checkpointing, padded)
     pairs = 2 * computed.per_process(checked, computed.num_held_out(checked, rows))
     scored = [passes.reading(model, pairs, eval_rows, lengths)]
     found: list[Pass] = []

@@ -41,6 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips the tests of Gemma's own tokenizer without it; here, and not in its fixture, so that one line says so."""
+    if "real_tokenizer" in getattr(item, "fixturenames", []) and "GEMMA2_POST_TOKENIZER" not in os.environ:
+        pytest.skip("set GEMMA2_POST_TOKENIZER to the folder of the real Gemma tokenizer to run these")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def in_the_project() -> None:
     """Runs the tests in the project's folder."""
@@ -91,6 +97,12 @@ def real_data() -> Path:
     if "GEMMA2_POST_DATA" not in os.environ:
         pytest.skip("set GEMMA2_POST_DATA to the folder with real data to run this")
     return Path(os.environ["GEMMA2_POST_DATA"])
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer() -> PreTrainedTokenizerBase:
+    """Gemma's own tokenizer."""
+    return load_tokenizer(os.environ["GEMMA2_POST_TOKENIZER"], Gemma2Config())
 
 
 @pytest.fixture(scope="session")
@@ -155,7 +167,7 @@ def recipe(tmp_path: Path, model_dir: Path) -> dict[str, object]:
         "per_device_eval_batch_size": 4,
         "learning_rate": 1e-3,
         "lr_scheduler_type": "constant",
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",

@@ -31,6 +31,18 @@ def test_output_folder_and_logging_do_not_change_the_fingerprint_and_the_rest_do
     assert differences(same, other) == Differences(["learning_rate 0.001 -> 0.002"], [], [])
 
 
+def test_a_stage_that_was_made_under_the_old_name_of_a_key_is_up_to_date(tmp_path: Path) -> None:
+    wanted = sft.COMMAND.fingerprint(RECIPE | {"activation_checkpointing": True})
+    recipe = {key.replace("activation_", "gradient_"): value for key, value in wanted["recipe"].items()}
+    old = wanted | {"recipe": recipe}
+    contract.begin(tmp_path, old)
+    contract.finish(tmp_path, "sft", old, 1.0, {"dtype": "float32"}, {"held_out_nll": 1.0})
+    assert "gradient_checkpointing" in (tmp_path / "stage.json").read_text()
+    assert contract.state_of(tmp_path, wanted) == (State.DONE, Differences([], [], []))
+    other = sft.COMMAND.fingerprint(RECIPE | {"activation_checkpointing": False})
+    assert contract.state_of(tmp_path, other)[1].output == ["activation_checkpointing True -> False"]
+
+
 def test_the_content_of_inputs_counts(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("{}\n")

@@ -63,7 +63,7 @@ def trained_loss(
 ) -> torch.Tensor:
     """TRL's loss of the answers above, as its trainer computes it."""
     rows = Dataset.from_dict({"prompt": [[USER]]})
-    settings = {"use_cpu": True, "bf16": False, "report_to": "none", "gradient_checkpointing": False}
+    settings = {"use_cpu": True, "bf16": False, "report_to": "none", "activation_checkpointing": False}
     trainer = DistillationTrainer(
         model=student,
         teacher_model=teacher,

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from jinja2 import TemplateError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -15,13 +18,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from trl import ModelConfig, SFTConfig, get_peft_config
+from trl.chat_template_utils import gemma_chat_template
 
+from gemma2_post.data.turns import InvalidRow, check_messages, fold_system
 from gemma2_post.models.arguments import check_arguments, complete_model_arguments
 from gemma2_post.models.loading import disable_cpu_repacking, load_config, load_model
 from gemma2_post.models.saving import save_model
 from gemma2_post.models.shapes import num_parameters
-from gemma2_post.models.tokenizer import gemma_chat_template, load_tokenizer, render
-from gemma2_post.stage import launcher
+from gemma2_post.models.templates import INFERENCE_TEMPLATE, TRAINING_TEMPLATE, template_digest
+from gemma2_post.models.tokenizer import load_tokenizer, render
+from gemma2_post.stage import digests, launcher
 from gemma2_post.stage.errors import UserError
 
 SINGLE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Sure! "}]
@@ -75,6 +81,87 @@ def test_training_text_begins_with_the_prompt_of_inference(any_tokenizer: PreTra
     assert rendered_alone(any_tokenizer, MULTI)["input_ids"][: len(prompt)] == prompt
 
 
+def text_of(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], template: str, prompts: bool) -> str:
+    """What a template renders; "refused" if it raises."""
+    try:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=prompts
+        )
+    except TemplateError:
+        return "refused"
+
+
+def alternates(messages: list[dict[str, str]]) -> bool:
+    try:
+        check_messages(messages, last=messages[-1]["role"])
+    except InvalidRow:
+        return False
+    return True
+
+
+CONVERSATIONS = [
+    [{"role": role, "content": f" {role} {number}\n"} for number, role in enumerate(roles)]
+    for length in range(1, 6)
+    for roles in product(("system", "user", "assistant"), repeat=length)
+]
+
+
+@pytest.mark.parametrize("prompts", [True, False], ids=["prompts", "conversations"])
+def test_without_a_system_message_the_saved_template_is_that_of_google(
+    prompts: bool, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """It refuses the same, too: roles that do not alternate."""
+    plain = [messages for messages in CONVERSATIONS if all(each["role"] != "system" for each in messages)]
+    texts = [text_of(tokenizer, messages, INFERENCE_TEMPLATE, prompts) for messages in plain]
+    assert texts == [text_of(tokenizer, messages, gemma_chat_template, prompts) for messages in plain]
+    assert len(texts) == 62 and texts.count("refused") == 62 - 5
+
+
+@pytest.mark.parametrize("prompts", [True, False], ids=["prompts", "conversations"])
+def test_the_saved_template_folds_a_system_message_as_training_does(
+    prompts: bool, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """And refuses what training refuses: none to fold it into, one in the middle, two of them."""
+    num_folded = 0
+    for messages in CONVERSATIONS:
+        found = text_of(tokenizer, messages, INFERENCE_TEMPLATE, prompts)
+        try:
+            folded = fold_system(messages)
+        except InvalidRow:
+            folded = []
+        if folded and alternates(folded):
+            assert found == text_of(tokenizer, folded, gemma_chat_template, prompts)
+            num_folded += folded is not messages
+        else:
+            assert found == "refused"
+    assert num_folded == 4
+
+
+@pytest.mark.parametrize("system", ["Be brief.", "", " \n ", " Two\n\nlines \n"])
+def test_a_system_message_reads_in_training_as_at_inference(system: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    messages = [{"role": "system", "content": system}, *MULTI]
+    training = rendered_alone(tokenizer, fold_system(messages))["input_ids"]
+    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
+    assert training[: len(prompt)] == prompt and prompt.count(2) == 1
+
+
+def test_an_answer_can_be_continued_behind_a_system_message(tokenizer: PreTrainedTokenizerBase) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, *SINGLE]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    assert text == ("<bos><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\nSure!")
+
+
+def test_models_with_the_template_of_google_count_as_of_the_same_format() -> None:
+    """Version 0.1.0 saved it: reward models sealed with it, and policies to merge, stay of use."""
+    assert template_digest(INFERENCE_TEMPLATE) == template_digest(gemma_chat_template)
+    assert template_digest(gemma_chat_template) == digests.of_text(gemma_chat_template)
+    assert template_digest(TRAINING_TEMPLATE) != template_digest(INFERENCE_TEMPLATE)
+
+
+def test_the_teacher_ships_with_the_saved_template() -> None:
+    assert Path("gemma2_post/tiny/models/teacher/chat_template.jinja").read_text() == INFERENCE_TEMPLATE
+
+
 def test_the_cropped_gemma_tokenizer_renders_its_golden_ids(real_data: Path) -> None:
     """The real normaliser and the real template, on a cropped vocabulary."""
     folder = real_data / "tokenizer" / "standin-gemma2"
@@ -118,6 +205,53 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(model_dir: Path, tmp_path:
     (moved / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match="<end_of_turn> at id 11, not 107"):
         load_tokenizer(str(moved), load_config(str(moved)))
+
+
+def as_plain_pieces(tokenizer: dict, settings: dict) -> None:
+    """The turn tokens stay in the vocabulary, but are no added tokens any more."""
+    tokenizer["added_tokens"] = [each for each in tokenizer["added_tokens"] if "_of_turn" not in each["content"]]
+    del settings["extra_special_tokens"]
+
+
+def stripping(tokenizer: dict, settings: dict) -> None:
+    """`<end_of_turn>` swallows the newline behind it."""
+    for each in tokenizer["added_tokens"]:
+        each["rstrip"] = each["content"] == "<end_of_turn>"
+    del settings["extra_special_tokens"]
+
+
+UNREADABLE = {
+    "no added token": (
+        as_plain_pieces,
+        r"reads '\\n<start_of_turn>\\n' as '\\n' '<' .* '>' '\\n', not as '\\n' '<start_of_turn>' '\\n'; copy",
+    ),
+    "a token that strips": (
+        stripping,
+        r"reads '\\n<end_of_turn>\\n' as '\\n' '<end_of_turn>', not as '\\n' '<end_of_turn>' '\\n'; copy",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), UNREADABLE.values(), ids=UNREADABLE.keys())
+def test_a_tokenizer_that_reads_a_control_token_as_pieces_is_refused_before_training(
+    change: Callable[[dict, dict], None],
+    message: str,
+    model_dir: Path,
+    tmp_path: Path,
+    recipe: dict[str, object],
+    run_sft: Callable[[dict[str, object]], Path],
+) -> None:
+    """Its vocabulary is Gemma's, with every token at its id, so nothing else would notice."""
+    broken = shutil.copytree(model_dir, tmp_path / "broken")
+    contents = {name: json.loads((broken / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json")}
+    change(*contents.values())
+    for name, content in contents.items():
+        (broken / name).write_text(json.dumps(content))
+    vocabulary = AutoTokenizer.from_pretrained(broken).get_vocab()
+    assert (vocabulary["<start_of_turn>"], vocabulary["<end_of_turn>"]) == (106, 107)
+    with pytest.raises(UserError, match=message) as refused:
+        run_sft(recipe | {"model_name_or_path": str(broken)})
+    assert "copy tokenizer.json and tokenizer_config.json of the base model" in str(refused.value)
 
 
 def test_an_adapter_another_architecture_and_an_unknown_model_are_refused(model_dir: Path, tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_saved_activations_are_those_of_a_forward_pass(checkpoints: bool, dtype:
         model.enable_input_require_grads()  # as TRL does for gradient checkpointing
         adapted = Adapted(8, TARGETS, cost.FP32)
     if checkpoints:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     compute = Compute(dtype.itemsize)
     expected = cost.saved(config, ROWS, LENGTH, compute, checkpoints, adapted)
     assert saved_bytes(model) == pytest.approx(expected, rel=0.05)
@@ -155,7 +155,7 @@ def test_frozen_models_of_rlhf() -> None:
     ("size", "stage", "values", "gigabytes"),
     [
         ("2b", "rlhf", {}, 40),
-        ("2b", "sft", {"per_device_train_batch_size": 16, "gradient_checkpointing": False}, 24),
+        ("2b", "sft", {"per_device_train_batch_size": 16, "activation_checkpointing": False}, 24),
         ("2b", "distill", {"teacher_load_in_4bit": False}, 40),
         ("9b", "reward", {}, 48),
         ("9b", "distill", {}, 40),

@@ -45,6 +45,11 @@ def test_run_makes_a_stage_once_and_again_when_its_recipe_changes(recipe: dict[s
     output = tmp_path / "run" / "sft"
     assert "error: " not in (first := gemma2_post("run", str(pipeline))).stderr and first.returncode == 0, first.stderr
     weights = (output / "model.safetensors").read_bytes()
+    (log,) = (output.parent / "logs").iterdir()
+    _, started, announced, *_ = lines = log.read_text().splitlines()
+    assert started.startswith("--- ")
+    assert announced == f"{output}: sft begins, from {tmp_path / 'sft.yaml'}, with 1 process on cpu"
+    assert not [line for line in lines if "deprecated" in line or "Warning" in line or "WARNING" in line]
 
     summary = (output.parent / "summary.json").read_bytes()
     again = gemma2_post("run", str(pipeline))

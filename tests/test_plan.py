@@ -43,7 +43,7 @@ def test_flops_are_those_that_torch_counts(checkpoints: bool, adapts: bool) -> N
         model = get_peft_model(model, LoraConfig(r=8, target_modules=list(TARGETS)))
         model.enable_input_require_grads()  # as for gradient checkpointing
     if checkpoints:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     input_ids = torch.randint(4, 300, (ROWS, LENGTH))
     with torch.no_grad():

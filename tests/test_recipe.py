@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gemma2_post import sft
+from gemma2_post import cli, sft
 from gemma2_post.data.keys import DataArguments, Source
 from gemma2_post.models.arguments import LORA_TARGET_MODULES
 from gemma2_post.stage import command_line, recipe_file
@@ -138,7 +138,8 @@ def test_the_command_line_overrides_the_file_and_counts_in_the_fingerprint() -> 
         (["--no_bf16"], {"bf16": False}),
         (["--use_peft", "--load_in_4bit", "--bf16"], {"use_peft": True, "load_in_4bit": True, "bf16": True}),
         (["--bf16", "false", "--use_peft=true"], {"use_peft": True, "bf16": False}),
-        (["--no_gradient_checkpointing", "--seed", "3"], {"gradient_checkpointing": False, "seed": 3}),
+        (["--no_activation_checkpointing", "--seed", "3"], {"activation_checkpointing": False, "seed": 3}),
+        (["--no_gradient_checkpointing"], {"activation_checkpointing": False}),
     ],
     ids=str,
 )
@@ -161,6 +162,34 @@ def test_a_boolean_key_needs_no_value(arguments: list[str], found: dict[str, obj
 )
 def test_only_a_boolean_key_needs_no_value(arguments: list[str], found: str) -> None:
     assert refusal(TINY, *arguments).startswith(found)
+
+
+def test_a_key_may_have_its_old_name(tmp_path: Path) -> None:
+    """In a file, in the file that it includes, on the command line of a stage, and of a chain."""
+    keys = "model_name_or_path: a/b\noutput_dir: x\nuse_cpu: true\n"
+    (tmp_path / "shared.yaml").write_text("gradient_checkpointing: true\n")
+    for text, overrides, expected in (
+        (f"{keys}gradient_checkpointing: false\n", (), False),
+        (f"{keys}include: shared.yaml\n", (), True),
+        (f"{keys}include: shared.yaml\nactivation_checkpointing: false\n", (), False),
+        (f"{keys}activation_checkpointing: true\n", ("--gradient_checkpointing=false",), False),
+    ):
+        stage, built = parsed(
+            written(tmp_path, text), "--global_batch_size=8", "--datasets", "[{path: a}]", *overrides
+        )
+        assert built.training.activation_checkpointing is built.training.gradient_checkpointing is expected
+        assert stage.fingerprint["recipe"]["activation_checkpointing"] is expected
+        assert "gradient_checkpointing" not in stage.fingerprint["recipe"]
+    overrides = cli.parse_overrides(["sft.gradient_checkpointing=true"])
+    assert overrides == {"sft": {"activation_checkpointing": True}}
+
+
+def test_a_key_by_both_of_its_names_is_refused(tmp_path: Path) -> None:
+    both = "gradient_checkpointing: true\nactivation_checkpointing: true\n"
+    message = "gradient_checkpointing is the old name of activation_checkpointing, and both are given; keep"
+    assert message in refusal(written(tmp_path, both))
+    with pytest.raises(UserError, match="--activation_checkpointing is given twice"):
+        command_line.read(["--gradient_checkpointing=true", "--activation_checkpointing=true"], needs_config=False)
 
 
 def test_a_recipe_includes_a_file_beside_it_and_its_own_keys_take_precedence(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ from gemma2_post.evaluation.pairs import ScoredPair, measure_pairs, rank_correla
 from gemma2_post.evaluation.samples import sample_answers
 from gemma2_post.models import reward_model
 from gemma2_post.models.saving import save_model
-from gemma2_post.models.tokenizer import gemma_chat_template, save_tokenizer
+from gemma2_post.models.templates import INFERENCE_TEMPLATE
+from gemma2_post.models.tokenizer import save_tokenizer
 from gemma2_post.models.tokens import PAD
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError, located
@@ -138,7 +139,7 @@ def test_the_score_head_is_trained_and_saved_in_fp32(
     assert stage["metrics"] == metrics_of(output) and stage["adapter"] == ("adapter" if method else None)
     for name in ("calibration.png", "turns.png"):
         assert (output / name).read_bytes()[1:4] == b"PNG"
-    assert AutoTokenizer.from_pretrained(output).chat_template == gemma_chat_template
+    assert AutoTokenizer.from_pretrained(output).chat_template == INFERENCE_TEMPLATE
     assert isinstance(reward_model.load(str(output)).model.score, reward_model.ScoreHead)
 
 
@@ -532,7 +533,7 @@ def test_a_policy_with_another_tokenizer_is_refused(
     policy = shutil.copytree(BASE, tmp_path / "policy")
     swap_two_tokens(policy)
     policy_tokenizer = AutoTokenizer.from_pretrained(policy)
-    policy_tokenizer.chat_template = gemma_chat_template
+    policy_tokenizer.chat_template = INFERENCE_TEMPLATE
     with pytest.raises(UserError, match="reward was trained with another tokenizer than the policy's"):
         reward_model.load(str(directory), policy_tokenizer)
     policy_tokenizer = AutoTokenizer.from_pretrained(BASE)

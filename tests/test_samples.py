@@ -43,7 +43,7 @@ def test_sampling_in_training_with_checkpointing_is_sampling_in_evaluation(
     expected = sample_answers(model.eval(), tokenizer, PROMPTS, max_new_tokens=12, temperature=0.0)
     state = torch.get_rng_state()
     model.train()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     assert sample_answers(model, tokenizer, PROMPTS, max_new_tokens=12, temperature=0.0) == expected
     assert model.training and torch.equal(torch.get_rng_state(), state)
 

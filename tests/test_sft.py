@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from gemma2_post.models.tokenizer import gemma_chat_template
+from gemma2_post.models.templates import INFERENCE_TEMPLATE
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
 from tests.conftest import losses
@@ -199,4 +199,4 @@ def test_real_conversations_train_with_the_stand_in_gemma_tokenizer(
     )
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["held_out_nll"] < metrics["held_out_nll_before"]
-    assert AutoTokenizer.from_pretrained(output).chat_template == gemma_chat_template
+    assert AutoTokenizer.from_pretrained(output).chat_template == INFERENCE_TEMPLATE

@@ -81,7 +81,7 @@ def test_the_27b_recipe_is_the_well_known_one() -> None:
     assert (model_args.attn_implementation, model_args.dtype) == ("eager", "bfloat16")
     assert (training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps) == (1, 4)
     assert (training_args.learning_rate, training_args.max_length, training_args.logging_steps) == (2e-4, 1024, 10)
-    assert training_args.gradient_checkpointing and training_args.bf16
+    assert training_args.activation_checkpointing and training_args.bf16
     assert data_args.datasets[0].path == "OpenAssistant/oasst_top1_2023-08-25"
 
 

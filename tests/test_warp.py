@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from trl.chat_template_utils import gemma_chat_template
 
 from gemma2_post import cli, rlhf, warp
 from gemma2_post.evaluation import measure
@@ -684,6 +685,17 @@ def swap_two_words(folder: Path) -> None:
 
 def other_template(folder: Path) -> None:
     (folder / "policy-1" / "chat_template.jinja").write_text("{{ messages }}")
+
+
+def test_policies_with_the_template_of_version_010_merge_with_newer_ones(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, run_warp: Warp
+) -> None:
+    """It differs only where there is a system message."""
+    init, policies = write_models(tmp_path, tokenizer, 2)
+    template = Path(policies[0]) / "chat_template.jinja"
+    assert template.read_text() != gemma_chat_template
+    template.write_text(gemma_chat_template)
+    assert (run_warp(init=init, policies=policies, eta=0.5) / "model.safetensors").is_file()
 
 
 def unfinished(folder: Path) -> None:

@@ -4,7 +4,6 @@ Chat models get questions in the chat format, with one `<bos>` and each example 
 text.
 """
 
-import copy
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -77,7 +76,7 @@ def run(
 
     wrapped = HFLM(
         pretrained=model,
-        tokenizer=with_system_role(tokenizer),
+        tokenizer=tokenizer,
         batch_size=batch_size,
         add_bos_token=True,
         softmax_dtype=torch.float32,  # in bf16, nearly equal likelihoods would be equal
@@ -120,19 +119,3 @@ def load_data(args: BenchmarkArguments) -> None:
                 f"benchmarks: the data of {name} cannot be read ({' '.join(str(error).split())[:200]}); "
                 "download it first, or give a task with local data as benchmark_folder"
             ) from error
-
-
-def with_system_role(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy whose template moves a task's description (MMLU: "The following are ...") into the first user turn.
-
-    lm-eval passes it as a system message and omits it if the template has no system role, like Gemma 2's.
-    """
-    tokenizer = copy.deepcopy(tokenizer)
-    fold = (
-        "{% if messages[0]['role'] == 'system' %}"
-        "{% set first = messages[0]['content'] ~ '\n\n' ~ messages[1]['content'] %}"
-        "{% set messages = [{'role': 'user', 'content': first}] + messages[2:] %}"
-        "{% endif %}"
-    )
-    tokenizer.chat_template = fold + tokenizer.chat_template
-    return tokenizer

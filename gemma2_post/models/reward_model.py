@@ -21,9 +21,10 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from gemma2_post.models.folder import REWARD_MODEL
 from gemma2_post.models.loading import load_config, load_error, load_pretrained, training_device_map
+from gemma2_post.models.templates import template_digest
 from gemma2_post.models.tokenizer import load_tokenizer, tokenizer_digest
 from gemma2_post.models.tokens import PAD
-from gemma2_post.stage import contract, digests
+from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
 
 FILE = "reward_model.json"
@@ -174,7 +175,7 @@ def load(
 def _digests(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     return {
         "tokenizer_digest": tokenizer_digest(tokenizer),
-        "template_digest": digests.of_text(tokenizer.chat_template),
+        "template_digest": template_digest(tokenizer.chat_template),
     }
 
 

@@ -8,36 +8,14 @@ import numpy as np
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, Gemma2Config, PreTrainedTokenizerBase
 from trl import ModelConfig
-from trl.chat_template_utils import gemma_chat_template
 
 from gemma2_post.models.arguments import check_lora_modules
 from gemma2_post.models.folder import TEMPLATE, TOKENIZER_FILES, is_hub_name
 from gemma2_post.models.loading import load_config, load_error
+from gemma2_post.models.templates import INFERENCE_TEMPLATE, TRAINING_TEMPLATE
 from gemma2_post.models.tokens import SPECIAL_TOKENS
 from gemma2_post.stage import contract, digests
 from gemma2_post.stage.errors import UserError
-
-TRAINING_TEMPLATE = (
-    "{{- bos_token -}}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}"
-    "{{- '<start_of_turn>user\\n' + message['content'] | trim + '<end_of_turn>\\n' -}}"
-    "{%- else -%}"
-    "{{- '<start_of_turn>model\\n' -}}"
-    "{%- set said = message['content'] | trim + '<end_of_turn>' + (eos_token if loop.last else '') -%}"
-    "{%- if message['trained'] -%}"
-    "{%- generation -%}{{- said -}}{%- endgeneration -%}"
-    "{%- else -%}{{- said -}}{%- endif -%}"
-    "{%- if not loop.last -%}{{- '\\n' -}}{%- endif -%}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-)
-"""Template that renders a conversation for training; a model is saved with the inference template instead.
-
-`<eos>` directly follows the last `<end_of_turn>`, as in the Gemma 2 report (arXiv 2408.00118, section 4 and table 4).
-The generation block marks what the loss covers: in each trained turn of the model its words, its `<end_of_turn>`, and
-the final `<eos>`.
-"""
 
 
 def load_tokenizer(path: str, config: Gemma2Config, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -70,9 +48,30 @@ def load_tokenizer(path: str, config: Gemma2Config, revision: str | None = None)
                 f"the tokenizer in {path} has {token} at id {vocabulary.get(token)}, not {expected}; "
                 "use a Gemma 2 tokenizer"
             )
-    tokenizer.chat_template = gemma_chat_template
+    _check_control_tokens(path, tokenizer)
+    tokenizer.chat_template = INFERENCE_TEMPLATE
     tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token = "<pad>", "<eos>", "<bos>"
     return tokenizer
+
+
+def _check_control_tokens(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a tokenizer that reads a control token inside a text as anything else than its one id.
+
+    That happens where the token is in the vocabulary, but is not an *added* token, or removes the newline beside it.
+    """
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    newline = encode("\n")
+    for token, token_id in SPECIAL_TOKENS.items():
+        expected, found = [*newline, token_id, *newline], encode(text := f"\n{token}\n")
+        if found != expected:
+            read, wanted = (" ".join(map(repr, tokenizer.convert_ids_to_tokens(ids))) for ids in (found, expected))
+            raise UserError(
+                f"the tokenizer in {path} reads {text!r} as {read}, not as {wanted}; copy tokenizer.json and "
+                "tokenizer_config.json of the base model there, where that is one added token"
+            )
 
 
 def load_config_and_tokenizer(model_args: ModelConfig) -> tuple[Gemma2Config, PreTrainedTokenizerBase]:

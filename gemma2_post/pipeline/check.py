@@ -3,7 +3,6 @@
 It loads no weights and uses no network.
 """
 
-import warnings
 from collections import Counter
 from collections.abc import Container
 from pathlib import Path
@@ -45,7 +44,6 @@ def check(pipeline: Pipeline, until: str | None = None, to_run: Container[str] =
     Raises:
         UserError: What is wrong.
     """
-    warnings.filterwarnings("ignore", category=FutureWarning)  # about what transformers 6 will rename
     check_folder(pipeline.run_dir, "run_dir")
     made: Models = {}
     jobs: list[Job] = []

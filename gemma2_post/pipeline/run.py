@@ -4,7 +4,6 @@ Nothing here imports torch, so a run with everything up to date ends at once.
 """
 
 import gc
-import logging
 import signal
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from gemma2_post.stage.contract import State
 from gemma2_post.stage.errors import UserError, located, reported
 from gemma2_post.stage.fingerprint import Fingerprint
 from gemma2_post.stage.launcher import Launcher
+from gemma2_post.stage.quiet import silence_libraries
 
 LOGS = "logs"
 _BEAT = 10.0
@@ -130,7 +130,7 @@ def _check(pipeline: Pipeline, until: str | None, to_run: set[str], replaced: se
 
 def _check_here(pipeline: Pipeline, until: str | None, to_run: set[str], replaced: set[str]) -> None:
     gc.disable()  # the process imports much and ends soon
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when imported, it warns about a missing CPU kernel
+    silence_libraries()
     from gemma2_post.pipeline import check
     from gemma2_post.planning import memory
 

@@ -141,8 +141,8 @@ def _changes(job: Job) -> Iterator[list[Change]]:
     for key in _BATCHES:
         if values.get(key, 1) > 1:
             yield [Change({key: values[key] >> i}) for i in range(1, values[key].bit_length())]
-    if job.trains and not values["gradient_checkpointing"]:
-        yield [Change({"gradient_checkpointing": True})]
+    if job.trains and not values["activation_checkpointing"]:
+        yield [Change({"activation_checkpointing": True})]
     if values.get("attn_implementation") == "eager" and not launcher.use_cpu:
         yield [Change({"attn_implementation": "flash_attention_2"})]
     quantized = values.get("load_in_4bit") or values.get("load_in_8bit")

@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from gemma2_post.stage.errors import UserError, located, reported
 from gemma2_post.stage.fingerprint import Fingerprint
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.paths import with_policies
+from gemma2_post.stage.quiet import silence_libraries
 from gemma2_post.stage.recipe import R
 from gemma2_post.stage.reference import describe_keys, wrapped
 from gemma2_post.stage.work import Pass, Rows
@@ -134,6 +136,7 @@ class Command(Generic[R]):
         if "--help" in sys.argv or "-h" in sys.argv:
             print(wrapped(self.documentation), describe_keys(self.recipe, self.refused), sep="\n\n")
             return
+        silence_libraries()
         with reported():
             gc.disable()  # an eighth of the start: imports make half a million objects that stay
             stage, recipe = self.parse(sys.argv[1:])
@@ -188,6 +191,7 @@ class Command(Generic[R]):
                     f"output_dir {stage.output_dir} was made by a different recipe ({'; '.join(found.output[:3])}); "
                     "choose another output_dir, or move that folder away"
                 )
+            _announce(stage, built, state)
             self.main(stage, built)
 
     def fingerprint(self, values: dict[str, object]) -> Fingerprint:
@@ -206,6 +210,19 @@ class Command(Generic[R]):
                 before = f"{metrics[f'{name}_before']:.3g} -> " if f"{name}_before" in metrics else ""
                 return f"{name} {before}{metrics[name]:.3g}"
         return ""
+
+
+def _announce(stage: Stage, built: object, state: State) -> None:
+    """Prints what begins here, and on what; once on each machine."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    verb = {State.INTERRUPTED: "goes on", State.UNMEASURED: "is measured again"}.get(state, "begins")
+    training = getattr(built, "training", None)
+    num_processes = launcher.of_this_process(training).num_processes
+    processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
+    device = f" on {training.device.type}" if training else ""
+    # Flushed, so that it also comes first where a library's progress bar goes to the same file.
+    print(f"{stage.output_dir}: {stage.name} {verb}, from {stage.where}, with {processes}{device}", flush=True)
 
 
 def first_grader(values: dict[str, object]) -> str | None:

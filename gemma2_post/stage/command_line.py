@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from gemma2_post.stage.errors import UserError
-from gemma2_post.stage.recipe_file import load_recipe, parse_value
+from gemma2_post.stage.recipe_file import RENAMED, load_recipe, parse_value
 
 
 def read(
@@ -39,6 +39,7 @@ def read(
             read_values = [True]  # the recipe refuses the key, and names a similar one
         else:
             raise UserError(f"command line: --{key} has no value; write --{key} VALUE")
+        key = RENAMED.get(key, key)
         if key in values or (key == "config" and config):
             raise UserError(f"command line: --{key} is given twice; keep one of them")
         if key != "config":

@@ -20,6 +20,7 @@ from typing import Any
 from gemma2_post.stage import digests
 from gemma2_post.stage.errors import PlacedError, UserError
 from gemma2_post.stage.fingerprint import PARTS, Differences, Fingerprint, differences
+from gemma2_post.stage.recipe_file import RENAMED
 
 DONE = "stage.json"
 BEGUN = "begun.json"
@@ -136,6 +137,9 @@ def _read_run(path: Path, keys: Keys) -> dict[str, Any] | None:
             f"{path}: the file is damaged (in its fingerprint {problem}); move {path.parent} away, then run again "
             "what makes it"
         )
+    if found is not None and "fingerprint" in keys:
+        recipe = found["fingerprint"]["recipe"]
+        found["fingerprint"]["recipe"] = {RENAMED.get(name, name): value for name, value in recipe.items()}
     return found
 
 

@@ -14,6 +14,11 @@ from gemma2_post.stage.errors import PlacedError
 
 INCLUDE = "include"
 """Key that names a file in the same folder, whose keys apply unless the recipe sets them itself."""
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+"""Old names of keys, which still work, with the present ones: transformers 5 has renamed them."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -61,11 +66,25 @@ def load_recipe(path: str | Path) -> dict[str, object]:
     """The keys of a stage's recipe: the keys of the file that it includes, overridden by its own."""
     values = load_yaml(path)
     included = values.pop(INCLUDE, None)
+    values = renamed(values, path)
     if included is None:
         return values
     if not isinstance(included, str):
         raise PlacedError(f"{path}: include is {included!r}; write the name of one file beside the recipe")
-    return load_yaml(Path(path).parent / included) | values
+    shared = Path(path).parent / included
+    return renamed(load_yaml(shared), shared) | values
+
+
+def renamed(values: dict[str, object], path: str | Path) -> dict[str, object]:
+    """The keys of a file, each by its present name.
+
+    Raises:
+        UserError: A key is given by both names.
+    """
+    for old, new in RENAMED.items():
+        if old in values and new in values:
+            raise PlacedError(f"{path}: {old} is the old name of {new}, and both are given; keep {new}")
+    return {RENAMED.get(name, name): value for name, value in values.items()}
 
 
 def parse_value(text: str) -> object:

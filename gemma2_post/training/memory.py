@@ -151,7 +151,7 @@ def training_step(
         beside: Bytes of each other pass that runs while the activations are kept.
     """
     config, launcher, adapted = config_of(checked), checked.launcher, adapted_of(checked)
-    compute, checkpoints = compute_of(checked), checked.recipe.training.gradient_checkpointing
+    compute, checkpoints = compute_of(checked), checked.recipe.training.activation_checkpointing
     backward = cost.backward(config, rows, length, compute, checkpoints, adapted)
     largest = max(backward + dequantized(config, checked.recipe.quantization), *beside, 0.0)
     kept = cost.saved(config, rows, length, compute, checkpoints, adapted) + cost.masks(rows, length, compute)

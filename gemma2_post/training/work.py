@@ -73,7 +73,7 @@ def a_step(checked: Training, model: Model, lengths: Lengths, loss: Loss, padded
     """
     training = checked.recipe.training
     rows = training.per_device_train_batch_size
-    each = work.training(model, rows, lengths, loss, training.gradient_checkpointing, padded)
+    each = work.training(model, rows, lengths, loss, training.activation_checkpointing, padded)
     return each.times(accumulation(checked))
 
 

@@ -19,6 +19,7 @@ from gemma2_post.models.folder import (
     read_object,
 )
 from gemma2_post.models.streaming import Weights, open_weights
+from gemma2_post.models.templates import template_digest
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
 
@@ -264,8 +265,8 @@ def check_same_tokenizer(directories: list[tuple[str, Path]]) -> Path:
     for name, folder in others:
         if (folder / "tokenizer.json").read_bytes() != (source / "tokenizer.json").read_bytes():
             _compare_vocabularies((first, source), (name, folder))
-        templates = [_template(each) for each in (source, folder)]
-        if templates[0] != templates[1] and not (templates[1] is None and name == directories[0][0]):
+        formats = [_format(each) for each in (source, folder)]
+        if formats[0] != formats[1] and not (formats[1] is None and name == directories[0][0]):
             raise UserError(
                 f"{first} and {name} have different chat templates; they were trained on different formats"
             )
@@ -283,7 +284,9 @@ def _compare_vocabularies(one: tuple[str, Path], other: tuple[str, Path]) -> Non
             )
 
 
-def _template(directory: Path) -> str | None:
+def _format(directory: Path) -> str | None:
+    """Hash of the chat format of a folder's template; None without a template."""
     if (file := directory / "chat_template.jinja").is_file():
-        return file.read_text(encoding="utf-8")
-    return (contract.read_json(directory / "tokenizer_config.json") or {}).get("chat_template")
+        return template_digest(file.read_text(encoding="utf-8"))
+    template = (contract.read_json(directory / "tokenizer_config.json") or {}).get("chat_template")
+    return None if template is None else template_digest(str(template))
