@@ -7,7 +7,8 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -42,15 +43,21 @@ LEAST_HOST = 4e9
 """Bytes of host memory; the tiny chain needs less."""
 
 
-def check(num_processes: int, use_cpu: bool) -> Iterator[Callable[[], Result]]:
-    """The checks, to be called one after another."""
-    yield lambda: versions(installed(), required())
-    yield from (gpus, bf16, device_memory, nccl)
-    yield lambda: host_memory(available_memory())
-    yield lambda: shared_memory(shutil.disk_usage("/dev/shm").total, 1 if use_cpu else num_processes)
-    yield lambda: open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    yield lambda: disk(Path())
-    yield hub
+def check(num_processes: int, use_cpu: bool) -> Iterator[partial[Result]]:
+    """The checks, to be called one after another.
+
+    Args:
+        num_processes: Of the accelerate config that is tested.
+        use_cpu: Whether they compute on the processor.
+    """
+    yield partial(versions, installed(), required())
+    for of_gpus in (gpus, bf16, device_memory, nccl):
+        yield partial(of_gpus)
+    yield partial(host_memory, available_memory())
+    yield partial(shared_memory, Path("/dev/shm"), 1 if use_cpu else num_processes)
+    yield partial(open_files, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    yield partial(disk, Path())
+    yield partial(hub)
 
 
 # --- versions ---
@@ -111,8 +118,8 @@ def gpus() -> Result:
         return Result("driver and CUDA", "skipped", "no NVIDIA driver here; everything runs on the processor")
     text = f"driver {driver}, but torch {torch.__version__} sees no GPU"
     remedy = (
-        "if the version ends in +cpu, install a CUDA build of torch; else set CUDA_VISIBLE_DEVICES right, or install a "
-        f"driver for CUDA {torch.version.cuda or '12 or newer'}"
+        "if the version ends in +cpu, install a CUDA build of torch; else set CUDA_VISIBLE_DEVICES right, or install "
+        f"a driver for CUDA {torch.version.cuda or '12 or newer'}"
     )
     return judged("driver and CUDA", False, text, remedy)
 
@@ -172,9 +179,10 @@ def host_memory(available: float) -> Result:
     return judged("host memory", available >= LEAST_HOST, text, "free some; the tiny chain alone needs 4 GB")
 
 
-def shared_memory(size: float, num_gpu_processes: int) -> Result:
-    """The size of /dev/shm in bytes, which matters where several processes with GPUs talk to each other."""
-    text = f"{size / 1e9:.2g} GB in /dev/shm"
+def shared_memory(folder: Path, num_gpu_processes: int) -> Result:
+    """The size of /dev/shm, which matters where several processes with GPUs talk to each other."""
+    size = shutil.disk_usage(folder).total if folder.is_dir() else 0
+    text = f"{size / 1e9:.2g} GB in {folder}"
     remedy = "start the container with --shm-size=8g or --ipc=host"
     return judged("shared memory", num_gpu_processes == 1 or size >= LEAST_SHARED, text, remedy)
 

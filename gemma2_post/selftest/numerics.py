@@ -1,6 +1,7 @@
 """Whether a device computes Gemma 2 correctly, held against the same computation in fp64 on the processor."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,12 +15,12 @@ HEAD_SIZES = (256, 128)
 WINDOW, LENGTH, ROWS = 32, 160, 2
 """The window of every second layer is much shorter than the rows, so it bites."""
 SCALE = 4
-"""Queries, keys and embeddings are made this much larger, so that both soft-caps bite: scores are near 50, logits near 30."""
+"""Queries, keys and embeddings are made this much larger: scores come near 50, logits near 30, and both caps bite."""
 FP32_TOLERANCE, BF16_TOLERANCE = 1e-4, 0.03
 """Relative error of logits: on a CPU eager attention has 4e-7 in fp32 and 0.012 in bf16. Ignoring the attention
 soft-cap makes 0.06, the window 0.14, and the logit soft-cap 0.9."""
-FP32_GRADIENTS, BF16_GRADIENTS = 1e-3, 0.15
-"""Relative error of the gradients of all queries, keys and values."""
+FP32_GRADIENTS, BF16_GRADIENTS = 1e-3, 0.2
+"""Relative error of the gradients of all query, key and value matrices; on a CPU 8e-6 and 0.11."""
 KNOBS: dict[str, dict[str, object]] = {
     "attention soft-cap": {"attn_logit_softcapping": None},
     "logit soft-cap": {"final_logit_softcapping": None},
@@ -143,8 +144,8 @@ def product(device: str) -> Result:
     bf16, fp32 = errors[torch.bfloat16], errors[torch.float32]
     text = f"error {bf16:.1e} of 0.004 in bf16, {fp32:.1e} of 1e-05 in fp32"
     remedy = (
-        "the device rounds more than its type asks for: unset NVIDIA_TF32_OVERRIDE, do not allow TF32 or sums in bf16; "
-        "if neither is set, the device or its driver is faulty"
+        "the device rounds more than its type asks for: unset NVIDIA_TF32_OVERRIDE, allow no TF32, no sums in bf16; "
+        "if that is so already, the device or its driver is faulty"
     )
     return judged("matrix product", bf16 <= 0.004 and fp32 <= 1e-5, text, remedy, bf16=bf16, fp32=fp32)
 
@@ -201,10 +202,10 @@ def anchor(device: str) -> Result:
     state: Any = SimpleNamespace(global_step=0)
     with torch.no_grad():
         policy.weight.fill_(1.0)
-        average.on_train_begin(None, state, None)  # type: ignore[arg-type]
+        average.on_train_begin(None, state, None)
         policy.weight.fill_(1.0 + moved)
         for _ in range(steps):
-            average.on_step_end(None, state, None)  # type: ignore[arg-type]
+            average.on_step_end(None, state, None)
     expected = moved * (1 - (1 - share) ** steps)
     difference = abs((average.shadows["weight"].double() - 1).mean().item() / expected - 1)
     text = f"error {difference:.1e} of 0.01 after {steps} updates of {share}"
@@ -212,23 +213,22 @@ def anchor(device: str) -> Result:
     return judged("anchor in fp32", difference <= 0.01, text, remedy, error=difference)
 
 
-def check(device: str) -> Iterator[Callable[[], Result]]:
+def check(device: str) -> Iterator[partial[Result]]:
     """The checks of a device, to be called one after another."""
     from transformers.utils import is_flash_attn_2_available
 
     on_gpu = device != "cpu"
+    has_flash = on_gpu and is_flash_attn_2_available()
+    tests = [("eager", torch.float32), ("eager", torch.bfloat16), ("flex_attention", torch.float32)]
+    tests += [("flex_attention", torch.bfloat16)] if on_gpu else []
+    tests += [("flash_attention_2", torch.bfloat16)] if has_flash else []
     for head_size in HEAD_SIZES:
-        yield lambda head_size=head_size: knobs(head_size)
-        tests = [("eager", torch.float32), ("eager", torch.bfloat16), ("flex_attention", torch.float32)]
-        if on_gpu:
-            tests.append(("flex_attention", torch.bfloat16))
-        if on_gpu and is_flash_attn_2_available():
-            tests.append(("flash_attention_2", torch.bfloat16))
+        yield partial(knobs, head_size)
         for implementation, dtype in tests:
-            yield lambda test=(implementation, dtype), head_size=head_size: attention(device, head_size, *test)
-    if not (on_gpu and is_flash_attn_2_available()):
-        yield lambda: Result("flash_attention_2", "skipped", "not installed" if on_gpu else "needs a GPU")
-    yield lambda: product(device)
-    yield lambda: quantized(device, 4)
-    yield lambda: quantized(device, 8)
-    yield lambda: anchor(device)
+            yield partial(attention, device, head_size, implementation, dtype)
+    if not has_flash:
+        yield partial(Result, "flash_attention_2", "skipped", "not installed" if on_gpu else "needs a GPU")
+    yield partial(product, device)
+    yield partial(quantized, device, 4)
+    yield partial(quantized, device, 8)
+    yield partial(anchor, device)

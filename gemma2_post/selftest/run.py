@@ -2,9 +2,10 @@
 
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,10 +13,10 @@ from rich.console import Console
 from rich.text import Text
 
 from gemma2_post.selftest import environment, numerics, stages, throughput
-from gemma2_post.selftest.result import Result
+from gemma2_post.selftest.result import Result, State
 from gemma2_post.stage import contract
 
-COLORS = {"pass": "green", "fail": "red", "skipped": "dim"}
+COLORS: dict[State, str] = {"pass": "green", "fail": "red", "skipped": "dim"}
 CPU, ONE_GPU = Path("accelerate_configs/cpu.yaml"), Path("accelerate_configs/single_gpu.yaml")
 
 
@@ -30,14 +31,14 @@ def selftest(launch: Path | None, json: Path, console: Console) -> bool:
         UserError: The config cannot be used.
     """
     config = launch or (ONE_GPU if torch.cuda.is_available() else CPU)
-    began, results = time.monotonic(), []
+    began = time.monotonic()
+    results: list[tuple[str, Result]] = []
     for part, result in checks(config):
         if not any(part == other for other, _ in results):
             console.print(f"\n{part}", style="bold", highlight=False)
         results.append((part, result))
-        console.print(
-            Text(f"{result.state:9}", COLORS[result.state]) + Text(f"{result.name:36}{result.found}", "default")
-        )
+        state = Text(f"{result.state:9}", COLORS[result.state])
+        console.print(state + Text(f"{result.name:36}{result.found}", "default"), soft_wrap=True)
     seconds = time.monotonic() - began
     states = [result.state for _, result in results]
     content = {
@@ -53,7 +54,9 @@ def selftest(launch: Path | None, json: Path, console: Console) -> bool:
     console.print()
     for _, result in results:
         if result.remedy:
-            console.print(Text(f"{result.name}: ", COLORS[result.state]) + Text(result.remedy, "default"))
+            console.print(
+                Text(f"{result.name}: ", COLORS[result.state]) + Text(result.remedy, "default"), soft_wrap=True
+            )
     counts = ", ".join(f"{states.count(state)} {state}" for state in COLORS)
     console.print(f"{counts}; {seconds:.0f} s; all of it: {json}", highlight=False)
     return "fail" not in states
@@ -72,16 +75,16 @@ def checks(config: Path) -> Iterator[tuple[str, Result]]:
     for result in stages.check(config):
         yield f"stages through {config}", result
     for device in devices:
-        yield "throughput", tried(lambda device=device: throughput.check(device))
+        yield f"speed of {device}", tried(partial(throughput.check, device))
         if on_gpus:
             torch.cuda.empty_cache()
 
 
-def tried(check: Callable[[], Result]) -> Result:
-    """The result of a check; a failure if it raises."""
+def tried(check: partial[Result]) -> Result:
+    """The result of a check; a failure with its name and arguments if it raises."""
     try:
         return check()
     except Exception as error:  # on a machine that is at fault, anything may be raised
-        name = getattr(check, "__name__", "check").strip("<>")
+        name = " ".join(map(str, [check.func.__name__, *check.args]))
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return Result(name, "fail", reason, "install the versions of constraints.txt; if they are, report this")
