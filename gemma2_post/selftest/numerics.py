@@ -53,7 +53,8 @@ def attention(device: str, head_size: int, implementation: str, dtype: torch.dty
         passes = passes and backward <= backward_limit
     else:
         text += "; its backward pass does not exist on a CPU"
-    return judged(name, passes, text, _attention_remedy(implementation, head_size, found_logits), **numbers)
+    remedy = "" if passes else _attention_remedy(implementation, head_size, found_logits)
+    return judged(name, passes, text, remedy, **numbers)
 
 
 def _attention_remedy(implementation: str, head_size: int, found: torch.Tensor) -> str:

@@ -84,8 +84,8 @@ TOLERANCES: dict[str, dict[str, tuple[float, float]]] = {
     "reward": {"loss": (0.04, 0), "num_tokens": (0, 0)},
     "rlhf": {"reward": (0, 0.5), "entropy": (0.3, 0), "kl": (0, 0.1)},
 }
-"""What is compared, with its relative and its absolute tolerance: for bf16 and another order of its sums; in `rlhf` for
-other random answers, whose mean reward over three steps varies by 0.1."""
+"""What is compared, with its relative and its absolute tolerance: for bf16, for another order of its sums, and in
+`rlhf` for other random answers."""
 REMEDY = (
     "look at the versions and numerics above; with several processes, run the selftest with one, too: if it passes, "
     "the exchange between processes is at fault"
