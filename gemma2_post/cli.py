@@ -150,6 +150,21 @@ def status(run_dir: Path, follow: bool = False) -> None:
     show(run_dir, terminal(), follow)
 
 
+def selftest(launch: Path | None, json: Path) -> None:
+    """Tests this machine; ends with exit status 1 if something fails.
+
+    Args:
+        launch: Accelerate config to test the stages with.
+        json: File for the results.
+    """
+    _quiet()
+    from gemma2_post.report.terminal import terminal
+    from gemma2_post.selftest.run import selftest
+
+    if not selftest(launch, json, terminal()):
+        raise SystemExit(1)
+
+
 def chat(directory: str, prompt: str | None, load: str | None, temperature: float, max_new_tokens: int | None) -> None:
     """Talks to a model."""
     silence_libraries()
@@ -244,6 +259,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("run_dir", type=Path, help="for example runs/tiny")
     add("--follow", action="store_true", help="keep it on the screen until the run ends, or until Ctrl-C")
+
+    add = command(selftest, "test this machine: versions, numerics, every training stage, speed; run it first")
+    add("--launch", type=Path, metavar="CONFIG", help="accelerate config of the stages; default: one GPU, or one CPU")
+    add("--json", type=Path, default=Path("selftest.json"), metavar="FILE", help="write the results there")
 
     add = command(chat, "talk to a model")
     add("directory", help="the output of a stage, or any Gemma 2 chat model")

@@ -9,6 +9,7 @@ from gemma2_post.stage.stages import STAGES
 PACKAGE = Path("gemma2_post")
 FLOORS = [
     ["cli"],
+    ["selftest"],
     ["report", "chat"],
     ["pipeline"],
     ["planning"],

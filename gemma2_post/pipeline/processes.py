@@ -9,8 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
@@ -41,22 +43,31 @@ def launch(step: Step, config: str, launcher: Launcher, environment: dict[str, s
     command += ["--quiet", "--config_file", config]
     command += ["--main_process_port", environment[PORT]] if PORT in environment else []
     command += ["-m", step.command.module, *(["--config", str(step.config)] if step.config else [])]
-    command += [f"--{key}={json.dumps(value)}" for key, value in step.values.items()]  # JSON is YAML
-    log.parent.mkdir(exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(dir=log.parent, prefix=".") as directory,
-        open(log, "a", encoding="utf-8") as output,
-    ):
+    command += assignments(step.values)
+    with logged(command, log) as output, tempfile.TemporaryDirectory(dir=log.parent, prefix=".") as directory:
         # accelerate turns every failure into exit status 1. All machines of the stage can write to this folder.
         status_file = Path(directory) / "status"
         variables = environment | {EXIT_STATUS_FILE: str(status_file), RUN_DIR: str(run_dir.resolve())}
-        output.write(f"\n--- {datetime.now():%Y-%m-%d %H:%M:%S} {' '.join(command)}\n")
-        output.flush()
         # In a new session, so that Ctrl-C reaches only the chain, which then ends what it has started.
         finished = subprocess.run(
             command, env=os.environ | variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         return int(status_file.read_text()) if status_file.is_file() else finished.returncode
+
+
+def assignments(values: dict[str, object]) -> list[str]:
+    """Keys of a recipe as arguments of a stage's command: `--key=value`."""
+    return [f"--{key}={json.dumps(value)}" for key, value in values.items()]  # JSON is YAML
+
+
+@contextlib.contextmanager
+def logged(command: list[str], log: Path) -> Iterator[TextIO]:
+    """A log file, open for the output of a command, which it names first."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", encoding="utf-8") as output:
+        output.write(f"\n--- {datetime.now():%Y-%m-%d %H:%M:%S} {' '.join(command)}\n")
+        output.flush()
+        yield output
 
 
 def end_all(run_dir: Path) -> bool:

@@ -111,46 +111,94 @@ class _Widths(NamedTuple):
             num_hidden_layers=min(found.num_hidden_layers, MOST_LAYERS), vocab_size=min(found.vocab_size, MOST_TOKENS)
         )
 
+    def config(self) -> "Gemma2Config":
+        from transformers import Gemma2Config
+
+        return Gemma2Config(**self._asdict(), query_pre_attn_scalar=self.head_dim)
+
 
 @cache
 def _measured(widths: _Widths, itemsize: int) -> Speed:
     """The speed with a random model of these widths: of a product of matrices, of a step of training beside its
     products, and of sampling a token."""
-    import torch
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+    config = widths.config()
+    timed = time_passes(config, itemsize, "cpu", ROWS, LENGTH)
+    layer = timed.sample / config.num_hidden_layers
+    step = step_of(config, itemsize, on_cpu=True, rows=ROWS, length=LENGTH)
+    others = timed.train - step.flops / timed.flops - step.layers * layer
+    return Speed(timed.flops, step.num_bytes / max(others, timed.train / 4), layer)
 
-    config = Gemma2Config(**widths._asdict(), query_pre_attn_scalar=widths.head_dim)
+
+# --- measuring ---
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What a random model reaches on a device."""
+
+    flops: float
+    """FLOP/s of its largest product of matrices."""
+    forward: float
+    """Seconds of a forward pass up to the last hidden state."""
+    train: float
+    """Seconds of a forward and a backward pass."""
+    sample: float
+    """Seconds for each token that is sampled, of one row."""
+
+
+def time_passes(config: "Gemma2Config", itemsize: int, device: str, rows: int, length: int) -> Timed:
+    """Measures a random model of this shape.
+
+    Args:
+        itemsize: Bytes per value: 2 for bf16, 4 for fp32.
+        rows, length: Rows of a pass and the tokens of each.
+    """
+    import torch
+    from transformers import Gemma2ForCausalLM
+
     dtype = torch.bfloat16 if itemsize == BF16 else torch.float32
     with torch.random.fork_rng():
-        model = Gemma2ForCausalLM._from_config(config, attn_implementation="eager", dtype=dtype)
-        rows = torch.randint(4, config.vocab_size, (ROWS, LENGTH))
-        hidden = torch.randn(ROWS * LENGTH, config.hidden_size, dtype=dtype)
+        model = Gemma2ForCausalLM._from_config(config, attn_implementation="eager", dtype=dtype).to(device)
+        tokens = torch.randint(4, config.vocab_size, (rows, length), device=device)
+        hidden = torch.randn(rows * length, config.hidden_size, dtype=dtype, device=device)
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
 
     def multiply() -> None:
         torch.nn.functional.linear(hidden, model.model.layers[0].mlp.up_proj.weight)
 
+    @torch.no_grad()
+    def forward() -> None:
+        model.model(input_ids=tokens, use_cache=False)
+
     def train() -> None:
-        model.model(input_ids=rows, use_cache=False).last_hidden_state.backward(hidden.view(ROWS, LENGTH, -1))
+        model.model(input_ids=tokens, use_cache=False).last_hidden_state.backward(hidden.view(rows, length, -1))
 
     def sample() -> None:
-        prompt = rows[:1, :1]
+        prompt = tokens[:1, :1]
         model.generate(prompt, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)
 
-    flops = 2 * hidden.numel() * config.intermediate_size / _seconds(multiply)
-    layer = _seconds(sample) / NEW / config.num_hidden_layers
-    described = Model(config, Compute(itemsize, on_cpu=True))
-    step = work.training(described, ROWS, Lengths((LENGTH,)), work.Loss(), checkpoints=False)
-    seconds = _seconds(train)
-    others = seconds - step.flops / flops - step.layers * layer
-    return Speed(flops, step.num_bytes / max(others, seconds / 4), layer)
+    flops = 2 * hidden.numel() * config.intermediate_size / _seconds(multiply, wait)
+    return Timed(flops, _seconds(forward, wait), _seconds(train, wait), _seconds(sample, wait) / NEW)
 
 
-def _seconds(call: Callable[[], None]) -> float:
-    """The median of three calls, after one to warm up."""
+def step_of(config: "Gemma2Config", itemsize: int, on_cpu: bool, rows: int, length: int) -> Pass:
+    """What a forward and a backward pass of `time_passes` computes."""
+    described = Model(config, Compute(itemsize, on_cpu=on_cpu))
+    return work.training(described, rows, Lengths((length,)), work.Loss(), checkpoints=False)
+
+
+def _seconds(call: Callable[[], None], wait: Callable[[], None] = lambda: None) -> float:
+    """The median of three calls, after one to warm up.
+
+    Args:
+        wait: Waits until a device has computed what was asked of it.
+    """
     call()
+    wait()
     found = []
     for _ in range(3):
         began = time.perf_counter()
         call()
+        wait()
         found.append(time.perf_counter() - began)
     return median(found)
