@@ -157,7 +157,6 @@ def selftest(launch: Path | None, json: Path) -> None:
         launch: Accelerate config to test the stages with.
         json: File for the results.
     """
-    _quiet()
     from gemma2_post.report.terminal import terminal
     from gemma2_post.selftest.run import selftest
 
