@@ -157,6 +157,7 @@ def selftest(launch: Path | None, json: Path) -> None:
         launch: Accelerate config to test the stages with.
         json: File for the results.
     """
+    silence_libraries()
     from gemma2_post.report.terminal import terminal
     from gemma2_post.selftest.run import selftest
 
