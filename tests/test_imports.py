@@ -9,7 +9,7 @@ from gemma2_post.stage.stages import STAGES
 PACKAGE = Path("gemma2_post")
 FLOORS = [
     ["cli"],
-    ["report", "chat"],
+    ["report", "chat", "export"],
     ["pipeline"],
     ["planning"],
     [*STAGES],

@@ -1,0 +1,122 @@
+"""A GGUF file held against the model that it was made from: llama.cpp reads the one, transformers the other."""
+
+import json
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import Gemma2Config, PreTrainedTokenizerBase
+from trl import ModelConfig
+
+from gemma2_post.models.loading import load_model
+from gemma2_post.models.shapes import num_parameters
+from gemma2_post.models.tokenizer import load_tokenizer
+from gemma2_post.stage import digests
+from gemma2_post.stage.errors import UserError
+
+QUESTIONS = ["What is 3 plus 5?", "Write two sentences about the sea.", "What does this do?\n\ndef f(x):\n    return x"]
+"""What is asked of both; plain ASCII, which every vocabulary has."""
+_UNICODE = "Grüße,\n\t你好  مرحبا 🙂"
+"""Asked for its tokens only, where the vocabulary has a token for each byte."""
+NUM_TOKENS, NUM_LIKELIEST = 24, 10
+TOLERANCES = {"f32": 0.02, "f16": 0.1, "bf16": 0.25, "q8_0": 0.5}
+"""Largest difference of a log-probability, by type. llama.cpp rounds the activations, too, to the type of the weights;
+`docs/serving.md` has what was measured. A conversion that went wrong differs by several nats."""
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What llama.cpp says to a question, greedily."""
+
+    prompt: list[int]
+    tokens: list[int]
+    likeliest: list[dict[int, float]]
+    """For each token of the answer, the log-probabilities of the `NUM_LIKELIEST` likeliest tokens at its place."""
+
+
+def compare(folder: Path, config: Gemma2Config, file: Path, weight_type: str) -> str:
+    """What the comparison has found, in a sentence.
+
+    Raises:
+        UserError: They differ in the tokens of a chat, or by more than the type's rounding.
+    """
+    tokenizer = load_tokenizer(str(folder), config)
+    answers = _answers(file, tokenizer, min(config.max_position_embeddings, 512))
+    # In fp32 where that fits, because the model's own rounding in bf16 is as large as what is measured.
+    fits = 4.4 * num_parameters(config) < psutil.virtual_memory().available
+    dtype = "float32" if fits else "bfloat16"
+    model_args = ModelConfig(model_name_or_path=str(folder), dtype=dtype, attn_implementation="eager")
+    model = load_model(model_args, "cpu")
+    differences: list[float] = []
+    num_equal = num_tokens = 0
+    for answer in answers:
+        input_ids = torch.tensor([answer.prompt + answer.tokens[:-1]])
+        with torch.inference_mode():
+            logits = model(input_ids, logits_to_keep=len(answer.tokens)).logits[0].float()
+        log_probabilities = logits.log_softmax(-1)  # (tokens of the answer, vocabulary)
+        num_equal += log_probabilities.argmax(-1).tolist() == answer.tokens
+        num_tokens += len(answer.tokens)
+        for ours, theirs in zip(log_probabilities, answer.likeliest, strict=True):
+            differences += [abs(ours[token].item() - theirs[token]) for token in theirs]
+    largest, mean = max(differences), sum(differences) / len(differences)
+    found = (
+        f"{num_equal} of {len(answers)} greedy answers equal; the log-probabilities of {len(differences):,} likely "
+        f"tokens at {num_tokens} places differ by {mean:.2g} on average and {largest:.2g} at most "
+        f"(llama.cpp in {weight_type}, transformers in {dtype})"
+    )
+    if not largest <= TOLERANCES[weight_type]:
+        raise UserError(f"the GGUF file is not the model: {found}; up to {TOLERANCES[weight_type]} is rounding")
+    return f"tokens of a chat equal; {found}"
+
+
+def _answers(file: Path, tokenizer: PreTrainedTokenizerBase, num_positions: int) -> list[_Answer]:
+    """llama.cpp's answers to `QUESTIONS`, once its tokens of each chat are those of the tokenizer."""
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(file)
+    parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers = num_positions, 1, 0
+    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = digests.num_cores()
+    parameters.warmup, parameters.verbosity = False, 0
+    parameters.hostnames, parameters.port = ["127.0.0.1"], 0  # any free port
+    server = xllamacpp.Server(parameters)
+
+    def ask(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{server.listening_address}{path}", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request) as response:
+            return json.load(response)
+
+    def ids_of(messages: list[dict[str, str]]) -> list[int]:
+        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        text = ask("/apply-template", {"messages": messages})["prompt"]
+        found = ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
+        if found != expected:
+            place = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), -1)
+            raise UserError(
+                f"llama.cpp reads a chat as other tokens than the tokenizer: {len(found)} for {len(expected)}, "
+                f"{found[:place + 8][-16:]} for {expected[:place + 8][-16:]}; are tokenizer.model, tokenizer.json and "
+                "tokenizer_config.json of one model?"
+            )
+        return found
+
+    has_bytes = "<0x00>" in tokenizer.get_vocab()
+    ids_of(
+        [
+            {"role": "user", "content": "Hello, I am Anna."},
+            {"role": "assistant", "content": "Nice to meet you, Anna."},
+            {"role": "user", "content": _UNICODE if has_bytes else "What is my name?"},
+        ]
+    )
+    answers = []
+    for question in QUESTIONS:
+        prompt = ids_of([{"role": "user", "content": question}])
+        body = {"prompt": prompt, "n_predict": NUM_TOKENS, "temperature": 0, "n_probs": NUM_LIKELIEST}
+        places = ask("/completion", body)["completion_probabilities"]
+        likeliest = [{each["id"]: each["logprob"] for each in place["top_logprobs"]} for place in places]
+        answers.append(_Answer(prompt, [place["id"] for place in places], likeliest))
+    return answers
