@@ -3,21 +3,26 @@
 import json
 import urllib.request
 from dataclasses import dataclass
+from itertools import takewhile
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from transformers import Gemma2Config, PreTrainedTokenizerBase
+from torch import nn
+from transformers import Gemma2Config, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from gemma2_post.models.loading import load_model
-from gemma2_post.models.shapes import num_parameters
 from gemma2_post.models.tokenizer import load_tokenizer
 from gemma2_post.stage import digests
 from gemma2_post.stage.errors import UserError
 
-QUESTIONS = ["What is 3 plus 5?", "Write two sentences about the sea.", "What does this do?\n\ndef f(x):\n    return x"]
+QUESTIONS = [
+    "What is 3 plus 5?",
+    "Write two sentences about the sea.",
+    "What does this do?\n\ndef f(x):\n    return x",
+]
 """What is asked of both; plain ASCII, which every vocabulary has."""
 _UNICODE = "Grüße,\n\t你好  مرحبا 🙂"
 """Asked for its tokens only, where the vocabulary has a token for each byte."""
@@ -45,17 +50,17 @@ def compare(folder: Path, config: Gemma2Config, file: Path, weight_type: str) ->
     """
     tokenizer = load_tokenizer(str(folder), config)
     answers = _answers(file, tokenizer, min(config.max_position_embeddings, 512))
-    # In fp32 where that fits, because the model's own rounding in bf16 is as large as what is measured.
-    fits = 4.4 * num_parameters(config) < psutil.virtual_memory().available
-    dtype = "float32" if fits else "bfloat16"
-    model_args = ModelConfig(model_name_or_path=str(folder), dtype=dtype, attn_implementation="eager")
-    model = load_model(model_args, "cpu")
+    dtype = str(config.dtype or torch.float32).removeprefix("torch.")
+    model = load_model(
+        ModelConfig(model_name_or_path=str(folder), dtype=dtype, attn_implementation="eager"), device_map="cpu"
+    )
+    _compute_in_fp32(model)
     differences: list[float] = []
     num_equal = num_tokens = 0
     for answer in answers:
         input_ids = torch.tensor([answer.prompt + answer.tokens[:-1]])
         with torch.inference_mode():
-            logits = model(input_ids, logits_to_keep=len(answer.tokens)).logits[0].float()
+            logits = model(input_ids, logits_to_keep=len(answer.tokens)).logits[0]
         log_probabilities = logits.log_softmax(-1)  # (tokens of the answer, vocabulary)
         num_equal += log_probabilities.argmax(-1).tolist() == answer.tokens
         num_tokens += len(answer.tokens)
@@ -64,12 +69,30 @@ def compare(folder: Path, config: Gemma2Config, file: Path, weight_type: str) ->
     largest, mean = max(differences), sum(differences) / len(differences)
     found = (
         f"{num_equal} of {len(answers)} greedy answers equal; the log-probabilities of {len(differences):,} likely "
-        f"tokens at {num_tokens} places differ by {mean:.2g} on average and {largest:.2g} at most "
-        f"(llama.cpp in {weight_type}, transformers in {dtype})"
+        f"tokens at {num_tokens} places differ by {mean:.2g} on average and {largest:.2g} at most"
     )
     if not largest <= TOLERANCES[weight_type]:
-        raise UserError(f"the GGUF file is not the model: {found}; up to {TOLERANCES[weight_type]} is rounding")
+        raise UserError(f"the GGUF file is not the model: {found}, where up to {TOLERANCES[weight_type]} is rounding")
     return f"tokens of a chat equal; {found}"
+
+
+def _compute_in_fp32(model: PreTrainedModel) -> None:
+    """Lets a model on the CPU compute in fp32 with weights that stay as they are stored, but for one layer at a time.
+
+    In bf16, its own rounding would be as large as what is measured; all of it in fp32 would take twice the memory.
+    """
+    stored = model.dtype
+
+    def widen(module: nn.Module, _: object) -> None:
+        module.float()
+
+    def narrow(module: nn.Module, *_: object) -> None:
+        module.to(stored)  # loses nothing: these are the values from before `widen`
+
+    decoder = model.get_decoder()
+    for module in (decoder.embed_tokens, *decoder.layers, decoder.norm, model.lm_head):
+        module.register_forward_pre_hook(widen)
+        module.register_forward_hook(narrow)
 
 
 def _answers(file: Path, tokenizer: PreTrainedTokenizerBase, num_positions: int) -> list[_Answer]:
@@ -96,11 +119,11 @@ def _answers(file: Path, tokenizer: PreTrainedTokenizerBase, num_positions: int)
         text = ask("/apply-template", {"messages": messages})["prompt"]
         found = ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
         if found != expected:
-            place = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), -1)
+            place = len(commonprefix([found, expected]))
             raise UserError(
                 f"llama.cpp reads a chat as other tokens than the tokenizer: {len(found)} for {len(expected)}, "
-                f"{found[:place + 8][-16:]} for {expected[:place + 8][-16:]}; are tokenizer.model, tokenizer.json and "
-                "tokenizer_config.json of one model?"
+                f"{found[place : place + 8]} for {expected[place : place + 8]} from place {place} on; copy "
+                "tokenizer.model, tokenizer.json and tokenizer_config.json from the base model"
             )
         return found
 
@@ -116,7 +139,10 @@ def _answers(file: Path, tokenizer: PreTrainedTokenizerBase, num_positions: int)
     for question in QUESTIONS:
         prompt = ids_of([{"role": "user", "content": question}])
         body = {"prompt": prompt, "n_predict": NUM_TOKENS, "temperature": 0, "n_probs": NUM_LIKELIEST}
-        places = ask("/completion", body)["completion_probabilities"]
+        answer = ask("/completion", body | {"return_tokens": True})
+        # It reports no probabilities for a token that ends within a character: the answer counts up to there.
+        pairs = zip(answer["tokens"], answer["completion_probabilities"], strict=False)
+        places = [place for _, place in takewhile(lambda pair: pair[0] == pair[1]["id"], pairs)]
         likeliest = [{each["id"]: each["logprob"] for each in place["top_logprobs"]} for place in places]
         answers.append(_Answer(prompt, [place["id"] for place in places], likeliest))
     return answers

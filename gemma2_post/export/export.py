@@ -17,6 +17,7 @@ from gemma2_post.export.modelfile import modelfile
 from gemma2_post.models.folder import is_hub_name
 from gemma2_post.models.loading import load_config
 from gemma2_post.models.tokenizer import load_tokenizer
+from gemma2_post.models.tokens import STOP_TOKEN_IDS
 from gemma2_post.stage import contract
 from gemma2_post.stage.disk import check_folder
 from gemma2_post.stage.errors import UserError, located
@@ -71,8 +72,18 @@ def export(directory: str, to: str, weight_type: str | None, output: Path | None
 
 
 def vllm_command(directory: str) -> str:
-    """The command by which vLLM serves a folder; it reads the chat template and both stop tokens from there."""
-    return f"vllm serve {shlex.quote(directory)} --dtype bfloat16 --generation-config {shlex.quote(directory)}"
+    """The command by which vLLM serves a folder, from which it reads the chat template, too.
+
+    Raises:
+        UserError: The folder does not name both stop tokens, so that answers would not end.
+    """
+    stops = (contract.read_json(Path(directory) / "generation_config.json", {}) or {}).get("eos_token_id")
+    if stops != STOP_TOKEN_IDS:
+        raise UserError(
+            f"the generation_config.json of {directory} has the eos_token_id {stops}; write {STOP_TOKEN_IDS} there, "
+            "<eos> and <end_of_turn>"
+        )
+    return f"vllm serve {shlex.quote(directory)} --dtype bfloat16"
 
 
 def _check_model(directory: str) -> Gemma2Config:
