@@ -1,10 +1,11 @@
 """A GGUF file held against the model that it was made from: llama.cpp reads the one, transformers the other."""
 
 import json
+import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ NUM_TOKENS, NUM_LIKELIEST = 24, 10
 TOLERANCES = {"f32": 0.02, "f16": 0.1, "bf16": 0.25, "q8_0": 0.5}
 """Largest difference of a log-probability, by type. llama.cpp rounds the activations, too, to the type of the weights;
 `docs/serving.md` has what was measured. A conversion that went wrong differs by several nats."""
+
+Ask = Callable[[str, dict[str, Any]], dict[str, Any]]
+"""A request to llama.cpp's server: a path and a body, to the answer."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,25 @@ def _compute_in_fp32(model: PreTrainedModel) -> None:
 
 def _answers(file: Path, tokenizer: PreTrainedTokenizerBase, num_positions: int) -> list[_Answer]:
     """llama.cpp's answers to `QUESTIONS`, once its tokens of each chat are those of the tokenizer."""
+    ask = _llama_cpp(file, num_positions)
+    last = _UNICODE if "<0x00>" in tokenizer.get_vocab() else "What is my name?"
+    turns = [("user", "Hello, I am Anna."), ("assistant", "Nice to meet you, Anna."), ("user", last)]
+    _same_tokens([{"role": role, "content": content} for role, content in turns], ask, tokenizer)
+    answers = []
+    for question in QUESTIONS:
+        prompt = _same_tokens([{"role": "user", "content": question}], ask, tokenizer)
+        greedily = {"n_predict": NUM_TOKENS, "temperature": 0, "n_probs": NUM_LIKELIEST, "return_tokens": True}
+        answer = ask("/completion", {"prompt": prompt} | greedily)
+        # It reports no probabilities for a token that ends within a character: the answer counts up to there.
+        pairs = zip(answer["tokens"], answer["completion_probabilities"], strict=False)
+        places = [place for _, place in takewhile(lambda pair: pair[0] == pair[1]["id"], pairs)]
+        likeliest = [{each["id"]: each["logprob"] for each in place["top_logprobs"]} for place in places]
+        answers.append(_Answer(prompt, [place["id"] for place in places], likeliest))
+    return answers
+
+
+def _llama_cpp(file: Path, num_positions: int) -> Ask:
+    """llama.cpp's server with this file, in this process; it ends with what is returned."""
     import xllamacpp
 
     parameters = xllamacpp.CommonParams()
@@ -107,42 +130,36 @@ def _answers(file: Path, tokenizer: PreTrainedTokenizerBase, num_positions: int)
     parameters.warmup, parameters.verbosity = False, 0
     parameters.hostnames, parameters.port = ["127.0.0.1"], 0  # any free port
     server = xllamacpp.Server(parameters)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy leads to this machine
 
     def ask(path: str, body: dict[str, Any]) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{server.listening_address}{path}", json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request) as response:
-            return json.load(response)
+        try:
+            with opener.open(request) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            reason = " ".join(error.read().decode(errors="replace").split())[:300]
+            raise UserError(f"llama.cpp reads the GGUF file and refuses {path} ({reason})") from error
 
-    def ids_of(messages: list[dict[str, str]]) -> list[int]:
-        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-        text = ask("/apply-template", {"messages": messages})["prompt"]
-        found = ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
-        if found != expected:
-            place = len(commonprefix([found, expected]))
-            raise UserError(
-                f"llama.cpp reads a chat as other tokens than the tokenizer: {len(found)} for {len(expected)}, "
-                f"{found[place : place + 8]} for {expected[place : place + 8]} from place {place} on; copy "
-                "tokenizer.model, tokenizer.json and tokenizer_config.json from the base model"
-            )
-        return found
+    return ask
 
-    has_bytes = "<0x00>" in tokenizer.get_vocab()
-    ids_of(
-        [
-            {"role": "user", "content": "Hello, I am Anna."},
-            {"role": "assistant", "content": "Nice to meet you, Anna."},
-            {"role": "user", "content": _UNICODE if has_bytes else "What is my name?"},
-        ]
-    )
-    answers = []
-    for question in QUESTIONS:
-        prompt = ids_of([{"role": "user", "content": question}])
-        body = {"prompt": prompt, "n_predict": NUM_TOKENS, "temperature": 0, "n_probs": NUM_LIKELIEST}
-        answer = ask("/completion", body | {"return_tokens": True})
-        # It reports no probabilities for a token that ends within a character: the answer counts up to there.
-        pairs = zip(answer["tokens"], answer["completion_probabilities"], strict=False)
-        places = [place for _, place in takewhile(lambda pair: pair[0] == pair[1]["id"], pairs)]
-        likeliest = [{each["id"]: each["logprob"] for each in place["top_logprobs"]} for place in places]
-        answers.append(_Answer(prompt, [place["id"] for place in places], likeliest))
-    return answers
+
+def _same_tokens(messages: list[dict[str, str]], ask: Ask, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of a chat, for llama.cpp and for the tokenizer.
+
+    Raises:
+        UserError: They are not the same.
+    """
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    text = ask("/apply-template", {"messages": messages})["prompt"]
+    found = ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
+    if found != expected:
+        pairs = enumerate(zip(found, expected, strict=False))
+        place = next((i for i, (ours, theirs) in pairs if ours != theirs), min(len(found), len(expected)))
+        raise UserError(
+            f"llama.cpp reads a chat as other tokens than the tokenizer: {len(found)} for {len(expected)}, "
+            f"{found[place : place + 8]} for {expected[place : place + 8]} from place {place} on; copy "
+            "tokenizer.model, tokenizer.json and tokenizer_config.json from the base model"
+        )
+    return found
