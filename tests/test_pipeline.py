@@ -38,13 +38,14 @@ def test_run_makes_a_stage_once_and_again_when_its_recipe_changes(recipe: dict[s
             {
                 "run_dir": str(tmp_path / "run"),
                 "launch": "accelerate_configs/cpu.yaml",
-                "stages": {"sft": {"recipe": "sft.yaml"}},
+                "stages": {"sft": {"recipe": "sft.yaml", "gates": {"held_out_nll": "<= 99"}}},
             }
         )
     )
     output = tmp_path / "run" / "sft"
     assert "error: " not in (first := gemma2_post("run", str(pipeline))).stderr and first.returncode == 0, first.stderr
     weights = (output / "model.safetensors").read_bytes()
+    assert "| <= 99 |" in (output / "README.md").read_text()
 
     summary = (output.parent / "summary.json").read_bytes()
     again = gemma2_post("run", str(pipeline))

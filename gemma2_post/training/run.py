@@ -15,7 +15,7 @@ from gemma2_post.models.saving import merge_adapter, save_configs, save_model
 from gemma2_post.models.shapes import SCORE_HEAD
 from gemma2_post.models.shards import write_shards
 from gemma2_post.models.tokenizer import save_tokenizer, tokenizer_digest
-from gemma2_post.stage import contract, digests
+from gemma2_post.stage import card, contract, digests
 from gemma2_post.stage.command import Stage
 from gemma2_post.stage.errors import UserError
 from gemma2_post.training import trackers
@@ -151,6 +151,11 @@ def run(
             "template_digest": digests.of_text(tokenizer.chat_template),
             "num_processes": trainer.accelerator.num_processes,
         }
+        base, dtype = card.shown(model_args.model_name_or_path), recipe.save_dtype
+        account = (
+            f"The stage `{stage.name}` of gemma2_post trained it, with TRL, from `{base}`. Its weights are {dtype}."
+        )
+        card.begin(stage.output_dir, stage.name, model_args.model_name_or_path, stage.name, account)
         changes = [f"{name} {before[name]:.3g} -> {after[name]:.3g}" for name in before if "/" not in name]
         stage.finish(facts, metrics, ", ".join(changes))
     trainer.end()
