@@ -173,6 +173,14 @@ def chat(directory: str, prompt: str | None, load: str | None, temperature: floa
     chat(directory, prompt, load, temperature, max_new_tokens)
 
 
+def export(directory: str, to: str, weight_type: str | None, output: Path | None) -> None:
+    """Writes a model for llama.cpp or Ollama, or says how vLLM serves it."""
+    silence_libraries()
+    from gemma2_post.export.export import export
+
+    export(directory, to, weight_type, output)
+
+
 def schema(directory: Path, markdown: Path | None) -> None:
     """Writes the JSON Schemas of all recipes to a folder, and the reference of all keys to a Markdown file."""
     silence_libraries()
@@ -270,6 +278,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--load", choices=["4bit", "8bit"], help="quantize the weights")
     add("--temperature", type=float, default=0.0, help="0 (default): the most likely answer")
     add("--max_new_tokens", type=int, help="longest answer; default: 512, or half of what the model can read")
+
+    add = command(export, "write a model for llama.cpp or Ollama, checked against it, or say how vLLM serves it")
+    add("directory", help="the output of a stage, or any Gemma 2 chat model in a folder")
+    add("--to", choices=["gguf", "ollama", "vllm"], required=True, help="the program, or llama.cpp's kind of file")
+    types = ["bf16", "f16", "q8_0", "f32"]
+    add("--type", dest="weight_type", choices=types, help="the type of the weights in a GGUF file; default: bf16")
+    add("--output", type=Path, metavar="PATH", help="the file or folder to write; default: beside the model's folder")
 
     add = command(schema, "write a JSON Schema for each kind of recipe, for editors")
     add("directory", type=Path, nargs="?", default=Path("recipes/schema"))

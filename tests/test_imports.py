@@ -10,7 +10,7 @@ PACKAGE = Path("gemma2_post")
 FLOORS = [
     ["cli"],
     ["selftest"],
-    ["report", "chat"],
+    ["report", "chat", "export"],
     ["pipeline"],
     ["planning"],
     [*STAGES],

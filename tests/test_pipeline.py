@@ -38,7 +38,7 @@ def test_run_makes_a_stage_once_and_again_when_its_recipe_changes(recipe: dict[s
             {
                 "run_dir": str(tmp_path / "run"),
                 "launch": "accelerate_configs/cpu.yaml",
-                "stages": {"sft": {"recipe": "sft.yaml"}},
+                "stages": {"sft": {"recipe": "sft.yaml", "gates": {"held_out_nll": "<= 99"}}},
             }
         )
     )
@@ -50,6 +50,7 @@ def test_run_makes_a_stage_once_and_again_when_its_recipe_changes(recipe: dict[s
     assert started.startswith("--- ")
     assert announced == f"{output}: sft begins, from {tmp_path / 'sft.yaml'}, with 1 process on cpu"
     assert not [line for line in lines if "deprecated" in line or "Warning" in line or "WARNING" in line]
+    assert "| <= 99 |" in (output / "README.md").read_text()
 
     summary = (output.parent / "summary.json").read_bytes()
     again = gemma2_post("run", str(pipeline))

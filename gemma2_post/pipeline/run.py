@@ -17,7 +17,7 @@ from typing import Protocol
 from gemma2_post.pipeline import devices, gates, lock, processes, summary
 from gemma2_post.pipeline.decisions import Action, Choice, Decision, decide, forecast, replace
 from gemma2_post.pipeline.steps import Pipeline, Step
-from gemma2_post.stage import contract
+from gemma2_post.stage import card, contract
 from gemma2_post.stage import launcher as launchers
 from gemma2_post.stage.contract import State
 from gemma2_post.stage.errors import UserError, located, reported
@@ -227,12 +227,14 @@ class _Run:
                     raise
             for each in running:
                 each.result()
+        bounds = {step.folder: step.gates for _, several in self.pipeline.steps() for step in several}
         for step in steps:
             try:
                 gates.check(step.label, step.stage, step.folder, step.gates)
             except gates.GateError:
                 self.view.set(step.label, "below its gate")
                 raise
+            card.end(step.folder, bounds)
 
     def _decide(self, step: Step) -> Decision:
         """What to do with a step; shows that, and brings back an output that was replaced if it is wanted again."""

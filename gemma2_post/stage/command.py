@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from gemma2_post.stage import contract, fingerprint, launcher, recipe
+from gemma2_post.stage import card, contract, fingerprint, launcher, recipe
 from gemma2_post.stage.command_line import read
 from gemma2_post.stage.contract import State
 from gemma2_post.stage.disk import check_folder
@@ -52,9 +52,10 @@ class Stage:
         return (self.output_dir / contract.DONE).is_file()
 
     def finish(self, facts: dict[str, object], metrics: dict[str, float], summary: str = "") -> None:
-        """Marks the output as done and prints a line; see `contract.finish`."""
+        """Marks the output as done, ends its model card, and prints a line; see `contract.finish`."""
         seconds = time.monotonic() - self.began
         contract.finish(self.output_dir, self.name, self.fingerprint, seconds, facts, metrics)
+        card.end(self.output_dir)
         print(f"{self.output_dir}: done in {seconds:.0f} s" + (f"; {summary}" if summary else ""))
 
 

@@ -37,12 +37,13 @@ def _why_not_usable(folder: Path) -> str:
         return (error.strerror or str(error)).lower()
 
 
-def check_space(output_dir: Path, num_bytes: float, is_shared: bool = False) -> None:
+def check_space(output_dir: Path, num_bytes: float, is_shared: bool = False, key: str = "output_dir") -> None:
     """Raises a `UserError` if what is missing of `num_bytes` does not fit on the disk of `output_dir`.
 
     Args:
         num_bytes: All that the output and its checkpoints take at their most.
         is_shared: Whether the folder holds more than that output, so that nothing in it counts.
+        key: The key that names the folder.
     """
     needed = num_bytes if is_shared else missing(output_dir, num_bytes)
     existing = next(parent for parent in [output_dir, *output_dir.absolute().parents] if parent.exists())
@@ -53,7 +54,7 @@ def check_space(output_dir: Path, num_bytes: float, is_shared: bool = False) -> 
         )
         more = f", for example what gemma2-post clean {replaced.parent} lists," if replaced else ""
         raise UserError(
-            f"output_dir {output_dir}: no space left on the device for the output "
+            f"{key} {output_dir}: no space left on the device for the output "
             f"({free / 1e6:,.0f} MB free, about {needed / 1e6:,.0f} MB needed); free some{more} or write elsewhere"
         )
 

@@ -16,7 +16,7 @@ from gemma2_post.models.saving import save_adapter, save_configs, save_sum
 from gemma2_post.models.shapes import SCORE_HEAD
 from gemma2_post.models.streaming import write_tensors
 from gemma2_post.models.tokenizer import save_tokenizer, tokenizer_digest
-from gemma2_post.stage import contract, digests
+from gemma2_post.stage import card, contract, digests
 from gemma2_post.stage.command import Stage
 from gemma2_post.stage.errors import UserError
 from gemma2_post.training import trackers
@@ -154,6 +154,12 @@ def run(
             "template_digest": digests.of_text(tokenizer.chat_template),
             "num_processes": trainer.accelerator.num_processes,
         }
+        start = card.shown(model_args.model_name_or_path)
+        account = (
+            f"The stage `{stage.name}` of gemma2_post trained it, with TRL, from `{start}`. Its weights are "
+            f"{recipe.save_dtype}."
+        )
+        card.begin(stage.output_dir, stage.name, model_args.model_name_or_path, stage.name, account)
         changes = [f"{name} {before[name]:.3g} -> {after[name]:.3g}" for name in before if "/" not in name]
         stage.finish(facts, metrics, ", ".join(changes))
     trainer.end()

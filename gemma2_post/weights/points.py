@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from gemma2_post.models.folder import TEMPLATE, TOKENIZER_FILES, absolute
 from gemma2_post.models.streaming import ShardWriter
 from gemma2_post.models.tokens import BOS, EOS, PAD, STOP_TOKEN_IDS
-from gemma2_post.stage import contract
+from gemma2_post.stage import card, contract
 from gemma2_post.stage.command import Stage
 from gemma2_post.stage.disk import check_space
 from gemma2_post.stage.errors import UserError
@@ -39,8 +39,6 @@ class Merge:
 
     args: MergeArguments
     output_dir: Path
-    recipe: dict[str, object]
-    """The recipe, for the model cards."""
     init: Model
     policies: list[Model]
     """Empty if the policies are adapters."""
@@ -113,8 +111,7 @@ def open_merge(args: MergeArguments, stage: Stage) -> Merge:
     for other in models[1:]:
         inputs.check_same_architecture(init, other)
     tokenizer = inputs.check_same_tokenizer([(init.name, init.directory), *located])
-    recipe = stage.fingerprint["recipe"]
-    return Merge(args, stage.output_dir, recipe, init, policies, adapters, towards, tokenizer, device)
+    return Merge(args, stage.output_dir, init, policies, adapters, towards, tokenizer, device)
 
 
 def _device(name: str | None) -> torch.device:
@@ -244,23 +241,13 @@ def write_beside(directory: Path, merge: Merge, rule: Rule, eta: float) -> None:
         forgotten = ("cache_implementation", "torch_dtype")  # dropped by transformers 5, and renamed to dtype
         config = {key: value for key, value in config.items() if key not in forgotten}
         contract.write_json(directory / "config.json", config | {"use_cache": True, "dtype": merge.args.save_dtype})
-    card = f"""---
-library_name: transformers
-base_model: {json.dumps([merge.init.name, *merge.args.names])}
-tags: [merge, warp]
----
-
-# A WARP merge
-
-{len(merge.args.names)} policies, trained from `{merge.init.name}`, merged by `{rule}` of their task vectors with one
-angle for each {merge.args.angles}; then (1 - eta) `{merge.towards.name}` + eta merged, with eta {eta:g}
-([WARP](https://arxiv.org/abs/2406.16768)). Computed in fp32, rounded once to {merge.args.save_dtype}.
-
-```json
-{json.dumps(merge.recipe, indent=2)}
-```
-"""
-    contract.write_text(directory / "README.md", card)
+    init, towards = card.shown(merge.init.name), card.shown(merge.towards.name)
+    account = (
+        f"{len(merge.args.names)} policies, trained from `{init}`, merged by `{rule}` of their task vectors with one "
+        f"angle for each {merge.args.angles}; then (1 - eta) `{towards}` + eta merged, with eta {eta:g}\n"
+        f"([WARP](https://arxiv.org/abs/2406.16768)). Computed in fp32, rounded once to {merge.args.save_dtype}."
+    )
+    card.begin(directory, "A WARP merge", merge.init.name, "warp", account)
 
 
 def summary(groups: list[GroupReport]) -> dict[str, float]:
