@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from gemma2_post.models.folder import read_object, read_shapes
+from gemma2_post.models.streaming import open_weights
 from gemma2_post.models.tokens import SPECIAL_TOKENS
 from gemma2_post.stage.disk import check_space
 from gemma2_post.stage.errors import UserError
-from gemma2_post.weights.streaming import open_weights
 
 TYPES = {"bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32, "f32": 4.0}
 """Bytes of a weight by type; q8_0 stores 32 weights as bytes and one scale."""
