@@ -5,12 +5,14 @@ model with what each measured; it is written when the stage ends, and again by t
 path of this machine is in a card.
 """
 
+import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gemma2_post.stage import contract
+from gemma2_post.stage.errors import UserError
 
 NAME = "README.md"
 _TERMS = "https://ai.google.dev/gemma/terms"
@@ -30,7 +32,7 @@ def begin(folder: Path, title: str, base: str, tag: str, account: str) -> None:
         account: How it was made, in Markdown.
     """
     root = base
-    while (done := contract.read_done(Path(root), "stage")) and "base_model" in done:
+    while "base_model" in (done := _stage_file(Path(root))):
         root = done["base_model"]
     base_model = f"base_model: {root}\n" if shown(root) == root and "/" in root else ""
     text = f"""---
@@ -70,12 +72,19 @@ def shown(path: str) -> str:
 
 def _chain(folder: Path, found: dict[Path, dict[str, Any]]) -> dict[Path, dict[str, Any]]:
     """Adds to `found` a finished stage behind all finished stages that it read from: their stage files, by folder."""
-    done = contract.read_done(folder)
+    done = _stage_file(folder)
     if done and folder.resolve() not in found:
         for path in done["fingerprint"]["inputs"]:
             _chain(Path(path), found)
         found[folder.resolve()] = done
     return found
+
+
+def _stage_file(folder: Path) -> dict[str, Any]:
+    """The stage file of a finished stage; empty if there is none, or a damaged one: a card must not stop a stage."""
+    with contextlib.suppress(UserError):
+        return contract.read_done(folder) or {}
+    return {}
 
 
 def _table(metrics: Mapping[str, Any], bounds: Mapping[str, str]) -> str:
