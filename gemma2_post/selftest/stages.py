@@ -70,10 +70,12 @@ OWN: dict[str, dict[str, object]] = {
         "generation_kwargs": {"do_sample": False},
     },
     "reward": {"save_strategy": "no", "max_new_tokens": 16},
+    # Warmer answers wander off now and then, and one of those decides the mean entropy.
     "rlhf": {
         "use_peft": False,
         "dtype": "float32",
         "learning_rate": 5e-5,
+        "temperature": 0.6,
         "max_completion_length": 24,
         "watch_steps": 99,
     },
@@ -82,7 +84,7 @@ TOLERANCES: dict[str, dict[str, tuple[float, float]]] = {
     "sft": {"loss": (0.02, 0), "held_out_nll": (0.02, 0), "num_tokens": (0, 0)},
     "distill": {"loss": (0.06, 0)},
     "reward": {"loss": (0.04, 0), "num_tokens": (0, 0)},
-    "rlhf": {"reward": (0, 0.5), "entropy": (0.3, 0), "kl": (0, 0.1)},
+    "rlhf": {"reward": (0, 0.5), "entropy": (0.3, 0), "kl": (0, 0.05)},
 }
 """What is compared, with its relative and its absolute tolerance: for bf16, for another order of its sums, and in
 `rlhf` for other random answers."""
