@@ -46,6 +46,7 @@ def in_two_processes(module: str, zero_stage: int, values: dict[str, object], fo
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert finished.returncode == 0, finished.stderr[-6000:]
+    assert finished.stdout.count(", with 2 processes on cpu\n") == 1
     return output
 
 
