@@ -28,7 +28,7 @@ QUESTIONS = [
 _UNICODE = "Grüße,\n\t你好  مرحبا 🙂"
 """Asked for its tokens only, where the vocabulary has a token for each byte."""
 NUM_TOKENS, NUM_LIKELIEST = 24, 10
-TOLERANCES = {"f32": 0.02, "f16": 0.1, "bf16": 0.25, "q8_0": 0.5}
+TOLERANCES = {"f32": 0.02, "f16": 0.05, "bf16": 0.25, "q8_0": 0.5}
 """Largest difference of a log-probability, by type. llama.cpp rounds the activations, too, to the type of the weights;
 `docs/serving.md` has what was measured. A conversion that went wrong differs by several nats."""
 
