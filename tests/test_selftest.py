@@ -67,8 +67,8 @@ def test_the_hub_is_no_failure_offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_check_that_raises_fails() -> None:
-    found = tried(partial(numerics.attention, "cpu", 256, "no_attention", torch.float32))
-    assert found.state == "fail" and found.name == "attention cpu 256 no_attention torch.float32" and found.remedy
+    found = tried(partial(numerics.product, "no device"))
+    assert found.state == "fail" and found.name == "product no device" and found.found and found.remedy
 
 
 # --- numerics ---
@@ -96,6 +96,11 @@ def test_an_attention_that_ignores_a_fact_about_gemma_2_fails_and_says_which(
 ) -> None:
     found = numerics.attention("cpu", head_size, "eager", dtype, **numerics.KNOBS[ignored])
     assert found.state == "fail" and f"it seems to ignore the {ignored}" in found.remedy
+
+
+def test_an_attention_that_does_not_work_here_fails() -> None:
+    found = numerics.attention("cpu", 128, "no_attention", torch.float32)
+    assert found.state == "fail" and found.remedy.startswith("write attn_implementation: eager")
 
 
 def test_products_quantized_weights_and_the_anchor_pass() -> None:
