@@ -104,6 +104,8 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
 def complete(recipe: Recipe, launcher: Launcher) -> None:
     complete_training(recipe, launcher)
     recipe.training.eval_packing = False
+    if not recipe.training.packing:  # TRL would copy all rows once more, in each process, to truncate none of them
+        recipe.training.dataset_kwargs = {"skip_prepare_dataset": True}
 
 
 def metrics(recipe: Recipe) -> set[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -103,6 +104,17 @@ def test_eight_rows_at_once_are_one_row_eight_times(run_sft: Run, recipe: Recipe
     first, second = (load_file(output / "model.safetensors") for output in (together, apart))
     for name in first:
         torch.testing.assert_close(first[name], second[name], atol=2e-4, rtol=0)  # a fifth of one Adam step of 1e-3
+
+
+def test_prepared_rows_are_not_copied_by_the_trainer(
+    run_sft: Run, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL would map over all rows in each process, to truncate none of them."""
+    mapped = []
+    map_rows = Dataset.map
+    monkeypatch.setattr(Dataset, "map", lambda *rows, **options: mapped.append(options) or map_rows(*rows, **options))
+    run_sft(recipe | {"max_steps": 1})
+    assert not mapped
 
 
 @pytest.mark.slow
