@@ -3,7 +3,7 @@
 Each kill hits either only the chain (its stages continue until the next start ends them) or all processes at once, as
 in a power failure. The script compares the content hashes of all stages' outputs, and the models' measurements.
 
-    python benchmarks/kills.py recipes/tiny/pipeline.yaml --kills 30 --run_dir /tmp/kills
+    python benchmarks/kills.py recipes/tiny/pipeline.yaml --kills 100 --run_dir /tmp/kills
 """
 
 import argparse

@@ -130,8 +130,8 @@ def _results(task: Task) -> Iterator[Found]:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
             raise UserError(
-                f"{task.source.path}: the system killed a process that prepares its rows, perhaps for want of memory; "
-                "run it with fewer cores (taskset), or with more memory"
+                f"{task.source.path}: the system killed a process that prepares its rows, perhaps because memory "
+                "ran out; run it with fewer cores (taskset), or with more memory"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)

@@ -15,8 +15,9 @@ from gemma2_post.models.loading import find_weights
 from gemma2_post.models.saving import save_adapter, save_configs, save_sum
 from gemma2_post.models.shapes import SCORE_HEAD
 from gemma2_post.models.streaming import write_tensors
+from gemma2_post.models.templates import template_digest
 from gemma2_post.models.tokenizer import save_tokenizer, tokenizer_digest
-from gemma2_post.stage import card, contract, digests
+from gemma2_post.stage import card, contract
 from gemma2_post.stage.command import Stage
 from gemma2_post.stage.errors import UserError
 from gemma2_post.training import trackers
@@ -151,7 +152,7 @@ def run(
             "adapter": "adapter" if model_args.use_peft else None,
             "dtype": recipe.save_dtype,
             "tokenizer_digest": tokenizer_digest(tokenizer),
-            "template_digest": digests.of_text(tokenizer.chat_template),
+            "template_digest": template_digest(tokenizer.chat_template),
             "num_processes": trainer.accelerator.num_processes,
         }
         start = card.shown(model_args.model_name_or_path)
