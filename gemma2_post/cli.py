@@ -181,6 +181,18 @@ def export(directory: str, to: str, weight_type: str | None, output: Path | None
     export(directory, to, weight_type, output)
 
 
+def push(directory: Path, repository: str, public: bool) -> None:
+    """Uploads a model to the Hugging Face Hub.
+
+    Args:
+        public: Whether everyone can see a repository that is made for it.
+    """
+    silence_libraries()
+    from gemma2_post.export.push import push
+
+    push(directory, repository, public)
+
+
 def schema(directory: Path, markdown: Path | None) -> None:
     """Writes the JSON Schemas of all recipes to a folder, and the reference of all keys to a Markdown file."""
     silence_libraries()
@@ -285,6 +297,11 @@ def _parser() -> argparse.ArgumentParser:
     types = ["bf16", "f16", "q8_0", "f32"]
     add("--type", dest="weight_type", choices=types, help="the type of the weights in a GGUF file; default: bf16")
     add("--output", type=Path, metavar="PATH", help="the file or folder to write; default: beside the model's folder")
+
+    add = command(push, "upload a model with its tokenizer and card to the Hugging Face Hub")
+    add("directory", type=Path, help="the output of a stage, or a run, of which the last model is uploaded")
+    add("repository", metavar="USER/NAME", help="the repository; made if it is not there yet, private")
+    add("--public", action="store_true", help="everyone can see a repository that is made")
 
     add = command(schema, "write a JSON Schema for each kind of recipe, for editors")
     add("directory", type=Path, nargs="?", default=Path("recipes/schema"))

@@ -53,6 +53,7 @@ def save_adapter(model: PeftModel, state_dict: dict[str, torch.Tensor], director
         state_dict: Its tensors, by the names of the model's parameters.
     """
     model.save_pretrained(directory, state_dict=state_dict, selected_adapters=["default"])
+    (directory / "README.md").unlink(missing_ok=True)  # PEFT's card, which names a local base by its path
     config = read_object(directory / ADAPTER)
     contract.write_json(
         directory / ADAPTER, config | {"base_model_name_or_path": absolute(config["base_model_name_or_path"])}

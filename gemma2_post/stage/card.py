@@ -58,7 +58,7 @@ def end(folder: Path, gates: Gates | None = None) -> None:
         return
     text = (folder / NAME).read_text(encoding="utf-8").partition(_SECOND_HALF)[0] + _SECOND_HALF
     bounds = {path.resolve(): each for path, each in (gates or {}).items()}
-    for path, done in _chain(folder, {}).items():
+    for path, done in chain(folder).items():
         title = done["stage"] if path.name == done["stage"] else f"{done['stage']}: {path.name}"
         text += f"\n### {title}\n\n{_table(done['metrics'], bounds.get(path, {}))}"
     contract.write_text(folder / NAME, text)
@@ -70,14 +70,13 @@ def shown(path: str) -> str:
     return Path(path).resolve().name if is_local else path
 
 
-def _chain(folder: Path, found: dict[Path, dict[str, Any]]) -> dict[Path, dict[str, Any]]:
-    """Adds to `found` a finished stage behind all finished stages that it read from: their stage files, by folder."""
+def chain(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The stage files, by folder, of a finished stage and of all finished stages behind it, each after its inputs."""
     done = _stage_file(folder)
-    if done and folder.resolve() not in found:
-        for path in done["fingerprint"]["inputs"]:
-            _chain(Path(path), found)
-        found[folder.resolve()] = done
-    return found
+    found: dict[Path, dict[str, Any]] = {}
+    for path in done["fingerprint"]["inputs"] if done else []:
+        found |= chain(Path(path))
+    return found | {folder.resolve(): done} if done else found
 
 
 def _stage_file(folder: Path) -> dict[str, Any]:
