@@ -18,9 +18,10 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 import time
 from pathlib import Path
+
+from process_memory import Sampler
 
 MAX_LENGTH = 4096
 MEAN_WORDS = 24
@@ -94,62 +95,30 @@ def bare(model: str, data: str) -> int:
 # --- measuring ---
 
 
-def memory_of(pid: int) -> tuple[int, int]:
-    """Bytes that a process and its children hold, shared pages divided: in all, and without mapped files."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    family = {pid}
-    while more := {child for child, parent in parents.items() if parent in family} - family:
-        family |= more
-    total = files = 0
-    for member in family:
-        try:
-            lines = Path(f"/proc/{member}/smaps_rollup").read_text().splitlines()[1:]
-        except OSError:
-            continue
-        sizes = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines}
-        total += sizes["Pss"]
-        files += sizes["Pss_File"]
-    return total, total - files
-
-
 class Measured:
     """A run of this script's `--run` in its own process: seconds and peak memory."""
 
     def __init__(self, what: str, model: Path, data: Path, cache: Path):
-        self.began, self.seconds, self.peak, self.peak_without_files = time.monotonic(), 0.0, 0, 0
+        self.began = time.monotonic()
         command = [sys.executable, __file__, str(model), "--run", what, "--data", str(data)]
         environment = os.environ | {"HF_DATASETS_CACHE": str(cache)}
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        self.watch = threading.Thread(target=self._watch)
-        self.watch.start()
-
-    def _watch(self) -> None:
-        while self.process.poll() is None:
-            total, without_files = memory_of(self.process.pid)
-            self.peak = max(self.peak, total)
-            self.peak_without_files = max(self.peak_without_files, without_files)
-            time.sleep(0.2)
-        self.seconds = time.monotonic() - self.began
+        self.sampler = Sampler(self.process.pid)
 
     def result(self) -> dict[str, float]:
         """Waits for its end."""
         printed, _ = self.process.communicate()
-        self.watch.join()
+        seconds_with_imports = time.monotonic() - self.began
+        peak, peak_without_files = self.sampler.peaks["all"]
         if self.process.returncode:
             raise SystemExit(f"{self.process.args} failed")
         num_rows, seconds = printed.split()[-2:]
         return {
             "num_rows": int(num_rows),
             "seconds": round(float(seconds), 1),
-            "seconds_with_imports": round(self.seconds, 1),
-            "peak_gb": round(self.peak / 1e9, 2),
-            "peak_gb_without_mapped_files": round(self.peak_without_files / 1e9, 2),
+            "seconds_with_imports": round(seconds_with_imports, 1),
+            "peak_gb": round(peak / 1e9, 2),
+            "peak_gb_without_mapped_files": round(peak_without_files / 1e9, 2),
         }
 
 

@@ -116,7 +116,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
         plot_pairs(pairs, stage.output_dir, after.get("noise_ceiling"))
         canary = [[*row["prompt"], *row["chosen"]] for row in held_out.select(range(min(4, len(held_out))))]
         mean, spread = reward_model.mean_and_spread(rewards.values())
-        reward_model.seal(stage.output_dir, tokenizer, canary, mean, spread, max_length)
+        reward_model.seal(stage.output_dir, tokenizer, canary, mean, spread, max_length, trainer.args.device)
         return {"answer_reward_mean": mean, "answer_reward_spread": spread}
 
     run(stage, recipe, trainer, measure, complete)

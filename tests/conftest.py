@@ -229,7 +229,7 @@ def reward_model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTra
     save_model(model, model.state_dict(), directory, torch.float32)
     save_tokenizer(tokenizer, directory)
     canary = [[{"role": "user", "content": "What is 3 plus 5?"}, {"role": "assistant", "content": "It is 8."}]]
-    reward_model.seal(directory, tokenizer, canary, 0.5, 2.0, max_length=192)
+    reward_model.seal(directory, tokenizer, canary, 0.5, 2.0, max_length=192, device=torch.device("cpu"))
     return directory
 
 

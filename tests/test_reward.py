@@ -99,7 +99,7 @@ def make_reward_model(
     save_model(model, model.state_dict(), directory, dtype)
     save_tokenizer(tokenizer, directory)
     canary = [[USER, MODEL], [USER, MODEL, USER, MODEL | {"content": "Hello again, and good-bye."}]]
-    reward_model.seal(directory, tokenizer, canary, 0.5, spread, max_length=192)
+    reward_model.seal(directory, tokenizer, canary, 0.5, spread, max_length=192, device=torch.device("cpu"))
     return directory
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy
 import torch
+from accelerate import cpu_offload
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForSequenceClassification,
@@ -86,18 +87,22 @@ def seal(
     mean: float,
     spread: float,
     max_length: int,
+    device: torch.device,
 ) -> None:
     """Saves with the weights in `output_dir` what `load` checks: above all, the scores of a few conversations.
+
+    The weights stay mapped from their files; `device` holds one matrix at a time, because the model that was trained
+    is still in its memory.
 
     Args:
         conversations: These few conversations, the canary; each ends with the model's turn.
     """
     unset_hf_deepspeed_config()  # else ZeRO-3 would shard this model too
-    model = AutoModelForSequenceClassification.from_pretrained(
-        output_dir, dtype=torch.float32, attn_implementation="eager"
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(output_dir, dtype="auto", attn_implementation="eager")
     _score_in_fp32(model)
-    scores = [score(model, tokenizer, [conversation])[0] for conversation in conversations]
+    cpu_offload(model, device)
+    rows = [conversation_ids(tokenizer, messages) for messages in conversations]
+    scores = score_ids(model, rows, batch_size=1, device=device)
     canary = [{"messages": messages, "score": value} for messages, value in zip(conversations, scores, strict=True)]
     sealed = {"canary": canary, "mean": mean, "spread": spread, "max_length": max_length, **_digests(tokenizer)}
     contract.write_json(output_dir / FILE, sealed)
@@ -194,9 +199,15 @@ def score(
     return score_ids(model, [conversation_ids(tokenizer, messages) for messages in conversations], batch_size)
 
 
-def score_ids(model: torch.nn.Module, rows: list[list[int]], batch_size: int) -> list[float]:
-    """The reward of each conversation, given as token ids; computed in right-padded batches, in evaluation mode."""
-    device = next(model.parameters()).device
+def score_ids(
+    model: torch.nn.Module, rows: list[list[int]], batch_size: int, device: torch.device | None = None
+) -> list[float]:
+    """The reward of each conversation, given as token ids; computed in right-padded batches, in evaluation mode.
+
+    Args:
+        device: Where the model computes, if not where its weights are.
+    """
+    device = device or next(model.parameters()).device
     was_training = model.training
     model.eval()
     scores: list[float] = []

@@ -1,0 +1,102 @@
+"""Models of Gemma 2's shapes with random weights, and rows of an exact length: what time and memory depend on.
+
+python benchmarks/random_model.py 2b DIR
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2ForSequenceClassification
+
+from gemma2_post.models.saving import save_configs
+from gemma2_post.models.shapes import SCORE_HEAD, SHAPES, tensor_shapes
+from gemma2_post.models.streaming import write_tensors
+
+TINY = Path("gemma2_post/tiny/models/base")
+SCALE = 0.02
+"""Standard deviation of the weights, as transformers initializes them."""
+
+
+def config_of(shape: str, num_layers: int | None = None) -> Gemma2Config:
+    """The config of 2b, 9b, or 27b.
+
+    Args:
+        num_layers: Fewer layers than it has.
+    """
+    values = SHAPES[f"google/gemma-2-{shape}"]
+    return Gemma2Config(**values | ({"num_hidden_layers": num_layers} if num_layers else {}))
+
+
+def write_model(folder: Path, config: Gemma2Config, is_reward_model: bool = False) -> Path:
+    """Writes a model in bf16 with a tokenizer, if it is not there yet; holds one tensor at a time."""
+    if (folder / "config.json").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = tensor_shapes(config.to_dict(), str(folder))
+    if is_reward_model:
+        shapes[SCORE_HEAD] = (1, config.hidden_size)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    draw = torch.Generator(device).manual_seed(0)
+
+    def tensor_of(name: str) -> torch.Tensor:
+        if "norm" in name:  # Gemma's norms multiply by 1 + weight
+            return torch.zeros(shapes[name])
+        return SCALE * torch.randn(shapes[name], generator=draw, device=device, dtype=torch.bfloat16)
+
+    sizes = {name: torch.Size(shape) for name, shape in shapes.items()}
+    write_tensors(folder, sizes, torch.bfloat16, tensor_of, {SCORE_HEAD})
+    _write_tokenizer(folder, config.vocab_size)
+    model_class = Gemma2ForSequenceClassification if is_reward_model else Gemma2ForCausalLM
+    if is_reward_model:
+        config = Gemma2Config(**config.to_dict() | {"num_labels": 1})
+    save_configs(model_class, config, folder, torch.bfloat16)
+    return folder
+
+
+def _write_tokenizer(folder: Path, num_tokens: int) -> None:
+    """The tiny world's tokenizer with more pieces, which no text has."""
+    tokenizer = json.loads((TINY / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary |= {f"<piece{number}>": number for number in range(len(vocabulary), num_tokens)}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_bytes((TINY / "tokenizer_config.json").read_bytes())
+
+
+def words(num_tokens: int, number: int) -> str:
+    """A text of this many tokens: each digit is one."""
+    return f"{number:0{num_tokens}d}"
+
+
+def write_rows(file: Path, num_rows: int, prompt: int, answer: int, first: int = 0) -> Path:
+    """Conversations of one turn each: prompts and answers of these lengths in tokens, without the chat format."""
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": words(prompt, first + number)},
+                {"role": "assistant", "content": words(answer, first + number)},
+            ]
+        }
+        for number in range(num_rows)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def write_pairs(file: Path, num_rows: int, prompt: int, answer: int, first: int = 0) -> Path:
+    """Pairs of answers of this length to prompts of that length, in tokens."""
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": words(prompt, first + number)}],
+            "chosen": [{"role": "assistant", "content": words(answer, 2 * number)}],
+            "rejected": [{"role": "assistant", "content": words(answer, 2 * number + 1)}],
+        }
+        for number in range(num_rows)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+if __name__ == "__main__":
+    write_model(Path(sys.argv[2]), config_of(sys.argv[1]))
