@@ -184,7 +184,7 @@ def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
     rows, length = recipe.training.per_device_train_batch_size, prompt + answer
     loss = cost.divergence_loss(config, rows * answer, compute, trains_all=not recipe.model.use_peft)
     teacher_compute = cost.Compute(cost.FP32 if in_fp32 else cost.BF16, compute.attention, compute.on_cpu)
-    teacher_pass = cost.forward(teacher, rows, length, teacher_compute) + held.dequantized(teacher, quantization)
+    teacher_pass = cost.forward(teacher, rows, length, teacher_compute) + cost.dequantized(teacher, quantization)
     parts = held.held(checked, frozen)
     return {
         **held.training_step(checked, parts, rows, length, loss, [teacher_pass]),

@@ -163,7 +163,8 @@ def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
         judging, compute = checked.recipe.judging, measuring.compute_of(checked)
         answers = checked.recipe.measured.answers
         prompt = cost.longest_prompt(checked.models.values(), answers.max_prompt_length, answers.max_completion_length)
-        held = {"judge": cost.weights(judge, compute.itemsize)}
+        size = cost.weights(judge, compute.itemsize, judging.judge_load_in)
+        held = {"judge": size + cost.dequantized(judge, judging.judge_load_in)}
         held |= {"weights": found["sampling"]["weights"]} if judging.safety_datasets else {}
         question = JUDGE_QUESTION + prompt + 2 * answers.max_completion_length
         found["judge"] = held | cost.sampling(judge, JUDGE_BATCH, question, judging.judge_max_tokens, compute)
@@ -191,7 +192,9 @@ def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
         question = pair.plus(Lengths((JUDGE_QUESTION,)))
         asked = 2 * (num_models - 1) * measured.samples.num_samples  # in both orders
         replies = evenly(recipe.judging.judge_max_tokens)
-        found += passes.sampling(passes.Model(judge, compute), asked, JUDGE_BATCH, question, replies)
+        found += passes.sampling(
+            passes.Model(judge, compute, recipe.judging.judge_load_in), asked, JUDGE_BATCH, question, replies
+        )
     return found
 
 

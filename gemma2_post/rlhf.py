@@ -116,7 +116,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
         processing_class=tokenizer,
     )
     if score:
-        score.load(partial(prepare_frozen, trainer))
+        score.load(trainer.args.device, partial(prepare_frozen, trainer))
     start, reference = models_beside(trainer, recipe.model, is_moving=recipe.anchor != "start")
     anchor = EmaAnchor(trainer, recipe.anchor_mu) if recipe.anchor == "ema" else None
     restore = anchor.restore if anchor else lambda checkpoint: None
@@ -138,6 +138,11 @@ def main(stage: Stage, recipe: Recipe) -> None:
 def check(recipe: Recipe, launcher: Launcher) -> None:
     check_training(recipe, launcher)
     recipe.rewards.check()
+    if recipe.rewards.reward_model_load_in and launcher.zero_stage == 3:
+        raise UserError(
+            "a quantized reward model cannot be sharded by ZeRO-3; remove reward_model_load_in, ZeRO-3 spreads its "
+            "weights over the processes"
+        )
     if recipe.samples.num_samples < 1:
         raise UserError("num_samples is 0, so nobody would watch the policy; write 1 or more")
     check_sampling(recipe)
@@ -199,7 +204,8 @@ def frozen(checked: Checked[Recipe]) -> Parts:
     launcher, recipe, trained = checked.launcher, checked.recipe, held.trained_parameters(checked)
     found: Parts = {}
     if scorer := checked.models.get("reward_model"):  # bf16 on a GPU
-        size = cost.weights(scorer, cost.FP32 if launcher.use_cpu else cost.BF16)
+        itemsize = cost.FP32 if launcher.use_cpu else cost.BF16
+        size = cost.weights(scorer, itemsize, recipe.rewards.reward_model_load_in)
         found["reward model"] = held.shared(size, launcher, 3)
     shadow = held.shared(cost.FP32 * trained, launcher, 2) if recipe.anchor == "ema" else 0
     if recipe.model.use_peft:  # reference and start are the policy with another adapter, or without one
@@ -228,6 +234,7 @@ def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
         scoring = cost.Compute(cost.FP32 if compute.on_cpu else cost.BF16, "eager", compute.on_cpu)
         conversations = max(recipe.training.per_device_eval_batch_size, recipe.rewards.reward_batch_size)
         scored = cost.forward(scorer, conversations, length, scoring)
+        scored += cost.dequantized(scorer, recipe.rewards.reward_model_load_in)
         phases["rewards"] = parts | {"activations": scored, "gathered": held.gathered(checked)}
     return phases
 
@@ -258,7 +265,8 @@ def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
     ]
     if scorer := checked.models.get("reward_model"):
         on_cpu = checked.launcher.use_cpu
-        scoring = passes.Model(scorer, cost.Compute(cost.FP32 if on_cpu else cost.BF16, "eager", on_cpu))
+        compute = cost.Compute(cost.FP32 if on_cpu else cost.BF16, "eager", on_cpu)
+        scoring = passes.Model(scorer, compute, quantization=recipe.rewards.reward_model_load_in)
         conversations, number = recipe.rewards.reward_batch_size, recipe.samples.num_samples
         step.append(passes.reading(scoring, sampled, conversations, both))
         watched.append(passes.reading(scoring, computed.per_process(checked, number), conversations, both))

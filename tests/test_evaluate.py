@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from gemma2_post import evaluate
 from gemma2_post.data.keys import Source
@@ -100,6 +100,9 @@ def test_models_are_measured_beside_each_other(evaluate_recipe: Recipe, tmp_path
         ({"num_memorised": 10}, "num_memorised does nothing without corpus; set corpus, or remove num_memorised"),
         ({"benchmark_limit": 10}, "benchmark_limit does nothing without benchmarks"),
         ({"judge_max_tokens": 10}, "judge_max_tokens does nothing without judge"),
+        ({"judge_load_in": "4bit"}, "judge_load_in does nothing without judge"),
+        ({"reward_model_load_in": "4bit"}, "reward_model_load_in does nothing without reward_model"),
+        ({"reward_model_load_in": "2bit"}, "write one of 4bit, 8bit"),
         ({"api_key_variable": "KEY"}, "api_key_variable does nothing without judge_endpoint"),
         ({"normalize_rewards": False}, "normalize_rewards does nothing without reward_model"),
     ],
@@ -256,6 +259,34 @@ def test_a_local_judge_that_says_nothing_is_refused(evaluate_recipe: Recipe, tmp
         run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values | {"base": None, "num_samples": 3})
 
 
+def test_the_reward_model_and_the_judge_may_be_quantized(
+    evaluate_recipe: Recipe, reward_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    original = AutoModelForCausalLM.from_pretrained
+
+    def remember(*arguments: object, **values: object) -> PreTrainedModel:
+        model = original(*arguments, **values)
+        loaded.append((Path(str(arguments[0])), {type(each).__name__ for each in model.modules()}))
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", remember)
+    changes = {
+        "reward_functions": None,
+        "reward_model": str(reward_model_dir),
+        "reward_model_load_in": "8bit",
+        "judge": TEACHER,
+        "judge_load_in": "4bit",
+        "judge_max_tokens": 4,
+        "num_samples": 3,
+        "models": evaluate_recipe["models"][:2],
+        "base": None,
+    }
+    with pytest.raises(UserError, match="the judge gave no verdict on"):  # a judge that was asked
+        run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, evaluate_recipe | changes)
+    assert [path for path, kinds in loaded if "Linear4bit" in kinds] == [Path(TEACHER)]
+
+
 def test_a_corpus_of_conversations_is_in_the_format_that_sft_reads(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
@@ -312,6 +343,10 @@ def test_memorisation_is_measured_over_a_corpus(evaluate_recipe: Recipe, tmp_pat
     [
         ({"safety_datasets": [{"path": "prompts.jsonl"}]}, "there is no judge; name one"),
         ({"judge_endpoint": "http://localhost:1/v1"}, "judge_endpoint has no judge"),
+        (
+            {"judge": "j", "judge_endpoint": "http://localhost:1/v1", "judge_load_in": "4bit"},
+            "judge_load_in is for a judge in a folder; remove it",
+        ),
         ({"judge": "j", "judge_endpoint": "localhost"}, "write a base URL"),
         (
             {"judge": "j", "judge_endpoint": "http://h/v1", "api_key_variable": "NO_KEY"},

@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 import yaml
+from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -464,13 +465,16 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda directory: (directory / "reward_model.json").unlink(),
         "has no reward_model.json, so nothing says that its score head was trained; name the output of the reward",
     ),
-    "no head": (edit_weights(no_head), "lacks score.weight, has 1 labels and pad id 0; train the reward model again"),
-    "two labels": (two_labels, "lacks nothing, has 2 labels and pad id 0; train the reward model again"),
+    "no head": (edit_weights(no_head), "lacks score.weight; train the reward model again"),
+    "two labels": (two_labels, "has 2 labels and pad id 0, not 1 and 0; train the reward model again"),
     "two labels in the config alone": (
         edit_json("config.json", id2label={"0": "bad", "1": "good"}, label2id={"bad": 0, "good": 1}),
         "train the reward model again",
     ),
-    "no pad id": (edit_json("config.json", pad_token_id=None), "has 1 labels and pad id None; train the reward mod"),
+    "no pad id": (
+        edit_json("config.json", pad_token_id=None),
+        "has 1 labels and pad id None, not 1 and 0; train the reward",
+    ),
     "another head": (edit_weights(random_head), "when it was made; its files have changed, train the reward model"),
     "a head of nothing": (
         edit_weights(lambda weights: weights["score.weight"].mul_(float("nan"))),
@@ -503,6 +507,33 @@ def test_a_reward_model_loads_as_it_was(model_dir: Path, tokenizer: PreTrainedTo
     hidden = loaded.model.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
     assert tokenizer.decode(ids[-2:]) == "<end_of_turn>\n"
     assert scores[1] == pytest.approx((hidden @ weights["score.weight"][0]).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("quantization", "kind"), [("4bit", "Linear4bit"), ("8bit", "Linear8bitLt")])
+def test_a_quantized_reward_model_scores_as_its_quantized_matrices_do(
+    quantization: str, kind: str, model_dir: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """The head stays exact; another head is still noticed."""
+    directory = make_reward_model(model_dir, tokenizer, tmp_path / "reward", scale=0.2)
+    whole = reward_model.load(str(directory))
+    found = reward_model.load(str(directory), quantization=quantization, device=torch.device("cpu"))
+    quantized = {name: each for name, each in found.model.named_modules() if type(each).__name__ == kind}
+    assert len(quantized) == 7 * whole.model.config.num_hidden_layers
+    assert found.model.score.weight.dtype == torch.float32 and not found.model.training
+    assert not any(parameter.requires_grad for parameter in found.model.parameters())
+    chats = [[USER, MODEL], [USER, MODEL | {"content": "Another answer."}]]
+    scores = reward_model.score(found.model, tokenizer, chats)
+    exact = reward_model.score(whole.model, tokenizer, chats)
+    assert scores != exact and scores == pytest.approx(exact, abs=0.5 * whole.spread)
+    if quantization == "4bit":
+        modules = dict(whole.model.named_modules())
+        for name, module in quantized.items():
+            values = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            modules[name].weight.data = values.to(torch.float32)
+        assert reward_model.score(whole.model, tokenizer, chats) == pytest.approx(scores, abs=1e-4)
+    edit_weights(random_head)(directory)
+    with pytest.raises(UserError, match="when it was made; its files have changed"):
+        reward_model.load(str(directory), quantization=quantization, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.05, 2.0])

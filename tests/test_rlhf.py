@@ -19,6 +19,7 @@ from gemma2_post.evaluation.samples import Answer, distinctness
 from gemma2_post.models.loading import load_for_training
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.launcher import Launcher
 from gemma2_post.training import policy as policies
 from gemma2_post.training import run as training
 from tests.conftest import TEACHER, write_prompts
@@ -253,6 +254,18 @@ def test_a_python_function_rewards_as_in_trl(run_rlhf: Run, rlhf_recipe: Recipe)
     output = run_rlhf(values | {"reward_functions": ["gemma2_post.tiny.gold:gold"], "missing_end_penalty": 0.0})
     metrics = metrics_of(output)
     assert metrics["gold"] == metrics["reward"] and -0.25 <= metrics["gold"] <= 1.5
+
+
+@pytest.mark.slow
+def test_a_quantized_reward_model_rewards_nearly_alike(run_rlhf: Run, rlhf_recipe: Recipe, tmp_path: Path) -> None:
+    values = rlhf_recipe | {"max_steps": 1}
+    exact = json.loads((run_rlhf(values) / "before.json").read_text())
+    quantized = values | {"reward_model_load_in": "4bit", "output_dir": str(tmp_path / "quantized")}
+    found = json.loads((run_rlhf(quantized) / "before.json").read_text())
+    assert found["mean_tokens"] == exact["mean_tokens"], "the same answers"
+    assert 1e-6 < abs(found["reward_model"] - exact["reward_model"]) < 0.5
+    with pytest.raises(UserError, match="a quantized reward model cannot be sharded by ZeRO-3; remove reward_model_l"):
+        rlhf.COMMAND.build(quantized, Launcher(zero_stage=3, saves_16bit_model=True))
 
 
 # --- watching ---

@@ -228,9 +228,10 @@ def load_judge(args: JudgeArguments, replies: Path) -> Judge | None:
         return Judge(ask, f"{args.judge_endpoint} {args.judge} {args.judge_max_tokens}", replies)
     tokenizer = load_tokenizer(args.judge, load_config(args.judge))
     # Loaded when it is first asked: by then the models that it judges have answered.
-    loaded = cache(partial(load, Path(args.judge)))
+    loaded = cache(partial(load, Path(args.judge), quantization=args.judge_load_in))
     digest = contract.input_digest(args.judge) or args.judge
-    return Judge(ask_model(loaded, tokenizer, args.judge_max_tokens), f"{digest} {args.judge_max_tokens}", replies)
+    name = " ".join([digest, str(args.judge_max_tokens), *([args.judge_load_in] if args.judge_load_in else [])])
+    return Judge(ask_model(loaded, tokenizer, args.judge_max_tokens), name, replies)
 
 
 def load_safety_prompts(args: JudgeArguments, measurement: Measurement) -> list[list[Message]]:

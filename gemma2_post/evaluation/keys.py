@@ -1,7 +1,7 @@
 """Recipe keys for how answers are sampled, rewarded, graded and measured."""
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from gemma2_post.data.keys import DataArguments, Source
 from gemma2_post.stage.bounds import COUNT, NOT_NEGATIVE, POSITIVE, SEED
@@ -12,6 +12,8 @@ from gemma2_post.stage.recipe import Effect, key, part
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+Quantization = Literal["4bit", "8bit"]
+"""How a frozen model is quantized: NF4, or LLM.int8."""
 MEASURES = {"kl_to_init", "reward", "stop_rate", "mean_tokens"}
 """What is measured for each model in addition to its grades."""
 
@@ -69,6 +71,9 @@ class RewardFunctionArguments:
     """How answers are rewarded."""
 
     reward_model: ModelPath | None = key(None, "Finished output of the reward stage.")
+    reward_model_load_in: Quantization | None = key(
+        None, "Quantizes the reward model, which is only read, to NF4 or LLM.int8."
+    )
     normalize_rewards: bool = key(
         True, "Normalizes the reward model's scores with the mean and spread that its training recorded."
     )
@@ -88,7 +93,7 @@ class RewardFunctionArguments:
         if not self.reward_model and not self.reward_functions:
             raise UserError("nothing rewards the answers; name a reward_model, or reward_functions")
         if not self.reward_model:
-            _refuse_idle(self, "reward_model", ["normalize_rewards", "reward_batch_size"])
+            _refuse_idle(self, "reward_model", ["reward_model_load_in", "normalize_rewards", "reward_batch_size"])
 
     @property
     def names(self) -> set[str]:
@@ -181,6 +186,7 @@ class JudgeArguments:
     judge: ModelPath | None = key(
         None, "A model that judges pairs of answers: a folder, or its name at judge_endpoint."
     )
+    judge_load_in: Quantization | None = key(None, "Quantizes a judge in a folder to NF4 or LLM.int8.")
     judge_endpoint: str | None = key(None, "Base URL of the judge's OpenAI-compatible server.")
     endpoint: EndpointArguments = part(EndpointArguments)
     judge_max_tokens: int = key(256, "Longest reply of the judge, in tokens.", bounds=COUNT)
@@ -192,8 +198,12 @@ class JudgeArguments:
             raise UserError("safety_datasets has answers to judge, and there is no judge; name one")
         if self.judge_endpoint and not self.judge:
             raise UserError("judge_endpoint has no judge; name the model there that is to judge")
+        if self.judge_endpoint and self.judge_load_in:
+            raise UserError(
+                "judge_load_in is for a judge in a folder; remove it, the server at judge_endpoint decides"
+            )
         if not self.judge:
-            _refuse_idle(self, "judge", ["judge_max_tokens"])
+            _refuse_idle(self, "judge", ["judge_load_in", "judge_max_tokens"])
         if not self.judge_endpoint:
             _refuse_idle(self.endpoint, "judge_endpoint", ["api_key_variable", "concurrency", "endpoint_timeout"])
 

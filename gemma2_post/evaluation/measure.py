@@ -13,7 +13,7 @@ from statistics import mean, stdev
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from gemma2_post.data.mixture import load_rows
@@ -25,7 +25,7 @@ from gemma2_post.evaluation.divergence import measure_divergence
 from gemma2_post.evaluation.keys import MeasureArguments
 from gemma2_post.evaluation.samples import Answer, load_graders, sample_answers
 from gemma2_post.models.arguments import check_prompt_length
-from gemma2_post.models.loading import generation_config, load_config
+from gemma2_post.models.loading import frozen_arguments, load_config, load_model
 from gemma2_post.models.tokenizer import load_tokenizer
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError, located
@@ -153,7 +153,8 @@ class Measurement:
     def load_reward_model(self) -> None:
         """Loads the reward model, if there is one; call this once all models have answered."""
         if self.score:
-            self.score.load(lambda model: model.to(self.accelerator.device).eval())
+            device = self.accelerator.device
+            self.score.load(device, lambda model: model.to(device).eval())
 
     def unload_reward_model(self) -> None:
         """Frees the memory of the reward model."""
@@ -174,17 +175,12 @@ class Measurement:
         }
 
 
-def load(path: Path, device: torch.device | None = None) -> PreTrainedModel:
+def load(path: Path, device: torch.device | None = None, quantization: str | None = None) -> PreTrainedModel:
     """Loads a model in bf16, spread over all GPUs; in fp32 on a CPU."""
     device = device or Accelerator().device
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-        attn_implementation="eager",
-        device_map="balanced" if torch.cuda.device_count() > 1 else {"": device},
-    )
-    model.generation_config = generation_config()
-    return model.eval()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    device_map = "balanced" if torch.cuda.device_count() > 1 else {"": device}
+    return load_model(frozen_arguments(str(path), dtype, quantization), device_map).eval()
 
 
 def summarize(values: dict[str, list[float]]) -> dict[str, float]:

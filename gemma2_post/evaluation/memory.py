@@ -29,8 +29,10 @@ def measuring(checked: Checked, measured: MeasureArguments) -> dict[str, Parts]:
         },
     }
     if scorer := checked.models.get("reward_model"):
+        quantization = measured.rewards.reward_model_load_in
         found["rewards"] = {
-            "reward model": cost.weights(scorer, compute.itemsize),
-            "activations": cost.forward(scorer, measured.rewards.reward_batch_size, prompt + answer, compute),
+            "reward model": cost.weights(scorer, compute.itemsize, quantization),
+            "activations": cost.forward(scorer, measured.rewards.reward_batch_size, prompt + answer, compute)
+            + cost.dequantized(scorer, quantization),
         }
     return found

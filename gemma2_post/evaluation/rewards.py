@@ -97,9 +97,10 @@ class ModelReward:
         self.max_length: int = sealed["max_length"]
         """Length limit of its training conversations, in tokens."""
 
-    def load(self, prepare: Callable[[PreTrainedModel], torch.nn.Module]) -> None:
-        """Loads the weights; `prepare` moves or shards the model."""
-        self.loaded = reward_model.load(self.path, self.tokenizer, prepare)
+    def load(self, device: torch.device, prepare: Callable[[PreTrainedModel], torch.nn.Module]) -> None:
+        """Loads the weights, quantized ones onto this device; `prepare` moves or shards any others."""
+        quantization = self.args.reward_model_load_in
+        self.loaded = reward_model.load(self.path, self.tokenizer, prepare, quantization, device)
 
     def __call__(self, prompts: list[list[Message]], completions: list[list[Message]], **_: object) -> list[float]:
         conversations = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]

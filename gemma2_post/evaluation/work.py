@@ -26,5 +26,6 @@ def measuring(checked: Checked, measured: MeasureArguments, rows: Rows, answers:
     found = work.sampling(model, number, args.batch_size, prompts, answers)
     found += 2 * [work.reading(model, number, args.batch_size, both, answers.longest(args.batch_size))]
     if scorer := checked.models.get("reward_model"):
-        found.append(work.reading(Model(scorer, compute), number, measured.rewards.reward_batch_size, both))
+        scoring = Model(scorer, compute, quantization=measured.rewards.reward_model_load_in)
+        found.append(work.reading(scoring, number, measured.rewards.reward_batch_size, both))
     return found

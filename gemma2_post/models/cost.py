@@ -46,6 +46,11 @@ def weights(config: "Gemma2Config", itemsize: int, quantization: str | None = No
     return (total - linear) * itemsize + linear * each
 
 
+def dequantized(config: "Gemma2Config", quantization: str | None) -> float:
+    """The largest matrix of a quantized model, which is dequantized to bf16 to be multiplied."""
+    return BF16 * max(i * o for i, o in linear_shapes(config).values()) if quantization else 0
+
+
 def adapter_parameters(config: "Gemma2Config", rank: int, target_modules: list[str]) -> int:
     """Number of LoRA parameters (arXiv 2106.09685), two matrices per target module and layer."""
     shapes = linear_shapes(config)

@@ -149,6 +149,9 @@ def _changes(job: Job) -> Iterator[list[Change]]:
     if launcher.zero_stage < 3:  # ZeRO-3 cannot shard quantized weights
         if values.get("teacher_load_in_4bit") is False:
             yield [Change({"teacher_load_in_4bit": True})]
+        for key in ("reward_model", "judge"):
+            if values.get(key) and f"{key}_load_in" in values and not values[f"{key}_load_in"]:
+                yield [Change({f"{key}_load_in": "4bit"})]
         if job.trains and not quantized:
             wanted = {"use_peft": True, "load_in_4bit": True, "dtype": "bfloat16"}
             yield [Change({key: value for key, value in wanted.items() if values[key] != value})]

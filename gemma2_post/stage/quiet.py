@@ -7,6 +7,8 @@ import warnings
 _MESSAGES = {
     # A faster kernel for CPUs, which the package `kernels` would download; the results are the same without it.
     "bitsandbytes.backends.cpu.ops": r"Failed to load CPU gemm_4bit_forward",
+    # LLM.int8 multiplies in float16 whatever the model computes in, and says so at each matrix.
+    "bitsandbytes.autograd._functions": r"MatMul8bitLt: inputs will be cast",
     # It found no GPU; a stage's first line says what it runs on.
     "DeepSpeed": r"Setting accelerator to CPU",
     # The Trainer always gives accelerate 1, because it accumulates itself; DeepSpeed's value is the recipe's.

@@ -131,11 +131,6 @@ def gathered(checked: Training) -> float:
     return max(BF16 * min(num_parameters(each), each.vocab_size * each.hidden_size + LIVE) for each in configs)
 
 
-def dequantized(config: "Gemma2Config", quantization: str | None) -> float:
-    """The largest matrix of a quantized model, which is dequantized to bf16 to be multiplied."""
-    return BF16 * max(i * o for i, o in linear_shapes(config).values()) if quantization else 0
-
-
 # --- phases ---
 
 
@@ -153,7 +148,7 @@ def training_step(
     config, launcher, adapted = config_of(checked), checked.launcher, adapted_of(checked)
     compute, checkpoints = compute_of(checked), checked.recipe.training.activation_checkpointing
     backward = cost.backward(config, rows, length, compute, checkpoints, adapted)
-    largest = max(backward + dequantized(config, checked.recipe.quantization), *beside, 0.0)
+    largest = max(backward + cost.dequantized(config, checked.recipe.quantization), *beside, 0.0)
     kept = cost.saved(config, rows, length, compute, checkpoints, adapted) + cost.masks(rows, length, compute)
     step = {
         **held,
