@@ -194,6 +194,28 @@ def test_a_cpu_run_counts_its_libraries() -> None:
     plan.show([row.job], Console())
 
 
+def test_the_recipe_for_24_gb_fits_with_room() -> None:
+    path = Path("recipes/gemma-2-2b-24gb/pipeline.yaml")
+    rows = plan.plan(check.check(steps.load_pipeline(path)), memory_gb=24)
+    assert [row.job.label for row in rows if row.remedy or row.total > 0.9 * 24 * GB] == []
+    assert {row.job.command.name for row in rows} == {"sft", "distill", "reward", "rlhf", "warp", "evaluate"}
+
+
+def test_quantized_frozen_models_are_planned_and_proposed() -> None:
+    chain = check.check(steps.load_pipeline(Path("recipes/gemma-2-2b-24gb/pipeline.yaml")))
+    jobs = {job.command.name: job for job in chain}
+    changes = {"rlhf": {"reward_model_load_in": None}, "evaluate": {"judge_load_in": None}}
+    nine = known_config("google/gemma-2-9b")
+    for name, change in changes.items():
+        larger = Change(change).apply(jobs[name])
+        phase = {"rlhf": "rewards", "evaluate": "judge"}[name]
+        before, after = (sum(job.command.memory(job.checked)[phase].values()) for job in (larger, jobs[name]))
+        saved = cost.weights(nine, cost.BF16) - cost.weights(nine, cost.BF16, "4bit")
+        assert before - after == pytest.approx(saved - cost.dequantized(nine, "4bit"))
+    words, changed = plan.remedy(Change(changes["rlhf"]).apply(jobs["rlhf"]), 0, 24)
+    assert changed and words.startswith("reward_model_load_in: 4bit makes it")
+
+
 def test_a_chain_that_does_not_fit_on_the_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All its outputs and checkpoints together, but for those that are there."""
     run_dir = tmp_path / "run"
