@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from gemma2_post.pipeline.steps import load_pipeline
 from gemma2_post.planning import memory, plan
 from gemma2_post.stage.recipe_file import load_recipe
 
-NUM_ROWS, NUM_STEPS, NUM_HELD_OUT = 64, 3, 4
 ON_GPU = torch.cuda.is_available()
+NUM_ROWS, NUM_HELD_OUT = 64, 4 if ON_GPU else 2
 FULL: dict[str, Any] = {"use_peft": False, "load_in_4bit": False, "dtype": "float32"}
 LORA: dict[str, Any] = {"use_peft": True, "load_in_4bit": False, "lora_r": 16, "lora_alpha": 32}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -50,17 +51,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 """The stage of each case, and what its recipe says there instead."""
 
 
-def recipe_of(name: str, shape: str, models: Path, work: Path, length: int, answer: int, batch: int | None) -> Path:
-    """Writes the recipe of a case.
+@dataclass
+class Sizes:
+    """How much a case computes."""
 
-    Args:
-        length: Longest conversation in tokens; prompts get all but the answer.
-        answer: Longest sampled answer in tokens.
-        batch: Rows at once, in place of the recipe's.
-    """
+    length: int
+    """Longest conversation in tokens; prompts get all but the answer."""
+    answer: int
+    """Longest sampled answer in tokens."""
+    steps: int
+    batch: int | None
+    """Rows at once, in place of the recipe's."""
+    accumulate: int
+    """Batches of a step."""
+    attention: str | None
+    """In place of the recipe's."""
+
+
+def recipe_of(name: str, shape: str, models: Path, work: Path, sizes: Sizes) -> Path:
+    """Writes the recipe of a case."""
     stage, changes = CASES[name]
     values = load_recipe(f"recipes/gemma-2-{shape}/{stage}.yaml")
-    prompt = length - answer
+    batch, answer = sizes.batch, sizes.answer
+    prompt = sizes.length - answer
     policy, reward_model = models / "policy", models / "reward"
     values |= {"output_dir": str(work / "out"), "num_samples": NUM_HELD_OUT}
     rows = {"datasets": write_rows(work / "rows.jsonl", NUM_ROWS, prompt - 10, answer - 10)}
@@ -74,34 +87,37 @@ def recipe_of(name: str, shape: str, models: Path, work: Path, length: int, answ
             per_device = max(per_device, int(str(values["num_generations"])))
         values |= {
             "model_name_or_path": str(policy),
-            "max_steps": NUM_STEPS,
+            "max_steps": sizes.steps,
             "per_device_train_batch_size": per_device,
-            "global_batch_size": per_device,
+            "global_batch_size": per_device * sizes.accumulate,
             "per_device_eval_batch_size": batch or values["per_device_eval_batch_size"],
             "warmup_steps": 0,
             "logging_steps": 1,
             "disable_tqdm": True,
             "max_too_long_share": 0,
         }
-        values["save_strategy"] = "no"
+        if stage != "rlhf":
+            values["save_strategy"] = "no"
+        if sizes.attention:
+            values["attn_implementation"] = sizes.attention
         if not ON_GPU:
-            values |= {"use_cpu": True}
+            values["use_cpu"] = True
     for key in ("held_out_share", "columns", "group_by", "graders"):
         values.pop(key, None)
     values |= {key: [{"path": str(file)}] for key, file in rows.items()}
     values |= {
-        "sft": {"max_length": length, "max_new_tokens": answer},
+        "sft": {"max_length": sizes.length, "max_new_tokens": answer},
         "distill": {
             "teacher_model_name_or_path": str(policy),
             "max_prompt_length": prompt,
             "max_completion_length": answer,
         },
-        "reward": {"max_length": length, "max_new_tokens": answer, "policies": [str(policy)]},
+        "reward": {"max_length": sizes.length, "max_new_tokens": answer, "policies": [str(policy)]},
         "rlhf": {
             "reward_model": str(reward_model),
             "max_prompt_length": prompt,
             "max_completion_length": answer,
-            "watch_steps": NUM_STEPS,
+            "watch_steps": sizes.steps,
         },
         "warp": {
             "init": str(policy),
@@ -190,10 +206,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--length", type=int, default=1024, help="longest conversation in tokens")
     parser.add_argument("--answer", type=int, default=256, help="longest sampled answer in tokens")
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--batch", type=int, help="rows at once, in place of the recipe's")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches of a step")
+    parser.add_argument("--attention", help="eager, flex_attention, flash_attention_2, in place of the recipe's")
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark"), help="folder for models and outputs")
     parser.add_argument("--json", type=Path, help="file of the results; default: WORK/SHAPE.json")
     arguments = parser.parse_args()
+    sizes = Sizes(
+        arguments.length, arguments.answer, arguments.steps, arguments.batch, arguments.accumulate, arguments.attention
+    )
     config = config_of(arguments.shape, arguments.layers)
     size = arguments.shape + (f"-{arguments.layers}-layers" if arguments.layers else "")
     models, file = arguments.work / "models" / size, arguments.json or arguments.work / f"{size}.json"
@@ -212,7 +234,7 @@ def main() -> None:
         work = arguments.work / f"{size}-{name}"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        recipe = recipe_of(name, arguments.shape, models, work, arguments.length, arguments.answer, arguments.batch)
+        recipe = recipe_of(name, arguments.shape, models, work, sizes)
         results[name] = measure(name, recipe)
         shutil.rmtree(work / "out", ignore_errors=True)
         file.write_text(json.dumps(results, indent=1) + "\n")
