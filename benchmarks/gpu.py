@@ -1,7 +1,7 @@
 """What a GPU shows and a CPU cannot: one command for one 80 GB card, about ten minutes, resumable.
 
     python benchmarks/gpu.py benchmarks/results/2026-11-30-h100      # run it again to go on where it stopped
-    python benchmarks/gpu.py /tmp/small --small      # one layer of each shape, short rows; also on a CPU
+    python benchmarks/gpu.py /tmp/small --small      # a million parameters, short rows; also on a CPU
 
 1. The selftest.
 2. QLoRA of the 27b shape (nf4, r 16, length 1024, batch 1 x 4) through the stage `sft`, and the same with a bare
@@ -30,7 +30,7 @@ import torch
 import yaml
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "deepspeed", "flash-attn")
-SMALL = ["--layers", "1", "--length", "96", "--answer", "16", "--batch", "1"]
+SMALL = ["--small", "--length", "96", "--answer", "16", "--batch", "1"]
 
 
 def parts(work: Path, is_small: bool) -> Iterator[tuple[str, list[str]]]:
@@ -40,7 +40,7 @@ def parts(work: Path, is_small: bool) -> Iterator[tuple[str, list[str]]]:
     seed = ["27b", "--only", "sft", "--accumulate", "4", "--steps", "6"]
     yield "selftest", [python, "-m", "gemma2_post.cli", "selftest", "--json", "{json}"]
     yield "27b", [*stages, *seed, *common, "--json", "{json}"]
-    yield "27b-bare", [python, __file__, "{json}", "--bare", str(work / f"27b{'-1-layers' * is_small}-sft")]
+    yield "27b-bare", [python, __file__, "{json}", "--bare", str(work / f"27b{'-small' * is_small}-sft")]
     for shape in ("2b", "9b"):
         cases = ["sft", "sft-lora", "distill", "reward", "rlhf", "warp", "evaluate"]
         yield shape, [*stages, shape, "--only", *cases, *common, "--json", "{json}"]
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder of the results")
     parser.add_argument("--minutes", type=float, default=9, help="begin no part after that")
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark"), help="folder for models; 70 GB")
-    parser.add_argument("--small", action="store_true", help="one layer of each shape, short rows")
+    parser.add_argument("--small", action="store_true", help="models of a million parameters, short rows")
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.bare:

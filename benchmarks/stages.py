@@ -31,7 +31,7 @@ from gemma2_post.planning import memory, plan
 from gemma2_post.stage.recipe_file import load_recipe
 
 ON_GPU = torch.cuda.is_available()
-NUM_ROWS, NUM_HELD_OUT = 64, 4 if ON_GPU else 2
+NUM_ROWS, NUM_HELD_OUT = 64, 4
 FULL: dict[str, Any] = {"use_peft": False, "load_in_4bit": False, "dtype": "float32"}
 LORA: dict[str, Any] = {"use_peft": True, "load_in_4bit": False, "lora_r": 16, "lora_alpha": 32}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -124,15 +124,16 @@ def recipe_of(name: str, shape: str, models: Path, work: Path, sizes: Sizes) -> 
             "policies": [str(models / "policy-1"), str(models / "policy-2")],
             "reward_model": str(reward_model),
             "runs": [],
-            "eta": [0.5],
+            "eta": [0, 0.5],
+            "force": True,
             "max_prompt_length": prompt,
             "max_completion_length": answer,
             "batch_size": batch or values.get("batch_size"),
         },
         "evaluate": {
             "init": str(policy),
-            "base": str(policy),
-            "models": [str(models / "policy-1")],
+            "base": None,
+            "models": [str(policy), str(models / "policy-1")],
             "baseline": str(policy),
             "reward_model": str(reward_model),
             "max_prompt_length": prompt,
@@ -204,6 +205,7 @@ def main() -> None:
     parser.add_argument("shape", choices=["2b", "9b", "27b"])
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--small", action="store_true", help="a million parameters, to try this script")
     parser.add_argument("--length", type=int, default=1024, help="longest conversation in tokens")
     parser.add_argument("--answer", type=int, default=256, help="longest sampled answer in tokens")
     parser.add_argument("--steps", type=int, default=3)
@@ -216,10 +218,10 @@ def main() -> None:
     sizes = Sizes(
         arguments.length, arguments.answer, arguments.steps, arguments.batch, arguments.accumulate, arguments.attention
     )
-    config = config_of(arguments.shape, arguments.layers)
-    size = arguments.shape + (f"-{arguments.layers}-layers" if arguments.layers else "")
+    config = config_of(arguments.shape, arguments.layers, arguments.small)
+    size = arguments.shape + (f"-{arguments.layers}-layers" if arguments.layers else "") + "-small" * arguments.small
     models, file = arguments.work / "models" / size, arguments.json or arguments.work / f"{size}.json"
-    write_model(models / "policy", config)
+    write_model(models / "policy", config, mean_answer=arguments.answer / 2)
     results = json.loads(file.read_text()) if file.is_file() else {}
     for name in arguments.only:
         if name in results and "failed" not in results[name]:

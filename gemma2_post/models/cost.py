@@ -192,8 +192,15 @@ def sampling(config: "Gemma2Config", rows: int, prompt: int, new: int, compute: 
     return {
         "KV cache": kv_cache(config, rows, prompt + new, compute.itemsize),
         "activations": max(forward(config, rows, prompt, compute), one_layer),
-        "logits": 4 * FP32 * rows * config.vocab_size,
+        "logits": max(4 * FP32 * rows * config.vocab_size, copied_head(config, rows, compute)),
     }
+
+
+def copied_head(config: "Gemma2Config", rows: int, compute: Compute) -> float:
+    """Copies of the head, one for each row: on a CPU in bf16, torch 2.13 makes them to multiply a frozen head with the
+    last hidden states of longer rows."""
+    copies = rows if compute.on_cpu and compute.itemsize == BF16 else 0
+    return copies * config.vocab_size * config.hidden_size * BF16
 
 
 # --- losses and measurements over the vocabulary ---

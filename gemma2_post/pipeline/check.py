@@ -139,12 +139,13 @@ def _check_paths(command: Command, built: Any, values: dict[str, Any], made: Mod
 
 
 def _config(key: str, name: str, is_one_of_many: bool, made: Models) -> Gemma2Config | None:
-    """The config of a model that exists or will be made; None for an existing one in a list of many."""
+    """The config of a model that exists or will be made; None for the folder of a run in a list of many."""
     if name in made:
         return made[name]
     if Path(name).is_dir():
-        wanted = REWARD_MODEL if key == "reward_model" else LANGUAGE_MODEL
-        return None if is_one_of_many else load_config(name, wanted=wanted)
+        if is_one_of_many and not (Path(name) / "config.json").is_file():
+            return None
+        return load_config(name, wanted=REWARD_MODEL if key == "reward_model" else LANGUAGE_MODEL)
     if name.count("/") > 1 or name.startswith((".", "/")):
         raise UserError(f"{key} is {name}, which no earlier stage makes, and there is no such folder")
     return known_config(name)

@@ -189,7 +189,8 @@ def divergence(checked: Training, held: Parts, prompt: int, answer: int) -> dict
     in_fp32 = checked.recipe.training.bf16 and not checked.launcher.zero_stage
     parts = {
         "activations": cost.forward(config, rows, prompt + answer, compute),
-        "logits": cost.divergence(config, rows, answer, FP32 if in_fp32 else compute.itemsize),
+        "logits": cost.divergence(config, rows, answer, FP32 if in_fp32 else compute.itemsize)
+        + cost.copied_head(config, rows, compute),
         "gathered": gathered(checked),
     }
     return {"divergence": held | parts}
