@@ -44,19 +44,19 @@ def parts(work: Path, is_small: bool) -> Iterator[tuple[str, list[str]]]:
     for shape in ("2b", "9b"):
         cases = ["sft", "sft-lora", "distill", "reward", "rlhf", "warp", "evaluate"]
         yield shape, [*stages, shape, "--only", *cases, *common, "--json", "{json}"]
-    for attention in ("eager", "flex_attention", *(["flash_attention_2"] if torch.cuda.is_available() else [])):
+    for attention in ("eager", *(["flex_attention", "flash_attention_2"] if torch.cuda.is_available() else [])):
         cases = ["--only", "sft-lora", "--attention", attention]
         yield f"2b-{attention}", [*stages, "2b", *cases, *common, "--json", "{json}"]
 
 
 def bare(work: Path) -> dict[str, Any]:
     """What a user of TRL would write: the recipe that the stage has just run, without the stage."""
-    from datasets import load_dataset
+    from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
-    from gemma2_post.models.templates import TRAINING_TEMPLATE
+    from gemma2_post.models.tokenizer import render
 
     values = yaml.safe_load((work / "recipe.yaml").read_text())
     on_gpu = torch.cuda.is_available()
@@ -65,7 +65,7 @@ def bare(work: Path) -> dict[str, Any]:
     )
     path, batch = values["model_name_or_path"], values["per_device_train_batch_size"]
     tokenizer = AutoTokenizer.from_pretrained(path)
-    tokenizer.chat_template = TRAINING_TEMPLATE
+    rows = [json.loads(line)["messages"] for line in (work / "rows.jsonl").read_text().splitlines()]
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(
             path,
@@ -84,14 +84,13 @@ def bare(work: Path) -> dict[str, Any]:
             learning_rate=values["learning_rate"],
             lr_scheduler_type=values["lr_scheduler_type"],
             activation_checkpointing=values["activation_checkpointing"],
-            assistant_only_loss=True,
             max_length=values["max_length"],
             logging_steps=1,
             save_strategy="no",
             report_to="none",
             seed=values["seed"],
         ),
-        train_dataset=load_dataset("json", data_files=str(work / "rows.jsonl"), split="train"),
+        train_dataset=Dataset.from_dict(render(tokenizer, rows)),
         processing_class=tokenizer,
         peft_config=LoraConfig(
             r=values["lora_r"],

@@ -33,17 +33,19 @@ from gemma2_post.stage.recipe_file import load_recipe
 ON_GPU = torch.cuda.is_available()
 NUM_ROWS, NUM_HELD_OUT = 64, 4
 FULL: dict[str, Any] = {"use_peft": False, "load_in_4bit": False, "dtype": "float32"}
-LORA: dict[str, Any] = {"use_peft": True, "load_in_4bit": False, "lora_r": 16, "lora_alpha": 32}
+LORA: dict[str, Any] = {"use_peft": True, "load_in_4bit": False, "lora_r": 16, "lora_alpha": 32, "dtype": "bfloat16"}
+LORA["lora_target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+QLORA = LORA | {"load_in_4bit": True}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "sft": ("sft", {}),
+    "sft": ("sft", QLORA),
     "sft-lora": ("sft", LORA),
     "sft-full": ("sft", FULL),
-    "distill": ("distill", {}),
+    "distill": ("distill", QLORA | {"teacher_load_in_4bit": True}),
     "distill-lora": ("distill", LORA | {"teacher_load_in_4bit": False}),
-    "reward": ("reward", {}),
+    "reward": ("reward", QLORA),
     "reward-lora": ("reward", LORA),
     "rlhf": ("rlhf", LORA),
-    "rlhf-4bit": ("rlhf", LORA | {"load_in_4bit": True}),
+    "rlhf-4bit": ("rlhf", QLORA),
     "rlhf-full": ("rlhf", FULL),
     "warp": ("warp", {}),
     "evaluate": ("evaluate", {"judge": None, "corpus": None}),
