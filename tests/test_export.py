@@ -21,6 +21,7 @@ from gemma2_post.models.loading import load_config
 from gemma2_post.models.tokenizer import load_tokenizer
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
+from gemma2_post.tiny.tokenizer import write_sentencepiece
 from tests.conftest import BASE, TEACHER, random_model
 
 needs_extra = pytest.mark.skipif(
@@ -30,48 +31,14 @@ needs_extra = pytest.mark.skipif(
 STAND_IN = Path(os.environ.get("GEMMA2_POST_DATA", "nowhere")) / "tokenizer/standin-gemma2"
 
 
-def add_sentencepiece(folder: Path) -> None:
-    """Adds to a model what Google's have: `tokenizer.model`, with the ids of `tokenizer.json`, and added tokens.
-
-    In a Gemma tokenizer the pieces stand in the order of their merges, so an id is a rank, too.
-    """
-    from sentencepiece import sentencepiece_model_pb2 as sentencepiece
-
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    added = {token["id"]: token for token in tokenizer["added_tokens"]}
-    pieces = {number: piece for piece, number in tokenizer["model"]["vocab"].items()}
-    pieces |= {number: token["content"] for number, token in added.items()}
-    model, kinds = sentencepiece.ModelProto(), sentencepiece.ModelProto.SentencePiece
-    for number in range(len(pieces)):
-        piece = pieces[number]
-        piece = "<0x09>" if piece == "\t" and "<0x08>" in pieces.values() else piece  # Gemma's, as transformers has it
-        kind = kinds.USER_DEFINED if number in added else kinds.NORMAL
-        kind = kinds.BYTE if piece.startswith("<0x") else kind
-        kind = {"<unk>": kinds.UNKNOWN, "<pad>": kinds.CONTROL, "<eos>": kinds.CONTROL, "<bos>": kinds.CONTROL}.get(
-            piece, kind
-        )
-        model.pieces.add(piece=piece, score=0.0 if number in added else -float(number), type=kind)
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    trainer.model_type, trainer.vocab_size = sentencepiece.TrainerSpec.BPE, len(pieces)
-    trainer.pad_id, trainer.eos_id, trainer.bos_id, trainer.unk_id = 0, 1, 2, 3
-    trainer.byte_fallback = "<0x08>" in pieces.values()
-    normalizer.name, normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces = "identity", False, False
-    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
-    decoder = {str(token.pop("id")): token for token in tokenizer["added_tokens"]}
-    change_json(folder / "tokenizer_config.json", added_tokens_decoder=decoder)
-
-
 def change_json(file: Path, **values: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 @pytest.fixture
 def teacher(tmp_path: Path) -> Path:
-    """The tiny world's teacher as a folder with the files that Google's models have."""
-    folder = shutil.copytree(TEACHER, tmp_path / "teacher")
-    if find_spec("sentencepiece"):
-        add_sentencepiece(folder)
-    return folder
+    """A copy of the tiny world's teacher."""
+    return shutil.copytree(TEACHER, tmp_path / "teacher")
 
 
 def gguf_of(folder: Path, weight_type: str = "bf16") -> Path:
@@ -122,7 +89,7 @@ def test_every_language_has_the_same_tokens(tmp_path: Path) -> None:
     random_model(2048, hidden_size=32).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         shutil.copyfile(STAND_IN / name, folder / name)
-    add_sentencepiece(folder)
+    write_sentencepiece(folder)
     assert "tokens of a chat equal" in compare(folder, load_config(str(folder)), gguf_of(folder, "f32"), "f32")
 
 

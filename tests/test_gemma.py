@@ -210,14 +210,14 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(model_dir: Path, tmp_path:
 def as_plain_pieces(tokenizer: dict, settings: dict) -> None:
     """The turn tokens stay in the vocabulary, but are no added tokens any more."""
     tokenizer["added_tokens"] = [each for each in tokenizer["added_tokens"] if "_of_turn" not in each["content"]]
-    del settings["additional_special_tokens"]
+    del settings["additional_special_tokens"], settings["added_tokens_decoder"]
 
 
 def stripping(tokenizer: dict, settings: dict) -> None:
     """`<end_of_turn>` swallows the newline behind it."""
     for each in tokenizer["added_tokens"]:
         each["rstrip"] = each["content"] == "<end_of_turn>"
-    del settings["additional_special_tokens"]
+    del settings["additional_special_tokens"], settings["added_tokens_decoder"]
 
 
 UNREADABLE = {

@@ -139,7 +139,7 @@ def test_what_is_pushed_names_no_folder_of_this_machine(
     assert f"it is at {hub.url}/someone/model" in pushed.stdout
     assert hub.created["visibility"] == "private"
     expected = {"config.json", "generation_config.json", "model.safetensors", "README.md", "chat_template.jinja"}
-    assert hub.files.keys() == expected | {"tokenizer.json", "tokenizer_config.json"}
+    assert hub.files.keys() == expected | {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"}
     for name, content in hub.files.items():
         assert content == (last / name).read_bytes(), name
         assert str(tmp_path).encode() not in content and str(Path.home()).encode() not in content, name

@@ -40,7 +40,7 @@ from gemma2_post.stage.errors import located
 from gemma2_post.tiny import world
 from gemma2_post.tiny.corpus import documents
 from gemma2_post.tiny.data import TEACHER_MANNERS, TEACHER_RIGHT
-from gemma2_post.tiny.tokenizer import VOCAB_SIZE, train_tokenizer, write_tokenizer_config
+from gemma2_post.tiny.tokenizer import VOCAB_SIZE, train_tokenizer, write_sentencepiece, write_tokenizer_config
 
 ROW_TOKENS = 160
 SHAPES = {
@@ -147,6 +147,7 @@ def pretrain(name: str, output_dir: Path, max_steps: int, seed: int = 0) -> None
     model.to(torch.bfloat16).save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     write_tokenizer_config(output_dir)
+    write_sentencepiece(output_dir)
     (output_dir / "pretrain_log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
 
 

@@ -58,3 +58,34 @@ def write_tokenizer_config(directory: Path) -> None:
         "unk_token": "<unk>",
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_sentencepiece(directory: Path) -> None:
+    """Adds what Google's models have, and llama.cpp needs: `tokenizer.model`, and `added_tokens_decoder`.
+
+    The ids are those of `tokenizer.json`, where the pieces stand in the order of their merges: an id is a rank, too.
+    """
+    from sentencepiece import sentencepiece_model_pb2 as sentencepiece  # of the extra `export`
+
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    added = {token["id"]: token for token in tokenizer["added_tokens"]}
+    pieces = {number: piece for piece, number in tokenizer["model"]["vocab"].items()}
+    pieces |= {number: token["content"] for number, token in added.items()}
+    model = sentencepiece.ModelProto()  # type: ignore[attr-defined]  # protobuf makes its classes at run time
+    kinds = type(model).SentencePiece
+    special = {"<unk>": kinds.UNKNOWN, "<pad>": kinds.CONTROL, "<eos>": kinds.CONTROL, "<bos>": kinds.CONTROL}
+    has_bytes = "<0x08>" in pieces.values()
+    for number, piece in sorted(pieces.items()):
+        text = "<0x09>" if piece == "\t" and has_bytes else piece  # Gemma's file has the byte, transformers the tab
+        kind = kinds.USER_DEFINED if number in added else kinds.BYTE if text.startswith("<0x") else kinds.NORMAL
+        score = 0.0 if number in added else -float(number)
+        model.pieces.add(piece=text, score=score, type=special.get(text, kind))
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type, trainer.vocab_size = type(trainer).BPE, len(pieces)
+    trainer.pad_id, trainer.eos_id, trainer.bos_id, trainer.unk_id = 0, 1, 2, 3
+    trainer.byte_fallback = has_bytes
+    normalizer.name, normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces = "identity", False, False
+    (directory / "tokenizer.model").write_bytes(model.SerializeToString(deterministic=True))
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {str(token.pop("id")): token for token in tokenizer["added_tokens"]}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
