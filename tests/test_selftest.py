@@ -1,6 +1,7 @@
 """The selftest passes on this machine, and fails with a remedy where something is wrong."""
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -58,6 +59,17 @@ def test_this_machine_has_enough(tmp_path: Path) -> None:
     found.append(environment.shared_memory(Path("nowhere"), 1))
     assert [each.state for each in found] == ["pass"] * 4 and not any(each.remedy for each in found)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_lock_of_a_killed_compilation_is_named(tmp_path: Path) -> None:
+    assert environment.compiled_extensions(tmp_path / "nowhere").state == "pass"
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    assert environment.compiled_extensions(tmp_path).state == "pass", "it may compile now"
+    os.utime(lock, (0, 0))
+    found = environment.compiled_extensions(tmp_path)
+    assert found.state == "fail" and found.remedy.endswith(f"rm {lock}")
 
 
 def test_the_hub_is_no_failure_offline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch.utils.cpp_extension import get_default_build_root
 
 from gemma2_post.selftest.result import Result, judged
 
@@ -39,6 +40,8 @@ DISK_BYTES, LEAST_DISK = 256 * 2**20, 50e6
 LEAST_OPEN_FILES = 1024
 LEAST_SHARED = 2**29
 """Bytes of /dev/shm; Docker gives 64 MB by default, which NCCL's processes on one machine exceed."""
+LONGEST_COMPILATION = 30 * 60
+"""Seconds after which a lock of torch's extensions is one that a kill has left."""
 LEAST_HOST = 4e9
 """Bytes of host memory; the tiny chain needs less."""
 
@@ -57,6 +60,7 @@ def check(num_processes: int, use_cpu: bool) -> Iterator[partial[Result]]:
     yield partial(shared_memory, Path("/dev/shm"), 1 if use_cpu else num_processes)
     yield partial(open_files, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     yield partial(disk, Path())
+    yield partial(compiled_extensions, Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
     yield partial(hub)
 
 
@@ -208,6 +212,15 @@ def disk(folder: Path) -> Result:
     text = f"{speed / 1e6:,.0f} MB/s written, {free / 1e9:,.0f} GB free in this folder"
     remedy = "checkpoints would take minutes: set run_dir to a faster disk"
     return judged("disk", speed >= LEAST_DISK, text, remedy, bytes_per_second=speed)
+
+
+def compiled_extensions(folder: Path) -> Result:
+    """Whether a compilation of DeepSpeed's extensions was killed: its lock makes every later start wait forever."""
+    now = time.time()
+    stale = [lock for lock in sorted(folder.rglob("lock")) if now - lock.stat().st_mtime > LONGEST_COMPILATION]
+    text = ", ".join(map(str, stale)) or f"no lock in {folder}"
+    remedy = f"a compilation was killed, and DeepSpeed waits for it: rm {' '.join(map(str, stale))}"
+    return judged("compiled extensions", not stale, text, remedy)
 
 
 # --- the Hub ---
