@@ -27,7 +27,7 @@ from random_model import config_of, write_model, write_pairs, write_rows
 
 from gemma2_post.pipeline.check import check
 from gemma2_post.pipeline.steps import load_pipeline
-from gemma2_post.planning import memory, plan
+from gemma2_post.planning import plan
 from gemma2_post.stage.recipe_file import load_recipe
 
 ON_GPU = torch.cuda.is_available()
@@ -160,7 +160,7 @@ def planned(stage: str, recipe: Path) -> dict[str, float]:
     (row,) = plan.plan(check(load_pipeline(pipeline)))
     assert row.parts is not None
     parts = {part: round(size / 1e9, 2) for part, size in row.parts.items()}
-    return {"total": round(row.total / 1e9, 2), "host": round(memory.host(row.job) / 1e9, 2)} | parts
+    return {"total": round(row.total / 1e9, 2), "host": round(row.host / 1e9, 2)} | parts
 
 
 def measure(name: str, recipe: Path) -> dict[str, Any]:

@@ -52,9 +52,14 @@ def parts(job: Job, libraries: float = 0) -> Parts:
     return largest
 
 
-def host(job: Job) -> float:
-    """Host memory in bytes that a stage on a GPU needs."""
-    return training.host(job.checked) if job.trains else 0
+def host(job: Job, libraries: float) -> float:
+    """Host memory in bytes that the first process of a stage on a GPU needs; 0 on a CPU, whose memory is that already.
+
+    Mapped pages of weights are not counted: the system takes them back when memory is short.
+    """
+    if job.checked.launcher.use_cpu:
+        return 0
+    return libraries + (training.host(job.checked) if job.trains else 0)
 
 
 def check_disk(run_dir: Path, jobs: list[Job], replaced: Container[str] = ()) -> None:

@@ -41,6 +41,8 @@ class Row:
     """Number of identical runs, such as policies."""
     parts: Parts | None
     """Bytes of one process at its peak; None if a model's shape is unknown."""
+    host: float = 0
+    """Bytes of host memory, if it runs on a GPU."""
     remedy: str = ""
     """Why it does not fit, and what to change."""
 
@@ -98,7 +100,7 @@ def plan(jobs: list[Job], num_gpus: int | None = None, memory_gb: float | None =
         job = dataclasses.replace(job, checked=dataclasses.replace(job.checked, num_gpus=num_gpus or 1))
         rows[key] = row = Row(job, 1, None)
         if not job.unknown:
-            row.parts = memory.parts(job, libraries)
+            row.parts, row.host = memory.parts(job, libraries), memory.host(job, libraries)
             if memory_gb and row.total > memory_gb * 1e9:
                 row.remedy = f"{row.total / 1e9:.3g} GB of {memory_gb:g} GB; {remedy(job, libraries, memory_gb)[0]}"
     return list(rows.values())
@@ -205,7 +207,7 @@ def table(rows: list[Row], memory_gb: float | None) -> Table:
         fits = "" if memory_gb is None else "[red]no[/]" if row.remedy else "[green]yes[/]"
         largest = sorted(row.parts.items(), key=lambda part: -part[1])
         parts = ", ".join(f"{part} {_gb(size)}" for part, size in largest if size >= 0.01 * row.total)
-        sizes = [0 if launcher.use_cpu else memory.host(job), *job.command.disk(job.checked)]
+        sizes = [row.host, *job.command.disk(job.checked)]
         found.add_row(name, processes, _gb(row.total), fits, parts, *(_gb(size) if size else "" for size in sizes))
     return found
 
