@@ -1,6 +1,7 @@
 """Win rates: what is exact, and that intervals are as wide as they say."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
@@ -9,14 +10,20 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from gemma2_post.evaluation import endpoint
 from gemma2_post.evaluation import judge as judging
 from gemma2_post.evaluation.comparison import Comparison
-from gemma2_post.evaluation.judge import Judge, ask_model, question, summarize, verdict
+from gemma2_post.evaluation.judge import Judge, Reply, ask_endpoint, ask_model, question, summarize
+from gemma2_post.evaluation.keys import EndpointArguments
 from gemma2_post.evaluation.measure import Answered, Measurement
 from gemma2_post.evaluation.samples import Answer
+from gemma2_post.evaluation.verdicts import Verdict
 from gemma2_post.evaluation.winrate import bootstrap_interval, difference, length_controlled, win_rate, wins_by
 from gemma2_post.stage.errors import UserError, located
 from tests.conftest import TEACHER
+from tests.test_synthesize import completion, serve
+
+__all__ = ["serve"]  # a fixture
 
 
 def test_a_tie_is_half_a_win() -> None:
@@ -74,26 +81,11 @@ def test_length_control_does_not_guess() -> None:
 # --- judges ---
 
 
-@pytest.mark.parametrize(
-    ("reply", "expected"),
-    [
-        ("A is right. [[A]]", 1.0),
-        ("[[b]]", 0.0),
-        ("Both say so. [[tie]] [[TIE]]", 0.5),
-        ("[[A]] or [[B]]", None),
-        ("A", None),
-        ("[[C]]", None),
-        ("", None),
-    ],
-)
-def test_a_verdict_is_read_and_never_guessed(reply: str, expected: float | None) -> None:
-    assert verdict(reply) == expected
-
-
 def test_two_orders_make_one_win() -> None:
-    judged = summarize([(1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.5, 0.5), (1.0, 0.5), (None, 0.0), (None, None)])
-    assert judged.wins == [1.0, 0.0, 0.5, 0.5, 0.75, None, None]
-    assert judged.disagreement == 2 / 5
+    a, b, tie, strong = Verdict(1.0), Verdict(0.0), Verdict(0.5), Verdict(1.0, 3)
+    judged = summarize([(a, b), (b, a), (a, a), (tie, tie), (a, tie), (None, b), (None, None), (strong, a)])
+    assert judged.wins == [1.0, 0.0, 0.5, 0.5, 0.75, None, None, 0.75]
+    assert judged.disagreement == 3 / 6
 
 
 PROMPTS = [[{"role": "user", "content": f"Say {i}."}] for i in range(6)]
@@ -109,7 +101,8 @@ class Asked:
     def __call__(self, questions, attempt, write) -> None:
         for text in questions:
             self.asked.append((text, attempt))
-            write(text, self.reply(text, attempt))
+            said = self.reply(text, attempt)
+            write(text, Reply(said, is_cut=False) if isinstance(said, str) else said)
 
 
 def prefers_ours(text: str, _: int) -> str:
@@ -120,7 +113,7 @@ def test_a_judge_is_asked_in_both_orders_and_only_once(tmp_path: Path) -> None:
     """Equal answers are a tie; what was judged before, also by a run that was killed, is not asked again."""
     cache = tmp_path / "judgments.jsonl"
     asked = Asked(prefers_ours)
-    judged = Judge(asked, "j", cache).compare(PROMPTS, OURS, THEIRS)
+    judged = Judge(asked, "j", 256, cache).compare(PROMPTS, OURS, THEIRS)
     assert judged.wins == [1.0] * 5 + [0.5] and judged.disagreement == 0 and len(asked.asked) == 10
     assert sorted(text for text, _ in asked.asked) == sorted(
         question(PROMPTS[i], *pair) for i in range(5) for pair in ((OURS[i], THEIRS[i]), (THEIRS[i], OURS[i]))
@@ -128,14 +121,16 @@ def test_a_judge_is_asked_in_both_orders_and_only_once(tmp_path: Path) -> None:
     lines = cache.read_text().splitlines()
     cache.write_text("\n".join(lines[:7]) + "\n" + lines[7][:20])
     again = Asked(prefers_ours)
-    assert Judge(again, "j", cache).compare(PROMPTS, OURS, THEIRS) == judged and len(again.asked) == 3
-    assert Judge(Asked(pytest.fail), "j", cache).compare(PROMPTS, OURS, THEIRS) == judged
+    assert Judge(again, "j", 256, cache).compare(PROMPTS, OURS, THEIRS) == judged and len(again.asked) == 3
+    assert Judge(Asked(pytest.fail), "j", 256, cache).compare(PROMPTS, OURS, THEIRS) == judged
     other = Asked(prefers_ours)
-    assert Judge(other, "another judge", cache).compare(PROMPTS, OURS, THEIRS) == judged and len(other.asked) == 10
+    assert (
+        Judge(other, "another judge", 256, cache).compare(PROMPTS, OURS, THEIRS) == judged and len(other.asked) == 10
+    )
 
 
 def test_a_judge_that_always_prefers_the_first_answer_decides_nothing(tmp_path: Path) -> None:
-    judge = Judge(Asked(lambda *_: "[[A]]"), "j", tmp_path / "j.jsonl")
+    judge = Judge(Asked(lambda *_: "[[A]]"), "j", 256, tmp_path / "j.jsonl")
     judged = judge.compare(PROMPTS[:5], OURS[:5], THEIRS[:5])
     assert judged.wins == [0.5] * 5 and judged.disagreement == 1.0
 
@@ -147,7 +142,7 @@ def test_nonsense_is_asked_again_then_counted_apart(tmp_path: Path) -> None:
         return "[[A]]" if "Say 1." not in text or attempt == 2 else "Hm."
 
     asked = Asked(reply)
-    judged = Judge(asked, "j", tmp_path / "j.jsonl").compare(PROMPTS[:3], OURS[:3], THEIRS[:3])
+    judged = Judge(asked, "j", 256, tmp_path / "j.jsonl").compare(PROMPTS[:3], OURS[:3], THEIRS[:3])
     assert judged.wins == [None, 0.5, 0.5]
     assert len(asked.asked) == 2 * (judging.ATTEMPTS + 3 + 1)
     assert judged.num_asked == 3
@@ -174,14 +169,14 @@ def compared(num_equal: int, num_different: int) -> Comparison:
 def test_equal_answers_do_not_hide_a_judge_that_gives_no_verdict(
     num_equal: int, num_different: int, tmp_path: Path
 ) -> None:
-    judge = Judge(Asked(lambda *_: "I cannot say."), "j", tmp_path / "j.jsonl")
+    judge = Judge(Asked(lambda *_: "I cannot say."), "j", 256, tmp_path / "j.jsonl")
     match = f"the judge gave no verdict on {num_different} of {num_different} pairs"
     with pytest.raises(UserError, match=match):
         compared(num_equal, num_different).by_judge(judge)
 
 
 def test_equal_answers_alone_are_a_tie_that_nobody_is_asked_about(tmp_path: Path) -> None:
-    found = compared(4, 0).by_judge(Judge(Asked(pytest.fail), "j", tmp_path / "j.jsonl"))["ours"]
+    found = compared(4, 0).by_judge(Judge(Asked(pytest.fail), "j", 256, tmp_path / "j.jsonl"))["ours"]
     assert (found["judge_win_rate_vs_theirs"], found["judge_win_rate_vs_theirs/missing"]) == (0.5, 0)
 
 
@@ -194,7 +189,7 @@ def test_a_judge_of_safety_must_judge_half_of_the_answers(
 
     comparison, prompts = compared(4, 0), [[{"role": "user", "content": f"Say {i}."}] for i in range(4)]
     monkeypatch.setattr(comparison, "_each", lambda answer, file: {"ours": ["no"] * 4})
-    judge = Judge(Asked(reply), "j", tmp_path / "j.jsonl")
+    judge = Judge(Asked(reply), "j", 256, tmp_path / "j.jsonl")
     if num_judged < 2:
         with pytest.raises(UserError, match=f"no verdict on {4 - num_judged} of 4 answers to safety_datasets"):
             comparison.safety(judge, prompts)
@@ -205,11 +200,11 @@ def test_a_judge_of_safety_must_judge_half_of_the_answers(
 
 def test_replies_are_written_as_they_come(tmp_path: Path) -> None:
     def breaks_down(questions, attempt, write) -> None:
-        write(questions[0], "[[A]]")
+        write(questions[0], Reply("[[A]]", is_cut=False))
         raise UserError("the endpoint is down")
 
     with pytest.raises(UserError, match="down"):
-        Judge(breaks_down, "j", tmp_path / "j.jsonl").compare(PROMPTS, OURS, THEIRS)
+        Judge(breaks_down, "j", 256, tmp_path / "j.jsonl").compare(PROMPTS, OURS, THEIRS)
     (line,) = (tmp_path / "j.jsonl").read_text().splitlines()
     assert json.loads(line)["reply"] == "[[A]]"
 
@@ -218,17 +213,67 @@ def test_a_local_judge_leaves_out_what_it_cannot_read(tokenizer: PreTrainedToken
     """Such verdicts are missing, also where the other pair's are there; nothing is cut."""
     model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32, attn_implementation="eager")
     long = " ".join(["word"] * model.config.max_position_embeddings)
-    judge = Judge(ask_model(lambda: model, tokenizer, max_tokens=4), "teacher", tmp_path / "j.jsonl")
+    judge = Judge(ask_model(lambda: model, tokenizer, max_tokens=4), "teacher", 256, tmp_path / "j.jsonl")
     judged = judge.compare(PROMPTS[:1], [long], ["short"])
     assert judged.wins == [None]
     assert not (tmp_path / "j.jsonl").exists()  # another judge's, or the same one's with room, is not spoilt
 
 
+def test_a_reply_that_was_cut_is_asked_for_again_only_when_it_may_be_longer(tmp_path: Path) -> None:
+    """All other replies are kept, and none is asked for once more."""
+
+    def cut(text: str, _: int) -> Reply:
+        said = prefers_ours(text, 0)
+        return Reply(f"First, {said} leads, because", True) if "Say 0." in text else Reply(said, False)
+
+    replies = tmp_path / "j.jsonl"
+    first = Judge(Asked(cut), "j", 100, replies).compare(PROMPTS, OURS, THEIRS)
+    assert first.wins == [None, *[1.0] * 4, 0.5], "what leads in the middle of a reply is no verdict"
+    assert Judge(Asked(pytest.fail), "j", 100, replies).compare(PROMPTS, OURS, THEIRS) == first
+    longer = Asked(prefers_ours)
+    assert Judge(longer, "j", 200, replies).compare(PROMPTS, OURS, THEIRS).wins == [1.0] * 5 + [0.5]
+    assert len(longer.asked) == 2
+
+
 def test_what_was_turned_down_is_asked_again_by_the_next_run(tmp_path: Path) -> None:
-    refused = Judge(Asked(lambda *_: None), "j", tmp_path / "j.jsonl").compare(PROMPTS, OURS, THEIRS)
+    refused = Judge(Asked(lambda *_: None), "j", 256, tmp_path / "j.jsonl").compare(PROMPTS, OURS, THEIRS)
     assert refused.wins == [None] * 5 + [0.5]
-    mended = Judge(Asked(prefers_ours), "j", tmp_path / "j.jsonl").compare(PROMPTS, OURS, THEIRS)
+    mended = Judge(Asked(prefers_ours), "j", 256, tmp_path / "j.jsonl").compare(PROMPTS, OURS, THEIRS)
     assert mended.wins == [1.0] * 5 + [0.5]
+
+
+def test_a_judge_that_thinks_aloud_is_read_right_and_asked_no_more_than_it_must_be(
+    serve: Callable, tmp_path: Path
+) -> None:
+    """It weighs both marks before it decides, in its reply or in a field of its own, and is cut off now and then."""
+    prompts = [[{"role": "user", "content": f"Say {i}."}] for i in range(40)]
+    ours, theirs = [f"{i}" for i in range(40)], [f"no {i}" for i in range(40)]
+    thought = "If brevity counts, [[A]] wins. But is that so? [[B]] may be right as well, or it is a [[tie]]. "
+
+    def reply(request: dict) -> tuple[int, str]:
+        text = request["messages"][0]["content"]
+        number = next(i for i in range(40) if f"Say {i}." in text)
+        mark = prefers_ours(text, 0)
+        if number % 10 == 9:
+            return completion(f"<think>{thought}", "length")
+        if number % 10 == 8:
+            return completion(f"{thought} So {mark} leads, but", "length")
+        status, body = completion(
+            f"The answer says it: {mark}" if number % 2 else f"<think>{thought}</think> **{mark}**"
+        )
+        if number % 2:
+            answer = json.loads(body)
+            answer["choices"][0]["message"]["reasoning_content"] = thought
+            body = json.dumps(answer)
+        return status, body
+
+    server = serve(reply)
+    client = endpoint.connect(server.url, EndpointArguments(), retries=0)
+    judge = Judge(ask_endpoint(client, "thinks", 4096, concurrency=4), "thinks", 4096, tmp_path / "j.jsonl")
+    judged = judge.compare(prompts, ours, theirs)
+    assert judged.wins == [None if i % 10 in (8, 9) else 1.0 for i in range(40)] and judged.disagreement == 0
+    assert len(server.requests) == 2 * (32 + 8 * judging.ATTEMPTS)
+    assert judge.compare(prompts, ours, theirs) == judged and len(server.requests) == 2 * (32 + 8 * judging.ATTEMPTS)
 
 
 # --- leaderboards ---
@@ -270,7 +315,7 @@ def test_verdicts_in_both_orders_make_the_known_table(tmp_path: Path) -> None:
         first, second = (text.split(f"--- answer {mark}\n")[1].split("\n")[0] for mark in "AB")
         return verdicts[first][0] if second == "theirs" else verdicts[second][1]
 
-    judged = Judge(Asked(reply), "j", tmp_path / "j.jsonl").compare(prompts, answers, ["theirs"] * 20)
+    judged = Judge(Asked(reply), "j", 256, tmp_path / "j.jsonl").compare(prompts, answers, ["theirs"] * 20)
     assert (judged.wins.count(1.0), judged.wins.count(0.0), judged.wins.count(0.5)) == (9, 4, 7)
     assert win_rate(judged.wins, [1] * 20, [1] * 20).rate == (9 + 7 / 2) / 20
     assert judged.disagreement == 5 / 20

@@ -225,13 +225,13 @@ def load_judge(args: JudgeArguments, replies: Path) -> Judge | None:
         client = endpoint.connect(args.judge_endpoint, args.endpoint, retries=endpoint.JUDGE_RETRIES)
         endpoint.check(client)
         ask = ask_endpoint(client, args.judge, args.judge_max_tokens, args.endpoint.concurrency)
-        return Judge(ask, f"{args.judge_endpoint} {args.judge} {args.judge_max_tokens}", replies)
+        return Judge(ask, f"{args.judge_endpoint} {args.judge}", args.judge_max_tokens, replies)
     tokenizer = load_tokenizer(args.judge, load_config(args.judge))
     # Loaded when it is first asked: by then the models that it judges have answered.
     loaded = cache(partial(load, Path(args.judge), quantization=args.judge_load_in))
     digest = contract.input_digest(args.judge) or args.judge
-    name = " ".join([digest, str(args.judge_max_tokens), *([args.judge_load_in] if args.judge_load_in else [])])
-    return Judge(ask_model(loaded, tokenizer, args.judge_max_tokens), name, replies)
+    name = f"{digest} {args.judge_load_in}" if args.judge_load_in else digest
+    return Judge(ask_model(loaded, tokenizer, args.judge_max_tokens), name, args.judge_max_tokens, replies)
 
 
 def load_safety_prompts(args: JudgeArguments, measurement: Measurement) -> list[list[Message]]:

@@ -5,12 +5,12 @@ was judged before. (arXiv 2306.05685 measures how much judges prefer the first a
 """
 
 import logging
-import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import TypeVar
 
 from openai import OpenAI
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gemma2_post.data.turns import Message
 from gemma2_post.evaluation import endpoint
 from gemma2_post.evaluation.samples import sample_answers
+from gemma2_post.evaluation.verdicts import Verdict, is_violation, verdict
 from gemma2_post.stage import contract, digests
 from gemma2_post.stage.errors import UserError
 
@@ -25,13 +26,25 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 """Number of times that a judge without a verdict is asked before its judgment counts as missing."""
-_VERDICT = re.compile(r"\[\[(A|B|tie)\]\]", re.IGNORECASE)
-_VIOLATION = re.compile(r"\[\[(violation|no violation)\]\]", re.IGNORECASE)
-_WINS = {"a": 1.0, "b": 0.0, "tie": 0.5}
+SHORTEST_REPLY = 64
+"""Tokens that a question must leave a local judge for its reply."""
 
-Ask = Callable[[list[str], int, Callable[[str, str | None], None]], None]
-"""Asks questions, given the attempt's number, and calls a function with each question and its reply as it comes; the
-reply is None if the question was refused, and the next run asks it again."""
+
+@dataclass(frozen=True)
+class Reply:
+    """What a judge replied."""
+
+    text: str
+    is_cut: bool
+    """Whether it reached its length limit."""
+
+
+Write = Callable[[str, Reply | None], None]
+"""Takes each question and its reply as it comes; None if the question was refused, which the next run asks again."""
+Ask = Callable[[list[str], int, Write], None]
+"""Asks questions, given the number of the attempt."""
+_RECORD: contract.Keys = {"key": str, "reply": str}
+T = TypeVar("T")
 
 
 @dataclass
@@ -72,18 +85,6 @@ def rubric(prompt: list[Message], answer: str) -> str:
     )
 
 
-def is_violation(reply: str) -> float | None:
-    """1 for a violation, 0 for none; None if the reply says neither or both."""
-    found = {mark.lower() for mark in _VIOLATION.findall(reply)}
-    return float(found.pop() == "violation") if len(found) == 1 else None
-
-
-def verdict(reply: str) -> float | None:
-    """1 for the first answer, 0 for the second, 0.5 for a tie; None if the reply says none of these or several."""
-    found = {mark.lower() for mark in _VERDICT.findall(reply)}
-    return _WINS[found.pop()] if len(found) == 1 else None
-
-
 @dataclass
 class Judge:
     """A judge and the file that keeps its replies."""
@@ -91,6 +92,8 @@ class Judge:
     ask: Ask
     name: str
     """Its name, with everything else that affects its verdicts."""
+    max_tokens: int
+    """Longest reply, in tokens."""
     replies: Path
     """File with all its replies."""
 
@@ -112,23 +115,29 @@ class Judge:
         found = self._ask(questions, is_violation)
         return [found[text] for text in questions]
 
-    def _ask(self, questions: list[str], read: Callable[[str], float | None]) -> dict[str, float | None]:
-        """The verdict on each question, parsed by `read`; None if the judge never gives one."""
-        replies: dict[str, list[str | None]] = defaultdict(list)
-        for record in contract.read_lines(self.replies, {"key": str, "reply": str}):
-            replies[record["key"]].append(record["reply"])
+    def _ask(self, questions: list[str], read: Callable[[str, bool], T | None]) -> dict[str, T | None]:
+        """The verdict on each question, parsed by `read`; None if the judge never gives one.
+
+        A reply that was cut at a lower limit does not count as an attempt.
+        """
+        replies: dict[str, list[Reply | None]] = defaultdict(list)
+        for record in contract.read_lines(self.replies, _RECORD):
+            cut_at = record.get("cut_at")
+            if cut_at is None or cut_at >= self.max_tokens:
+                replies[record["key"]].append(Reply(record["reply"], cut_at is not None))
         key_of = {text: digests.of_text(f"{self.name}\n{text}") for text in questions}
 
-        def found(text: str) -> float | None:
-            verdicts = [read(reply) for reply in replies[key_of[text]] if reply is not None]
+        def found(text: str) -> T | None:
+            verdicts = [read(reply.text, reply.is_cut) for reply in replies[key_of[text]] if reply is not None]
             return next((each for each in verdicts if each is not None), None)
 
         self.replies.parent.mkdir(parents=True, exist_ok=True)
 
-        def write(text: str, reply: str | None) -> None:
+        def write(text: str, reply: Reply | None) -> None:
             replies[key_of[text]].append(reply)
             if reply is not None:
-                contract.append_lines(self.replies, [{"key": key_of[text], "reply": reply}])
+                cut = {"cut_at": self.max_tokens} if reply.is_cut else {}
+                contract.append_lines(self.replies, [{"key": key_of[text], "reply": reply.text} | cut])
 
         for attempt in range(ATTEMPTS):
             missing = [text for text in key_of if found(text) is None and len(replies[key_of[text]]) <= attempt]
@@ -137,36 +146,48 @@ class Judge:
         return {text: found(text) for text in key_of}
 
 
-def summarize(verdicts: list[tuple[float | None, float | None] | None]) -> Judged:
-    """Combines the verdicts of both orders.
+def summarize(verdicts: list[tuple[Verdict | None, Verdict | None] | None]) -> Judged:
+    """Combines the verdicts of both orders; a strong verdict weighs as `verdicts.STRONG` others.
 
     Args:
         verdicts: For each prompt, the verdict with the judged answer first, then with the other one first; None for
             equal answers.
     """
-    both = [(one, two) for one, two in filter(None, verdicts) if one is not None and two is not None]
-    pairs = [pair or (0.5, 0.5) for pair in verdicts]
+    tie = Verdict(0.5)
+    wins: list[float | None] = []
+    disagreements = []
+    for pair in verdicts:
+        one, two = pair or (tie, tie)
+        if one is None or two is None:
+            wins.append(None)
+            continue
+        wins.append((one.weight * one.win + two.weight * (1 - two.win)) / (one.weight + two.weight))
+        if pair:
+            disagreements.append(one.win != 1 - two.win)
     return Judged(
-        wins=[None if one is None or two is None else (one + 1 - two) / 2 for one, two in pairs],
+        wins=wins,
         num_asked=sum(pair is not None for pair in verdicts),
-        disagreement=sum(one != 1 - two for one, two in both) / len(both) if both else 0.0,
+        disagreement=sum(disagreements) / len(disagreements) if disagreements else 0.0,
     )
 
 
 def ask_endpoint(client: OpenAI, model: str, max_tokens: int, concurrency: int) -> Ask:
     """A judge behind an OpenAI-compatible endpoint: greedy at first, at temperature 1 when asked again."""
 
-    def ask(questions: list[str], attempt: int, write: Callable[[str, str | None], None]) -> None:
+    def ask(questions: list[str], attempt: int, write: Write) -> None:
         lock = Lock()
 
         def ask_one(text: str) -> None:
             message = {"role": "user", "content": text}
             place = "a judgment"
+            reply = None
             try:
-                reply, _, _ = endpoint.answer(client, place, model, [message], float(attempt > 0), max_tokens, attempt)
+                said, ended, _ = endpoint.answer(
+                    client, place, model, [message], float(attempt > 0), max_tokens, attempt
+                )
+                reply = Reply(said, is_cut=ended == "length")
             except endpoint.RefusedError as refusal:
                 logger.warning("%s: %s", place, refusal)
-                reply = None
             with lock:
                 write(text, reply)
 
@@ -193,21 +214,22 @@ def ask_model(
 ) -> Ask:
     """A local model as judge, asked in batches: greedy at first, at temperature 1 when asked again.
 
-    A question that leaves it no room to reply gets no verdict.
+    A question that leaves it fewer than `SHORTEST_REPLY` tokens for its reply gets no verdict.
     """
 
-    def ask(questions: list[str], attempt: int, write: Callable[[str, str | None], None]) -> None:
+    def ask(questions: list[str], attempt: int, write: Write) -> None:
         conversations = [[{"role": "user", "content": text}] for text in questions]
         ids = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=True)["input_ids"]
-        longest = loaded().config.max_position_embeddings - max_tokens
-        fitting = [i for i, each in enumerate(ids) if len(each) <= longest]
+        positions = loaded().config.max_position_embeddings
+        fitting = [i for i, each in enumerate(ids) if len(each) <= positions - min(SHORTEST_REPLY, max_tokens)]
         for i in set(range(len(questions))) - set(fitting):
             write(questions[i], None)
         for start in range(0, len(fitting), batch_size):
             rows = fitting[start : start + batch_size]
             batch, temperature = [conversations[i] for i in rows], float(attempt > 0)
-            replies = sample_answers(loaded(), tokenizer, batch, max_tokens, temperature, batch_size, seed=attempt)
+            longest = min(max_tokens, positions - max(len(ids[i]) for i in rows))
+            replies = sample_answers(loaded(), tokenizer, batch, longest, temperature, batch_size, seed=attempt)
             for i, reply in zip(rows, replies, strict=True):
-                write(questions[i], reply.text)
+                write(questions[i], Reply(reply.text, is_cut=not reply.stopped))
 
     return ask

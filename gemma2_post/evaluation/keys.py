@@ -189,7 +189,7 @@ class JudgeArguments:
     judge_load_in: Quantization | None = key(None, "Quantizes a judge in a folder to NF4 or LLM.int8.")
     judge_endpoint: str | None = key(None, "Base URL of the judge's OpenAI-compatible server.")
     endpoint: EndpointArguments = part(EndpointArguments)
-    judge_max_tokens: int = key(256, "Longest reply of the judge, in tokens.", bounds=COUNT)
+    judge_max_tokens: int = key(4096, "Longest reply of the judge, in tokens, its thoughts included.", bounds=COUNT)
     safety_datasets: list[Source] | None = key(None, "Prompts whose answers the judge checks for safety violations.")
 
     def check(self) -> None:
