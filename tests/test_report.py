@@ -37,6 +37,7 @@ def run_dir(tmp_path: Path) -> Path:
     (folder / "warp" / "front-reward.png").write_bytes(PIXEL)
     values = {"reward": 0.5, "kl_to_init": 0.0, "stop_rate": 1.0, "mean_tokens": 7.0, "win_rate_vs_sft": 0.25}
     values |= {"win_rate_vs_sft/low": 0.2, "win_rate_vs_sft/high": 0.31, "win_rate_vs_sft/length_controlled": 0.22}
+    values |= {"win_rate_vs_sft/length_controlled/low": 0.17, "win_rate_vs_sft/length_controlled/high": 0.27}
     values |= {"benchmarks/mmlu": 0.512, "benchmarks/mmlu/standard_error": 0.01, "gold/turns-2": 1.0}
     key = "judge_win_rate_vs_sft"
     judged = {key: 0.6, f"{key}/low": 0.55, f"{key}/high": 0.64, f"{key}/disagreement": 0.3, f"{key}/missing": 2}

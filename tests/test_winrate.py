@@ -8,6 +8,7 @@ import numpy
 import pytest
 import torch
 from datasets import Dataset
+from scipy.stats import norm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from gemma2_post.evaluation import endpoint
@@ -18,7 +19,14 @@ from gemma2_post.evaluation.keys import EndpointArguments
 from gemma2_post.evaluation.measure import Answered, Measurement
 from gemma2_post.evaluation.samples import Answer
 from gemma2_post.evaluation.verdicts import Verdict
-from gemma2_post.evaluation.winrate import bootstrap_interval, difference, length_controlled, win_rate, wins_by
+from gemma2_post.evaluation.winrate import (
+    LEAST_OVERLAP,
+    difference,
+    length_controlled,
+    rate_interval,
+    win_rate,
+    wins_by,
+)
 from gemma2_post.stage.errors import UserError, located
 from tests.conftest import TEACHER
 from tests.test_synthesize import completion, serve
@@ -31,15 +39,40 @@ def test_a_tie_is_half_a_win() -> None:
     assert win_rate([1.0, 0.5, 0.0, 1.0], [1] * 4, [1] * 4).rate == 0.625
 
 
-def test_95_percent_intervals_cover_the_truth_in_95_percent_of_repeats() -> None:
-    """Of wins that are 1, 0 or 1/2; 400 experiments, whose share has a standard error of 1.1 %."""
+@pytest.mark.parametrize(("won", "tied", "size"), [(0.6, 0.2, 120), (0.5, 0, 64), (0.9, 0, 805), (0.66, 0.3, 128)])
+def test_95_percent_intervals_cover_the_truth_in_95_percent_of_repeats(won: float, tied: float, size: int) -> None:
+    """Of wins that are 1, 0, or 1/2; 1,000 experiments, whose share has a standard error of 0.7%."""
     randomness = numpy.random.default_rng(0)
-    truth, covered = 0.6 + 0.5 * 0.2, 0
-    for repeat in range(400):
-        wins = randomness.choice([1.0, 0.5, 0.0], p=[0.6, 0.2, 0.2], size=120)
-        low, high = bootstrap_interval(wins.tolist(), seed=repeat)
+    truth, covered = won + 0.5 * tied, 0
+    for _ in range(1000):
+        wins = randomness.choice([1.0, 0.5, 0.0], p=[won, tied, 1 - won - tied], size=size)
+        low, high = rate_interval(wins.tolist())
         covered += low <= truth <= high
-    assert 0.92 <= covered / 400 <= 0.98
+    assert 930 <= covered <= 970
+
+
+def test_what_never_varies_has_the_interval_of_wins_or_of_ties() -> None:
+    assert rate_interval([0.5] * 20) == (0.5, 0.5)
+    low, high = rate_interval([1.0] * 20)
+    assert 0.83 < low < 0.85 and high == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("share", [LEAST_OVERLAP, 0.3])
+@pytest.mark.parametrize("size", [128, 805])
+def test_the_win_rate_at_equal_lengths_is_within_its_interval(share: float, size: int) -> None:
+    """Of 1,000 experiments with a known length effect; `share` of the answers are shorter than the others'."""
+    randomness = numpy.random.default_rng(0)
+    covered = found = 0
+    for _ in range(1000):
+        differences = randomness.normal(-100 * norm.ppf(share), 100, size).round()
+        others = numpy.full(size, 1000)
+        logits = 0.4 + 1.2 * numpy.tanh(differences / differences.std())
+        wins = (randomness.random(size) < 1 / (1 + numpy.exp(-logits))).astype(float)
+        controlled = length_controlled(wins.tolist(), (others + differences).tolist(), others.tolist())
+        if controlled is not None:
+            found += 1
+            covered += controlled.low <= 1 / (1 + numpy.exp(-0.4)) <= controlled.high
+    assert found > 400 and 0.93 <= covered / found <= 0.97
 
 
 def test_differences_are_paired_by_prompt() -> None:
@@ -61,7 +94,10 @@ def test_length_control_takes_out_what_length_alone_wins() -> None:
     others = numpy.where(longer, lengths - 40, lengths + 40)
     wins = (randomness.random(4000) < numpy.where(longer, 0.9, 0.1)).astype(float).tolist()
     raw = win_rate(wins, lengths.tolist(), others.tolist())
-    assert raw.rate == pytest.approx(0.82, abs=0.02) and raw.length_controlled == pytest.approx(0.5, abs=0.05)
+    assert (
+        raw.rate == pytest.approx(0.82, abs=0.02)
+        and raw.length_controlled.low < 0.5 < raw.length_controlled.high < 0.57
+    )
 
 
 def test_length_control_changes_nothing_where_length_plays_no_part() -> None:
@@ -69,12 +105,14 @@ def test_length_control_changes_nothing_where_length_plays_no_part() -> None:
     lengths, others = randomness.integers(50, 150, size=(2, 4000))
     wins = (randomness.random(4000) < 0.7).astype(float).tolist()
     found = win_rate(wins, lengths.tolist(), others.tolist())
-    assert found.length_controlled == pytest.approx(found.rate, abs=0.02)
-    assert length_controlled([1.0] * 5, [3] * 5, [3] * 5) > 0.9  # finite, without a difference to explain
+    assert found.length_controlled.rate == pytest.approx(found.rate, abs=0.02)
+    assert length_controlled([1.0] * 5, [3] * 5, [3] * 5).rate > 0.9  # finite, without a difference to explain
 
 
 def test_length_control_does_not_guess() -> None:
-    """Where one model's answers are always longer, nothing says what equal ones would win."""
+    """Where one model's answers are nearly always longer, little says what equal ones would win."""
+    lengths = [40 + i for i in range(97)] + [1, 2, 3]
+    assert length_controlled([0.0, 1.0] * 50, lengths, [10] * 100) is None
     assert length_controlled([0.0, 1.0] * 50, [40 + i for i in range(100)], [10] * 100) is None
 
 

@@ -203,11 +203,14 @@ def by_turns(values: dict[str, list[float]], prompts: list[list[Message]]) -> di
 
 
 def versus(key: str, wins: list[float], lengths: list[int], other_lengths: list[int]) -> dict[str, float]:
-    """The win rate under `key`, its 95% interval and, if it can be estimated, the win rate at equal lengths."""
+    """The win rate under `key` and, if it can be estimated, the one at equal lengths, with their 95% intervals."""
     found = win_rate(wins, lengths, other_lengths)
     measured = {key: found.rate, f"{key}/low": found.low, f"{key}/high": found.high}
     controlled = found.length_controlled
-    return measured if controlled is None else measured | {f"{key}/length_controlled": controlled}
+    if controlled is None:
+        return measured
+    key = f"{key}/length_controlled"
+    return measured | {key: controlled.rate, f"{key}/low": controlled.low, f"{key}/high": controlled.high}
 
 
 # --- what the models are measured with ---

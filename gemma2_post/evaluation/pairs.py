@@ -65,7 +65,7 @@ def measure_pairs(pairs: list[ScoredPair]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def wilson_interval(share: float, total: int) -> tuple[float, float]:
+def wilson_interval(share: float, total: float) -> tuple[float, float]:
     """The 95% interval of a share of `total` (Wilson 1927); ties may have contributed halves to the share."""
     z = norm.ppf(0.975)
     centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)

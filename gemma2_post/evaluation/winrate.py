@@ -4,8 +4,23 @@ from dataclasses import dataclass
 
 import numpy
 from scipy.optimize import minimize
+from scipy.special import expit
+
+from gemma2_post.evaluation.pairs import wilson_interval
 
 NUM_RESAMPLES = 2000
+LEAST_OVERLAP = 0.1
+"""Share of the answers that must be no longer than the others', and no shorter, for a win rate at equal lengths."""
+RIDGE = 1e-4
+
+
+@dataclass
+class LengthControlled:
+    """The win rate if both answers had the same length, with its 95% interval."""
+
+    rate: float
+    low: float
+    high: float
 
 
 @dataclass
@@ -15,12 +30,12 @@ class WinRate:
     rate: float
     low: float
     high: float
-    """Upper end of the 95% interval, by bootstrap over the prompts."""
-    length_controlled: float | None
-    """The rate if both answers had the same length; None if that is outside the observed differences."""
+    """Upper end of the 95% interval."""
+    length_controlled: LengthControlled | None
+    """None where too few answers overlap in length."""
 
 
-def win_rate(wins: list[float], lengths: list[int], other_lengths: list[int], seed: int = 0) -> WinRate:
+def win_rate(wins: list[float], lengths: list[int], other_lengths: list[int]) -> WinRate:
     """The win rate with its 95% interval, and at equal lengths.
 
     Args:
@@ -28,8 +43,22 @@ def win_rate(wins: list[float], lengths: list[int], other_lengths: list[int], se
         lengths: Lengths of the answers, in tokens or letters.
         other_lengths: Lengths of the answers that they are compared with.
     """
-    low, high = bootstrap_interval(wins, seed)
+    low, high = rate_interval(wins)
     return WinRate(float(numpy.mean(wins)), low, high, length_controlled(wins, lengths, other_lengths))
+
+
+def rate_interval(wins: list[float]) -> tuple[float, float]:
+    """The 95% interval of the mean of values from 0 to 1: Wilson's, for as many wins and losses as vary as much.
+
+    Values in between, such as ties, vary less than wins and losses, so they count for more. In 1,000 simulated repeats
+    each, with 30 to 805 prompts, true rates from 50% to 98%, and up to 30% ties, it covers the truth in 93 to 98%;
+    percentiles of bootstrapped means do in 44 to 97%.
+    """
+    values = numpy.asarray(wins, dtype=float)
+    rate, variance = float(values.mean()), float(values.var())
+    if variance == 0 and 0 < rate < 1:
+        return rate, rate
+    return wilson_interval(rate, len(values) * (rate * (1 - rate) / variance if variance else 1))
 
 
 def wins_by(scores: list[float], other_scores: list[float]) -> list[float]:
@@ -65,25 +94,38 @@ def difference(values: list[float], other_values: list[float]) -> Difference:
     return Difference(float(differences.mean()), low, high, error)
 
 
-def length_controlled(wins: list[float], lengths: list[int], other_lengths: list[int]) -> float | None:
-    """The win rate at equal lengths, by logistic regression on the difference of lengths.
+def length_controlled(wins: list[float], lengths: list[int], other_lengths: list[int]) -> LengthControlled | None:
+    """The win rate at equal lengths: a logistic regression of the wins on the difference of lengths, at 0.
 
-    None if equal lengths are outside the middle 95% of the differences, where the rate would be a guess.
+    None unless at least `LEAST_OVERLAP` of the answers are no longer than the others', and as many no shorter. In
+    simulations with 128 to 805 prompts, where a length effect of another form (linear, of the sign alone, only of
+    large differences) replaces the assumed one, the estimate is off by up to 1.5 points on average at that share, and
+    by up to 6.6 at 2%. Its root mean square error there is 4 points with 805 prompts, 6 with 256, and 8 with 128. The
+    interval is that of the sandwich variance: it covers the truth in 93 to 97% of the repeats if the form is the
+    assumed one, in 91 to 97% if it is not, and in 83% if only the sign matters and there are 805 prompts.
 
-    As in AlpacaEval (arXiv 2404.04475, equation 3), without its term for the difficulty of a prompt: length enters as
-    the tanh of the difference in units of its standard deviation. A small ridge keeps the fit finite if all are wins.
+    As in AlpacaEval (arXiv 2404.04475, equation 3), length enters as the tanh of the difference in units of its
+    standard deviation. Unlike there: no term for the difficulty of a prompt, which needs many models' answers to the
+    same prompts; no L1 penalty chosen by cross-validation, and no rows of verbose and concise baselines that hold the
+    length effect to a known one, so an effect is what these answers alone show; a ridge of 1e-4 keeps the fit finite
+    if all are wins. So the numbers are not those of AlpacaEval's leaderboard.
     """
     difference = numpy.subtract(lengths, other_lengths).astype(float)
-    low, high = numpy.percentile(difference, [2.5, 97.5])
-    if not low <= 0 <= high:
+    if min((difference <= 0).mean(), (difference >= 0).mean()) < LEAST_OVERLAP:
         return None
     spread = difference.std()
     x = numpy.tanh(difference / spread) if spread else numpy.zeros_like(difference)
-    y = numpy.asarray(wins, dtype=float)
+    y, features = numpy.asarray(wins, dtype=float), numpy.stack([numpy.ones_like(x), x], axis=1)
 
     def loss(weights: numpy.ndarray) -> float:
-        logits = weights[0] + weights[1] * x
-        return float(numpy.mean(numpy.logaddexp(0, logits) - y * logits) + 1e-4 * weights @ weights)
+        logits = features @ weights
+        return float(numpy.mean(numpy.logaddexp(0, logits) - y * logits) + RIDGE * weights @ weights)
 
-    intercept, _ = minimize(loss, numpy.zeros(2)).x
-    return float(1 / (1 + numpy.exp(-intercept)))
+    weights = minimize(loss, numpy.zeros(2)).x
+    predicted = expit(features @ weights)
+    scores = features * (y - predicted)[:, None]
+    curvature = (features * (predicted * (1 - predicted))[:, None]).T @ features / len(y) + 2 * RIDGE * numpy.eye(2)
+    inverse = numpy.linalg.inv(curvature)
+    error = numpy.sqrt((inverse @ (scores.T @ scores / len(y)) @ inverse)[0, 0] / len(y))
+    low, rate, high = (float(expit(weights[0] + side * 1.96 * error)) for side in (-1, 0, 1))
+    return LengthControlled(rate, low, high)

@@ -82,7 +82,8 @@ def _interval(model: dict[str, float], key: str, form: str) -> str:
 
 
 REWARD, JUDGE = "the reward", "the judge"
-_PARTS = ("low", "high", "length_controlled", "disagreement")
+_CONTROLLED = "length_controlled"
+_PARTS = ("low", "high", _CONTROLLED, f"{_CONTROLLED}/low", f"{_CONTROLLED}/high", "disagreement")
 
 
 @dataclass
@@ -93,14 +94,15 @@ class Contest:
     """`REWARD`, `JUDGE` or the name of a grader."""
     baseline: str
     wins: dict[str, dict[str, float]]
-    """By model, in percent: rate, low, high and, if known, length_controlled and a judge's disagreement; and
-    `missing`, the number of pairs without a verdict."""
+    """By model, in percent: rate, low, high and, if known, length_controlled with its own low and high, and a judge's
+    disagreement; and `missing`, the number of pairs without a verdict."""
 
 
 def win_rates(models: dict[str, dict[str, float]]) -> list[str]:
     """The keys of win rates with an interval; a baseline's name may contain slashes."""
     keys = dict.fromkeys(key for each in models.values() for key in each if "win_rate_vs_" in key)
-    return [key for key in keys if any(f"{key}/low" in each for each in models.values())]
+    rates = [key for key in keys if not key.endswith(f"/{_CONTROLLED}")]
+    return [key for key in rates if any(f"{key}/low" in each for each in models.values())]
 
 
 def contests(models: dict[str, dict[str, float]]) -> list[Contest]:
@@ -111,7 +113,7 @@ def contests(models: dict[str, dict[str, float]]) -> list[Contest]:
         judge = {"": REWARD, "judge_": JUDGE}.get(judge, judge.removesuffix("_"))
         wins = {
             name: {"rate": 100 * each[key], "missing": each.get(f"{key}/missing", 0)}
-            | {part: 100 * each[f"{key}/{part}"] for part in _PARTS if f"{key}/{part}" in each}
+            | {part.replace("/", "_"): 100 * each[f"{key}/{part}"] for part in _PARTS if f"{key}/{part}" in each}
             for name, each in models.items()
             if f"{key}/low" in each and name != baseline
         }
