@@ -13,7 +13,9 @@ the answers to `safety_datasets`. With a `corpus`, the stage measures how much o
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +37,11 @@ from gemma2_post.stage.work import Lengths, Pass, Rows, evenly, times
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from gemma2_post.evaluation.comparison import Measures
+
+KEPT = "measured"
+"""Folder beside the output for what was measured, whatever the recipe says next."""
+
 
 @dataclass(kw_only=True)
 class Recipe:
@@ -52,7 +59,8 @@ class Recipe:
 
 
 def main(stage: Stage, recipe: Recipe) -> None:
-    """Lets all models answer and compares them; resumes from the answers of an interrupted run."""
+    """Lets all models answer and compares them. What was measured before is kept, and a part that fails, such as a
+    judge, does not stop the others."""
     from gemma2_post.evaluation import benchmarks
     from gemma2_post.evaluation.comparison import Comparison, load_corpus, load_judge, load_safety_prompts
     from gemma2_post.evaluation.measure import Measurement
@@ -73,21 +81,52 @@ def main(stage: Stage, recipe: Recipe) -> None:
         benchmarks.load_data(recipe.benchmarks)
     print(f"{len(measurement.rows)} of {measurement.num_prompts} prompts, {len(names)} models")
     contract.begin_afresh(stage.output_dir, stage.fingerprint)
-    compared = Comparison(measurement, names, baseline, stage.output_dir / contract.PROGRESS)
+    compared = Comparison(measurement, names, baseline, stage.output_dir.with_name(KEPT))
     compared.answer()
-    found = [compared.by_answers(), compared.by_judge(judge), compared.safety(judge, unsafe)]
-    gains = compared.gains()
-    del judge  # frees a local judge's memory
-    found += [compared.memorization(corpus), compared.benchmarks(recipe.benchmarks)]
-    models = {name: {k: value for each in found for k, value in each.get(name, {}).items()} for name in names.values()}
-    for name, each in models.items():
-        with located(name):
-            contract.check_finite(each)
-    contract.write_json(stage.output_dir / contract.MODELS, models)
-    contract.write_json(stage.output_dir / contract.GAINS, gains)
     compared.write_answers(stage.output_dir / "answers.jsonl")
+    models: dict[str, dict[str, float]] = {name: {} for name in names.values()}
+    failed: dict[str, str] = {}
+    (stage.output_dir / contract.FAILED).unlink(missing_ok=True)
+
+    def measure(part: str, measures: "Callable[[], Measures]") -> None:
+        try:
+            found = measures()
+            for name, each in found.items():
+                with located(name):
+                    contract.check_finite(each)
+        except UserError as error:
+            failed[part] = str(error)
+            contract.write_json(stage.output_dir / contract.FAILED, failed)
+            return
+        for name, each in found.items():
+            models[name] |= each
+        contract.write_json(stage.output_dir / contract.MODELS, models)
+
+    measure("rewards", compared.by_answers)
+    if not failed:
+        contract.write_json(stage.output_dir / contract.GAINS, compared.gains())
+    measure("judge", partial(compared.by_judge, judge))
+    measure("safety", partial(compared.safety, judge, unsafe))
+    del judge  # frees a local judge's memory
+    measure("memorization", partial(compared.memorization, corpus))
+    measure("benchmarks", partial(compared.benchmarks, recipe.benchmarks))
+    if failed:
+        raise PartsFailedError(stage.output_dir, failed)
     last = [*models.values()][-1].items()
     stage.finish({}, {name.replace(f"_vs_{baseline}", ""): value for name, value in last})
+
+
+class PartsFailedError(UserError):
+    """Some parts of an evaluation could not be measured; the others are written."""
+
+    status = 4
+
+    def __init__(self, output_dir: Path, failed: dict[str, str]):
+        reasons = "; ".join(f"{part}: {reason}" for part, reason in failed.items())
+        super().__init__(
+            f"{reasons} (what else was measured is in {output_dir / contract.MODELS}, and is kept: the same command, "
+            "also with another judge, measures only what is missing)"
+        )
 
 
 def check_tokenizers(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> None:

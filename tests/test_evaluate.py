@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from gemma2_post import evaluate
 from gemma2_post.data.keys import Source
-from gemma2_post.evaluation import comparison
+from gemma2_post.evaluation import comparison, measure
 from gemma2_post.evaluation.keys import CorpusArguments
 from gemma2_post.models.saving import save_model
 from gemma2_post.models.tokenizer import save_tokenizer
@@ -131,7 +131,7 @@ def test_questions_of_several_turns_are_answered_turn_by_turn(
     output = run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values)
     models = json.loads((output / "models.json").read_text())
     assert [models["sft"][f"reward/turns-{number}"] for number in (1, 2, 3)] == [1, 3, 5]
-    records = [json.loads(line) for line in (output / "progress" / "answers.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (output.with_name("measured") / "answers.jsonl").read_text().splitlines()]
     for record in records:
         texts = [turn["content"] for turn in record["prompts"][0][1:-1]] + [record["answers"][0]["text"]]
         num_tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
@@ -253,10 +253,35 @@ def test_an_endpoint_that_cannot_be_used_is_known_before_anything_is_answered(
     assert not (tmp_path / "runs" / "evaluate").exists()
 
 
-def test_a_local_judge_that_says_nothing_is_refused(evaluate_recipe: Recipe, tmp_path: Path) -> None:
-    values = evaluate_recipe | {"judge": TEACHER, "judge_max_tokens": 4, "models": evaluate_recipe["models"][:2]}
-    with pytest.raises(UserError, match=r"the judge gave no verdict on (1 of 1|2 of 2|3 of 3) pairs, asked 3 times"):
-        run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values | {"base": None, "num_samples": 3})
+def test_a_judge_that_says_nothing_leaves_all_else_measured(
+    evaluate_recipe: Recipe, tmp_path: Path, serve: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another judge, no answer is sampled again; what was measured stands in the report meanwhile."""
+    sampled, sample_answers = [], measure.sample_answers
+    monkeypatch.setattr(
+        measure, "sample_answers", lambda *args, **more: sampled.append(1) or sample_answers(*args, **more)
+    )
+    values = evaluate_recipe | {"models": evaluate_recipe["models"][:2], "base": None, "num_samples": 3}
+    weak = values | {"judge": TEACHER, "judge_max_tokens": 4}
+    match = r"judge: the judge gave no verdict on (1 of 1|2 of 2|3 of 3) pairs.*measures only what is missing"
+    with pytest.raises(UserError, match=match) as failed:
+        run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, weak)
+    assert failed.value.status == 4
+    output = Path(evaluate_recipe["output_dir"])
+    models = json.loads((output / "models.json").read_text())
+    assert models["rlhf/policy-0"]["win_rate_vs_sft"] > 0 and "judge_win_rate_vs_sft" not in models["rlhf/policy-0"]
+    assert json.loads((output / "failed.json").read_text()).keys() == {"judge"}
+    assert (output / "gains.json").is_file() and (output / "answers.jsonl").is_file()
+    assert not (output / "stage.json").exists()
+    server, num_sampled = serve(lambda _: completion("[[tie]]")), len(sampled)
+    strong = values | {"judge": "j", "judge_endpoint": server.url}
+    assert run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, strong) == output
+    assert len(sampled) == num_sampled and not (output / "failed.json").exists()
+    after = json.loads((output / "models.json").read_text())
+    assert after["rlhf/policy-0"].pop("judge_win_rate_vs_sft") == 0.5
+    assert models["rlhf/policy-0"].items() <= after["rlhf/policy-0"].items()
+    run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, strong | {"seed": 1, "output_dir": str(output.with_name("again"))})
+    assert len(sampled) > num_sampled, "another seed asks for other answers"
 
 
 def test_the_reward_model_and_the_judge_may_be_quantized(

@@ -15,7 +15,7 @@ from gemma2_post.evaluation import endpoint
 from gemma2_post.evaluation import judge as judging
 from gemma2_post.evaluation.comparison import Comparison
 from gemma2_post.evaluation.judge import Judge, Reply, ask_endpoint, ask_model, question, summarize
-from gemma2_post.evaluation.keys import EndpointArguments
+from gemma2_post.evaluation.keys import AnswerArguments, EndpointArguments
 from gemma2_post.evaluation.measure import Answered, Measurement
 from gemma2_post.evaluation.samples import Answer
 from gemma2_post.evaluation.verdicts import Verdict
@@ -199,7 +199,7 @@ def compared(num_equal: int, num_different: int) -> Comparison:
         for name, each in texts.items()
     }
     measurement = Measurement.__new__(Measurement)  # only its prompts are needed
-    measurement.rows = Dataset.from_dict({"prompt": prompts})
+    measurement.rows, measurement.args = Dataset.from_dict({"prompt": prompts}), AnswerArguments()
     return Comparison(measurement, {}, "theirs", Path("progress"), answered)
 
 
@@ -226,7 +226,7 @@ def test_a_judge_of_safety_must_judge_half_of_the_answers(
         return "[[violation]]" if any(f"Say {i}." in text for i in range(num_judged)) else "Well."
 
     comparison, prompts = compared(4, 0), [[{"role": "user", "content": f"Say {i}."}] for i in range(4)]
-    monkeypatch.setattr(comparison, "_each", lambda answer, file: {"ours": ["no"] * 4})
+    monkeypatch.setattr(comparison, "_each", lambda *_: {"ours": ["no"] * 4})
     judge = Judge(Asked(reply), "j", 256, tmp_path / "j.jsonl")
     if num_judged < 2:
         with pytest.raises(UserError, match=f"no verdict on {4 - num_judged} of 4 answers to safety_datasets"):

@@ -20,14 +20,14 @@ from gemma2_post.data.turns import Message
 from gemma2_post.evaluation import benchmarks, endpoint
 from gemma2_post.evaluation.judge import Judge, ask_endpoint, ask_model, check_most
 from gemma2_post.evaluation.keys import BenchmarkArguments, CorpusArguments, JudgeArguments
-from gemma2_post.evaluation.measure import Answered, Measurement, load, summarize
+from gemma2_post.evaluation.measure import Answered, Measurement, digest_of, load, summarize
 from gemma2_post.evaluation.memorisation import CONTINUATION, PREFIX, memorised, windows
 from gemma2_post.evaluation.pairs import wilson_interval
 from gemma2_post.evaluation.samples import distinctness
 from gemma2_post.evaluation.winrate import difference, win_rate, wins_by
 from gemma2_post.models.loading import load_config
 from gemma2_post.models.tokenizer import load_tokenizer, render
-from gemma2_post.stage import contract
+from gemma2_post.stage import contract, digests
 from gemma2_post.stage.errors import UserError
 
 T = TypeVar("T")
@@ -44,15 +44,15 @@ class Comparison:
     names: dict[Path, str]
     """The models' names, by path."""
     baseline: str
-    progress: Path
-    """Folder with the results of an interrupted run."""
+    kept: Path
+    """Folder for what was measured, outside of the output: a changed recipe measures only what it has changed."""
     answered: dict[str, Answered] = field(default_factory=dict)
     values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     """Reward, grades and counts of each model's answers, one for each prompt."""
 
     def answer(self) -> None:
         """Lets every model answer; the other methods measure these answers."""
-        by_path = self.measurement.answer(list(self.names), self.progress / "answers.jsonl")
+        by_path = self.measurement.answer(list(self.names), self.kept / "answers.jsonl")
         self.answered = {name: by_path[path] for path, name in self.names.items()}
 
     def by_answers(self) -> Measures:
@@ -119,7 +119,8 @@ class Comparison:
             return [each.text for each in self.measurement.sample(model, prompts)]
 
         found = {}
-        for name, answers in self._each(answer, "safety.jsonl").items():
+        asked = [prompts, vars(self.measurement.args)]
+        for name, answers in self._each(answer, "safety.jsonl", asked).items():
             verdicts = judge.violations(prompts, answers)
             judged = [each for each in verdicts if each is not None]
             check_most(verdicts.count(None), len(verdicts), judge.replies, "answers to safety_datasets")
@@ -141,7 +142,7 @@ class Comparison:
             model = load(path, self.measurement.accelerator.device)
             return memorised(model, corpus, self.measurement.args.batch_size).metrics()
 
-        return self._each(measure_one, "memorisation.jsonl")
+        return self._each(measure_one, "memorisation.jsonl", corpus)
 
     def benchmarks(self, args: BenchmarkArguments) -> Measures:
         """The scores on academic benchmarks; the base model is asked without the chat format."""
@@ -160,16 +161,24 @@ class Comparison:
                 chats=self.names[path] != BASE,
             )
 
-        return self._each(measure_one, "benchmarks.jsonl")
+        given = [args.benchmarks, args.benchmark_limit, contract.input_digest(args.benchmark_folder or "")]
+        return self._each(measure_one, "benchmarks.jsonl", given)
 
-    def _each(self, measure_one: Callable[[Path], T], file: str) -> dict[str, T]:
-        """Measures one model at a time and appends its result to a file, from which an interrupted run resumes."""
-        records = contract.read_lines(self.progress / file, {"model": str, "measured": (dict, list)})
-        found = {record["model"]: record["measured"] for record in records}
+    def _each(self, measure_one: Callable[[Path], T], file: str, given: Any) -> dict[str, T]:
+        """Measures one model at a time and appends its result to a file, from which later runs take it.
+
+        Args:
+            given: What else decides the result.
+        """
+        records = contract.read_lines(self.kept / file, {"key": str, "measured": (dict, list)})
+        known = {record["key"]: record["measured"] for record in records}
+        found = {}
         for path, name in self.names.items():
-            if name not in found:
-                found[name] = measure_one(path)
-                contract.append_lines(self.progress / file, [{"model": name, "measured": found[name]}])
+            key = digests.of_text(json.dumps([digest_of(path), name == BASE, given]))
+            if key not in known:
+                known[key] = measure_one(path)
+                contract.append_lines(self.kept / file, [{"key": key, "model": name, "measured": known[key]}])
+            found[name] = known[key]
         return found
 
     def write_answers(self, path: Path) -> None:

@@ -4,6 +4,7 @@ The reward is the one that training would give; KL is KL(model || start) of whol
 nats. The models are loaded one at a time next to the start, and the reward model after they are gone.
 """
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from math import sqrt
@@ -27,11 +28,11 @@ from gemma2_post.evaluation.samples import Answer, load_graders, sample_answers
 from gemma2_post.models.arguments import check_prompt_length
 from gemma2_post.models.loading import frozen_arguments, load_config, load_model
 from gemma2_post.models.tokenizer import load_tokenizer
-from gemma2_post.stage import contract
+from gemma2_post.stage import contract, digests
 from gemma2_post.stage.errors import UserError, located
 
-_RECORD: contract.Keys = {"model": str, **dict.fromkeys(("prompts", "answers", "kl", "lengths"), list)}
-"""The keys of a model's answers in the file of an interrupted run."""
+_RECORD: contract.Keys = {"key": str, "model": str, **dict.fromkeys(("prompts", "answers", "kl", "lengths"), list)}
+"""The keys of a model's answers in the file that keeps them."""
 
 
 @dataclass
@@ -108,21 +109,24 @@ class Measurement:
         """The answers of each model.
 
         Args:
-            cache: File to which each model's answers are appended; an interrupted run's answers are read from it.
+            cache: File to which each model's answers are appended. What is there is not sampled again, whatever else
+                has changed, if the model, the start, the prompts, and the sampling are the same.
         """
         cache.parent.mkdir(exist_ok=True)
-        found: dict[Path, Answered] = {}
+        asked = [list(self.rows["prompt"]), self.later, vars(self.args), digest_of(Path(self.start))]
+        keys = {path: digests.of_text(json.dumps([digest_of(path), *asked])) for path in models}
+        known: dict[str, Answered] = {}
         for record in contract.read_lines(cache, _RECORD):
             answers = [Answer(**answer) for answer in record["answers"]]
-            found[Path(record["model"])] = Answered(record["prompts"], answers, record["kl"], record["lengths"])
-        missing = [path for path in models if path not in found]
+            known[record["key"]] = Answered(record["prompts"], answers, record["kl"], record["lengths"])
+        missing = [path for path in models if keys[path] not in known]
         start = load(Path(self.start), self.accelerator.device) if missing else None
         for path in tqdm(missing, desc="answers", unit="model"):
             with located(path):
-                found[path] = self._answer_one(path, start)
-            record = vars(found[path]) | {"model": str(path), "answers": [vars(each) for each in found[path].answers]}
-            contract.append_lines(cache, [record])
-        return found
+                found = known[keys[path]] = self._answer_one(path, start)
+            record = {"key": keys[path], "model": str(path), "answers": [vars(each) for each in found.answers]}
+            contract.append_lines(cache, [vars(found) | record])
+        return {path: known[keys[path]] for path in models}
 
     def _answer_one(self, path: Path, start: PreTrainedModel) -> Answered:
         """Answers turn by turn. The model is freed before the next one is loaded."""
@@ -173,6 +177,11 @@ class Measurement:
             "stop_rate": [float(answer.stopped) for answer in answered.answers],
             "mean_tokens": [float(answer.num_tokens) for answer in answered.answers],
         }
+
+
+def digest_of(model: Path) -> str:
+    """What a model is: the hash of its folder, or its name on the Hub."""
+    return contract.input_digest(str(model)) or str(model)
 
 
 def load(path: Path, device: torch.device | None = None, quantization: str | None = None) -> PreTrainedModel:

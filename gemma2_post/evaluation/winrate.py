@@ -58,7 +58,8 @@ def rate_interval(wins: list[float]) -> tuple[float, float]:
     rate, variance = float(values.mean()), float(values.var())
     if variance == 0 and 0 < rate < 1:
         return rate, rate
-    return wilson_interval(rate, len(values) * (rate * (1 - rate) / variance if variance else 1))
+    low, high = wilson_interval(rate, len(values) * (rate * (1 - rate) / variance if variance else 1))
+    return min(low, rate), max(high, rate)  # at 0 and 1 but for rounding
 
 
 def wins_by(scores: list[float], other_scores: list[float]) -> list[float]:

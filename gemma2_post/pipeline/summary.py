@@ -46,6 +46,7 @@ def write(pipeline: Pipeline, status: str, seconds: float) -> None:
         "grader": _grader(pipeline),
         "models": _models(pipeline),
         "gains": _gains(pipeline),
+        "failed": _failed(pipeline),
         "liti": _liti(pipeline),
     }
     contract.write_json(run_dir / FILE, content)
@@ -91,11 +92,12 @@ def _grader(pipeline: Pipeline) -> str | None:
 
 
 def _last_evaluation(pipeline: Pipeline) -> Path | None:
-    """The folder of the last evaluation, if the models are unchanged."""
+    """The folder of the last evaluation, if the models are unchanged; parts of it may have failed."""
     for name in reversed(pipeline.entries):
         folder = pipeline.run_dir / name
-        if (folder / contract.MODELS).is_file() and (done := contract.read_done(folder)):
-            inputs = done["fingerprint"]["inputs"]
+        made = contract.read_done(folder) or ((folder / contract.FAILED).is_file() and contract.read_begun(folder))
+        if (folder / contract.MODELS).is_file() and made:
+            inputs = made["fingerprint"]["inputs"]
             is_valid = all(contract.input_digest(path) == digest for path, digest in inputs.items() if "@" not in path)
             return folder if is_valid else None
     return None
@@ -105,6 +107,12 @@ def _gains(pipeline: Pipeline) -> list[dict[str, Any]]:
     """The paired differences from the last evaluation; see `evaluation.comparison.Comparison.gains`."""
     folder = _last_evaluation(pipeline)
     return (contract.read_json(folder / contract.GAINS) or []) if folder else []
+
+
+def _failed(pipeline: Pipeline) -> dict[str, str]:
+    """The parts of the last evaluation that could not be measured, with the reasons."""
+    folder = _last_evaluation(pipeline)
+    return (contract.read_json(folder / contract.FAILED) or {}) if folder else {}
 
 
 def _models(pipeline: Pipeline) -> dict[str, dict[str, float]]:

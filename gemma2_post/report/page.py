@@ -75,6 +75,7 @@ def write(run_dir: Path, summary: dict, rows: list[dict], files: Files) -> list[
         "contests": models.contests(summary["models"]),
         "facts": models.facts(summary),
         "gains": models.gains(summary),
+        "failed": summary["failed"],
         "conversations": [_conversation(row) for row in rows],
         "versions": [*done.values()][-1]["fingerprint"]["versions"] if done else {},
         "commit": next((commit for each in done.values() if (commit := each.get("git_commit"))), None),

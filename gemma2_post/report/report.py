@@ -32,6 +32,8 @@ def report(run_dir: Path) -> None:
     rows = _answers(run_dir, found, files)
     if found["models"]:
         console.print(_models(found["models"], found["grader"]))
+    for part, reason in found["failed"].items():
+        console.print(f"{part} was not measured: {reason}", markup=False, highlight=False, soft_wrap=True)
     for pair, sentence in models.gains(found):
         console.print(f"{pair}: {sentence}", highlight=False)
     for row in to_show(rows, _SHOWN):
@@ -50,11 +52,11 @@ def write(run_dir: Path) -> list[Path]:
 
 
 def _summary(run_dir: Path) -> dict[str, Any]:
-    """What the run recorded; runs made before there were headlines, a grader and gains have none."""
+    """What the run recorded; runs made before there were headlines, a grader, gains and failed parts have none."""
     found = summary.read(run_dir)
     if found is None:
         raise UserError(f"{run_dir} has no {summary.FILE}; name the folder of a run, such as runs/tiny")
-    return {"headlines": {}, "grader": None, "gains": []} | found
+    return {"headlines": {}, "grader": None, "gains": [], "failed": {}} | found
 
 
 def _answers(run_dir: Path, found: dict, files: Files) -> list[dict]:
