@@ -280,7 +280,8 @@ def test_a_judge_that_says_nothing_leaves_all_else_measured(
     after = json.loads((output / "models.json").read_text())
     assert after["rlhf/policy-0"].pop("judge_win_rate_vs_sft") == 0.5
     assert models["rlhf/policy-0"].items() <= after["rlhf/policy-0"].items()
-    run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, strong | {"seed": 1, "output_dir": str(output.with_name("again"))})
+    others = strong | {"seed": 1, "output_dir": str(output.with_name("again"))}
+    run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, others)
     assert len(sampled) > num_sampled, "another seed asks for other answers"
 
 

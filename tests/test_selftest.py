@@ -34,9 +34,10 @@ def test_versions() -> None:
     found = environment.installed()
     assert environment.versions(found, environment.required()).state == "pass"
     missing = environment.versions({name: found[name] for name in found if name != "trl"}, [])
-    assert missing.state == "fail" and missing.found == "trl is missing" and "constraints.txt" in missing.remedy
+    assert missing.state == "fail" and missing.found.startswith("trl is missing")
+    assert "constraints.txt" in missing.remedy
     other = environment.versions(found | {"trl": "1.16.9"}, [])
-    assert other.state == "pass" and other.found == "trl 1.16.9 (tested: 1.16.0)"
+    assert other.state == "pass" and "trl 1.16.9 (tested: 1.16.0)" in other.found
     refused = environment.versions(found, ["trl>=99"])
     assert refused.state == "fail" and "trl>=99" in refused.found
 

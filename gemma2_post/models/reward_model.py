@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy
 import torch
-from accelerate import cpu_offload
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForSequenceClassification,
@@ -82,6 +81,26 @@ def mean_and_spread(rewards: Iterable[list[float]]) -> tuple[float, float]:
     return float(values.mean()), float(values.std())
 
 
+def _compute_on(model: PreTrainedModel, device: torch.device) -> None:
+    """Lets each module compute on this device, which holds the module's weights only meanwhile."""
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+    at_rest: dict[torch.nn.Parameter, torch.Tensor] = {}
+
+    def to_device(module: torch.nn.Module, _: object) -> None:
+        for parameter in module.parameters(recurse=False):
+            at_rest[parameter] = parameter.data
+            parameter.data = parameter.data.to(device)
+
+    def back(module: torch.nn.Module, *_: object) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = at_rest.pop(parameter)
+
+    for module in model.modules():
+        module.register_forward_pre_hook(to_device)
+        module.register_forward_hook(back)
+
+
 def seal(
     output_dir: Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -102,7 +121,7 @@ def seal(
     unset_hf_deepspeed_config()  # else ZeRO-3 would shard this model too
     model = AutoModelForSequenceClassification.from_pretrained(output_dir, dtype="auto", attn_implementation="eager")
     _score_in_fp32(model)
-    cpu_offload(model, device)
+    _compute_on(model, device)
     rows = [conversation_ids(tokenizer, messages) for messages in conversations]
     scores = score_ids(model, rows, batch_size=1, device=device)
     canary = [{"messages": messages, "score": value} for messages, value in zip(conversations, scores, strict=True)]
