@@ -109,13 +109,23 @@ def test_what_cannot_be_run_is_said_first(folder: Path, monkeypatch: pytest.Monk
     ("names", "expected"),
     [
         (["alias", "acc,none", "acc_stderr,none", "acc_norm,none"], "acc_norm,none"),
-        (["alias", "exact_match,strict-match", "exact_match,flexible-extract"], "exact_match,strict-match"),
+        (["alias", "exact_match,strict-match", "exact_match,flexible-extract"], "exact_match,flexible-extract"),
         (["prompt_level_strict_acc,none", "prompt_level_strict_acc_stderr,none"], "prompt_level_strict_acc,none"),
         (["word_perplexity_stderr,none", "word_perplexity,none"], "word_perplexity,none"),
     ],
 )
-def test_a_task_has_one_number(names: list[str], expected: str) -> None:
-    assert benchmarks.metric_of(dict.fromkeys(names, 0.0)) == expected
+def test_a_task_has_one_score_and_all_its_metrics(names: list[str], expected: str) -> None:
+    found = benchmarks.metrics_of(dict.fromkeys(names, 0.0))
+    assert found[0] == expected and sorted(found) == sorted(
+        each for each in names if "_stderr" not in each and "," in each
+    )
+
+
+def test_a_task_that_needs_more_packages_says_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = benchmarks.find_spec
+    monkeypatch.setattr(benchmarks, "find_spec", lambda name: None if name == "langdetect" else found(name))
+    with pytest.raises(UserError, match=r"ifeval needs langdetect.*; pip install 'lm-eval\[ifeval\]'"):
+        benchmarks.check(BenchmarkArguments(["ifeval"]))
 
 
 def numbered(row: dict[str, object], number: int) -> list[dict[str, object]]:

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 PRESET = {"mmlu": 5, "gsm8k": 5, "arc_challenge": 25, "hellaswag": 10, "winogrande": 5}
 """The tasks of `preset`, with their numbers of examples."""
-_METRICS = ["acc_norm", "acc", "exact_match"]
+_METRICS = ["acc_norm", "acc", "exact_match,flexible-extract", "exact_match"]
 """The metrics that can be a task's score: the first of these that it has, or else its first metric."""
+_PACKAGES = {"ifeval": ["langdetect", "immutabledict", "nltk"]}
+"""What tasks need beyond lm-eval itself, by the beginning of their names."""
 
 
 def check(args: BenchmarkArguments) -> None:
@@ -39,6 +41,10 @@ def check(args: BenchmarkArguments) -> None:
     unknown = [name for name in tasks if name not in known]
     if unknown:
         raise UserError(f"benchmarks names {unknown[0]}, which lm-eval does not know; `lm-eval ls tasks` lists them")
+    for start, packages in _PACKAGES.items():
+        missing = [name for name in packages if find_spec(name) is None]
+        if missing and any(name.startswith(start) for name in tasks):
+            raise UserError(f"benchmarks: {start} needs {', '.join(missing)}; pip install 'lm-eval[{start}]'")
 
 
 @cache
@@ -63,7 +69,9 @@ def run(
     batch_size: int,
     chats: bool,
 ) -> dict[str, float]:
-    """Each task's score and its standard error.
+    """Each task's score, `benchmarks/NAME`, and all metrics that lm-eval has of it, `benchmarks/NAME/METRIC`.
+
+    Each comes with its standard error, where lm-eval has one.
 
     Args:
         tasks: Names of tasks of lm-eval or of `folder`, or `preset` alone.
@@ -93,20 +101,24 @@ def run(
             log_samples=False,
             bootstrap_iters=0,
         )["results"][name]
-        metric = metric_of(results)
-        kind, _, how = metric.partition(",")
-        found[f"benchmarks/{name}"] = results[metric]
-        error = results.get(f"{kind}_stderr,{how}")
-        if isinstance(error, float):
-            found[f"benchmarks/{name}/standard_error"] = error
+        metrics = metrics_of(results)
+        scored = {f"benchmarks/{name}": metrics[0]}
+        scored |= {f"benchmarks/{name}/{each.removesuffix(',none')}": each for each in metrics}
+        for key, metric in scored.items():
+            kind, _, how = metric.partition(",")
+            found[key] = results[metric]
+            error = results.get(f"{kind}_stderr,{how}")
+            if isinstance(error, float):
+                found[f"{key}/standard_error"] = error
     return found
 
 
-def metric_of(results: dict[str, object]) -> str:
-    """The key of a task's score in lm-eval's results, whose keys look like `acc,none` and `acc_stderr,none`."""
+def metrics_of(results: dict[str, object]) -> list[str]:
+    """The keys of a task's metrics in lm-eval's results, such as `acc,none` beside `acc_stderr,none`; its score is the
+    first."""
     names = [each for each in results if "," in each and not each.partition(",")[0].endswith("_stderr")]
-    preferred = [each for kind in _METRICS for each in names if each.partition(",")[0] == kind]
-    return (preferred or names)[0]
+    preferred = [each for kind in _METRICS for each in names if kind in (each, each.partition(",")[0])]
+    return [*dict.fromkeys([*preferred, *names])]
 
 
 def load_data(args: BenchmarkArguments) -> None:
@@ -114,6 +126,8 @@ def load_data(args: BenchmarkArguments) -> None:
     for name in names_of(args.benchmarks or []):
         try:
             task_manager(args.benchmark_folder).load([name])
+        except ModuleNotFoundError as error:
+            raise UserError(f"benchmarks: {name} needs the package {error.name}; install it") from error
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"benchmarks: the data of {name} cannot be read ({' '.join(str(error).split())[:200]}); "

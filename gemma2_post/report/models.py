@@ -53,8 +53,8 @@ def additional(models: dict[str, dict[str, float]], grader: str | None) -> dict[
         if key in keys:
             found[words] = _cells(models, key, "{:.1%}")
     for key in keys:
-        if key.startswith("benchmarks/") and key.count("/") == 1:
-            found[key.removeprefix("benchmarks/")] = _cells(models, key, "{:.1%}")
+        if key.startswith("benchmarks/") and not key.endswith("/standard_error"):
+            found[key.removeprefix("benchmarks/").replace("/", ", ")] = _cells(models, key, "{:.1%}")
     return found
 
 
