@@ -266,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
         "--gpu",
         default="H100",
         metavar="NAME",
-        help="the GPU of the hours: H100 (default), H200, A100, L4, 'RTX 4090'",
+        help="the GPU of the hours: H100 (default), H200, A100, L4, 'RTX 4090', or the selftest.json of a machine",
     )
 
     command(prepare, "read, check and tokenize the data ahead of the run, without a GPU", of_pipeline)

@@ -140,7 +140,9 @@ def summary(estimates: list[Estimate]) -> list[str]:
 def assumptions(on_gpu: bool, on_cpu: bool, gpu: str) -> list[str]:
     """What the hours assume, in sentences."""
     lines = []
-    if on_gpu:
+    if on_gpu and gpu not in machines.GPUS:
+        lines.append(f"{gpu} was measured by a selftest; it may be {machines.SPREAD:g} times as fast or slow")
+    elif on_gpu:
         flops, bandwidth = machines.GPUS[gpu]
         (most, least), (fast, slow) = machines.FLOPS_SHARES, machines.BANDWIDTH_SHARES
         few, many = (1e3 * each for each in machines.LAYER_SECONDS)

@@ -4,12 +4,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from gemma2_post.models import work
 from gemma2_post.models.cost import BF16, Compute
 from gemma2_post.models.work import Model
+from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.work import Lengths, Pass
 
@@ -54,18 +56,42 @@ GPU. Half of the peak is what libraries for training at scale report; eager atte
 LAYER_SECONDS = 0.5e-3, 1.5e-3
 """Time to start the kernels of a layer from Python, at best and at worst; assumed as well. It limits how fast
 `generate` of transformers samples: 26 layers of 1 ms are 38 steps per second, whatever the batch."""
+SPREAD = 1.3
+"""By how much a device may be faster or slower than when it was measured."""
+_SPEED = ("flops", "bandwidth", "layer")
 START_SECONDS = 30, 120
 """Time to start a stage: processes, imports, data, and weights that are read."""
 
 
+@cache
+def measured(file: str) -> Speed:
+    """The slowest GPU in the JSON file of a selftest.
+
+    Raises:
+        UserError: The file has no speed of a GPU.
+    """
+    results = contract.read_json(Path(file), {"results": list}, "run gemma2-post selftest again")["results"]
+    parts = [each["numbers"] for each in results if str(each.get("part")).startswith("speed of cuda")]
+    found = [Speed(**{name: each[name] for name in _SPEED}) for each in parts if all(name in each for name in _SPEED)]
+    if not found:
+        raise UserError(f"--gpu {file}: it has no speed of a GPU; run gemma2-post selftest on a machine with one")
+    return min(found, key=lambda speed: speed.flops)
+
+
 def check_gpu(gpu: str) -> None:
-    """Raises a `UserError` for a GPU that is not in the table."""
-    if gpu not in GPUS:
-        raise UserError(f"--gpu {gpu}: its speed is not known; name one of {', '.join(GPUS)}")
+    """Raises a `UserError` for a GPU that is neither in the table nor in the file of a selftest."""
+    if Path(gpu).is_file():
+        measured(gpu)
+    elif gpu not in GPUS:
+        raise UserError(
+            f"--gpu {gpu}: its speed is not known; name one of {', '.join(GPUS)}, or the selftest.json of a machine"
+        )
 
 
 def speeds_of(gpu: str) -> tuple[Speed, Speed]:
-    """A GPU at its best and at its worst."""
+    """A GPU at its best and at its worst; by name, or as a selftest has measured it."""
+    if gpu not in GPUS:
+        return measured(gpu).times(SPREAD), measured(gpu).times(1 / SPREAD)
     flops, bandwidth = GPUS[gpu]
     best, worst = (
         Speed(flops * share, bandwidth * of_bandwidth, layer)
@@ -76,8 +102,6 @@ def speeds_of(gpu: str) -> tuple[Speed, Speed]:
 
 # --- this machine's processor ---
 
-SPREAD = 1.3
-"""By how much a processor may be faster or slower than when it was measured."""
 CPU_START_SECONDS = 11, 20
 """Time to start a stage; in the tiny chain, 9 s for processes and imports, the rest for data and the output."""
 ROWS, LENGTH, NEW = 32, 96, 16
@@ -123,10 +147,7 @@ def _measured(widths: _Widths, itemsize: int) -> Speed:
     products, and of sampling a token."""
     config = widths.config()
     timed = time_passes(config, itemsize, "cpu", ROWS, LENGTH)
-    layer = timed.sample / config.num_hidden_layers
-    step = step_of(config, itemsize, on_cpu=True, rows=ROWS, length=LENGTH)
-    others = timed.train - step.flops / timed.flops - step.layers * layer
-    return Speed(timed.flops, step.num_bytes / max(others, timed.train / 4), layer)
+    return timed.speed(config, step_of(config, itemsize, on_cpu=True, rows=ROWS, length=LENGTH))
 
 
 # --- measuring ---
@@ -144,6 +165,16 @@ class Timed:
     """Seconds of a forward and a backward pass."""
     sample: float
     """Seconds for each token that is sampled, of one row."""
+
+    def speed(self, config: "Gemma2Config", step: Pass) -> Speed:
+        """What explains these times: what a step takes beside its products and its layers' starts is memory.
+
+        Args:
+            step: What a step of training computes.
+        """
+        layer = self.sample / config.num_hidden_layers
+        others = self.train - step.flops / self.flops - step.layers * layer
+        return Speed(self.flops, step.num_bytes / max(others, self.train / 4), layer)
 
 
 def time_passes(config: "Gemma2Config", itemsize: int, device: str, rows: int, length: int) -> Timed:

@@ -29,8 +29,7 @@ def check(device: str) -> Result:
     (rows, length), itemsize = (ON_CPU, FP32) if on_cpu else (ON_GPU, BF16)
     timed = machines.time_passes(config, itemsize, device, rows, length)
     step = machines.step_of(config, itemsize, on_cpu, rows, length)
-    numbers = {
-        "product_flops": timed.flops,
+    numbers = vars(timed.speed(config, step)) | {
         "step_flops": step.flops / timed.train,
         "forward_tokens_per_second": rows * length / timed.forward,
         "training_tokens_per_second": rows * length / timed.train,
