@@ -16,7 +16,9 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +204,12 @@ def measure(name: str, recipe: Path) -> dict[str, Any]:
     return result
 
 
+def write(*arguments: Any, **more: Any) -> None:
+    """Writes a model in a process of its own, whose memory the plan would else take for that of the libraries."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        pool.submit(write_model, *arguments, **more).result()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=["2b", "9b", "27b"])
@@ -223,14 +231,14 @@ def main() -> None:
     config = config_of(arguments.shape, arguments.layers, arguments.small)
     size = arguments.shape + (f"-{arguments.layers}-layers" if arguments.layers else "") + "-small" * arguments.small
     models, file = arguments.work / "models" / size, arguments.json or arguments.work / f"{size}.json"
-    write_model(models / "policy", config, mean_answer=arguments.answer / 2)
+    write(models / "policy", config, mean_answer=arguments.answer / 2)
     results = json.loads(file.read_text()) if file.is_file() else {}
     for name in arguments.only:
         if name in results and "failed" not in results[name]:
             continue
         stage = CASES[name][0]
         if stage in ("rlhf", "warp", "evaluate"):
-            write_model(models / "reward", config, is_reward_model=True)
+            write(models / "reward", config, is_reward_model=True)
         if stage in ("warp", "evaluate"):
             for other in ("policy-1", "policy-2"):
                 if not (models / other).exists():
