@@ -239,7 +239,7 @@ def test_the_models_reward_is_the_score_of_the_conversation_in_any_chunks(
             reward_model=str(reward_model_dir), normalize_rewards=normalize, reward_batch_size=batch_size
         )
         reward = rewards.ModelReward(args, tokenizer)
-        reward.load(lambda model: model)
+        reward.load(torch.device("cpu"), lambda model: model)
         found[batch_size] = reward(prompts=prompts, completions=completions, completion_ids=None)
     loaded = reward_model.load(str(reward_model_dir))
     scores = reward_model.score(loaded.model, tokenizer, [p + c for p, c in zip(prompts, completions, strict=True)])
