@@ -50,7 +50,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "rlhf-4bit": ("rlhf", QLORA),
     "rlhf-full": ("rlhf", FULL),
     "warp": ("warp", {}),
-    "evaluate": ("evaluate", {"judge": None, "corpus": None}),
+    "evaluate": ("evaluate", {"judge": None, "judge_max_tokens": None, "judge_load_in": None, "corpus": None}),
 }
 """The stage of each case, and what its recipe says there instead."""
 
