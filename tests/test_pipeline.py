@@ -252,7 +252,7 @@ def test_stages_that_wait_for_each_other_are_a_circle(tmp_path: Path) -> None:
             ({name: {"recipe": "sft.yaml", "stage": "sft"}}, "a stage cannot be called .*; use letters, digits")
             for name in (
                 *("../x", "a/b", ".", "..", "", " ", "a b", "a\0b", ".hidden", "dot.", "ä", "a:b", "-x", "a\n"),
-                *("logs", "replaced", "summary.json", "report.html"),
+                *("logs", "replaced", "measured", "summary.json", "report.html"),
             )
         ),
         *(

@@ -45,7 +45,7 @@ class StageEntry:
 
 
 _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_-])?")
-_TAKEN = ("logs", "replaced", "report.html", "report.md", "summary.json", "status.json", "judgments.jsonl")
+_TAKEN = ("logs", "replaced", "measured", "report.html", "report.md", "summary.json", "status.json", "judgments.jsonl")
 """What else a run writes into its folder."""
 MODEL = "model"
 """An entry's name for `model_name_or_path`."""
