@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from gemma2_post import evaluate
@@ -283,6 +286,26 @@ def test_a_judge_that_says_nothing_leaves_all_else_measured(
     others = strong | {"seed": 1, "output_dir": str(output.with_name("again"))}
     run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, others)
     assert len(sampled) > num_sampled, "another seed asks for other answers"
+
+
+@pytest.mark.slow
+def test_a_chain_whose_judge_fails_has_a_report_of_all_else(evaluate_recipe: Recipe, tmp_path: Path) -> None:
+    changes = {"judge": TEACHER, "judge_max_tokens": 4, "models": evaluate_recipe["models"][:2], "base": None}
+    recipe = evaluate_recipe | changes | {"num_samples": 3}
+    (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(recipe))
+    pipeline = {"run_dir": str(tmp_path / "runs"), "launch": "accelerate_configs/cpu.yaml"}
+    pipeline |= {"stages": {"evaluate": {"recipe": "evaluate.yaml"}}}
+    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
+    command = [sys.executable, "-m", "gemma2_post.cli", "run", str(tmp_path / "pipeline.yaml")]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 4, finished.stderr
+    said = finished.stderr.splitlines()[-1]
+    assert said.startswith("error: evaluate: ") and "judge: the judge gave no verdict" in said
+    summary = json.loads((tmp_path / "runs" / "summary.json").read_text())
+    assert summary["status"] == "failed" and summary["failed"].keys() == {"judge"}
+    assert summary["models"]["rlhf/policy-0"]["gold"] > 0 and summary["gains"]
+    subprocess.run([*command[:3], "report", str(tmp_path / "runs")], check=True, capture_output=True)
+    assert "Not measured: judge. " in (tmp_path / "runs" / "report.md").read_text()
 
 
 def test_the_reward_model_and_the_judge_may_be_quantized(

@@ -281,8 +281,9 @@ class _Run:
 def _failure(step: Step, status: int, log: Path) -> UserError:
     """The error of a failed stage: its last words, and where to read more."""
     *lines, last = processes.last_words(log) or [""]
-    if status == UserError.status and last.startswith("error: "):
-        return UserError(f"{step.label}: {last.removeprefix('error: ')} (log: {log})")
+    if status in (UserError.status, StageError.status) and last.startswith("error: "):
+        kind = UserError if status == UserError.status else StageError
+        return kind(f"{step.label}: {last.removeprefix('error: ')} (log: {log})")
     words = "\n".join([*lines, last])
     return StageError(
         f"{step.label} failed with status {status}; {log} ends with\n{words}\n"
