@@ -1,18 +1,24 @@
 """What editors and readers are told of recipes: the JSON Schemas and the reference, from the recipes' own types."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from jsonschema import Draft7Validator
 
 from gemma2_post.pipeline.schema import pipeline_schema, schema_of, write_reference
+from gemma2_post.selftest import environment
 from gemma2_post.stage.recipe_file import load_yaml
 from gemma2_post.stage.reference import WIDTH, describe_keys, wrapped
 from gemma2_post.stage.stages import STAGES, command_of
 
 SCHEMAS = Path("recipes/schema")
 RECIPES = sorted(Path("recipes").glob("*/*.yaml"))
+of_the_tested_versions = pytest.mark.skipif(
+    any(environment.TESTED[name] != version(name) for name in ("transformers", "trl")),
+    reason="transformers and TRL describe their keys in other words in other versions than the tested ones",
+)
 
 
 def kind_of(path: Path) -> str:
@@ -25,6 +31,7 @@ def errors(kind: str, values: dict[str, object]) -> list[str]:
     return [error.message for error in validator.iter_errors(values)]
 
 
+@of_the_tested_versions
 def test_the_schemas_in_the_repository_are_those_of_the_recipes() -> None:
     assert {path.stem for path in SCHEMAS.glob("*.json")} == {*STAGES, "pipeline"}
     for stage in STAGES:
@@ -34,6 +41,7 @@ def test_the_schemas_in_the_repository_are_those_of_the_recipes() -> None:
     assert json.loads((SCHEMAS / "pipeline.json").read_text()) == pipeline_schema()
 
 
+@of_the_tested_versions
 def test_the_reference_in_the_documentation_is_current(tmp_path: Path) -> None:
     write_reference(tmp_path / "reference.md")
     expected = (tmp_path / "reference.md").read_text()
