@@ -1,4 +1,4 @@
-"""What a GPU shows and a CPU cannot: one command for one 80 GB card, about ten minutes, resumable.
+"""What a GPU shows and a CPU cannot: one command for one 80 GB card, resumable.
 
     python benchmarks/gpu.py benchmarks/results/2026-11-30-h100      # run it again to go on where it stopped
     python benchmarks/gpu.py /tmp/small --small      # a million parameters, short rows; also on a CPU
@@ -10,7 +10,7 @@
    the plan beside them.
 
 Weights are random; nothing is downloaded. Each part writes a file of its own into the folder and is skipped if that is
-there; no part begins after --minutes. At the end summary.md has the tables.
+there; no part begins after --minutes, 9 by default. At the end summary.md has the tables.
 """
 
 import argparse

@@ -5,6 +5,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+SECONDS = 0.2
+"""Between two samples."""
+
 
 def memory_of(pid: int) -> tuple[int, int]:
     """Bytes that a process and its children hold: in all, and without mapped files."""
@@ -33,10 +36,10 @@ def memory_of(pid: int) -> tuple[int, int]:
 class Sampler:
     """Samples the memory of a running process until it ends; peaks by phase."""
 
-    def __init__(self, pid: int, phase: Callable[[], str] = lambda: "all", seconds: float = 0.2):
+    def __init__(self, pid: int, phase: Callable[[], str] = lambda: "all"):
         self.peaks: dict[str, tuple[int, int]] = {}
         """Bytes in all, and without mapped files, by phase."""
-        self._pid, self._phase, self._seconds = pid, phase, seconds
+        self._pid, self._phase = pid, phase
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
@@ -48,7 +51,7 @@ class Sampler:
             phase = self._phase()
             before = self.peaks.get(phase, (0, 0))
             self.peaks[phase] = max(total, before[0]), max(without_files, before[1])
-            time.sleep(self._seconds)
+            time.sleep(SECONDS)
 
     def join(self) -> None:
         """Waits for the process to end."""

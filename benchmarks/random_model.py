@@ -23,8 +23,6 @@ SCALE = 0.02
 """Standard deviation of the weights, as transformers initializes them."""
 END_LOGIT = 40.0
 """Logit of `<end_of_turn>` where a model ends its turn, before the soft-cap."""
-
-
 SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 SMALL |= {"num_hidden_layers": 2, "vocab_size": 2048}
 
@@ -40,7 +38,7 @@ def config_of(shape: str, num_layers: int | None = None, is_small: bool = False)
     return Gemma2Config(**values | ({"num_hidden_layers": num_layers} if num_layers else {}))
 
 
-def write_model(folder: Path, config: Gemma2Config, mean_answer: float = 128, is_reward_model: bool = False) -> Path:
+def write_model(folder: Path, config: Gemma2Config, mean_answer: float = 128, is_reward_model: bool = False) -> None:
     """Writes a model in bf16 with a tokenizer, if it is not there yet; holds one tensor at a time.
 
     Its answers end at random, because stages refuse a model that never ends: the last MLP adds the embedding of
@@ -53,7 +51,7 @@ def write_model(folder: Path, config: Gemma2Config, mean_answer: float = 128, is
     """
     threshold = NormalDist().inv_cdf(1 - 1 / mean_answer)
     if (folder / "config.json").is_file():
-        return folder
+        return
     folder.mkdir(parents=True, exist_ok=True)
     shapes = tensor_shapes(config.to_dict(), str(folder))
     if is_reward_model:
@@ -91,7 +89,6 @@ def write_model(folder: Path, config: Gemma2Config, mean_answer: float = 128, is
         canary = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
         tokenizer = load_tokenizer(str(folder), config)
         reward_model.seal(folder, tokenizer, [canary], 0.0, 1.0, config.max_position_embeddings, torch.device(device))
-    return folder
 
 
 def _write_tokenizer(folder: Path, num_tokens: int) -> None:

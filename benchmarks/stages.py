@@ -5,7 +5,7 @@
     python benchmarks/stages.py 9b --json benchmarks/results/9b.json
 
 The recipes are those of recipes/gemma-2-SHAPE, with other models, rows, and numbers of steps; all rows are as long as
-the recipe allows. A case is skipped if its result is in the file already. Memory of the host is PSS, sampled; memory
+--length allows. A case is skipped if its result is in the file already. Memory of the host is PSS, sampled; memory
 of the GPU is what torch has allocated at most.
 """
 

@@ -8,11 +8,10 @@ import sys
 
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
-from trl import ModelConfig
 
 from gemma2_post.data.turns import InvalidRow, Message, check_messages
 from gemma2_post.models.arguments import check_prompt_length
-from gemma2_post.models.loading import load_config, load_model
+from gemma2_post.models.loading import frozen_arguments, load_config, load_model
 from gemma2_post.models.tokenizer import load_tokenizer
 from gemma2_post.stage.bounds import COUNT, NOT_NEGATIVE
 from gemma2_post.stage.errors import UserError, located
@@ -49,15 +48,8 @@ def chat(path: str, prompt: str | None, load: str | None, temperature: float, ma
             if problem := problem_of(messages, tokenizer, longest):
                 raise UserError(f"--prompt: {problem}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model_args = ModelConfig(
-        model_name_or_path=path,
-        dtype="bfloat16" if device == "cuda" or load else "float32",
-        attn_implementation="eager",
-        load_in_4bit=load == "4bit",
-        load_in_8bit=load == "8bit",
-        bnb_4bit_quant_type="nf4",
-    )
-    model = load_model(model_args, device)
+    dtype = "bfloat16" if device == "cuda" or load else "float32"
+    model = load_model(frozen_arguments(path, dtype, load), device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
 

@@ -59,8 +59,10 @@ class Recipe:
 
 
 def main(stage: Stage, recipe: Recipe) -> None:
-    """Lets all models answer and compares them. What was measured before is kept, and a part that fails, such as a
-    judge, does not stop the others."""
+    """Lets all models answer and compares them; a part that fails, such as a judge, does not stop the others.
+
+    What was measured before is kept, by what decides it.
+    """
     from gemma2_post.evaluation import benchmarks
     from gemma2_post.evaluation.comparison import Comparison, load_corpus, load_judge, load_safety_prompts
     from gemma2_post.evaluation.measure import Measurement

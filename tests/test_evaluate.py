@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from gemma2_post import evaluate
 from gemma2_post.data.keys import Source
@@ -312,14 +317,16 @@ def test_the_reward_model_and_the_judge_may_be_quantized(
     evaluate_recipe: Recipe, reward_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = []
-    original = AutoModelForCausalLM.from_pretrained
+    for auto_class in (AutoModelForCausalLM, AutoModelForSequenceClassification):
 
-    def remember(*arguments: object, **values: object) -> PreTrainedModel:
-        model = original(*arguments, **values)
-        loaded.append((Path(str(arguments[0])), {type(each).__name__ for each in model.modules()}))
-        return model
+        def remember(
+            *arguments: object, load: Callable = auto_class.from_pretrained, **more: object
+        ) -> PreTrainedModel:
+            model = load(*arguments, **more)
+            loaded.append((str(arguments[0]), {type(each).__name__ for each in model.modules()}))
+            return model
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", remember)
+        monkeypatch.setattr(auto_class, "from_pretrained", remember)
     changes = {
         "reward_functions": None,
         "reward_model": str(reward_model_dir),
@@ -333,7 +340,8 @@ def test_the_reward_model_and_the_judge_may_be_quantized(
     }
     with pytest.raises(UserError, match="the judge gave no verdict on"):  # a judge that was asked
         run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, evaluate_recipe | changes)
-    assert [path for path, kinds in loaded if "Linear4bit" in kinds] == [Path(TEACHER)]
+    assert [path for path, kinds in loaded if "Linear4bit" in kinds] == [TEACHER]
+    assert [path for path, kinds in loaded if "Linear8bitLt" in kinds] == [str(reward_model_dir)]
 
 
 def test_a_corpus_of_conversations_is_in_the_format_that_sft_reads(

@@ -128,12 +128,14 @@ def push(hub: Hub, *arguments: object, token: str = TOKEN, offline: str = "0") -
 def test_what_is_pushed_names_no_folder_of_this_machine(
     hub: Hub, run_sft: Run, recipe: Recipe, tmp_path: Path
 ) -> None:
-    """Of a run, the model with the longest chain; not its adapter, whose base lies on this machine."""
+    """Of a run, the model with the most stages behind it, not what it replaced, and not its adapter, whose base lies
+    on this machine."""
     run = tmp_path / "run"
     sft = run_sft(recipe | {"output_dir": str(run / "sft")})
     adapted = {"use_peft": True, "model_name_or_path": str(sft), "output_dir": str(run / "again")}
     last = run_sft(recipe | adapted)
     assert (last / "adapter" / ADAPTER).is_file() and not (last / "adapter/README.md").exists()
+    shutil.copytree(last, run / "replaced" / "again")
     pushed = push(hub, run, "someone/model")
     assert pushed.returncode == 0, pushed.stderr
     assert f"it is at {hub.url}/someone/model" in pushed.stdout

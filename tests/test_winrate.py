@@ -75,6 +75,17 @@ def test_the_win_rate_at_equal_lengths_is_within_its_interval(share: float, size
     assert found > 400 and 0.93 <= covered / found <= 0.97
 
 
+def test_intervals_of_differences_cover_the_truth_in_95_percent_of_repeats() -> None:
+    """Of 400 experiments, whose share has a standard error of 1.1%; grades are 1, 0, or 1/2."""
+    randomness = numpy.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        one, other = (randomness.choice([1.0, 0.5, 0.0], p=p, size=120) for p in ([0.6, 0.2, 0.2], [0.4, 0.2, 0.4]))
+        found = difference(one.tolist(), other.tolist())
+        covered += found.low <= 0.2 <= found.high
+    assert 0.92 <= covered / 400 <= 0.98
+
+
 def test_differences_are_paired_by_prompt() -> None:
     """What both models' values share, the difficulty of a prompt, does not widen the interval."""
     randomness = numpy.random.default_rng(3)

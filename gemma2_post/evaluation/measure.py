@@ -187,7 +187,7 @@ def digest_of(model: Path) -> str:
 def load(path: Path, device: torch.device | None = None, quantization: str | None = None) -> PreTrainedModel:
     """Loads a model in bf16, spread over all GPUs; in fp32 on a CPU."""
     device = device or Accelerator().device
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
     device_map = "balanced" if torch.cuda.device_count() > 1 else {"": device}
     return load_model(frozen_arguments(str(path), dtype, quantization), device_map).eval()
 

@@ -4,14 +4,13 @@ from pathlib import Path
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
-from trl import ModelConfig
 
 from gemma2_post.data.functions import call, finite, load_function
 from gemma2_post.data.turns import Message
 from gemma2_post.evaluation.pairs import ScoredPair, rank_correlation, rank_correlation_ceiling
 from gemma2_post.evaluation.samples import Answer, Grader, gather_rows, sample_answers, share_of
 from gemma2_post.models import reward_model
-from gemma2_post.models.loading import load_config, load_model, unsharded
+from gemma2_post.models.loading import frozen_arguments, load_config, load_model, unsharded
 from gemma2_post.models.tokenizer import load_tokenizer, tokenizer_digest
 from gemma2_post.stage.errors import UserError
 
@@ -49,9 +48,8 @@ def sample_policies(
     dtype = "bfloat16" if training_args.device.type == "cuda" else "float32"
     answers = {}
     for path in policies:
-        policy_args = ModelConfig(model_name_or_path=path, dtype=dtype, attn_implementation="eager")
         with unsharded(training_args):
-            policy = load_model(policy_args, device_map={"": training_args.device})
+            policy = load_model(frozen_arguments(path, dtype), device_map={"": training_args.device})
         sampled = sample_answers(
             policy,
             tokenizer,

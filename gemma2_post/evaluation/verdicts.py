@@ -57,7 +57,7 @@ _LISTED = re.compile(r"^[\s,/\"']*(?:or|nor|and|vs\.?|versus|/|,)[\s,\"']*$", re
 """What stands between two marks that are only named side by side."""
 
 
-def reply_of(text: str) -> str:
+def _reply_of(text: str) -> str:
     """What follows the thoughts of a reply; nothing if they do not end."""
     parts = _THOUGHT.split(text)
     return _THINKS.split(parts[-1])[0]
@@ -94,7 +94,7 @@ def _compared(mark: str) -> Verdict | None:
 
 def _last(text: str, is_cut: bool, read: Callable[[str], T | None]) -> T | None:
     """The value of the last mark that is neither denied nor listed beside another one."""
-    text = unicodedata.normalize("NFKC", reply_of(text)).translate(_BRACKETS)
+    text = unicodedata.normalize("NFKC", _reply_of(text)).translate(_BRACKETS)
     text = re.sub(r"\\([\[\]<>=])", r"\1", text)
     read_marks = [(match, read(match[1].strip())) for match in _MARK.finditer(text)]
     marks = [(match, value) for match, value in read_marks if value is not None]

@@ -51,8 +51,8 @@ def rate_interval(wins: list[float]) -> tuple[float, float]:
     """The 95% interval of the mean of values from 0 to 1: Wilson's, for as many wins and losses as vary as much.
 
     Values in between, such as ties, vary less than wins and losses, so they count for more. In 1,000 simulated repeats
-    each, with 30 to 805 prompts, true rates from 50% to 98%, and up to 30% ties, it covers the truth in 93 to 98%;
-    percentiles of bootstrapped means do in 44 to 97%.
+    each, with 30 to 805 prompts, true rates from 50% to 98%, and up to 30% ties, it covers the truth in 94 to 98%;
+    percentiles of bootstrapped means do in 46 to 97% (`benchmarks/win_rate_intervals.py`).
     """
     values = numpy.asarray(wins, dtype=float)
     rate, variance = float(values.mean()), float(values.var())
@@ -68,10 +68,10 @@ def wins_by(scores: list[float], other_scores: list[float]) -> list[float]:
     return [0.5 if score == other else float(score > other) for score, other in pairs]
 
 
-def bootstrap_interval(values: list[float], seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(values: list[float]) -> tuple[float, float]:
     """The 95% interval of a mean: percentiles of the means of resampled values (Efron 1979)."""
     array = numpy.asarray(values, dtype=float)
-    rows = numpy.random.default_rng(seed).integers(len(array), size=(NUM_RESAMPLES, len(array)))
+    rows = numpy.random.default_rng(0).integers(len(array), size=(NUM_RESAMPLES, len(array)))
     low, high = numpy.percentile(array[rows].mean(axis=1), [2.5, 97.5])
     return float(low), float(high)
 
@@ -98,12 +98,12 @@ def difference(values: list[float], other_values: list[float]) -> Difference:
 def length_controlled(wins: list[float], lengths: list[int], other_lengths: list[int]) -> LengthControlled | None:
     """The win rate at equal lengths: a logistic regression of the wins on the difference of lengths, at 0.
 
-    None unless at least `LEAST_OVERLAP` of the answers are no longer than the others', and as many no shorter. In
-    simulations with 128 to 805 prompts, where a length effect of another form (linear, of the sign alone, only of
-    large differences) replaces the assumed one, the estimate is off by up to 1.5 points on average at that share, and
-    by up to 6.6 at 2%. Its root mean square error there is 4 points with 805 prompts, 6 with 256, and 8 with 128. The
-    interval is that of the sandwich variance: it covers the truth in 93 to 97% of the repeats if the form is the
-    assumed one, in 91 to 97% if it is not, and in 83% if only the sign matters and there are 805 prompts.
+    None unless at least `LEAST_OVERLAP` of the answers are no longer than the others', and as many no shorter. At that
+    share, in simulations (`benchmarks/win_rate_intervals.py`), the root mean square error is 4 points with 805 prompts,
+    6 with 256, and 8 with 128. If the length effect has another form than the assumed one, the estimate is off by up
+    to 2.5 points on average; at a share of 2%, by up to 7.4. The interval, of the sandwich variance, covers the truth
+    in 93 to 95% of the repeats if the form is the assumed one, in 90 to 97% if it is not, and in 81% if only the sign
+    of the difference matters and there are 805 prompts.
 
     As in AlpacaEval (arXiv 2404.04475, equation 3), length enters as the tanh of the difference in units of its
     standard deviation. Unlike there: no term for the difficulty of a prompt, which needs many models' answers to the

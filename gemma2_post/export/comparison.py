@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Gemma2Config, PreTrainedModel, PreTrainedTokenizerBase
-from trl import ModelConfig
 
-from gemma2_post.models.loading import load_model
+from gemma2_post.models.loading import frozen_arguments, load_model
 from gemma2_post.models.tokenizer import load_tokenizer
 from gemma2_post.stage import digests
 from gemma2_post.stage.errors import UserError
@@ -55,9 +54,7 @@ def compare(folder: Path, config: Gemma2Config, file: Path, weight_type: str) ->
     tokenizer = load_tokenizer(str(folder), config)
     answers = _answers(file, tokenizer, min(config.max_position_embeddings, 512))
     dtype = str(config.dtype or torch.float32).removeprefix("torch.")
-    model = load_model(
-        ModelConfig(model_name_or_path=str(folder), dtype=dtype, attn_implementation="eager"), device_map="cpu"
-    )
+    model = load_model(frozen_arguments(str(folder), dtype), device_map="cpu")
     _compute_in_fp32(model)
     differences: list[float] = []
     num_equal = num_tokens = 0

@@ -25,6 +25,7 @@ from gemma2_post.models.folder import (
     read_object,
 )
 from gemma2_post.stage import card, contract
+from gemma2_post.stage.disk import REPLACED
 from gemma2_post.stage.errors import UserError, located
 
 _CONFIGS = ["config.json", "generation_config.json", "model.safetensors.index.json"]
@@ -61,13 +62,17 @@ def push(directory: Path, repository: str, is_public: bool) -> None:
 
 
 def _model_of(directory: Path) -> Path:
-    """The folder itself if it holds a model; of a run, that of the language model with the longest chain behind it."""
+    """The folder itself if it holds a model; of a run, that of the language model with the most stages behind it."""
     if (directory / "config.json").is_file() or not directory.is_dir():
         return directory
     models = {}
     for file in sorted(directory.rglob(contract.DONE)):
-        config = file.parent / "config.json"
-        if config.is_file() and "Gemma2ForCausalLM" in read_object(config).get("architectures", []):
+        config, is_replaced = file.parent / "config.json", REPLACED in file.relative_to(directory).parts
+        if (
+            not is_replaced
+            and config.is_file()
+            and "Gemma2ForCausalLM" in read_object(config).get("architectures", [])
+        ):
             models[file.parent] = len(card.chain(file.parent))
     last = [folder for folder, length in models.items() if length == max(models.values())]
     if not last:

@@ -197,8 +197,8 @@ def sampling(config: "Gemma2Config", rows: int, prompt: int, new: int, compute: 
 
 
 def copied_head(config: "Gemma2Config", rows: int, compute: Compute) -> float:
-    """Copies of the head, one for each row: on a CPU in bf16, torch 2.13 makes them to multiply a frozen head with the
-    last hidden states of longer rows."""
+    """Copies of the head, one for each row: on a CPU in bf16, torch 2.13 makes them to multiply a slice of the hidden
+    states, such as the last of each row. Counted for every head, although torch does not copy one that is trained."""
     copies = rows if compute.on_cpu and compute.itemsize == BF16 else 0
     return copies * config.vocab_size * config.hidden_size * BF16
 

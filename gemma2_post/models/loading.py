@@ -118,15 +118,16 @@ def load_model(model_args: ModelConfig, device_map: str | dict | None) -> PreTra
     return model
 
 
-def frozen_arguments(path: str, dtype: torch.dtype, quantization: str | None) -> ModelConfig:
+def frozen_arguments(path: str, dtype: str, quantization: str | None = None) -> ModelConfig:
     """How a model that is only read is loaded.
 
     Args:
+        dtype: "bfloat16" or "float32".
         quantization: "4bit" (NF4), "8bit" (LLM.int8), or None.
     """
     return ModelConfig(
         model_name_or_path=path,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype,
         attn_implementation="eager",
         load_in_4bit=quantization == "4bit",
         load_in_8bit=quantization == "8bit",

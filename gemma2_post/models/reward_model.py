@@ -178,7 +178,7 @@ def load(
     """
     sealed = check(path, policy_tokenizer)
     tokenizer = policy_tokenizer or load_tokenizer(path, load_config(path, wanted=REWARD_MODEL))
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     arguments, device_map = frozen_arguments(path, dtype, quantization), {"": device} if quantization else None
     try:
         model = load_pretrained(AutoModelForSequenceClassification, arguments, device_map)

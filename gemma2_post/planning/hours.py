@@ -141,7 +141,9 @@ def assumptions(on_gpu: bool, on_cpu: bool, gpu: str) -> list[str]:
     """What the hours assume, in sentences."""
     lines = []
     if on_gpu and gpu not in machines.GPUS:
-        lines.append(f"{gpu} was measured by a selftest; it may be {machines.SPREAD:g} times as fast or slow")
+        lines.append(
+            f"{gpu} has the speed that a selftest measured; the GPU may be {machines.SPREAD:g} times as fast or slow"
+        )
     elif on_gpu:
         flops, bandwidth = machines.GPUS[gpu]
         (most, least), (fast, slow) = machines.FLOPS_SHARES, machines.BANDWIDTH_SHARES

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -58,21 +58,21 @@ LAYER_SECONDS = 0.5e-3, 1.5e-3
 `generate` of transformers samples: 26 layers of 1 ms are 38 steps per second, whatever the batch."""
 SPREAD = 1.3
 """By how much a device may be faster or slower than when it was measured."""
-_SPEED = ("flops", "bandwidth", "layer")
 START_SECONDS = 30, 120
 """Time to start a stage: processes, imports, data, and weights that are read."""
 
 
 @cache
-def measured(file: str) -> Speed:
+def speed_of_selftest(file: str) -> Speed:
     """The slowest GPU in the JSON file of a selftest.
 
     Raises:
         UserError: The file has no speed of a GPU.
     """
     results = contract.read_json(Path(file), {"results": list}, "run gemma2-post selftest again")["results"]
-    parts = [each["numbers"] for each in results if str(each.get("part")).startswith("speed of cuda")]
-    found = [Speed(**{name: each[name] for name in _SPEED}) for each in parts if all(name in each for name in _SPEED)]
+    names = [each.name for each in fields(Speed)]
+    parts = [each.get("numbers", {}) for each in results if str(each.get("part")).startswith("speed of cuda")]
+    found = [Speed(**{name: each[name] for name in names}) for each in parts if all(name in each for name in names)]
     if not found:
         raise UserError(f"--gpu {file}: it has no speed of a GPU; run gemma2-post selftest on a machine with one")
     return min(found, key=lambda speed: speed.flops)
@@ -81,7 +81,7 @@ def measured(file: str) -> Speed:
 def check_gpu(gpu: str) -> None:
     """Raises a `UserError` for a GPU that is neither in the table nor in the file of a selftest."""
     if Path(gpu).is_file():
-        measured(gpu)
+        speed_of_selftest(gpu)
     elif gpu not in GPUS:
         raise UserError(
             f"--gpu {gpu}: its speed is not known; name one of {', '.join(GPUS)}, or the selftest.json of a machine"
@@ -91,7 +91,7 @@ def check_gpu(gpu: str) -> None:
 def speeds_of(gpu: str) -> tuple[Speed, Speed]:
     """A GPU at its best and at its worst; by name, or as a selftest has measured it."""
     if gpu not in GPUS:
-        return measured(gpu).times(SPREAD), measured(gpu).times(1 / SPREAD)
+        return speed_of_selftest(gpu).times(SPREAD), speed_of_selftest(gpu).times(1 / SPREAD)
     flops, bandwidth = GPUS[gpu]
     best, worst = (
         Speed(flops * share, bandwidth * of_bandwidth, layer)

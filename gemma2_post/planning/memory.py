@@ -55,7 +55,7 @@ def parts(job: Job, libraries: float = 0) -> Parts:
 def host(job: Job, libraries: float) -> float:
     """Host memory in bytes that the first process of a stage on a GPU needs; 0 on a CPU, whose memory is that already.
 
-    Mapped pages of weights are not counted: the system takes them back when memory is short.
+    At most: of weights that stay mapped from a file in bf16, the system takes the pages back when memory is short.
     """
     if job.checked.launcher.use_cpu:
         return 0

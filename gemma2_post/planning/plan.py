@@ -152,7 +152,7 @@ def _changes(job: Job) -> Iterator[list[Change]]:
         if values.get("teacher_load_in_4bit") is False:
             yield [Change({"teacher_load_in_4bit": True})]
         for key in ("reward_model", "judge"):
-            if values.get(key) and f"{key}_load_in" in values and not values[f"{key}_load_in"]:
+            if key in job.checked.models and values.get(f"{key}_load_in", "not a key here") is None:
                 yield [Change({f"{key}_load_in": "4bit"})]
         if job.trains and not quantized:
             wanted = {"use_peft": True, "load_in_4bit": True, "dtype": "bfloat16"}

@@ -72,11 +72,16 @@ def shown(path: str) -> str:
 
 def chain(folder: Path) -> dict[Path, dict[str, Any]]:
     """The stage files, by folder, of a finished stage and of all finished stages behind it, each after its inputs."""
-    done = _stage_file(folder)
     found: dict[Path, dict[str, Any]] = {}
-    for path in done["fingerprint"]["inputs"] if done else []:
-        found |= chain(Path(path))
-    return found | {folder.resolve(): done} if done else found
+
+    def add(each: Path) -> None:
+        if each.resolve() not in found and (done := _stage_file(each)):
+            for path in done["fingerprint"]["inputs"]:
+                add(Path(path))
+            found[each.resolve()] = done
+
+    add(folder)
+    return found
 
 
 def _stage_file(folder: Path) -> dict[str, Any]:
