@@ -57,9 +57,10 @@ def at_equal_lengths(randomness: numpy.random.Generator, repeats: int = 300) -> 
                     assert found is not None
                     errors.append(100 * (found.rate - expit(odds)))
                     covered += found.low <= expit(odds) <= found.high
+                error, spread = numpy.mean(errors), numpy.square(errors).mean() ** 0.5
                 print(
-                    f"{share:.0%} shorter, {size} prompts, {name}: off by {numpy.mean(errors):+.1f} points on average, root "
-                    f"mean square {numpy.square(errors).mean() ** 0.5:.1f}; covered in {covered / repeats:.0%}",
+                    f"{share:.0%} shorter, {size} prompts, {name}: off by {error:+.1f} points on average, root mean "
+                    f"square {spread:.1f}; covered in {covered / repeats:.0%}",
                     flush=True,
                 )
 

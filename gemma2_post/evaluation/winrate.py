@@ -98,12 +98,12 @@ def difference(values: list[float], other_values: list[float]) -> Difference:
 def length_controlled(wins: list[float], lengths: list[int], other_lengths: list[int]) -> LengthControlled | None:
     """The win rate at equal lengths: a logistic regression of the wins on the difference of lengths, at 0.
 
-    None unless at least `LEAST_OVERLAP` of the answers are no longer than the others', and as many no shorter. At that
-    share, in simulations (`benchmarks/win_rate_intervals.py`), the root mean square error is 4 points with 805 prompts,
-    6 with 256, and 8 with 128. If the length effect has another form than the assumed one, the estimate is off by up
-    to 2.5 points on average; at a share of 2%, by up to 7.4. The interval, of the sandwich variance, covers the truth
-    in 93 to 95% of the repeats if the form is the assumed one, in 90 to 97% if it is not, and in 81% if only the sign
-    of the difference matters and there are 805 prompts.
+    None unless at least `LEAST_OVERLAP` of the answers are no longer than the others', and as many no shorter. At
+    that share, in simulations (`benchmarks/win_rate_intervals.py`), the root mean square error is 4 points with 805
+    prompts, 6 with 256, and 8 with 128. If the length effect has another form than the assumed one, the estimate is
+    off by up to 2.5 points on average; at a share of 2%, by up to 7.4. The interval, of the sandwich variance, covers
+    the truth in 93 to 95% of the repeats if the form is the assumed one, in 90 to 97% if it is not, and in 81% if only
+    the sign of the difference matters and there are 805 prompts.
 
     As in AlpacaEval (arXiv 2404.04475, equation 3), length enters as the tanh of the difference in units of its
     standard deviation. Unlike there: no term for the difficulty of a prompt, which needs many models' answers to the
