@@ -5,8 +5,9 @@ rate, length, distinctness, grades; also by number of turns) and `answers.jsonl`
 temperature are the same for all models. The reward, each grader and, if there is one, a judge (another model, local or
 behind an endpoint, asked in both orders) compare each answer with the `baseline`'s to the same prompt; `gains.json`
 has the difference of each model to the one before it, paired by prompt, with its 95% interval. The judge also reads
-the answers to `safety_datasets`. With a `corpus`, the stage measures how much of it each model has memorized;
-`benchmarks` are lm-eval's.
+the answers to `safety_datasets`, and to the questions of MT-Bench, Arena-Hard, and AlpacaEval, from their own files.
+Other models' answers (`outputs`) stand beside. With a `corpus`, the stage measures how much of it each model has
+memorized; `benchmarks` are lm-eval's.
 
     python -m gemma2_post.evaluate --config recipes/tiny/evaluate.yaml
 """
@@ -22,7 +23,14 @@ from typing import TYPE_CHECKING
 from gemma2_post.data.rows import DOCUMENT, PROMPT, QUESTION
 from gemma2_post.evaluation import memory as measuring
 from gemma2_post.evaluation import work as computed
-from gemma2_post.evaluation.keys import REFUSED, BenchmarkArguments, CorpusArguments, JudgeArguments, MeasureArguments
+from gemma2_post.evaluation.keys import (
+    REFUSED,
+    BenchmarkArguments,
+    CorpusArguments,
+    JudgeArguments,
+    MeasureArguments,
+    ProtocolArguments,
+)
 from gemma2_post.models import cost
 from gemma2_post.models import work as passes
 from gemma2_post.stage import contract
@@ -54,6 +62,7 @@ class Recipe:
     base: ModelPath | None = key(None, "The model that all training started from; measured, too, as `base`.")
     measured: MeasureArguments = part(MeasureArguments)
     judging: JudgeArguments = part(JudgeArguments)
+    protocols: ProtocolArguments = part(ProtocolArguments)
     memorizing: CorpusArguments = part(CorpusArguments)
     benchmarks: BenchmarkArguments = part(BenchmarkArguments)
 
@@ -64,7 +73,14 @@ def main(stage: Stage, recipe: Recipe) -> None:
     What was measured before is kept, by what decides it.
     """
     from gemma2_post.evaluation import benchmarks
-    from gemma2_post.evaluation.comparison import Comparison, load_corpus, load_judge, load_safety_prompts
+    from gemma2_post.evaluation.comparison import (
+        Comparison,
+        load_corpus,
+        load_judge,
+        load_outputs,
+        load_protocols,
+        load_safety_prompts,
+    )
     from gemma2_post.evaluation.measure import Measurement
 
     for path in recipe.models:
@@ -77,16 +93,19 @@ def main(stage: Stage, recipe: Recipe) -> None:
     baseline = names[Path(recipe.baseline)]
     judge = load_judge(recipe.judging, stage.output_dir.with_name("judgments.jsonl"))
     unsafe = load_safety_prompts(recipe.judging, measurement)
+    protocols = load_protocols(recipe.protocols, baseline, measurement)
+    outputs = load_outputs(recipe.protocols, list(names.values()), protocols, measurement)
     max_invalid_share, seed = recipe.measured.data.max_invalid_share, recipe.measured.answers.seed
     corpus = load_corpus(recipe.memorizing, measurement.tokenizer, max_invalid_share, seed)
     if recipe.benchmarks.benchmarks:
         benchmarks.load_data(recipe.benchmarks)
     print(f"{len(measurement.rows)} of {measurement.num_prompts} prompts, {len(names)} models")
     contract.begin_afresh(stage.output_dir, stage.fingerprint)
-    compared = Comparison(measurement, names, baseline, stage.output_dir.with_name(KEPT))
+    compared = Comparison(measurement, names, baseline, stage.output_dir.with_name(KEPT), outputs)
     compared.answer()
     compared.write_answers(stage.output_dir / "answers.jsonl")
-    models: dict[str, dict[str, float]] = {name: {} for name in names.values()}
+    said = [compared.converse(protocol, stage.output_dir) for protocol in protocols]  # before a judge is loaded
+    models: dict[str, dict[str, float]] = {name: {} for name in compared.all_names(said)}
     failed: dict[str, str] = {}
     (stage.output_dir / contract.FAILED).unlink(missing_ok=True)
 
@@ -108,6 +127,9 @@ def main(stage: Stage, recipe: Recipe) -> None:
     if not failed:
         contract.write_json(stage.output_dir / contract.GAINS, compared.gains())
     measure("judge", partial(compared.by_judge, judge))
+    for protocol, conversations in zip(protocols, said, strict=True):
+        assert judge is not None, "checked"
+        measure(protocol.questions.protocol, partial(protocol.measure, judge, conversations))
     measure("safety", partial(compared.safety, judge, unsafe))
     del judge  # frees a local judge's memory
     measure("memorization", partial(compared.memorization, corpus))
@@ -115,7 +137,15 @@ def main(stage: Stage, recipe: Recipe) -> None:
     if failed:
         raise PartsFailedError(stage.output_dir, failed)
     last = [*models.values()][-1].items()
-    stage.finish({}, {name.replace(f"_vs_{baseline}", ""): value for name, value in last})
+    baselines = [baseline, *(protocol.baseline for protocol in protocols)]
+    stage.finish({}, {without_baseline(name, baselines): value for name, value in last})
+
+
+def without_baseline(metric: str, baselines: list[str]) -> str:
+    """The name of a metric, for gates: `win_rate` for `win_rate_vs_sft`."""
+    for each in sorted(baselines, key=len, reverse=True):
+        metric = metric.replace(f"_vs_{each}", "")
+    return metric
 
 
 class PartsFailedError(UserError):
@@ -171,6 +201,7 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
 
         benchmarks.check(tasks)
     judging.check()
+    recipe.protocols.check(judging.judge)
     tasks.check()
     recipe.memorizing.check()
     if judging.judge_endpoint:
@@ -186,6 +217,7 @@ def metrics(recipe: Recipe) -> set[str]:
     found = recipe.measured.metrics | {"win_rate", "distinct_answers", "distinct_bigrams"}
     found |= {f"{grader}_win_rate" for grader in recipe.measured.samples.grader_names}
     found |= {"judge_win_rate"} if recipe.judging.judge else set()
+    found |= recipe.protocols.metrics
     found |= {"violations"} if recipe.judging.safety_datasets else set()
     found |= {"benchmarks"} if recipe.benchmarks.benchmarks else set()
     return found | ({"memorised_exact", "memorised_approximate"} if recipe.memorizing.corpus else set())
@@ -213,8 +245,8 @@ def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
 
 
 def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
-    """Every model's answers; the base model's are as long as they may be. `safety_datasets` and `benchmarks`, whose
-    sizes are not known, are not counted."""
+    """Every model's answers; the base model's are as long as they may be. `safety_datasets`, protocols,
+    and `benchmarks`, whose sizes are not known, are not counted."""
     recipe, measured = checked.recipe, checked.recipe.measured
     config, compute = checked.models["init"], measuring.compute_of(checked)
     assert config is not None, "the planner asks only about models whose shapes it knows"

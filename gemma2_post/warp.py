@@ -117,7 +117,7 @@ COMMAND = Command(
     metrics,
     check,
     needs_config=False,
-    refused=REFUSED,
+    refused=REFUSED | {"group_by": "the numbers are not broken down by a column here; remove it"},
     row_formats={"datasets": QUESTION},
     headline=[GRADER, "reward", "mean_cosine"],
     below_gate="look at front-reward.png: were the runs good enough, is kl_budget what you want?",

@@ -104,7 +104,6 @@ def test_models_are_measured_beside_each_other(evaluate_recipe: Recipe, tmp_path
         ({"init": "nowhere/at/all"}, "there is no folder nowhere/at/all"),
         ({"held_out_datasets": [{"path": "x.jsonl"}]}, "held_out_datasets must not be set: nothing is trained here"),
         ({"held_out_share": 0.5}, "held_out_share must not be set: nothing is trained here"),
-        ({"group_by": "skill"}, "group_by must not be set: the numbers are not broken down"),
         ({"num_memorised": 10}, "num_memorised does nothing without corpus; set corpus, or remove num_memorised"),
         ({"benchmark_limit": 10}, "benchmark_limit does nothing without benchmarks"),
         ({"judge_max_tokens": 10}, "judge_max_tokens does nothing without judge"),

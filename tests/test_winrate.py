@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from gemma2_post.evaluation import endpoint
 from gemma2_post.evaluation import judge as judging
 from gemma2_post.evaluation.comparison import Comparison
-from gemma2_post.evaluation.judge import Judge, Reply, ask_endpoint, ask_model, question, summarize
+from gemma2_post.evaluation.judge import Judge, Refusal, Reply, ask_endpoint, ask_model, summarize
 from gemma2_post.evaluation.keys import AnswerArguments, EndpointArguments
 from gemma2_post.evaluation.measure import Answered, Measurement
+from gemma2_post.evaluation.rubrics import comparison
 from gemma2_post.evaluation.samples import Answer
 from gemma2_post.evaluation.verdicts import Verdict
 from gemma2_post.evaluation.winrate import (
@@ -148,10 +149,10 @@ class Asked:
         self.reply, self.asked = reply, []
 
     def __call__(self, questions, attempt, write) -> None:
-        for text in questions:
-            self.asked.append((text, attempt))
-            said = self.reply(text, attempt)
-            write(text, Reply(said, is_cut=False) if isinstance(said, str) else said)
+        for each in questions:
+            self.asked.append((each.text, attempt))
+            said = self.reply(each.text, attempt)
+            write(each, Reply(said, is_cut=False) if isinstance(said, str) else said)
 
 
 def prefers_ours(text: str, _: int) -> str:
@@ -165,7 +166,7 @@ def test_a_judge_is_asked_in_both_orders_and_only_once(tmp_path: Path) -> None:
     judged = Judge(asked, "j", 256, cache).compare(PROMPTS, OURS, THEIRS)
     assert judged.wins == [1.0] * 5 + [0.5] and judged.disagreement == 0 and len(asked.asked) == 10
     assert sorted(text for text, _ in asked.asked) == sorted(
-        question(PROMPTS[i], *pair) for i in range(5) for pair in ((OURS[i], THEIRS[i]), (THEIRS[i], OURS[i]))
+        comparison(PROMPTS[i], *pair).text for i in range(5) for pair in ((OURS[i], THEIRS[i]), (THEIRS[i], OURS[i]))
     )
     lines = cache.read_text().splitlines()
     cache.write_text("\n".join(lines[:7]) + "\n" + lines[7][:20])
@@ -195,9 +196,28 @@ def test_nonsense_is_asked_again_then_counted_apart(tmp_path: Path) -> None:
     assert judged.wins == [None, 0.5, 0.5]
     assert len(asked.asked) == 2 * (judging.ATTEMPTS + 3 + 1)
     assert judged.num_asked == 3
-    judging.check_most(1, 2, tmp_path / "j.jsonl")
-    with pytest.raises(UserError, match="here: the judge gave no verdict on 2 of 3 pairs"), located("here"):
-        judging.check_most(2, 3, tmp_path / "j.jsonl")
+
+
+def test_a_judge_that_decides_less_than_half_is_refused_with_the_reason(tmp_path: Path) -> None:
+    """The reason follows from the replies: cut, out of room, refused, or without a verdict."""
+    cases = {
+        Reply("It seems", True): "10 had replies that were cut at judge_max_tokens 256; raise it",
+        Reply(
+            "It seems", True, True
+        ): "10 left no room in the judge's context; take a judge with a longer one, or .* answers",
+        Refusal("too long"): r"10 were refused \(too long\)",
+        Reply("Hm.", False): r"10 had replies without one; read them in \S+j3.jsonl, or choose a stronger judge",
+    }
+    for number, (reply, reason) in enumerate(cases.items()):
+        judge = Judge(Asked(lambda *_, reply=reply: reply), "j", 256, tmp_path / f"j{number}.jsonl")
+        judge.compare(PROMPTS, OURS, THEIRS)
+        judge.check_most(1, 2)
+        match = f"here: the judge gave no verdict on 2 of 3 pairs. Of its questions, {reason}$"
+        with pytest.raises(UserError, match=match), located("here"):
+            judge.check_most(2, 3)
+        read_again = Judge(Asked(lambda *_, reply=reply: reply), "j", 256, tmp_path / f"j{number}.jsonl")
+        read_again.compare(PROMPTS, OURS, THEIRS)
+        assert read_again.silent == judge.silent, "kept replies give the same reason"
 
 
 def compared(num_equal: int, num_different: int) -> Comparison:
@@ -211,7 +231,8 @@ def compared(num_equal: int, num_different: int) -> Comparison:
     }
     measurement = Measurement.__new__(Measurement)  # only its prompts are needed
     measurement.rows, measurement.args = Dataset.from_dict({"prompt": prompts}), AnswerArguments()
-    return Comparison(measurement, {}, "theirs", Path("progress"), answered)
+    measurement.group_by = None
+    return Comparison(measurement, {}, "theirs", Path("progress"), answered=answered)
 
 
 @pytest.mark.parametrize(("num_equal", "num_different"), [(0, 1), (5, 1), (98, 2), (1, 3)])
@@ -285,7 +306,9 @@ def test_a_reply_that_was_cut_is_asked_for_again_only_when_it_may_be_longer(tmp_
 
 
 def test_what_was_turned_down_is_asked_again_by_the_next_run(tmp_path: Path) -> None:
-    refused = Judge(Asked(lambda *_: None), "j", 256, tmp_path / "j.jsonl").compare(PROMPTS, OURS, THEIRS)
+    refused = Judge(Asked(lambda *_: Refusal("too long")), "j", 256, tmp_path / "j.jsonl").compare(
+        PROMPTS, OURS, THEIRS
+    )
     assert refused.wins == [None] * 5 + [0.5]
     mended = Judge(Asked(prefers_ours), "j", 256, tmp_path / "j.jsonl").compare(PROMPTS, OURS, THEIRS)
     assert mended.wins == [1.0] * 5 + [0.5]

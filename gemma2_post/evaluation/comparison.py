@@ -18,13 +18,18 @@ from gemma2_post.data.preparation import drop_too_long
 from gemma2_post.data.rows import PROMPT
 from gemma2_post.data.turns import Message
 from gemma2_post.evaluation import benchmarks, endpoint
-from gemma2_post.evaluation.judge import Judge, ask_endpoint, ask_model, check_most
-from gemma2_post.evaluation.keys import BenchmarkArguments, CorpusArguments, JudgeArguments
+from gemma2_post.evaluation.judge import Judge, ask_endpoint, ask_model
+from gemma2_post.evaluation.keys import BenchmarkArguments, CorpusArguments, JudgeArguments, ProtocolArguments
 from gemma2_post.evaluation.measure import Answered, Measurement, digest_of, load, summarize
 from gemma2_post.evaluation.memorisation import CONTINUATION, PREFIX, memorised, windows
 from gemma2_post.evaluation.pairs import wilson_interval
+from gemma2_post.evaluation.protocols import alpaca_eval, arena_hard, mt_bench
+from gemma2_post.evaluation.protocols.alpaca_eval import AlpacaEval
+from gemma2_post.evaluation.protocols.arena_hard import ArenaHard
+from gemma2_post.evaluation.protocols.mt_bench import MTBench
+from gemma2_post.evaluation.protocols.outputs import Outputs, key_of, read_outputs
 from gemma2_post.evaluation.samples import distinctness
-from gemma2_post.evaluation.winrate import difference, win_rate, wins_by
+from gemma2_post.evaluation.winrate import difference, rate_interval, versus, wins_by
 from gemma2_post.models.loading import load_config
 from gemma2_post.models.tokenizer import load_tokenizer, render
 from gemma2_post.stage import contract, digests
@@ -34,6 +39,7 @@ T = TypeVar("T")
 _POLICY = re.compile(r"/policy-\d+$")
 Measures = dict[str, dict[str, float]]
 """The metrics of each model, by its name."""
+Protocol = MTBench | ArenaHard | AlpacaEval
 
 
 @dataclass
@@ -46,6 +52,8 @@ class Comparison:
     baseline: str
     kept: Path
     """Folder for what was measured, outside of the output: a changed recipe measures only what it has changed."""
+    outputs: list[Outputs] = field(default_factory=list)
+    """What other models answered elsewhere."""
     answered: dict[str, Answered] = field(default_factory=dict)
     values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     """Reward, grades and counts of each model's answers, one for each prompt."""
@@ -53,7 +61,31 @@ class Comparison:
     def answer(self) -> None:
         """Lets every model answer; the other methods measure these answers."""
         by_path = self.measurement.answer(list(self.names), self.kept / "answers.jsonl")
-        self.answered = {name: by_path[path] for path, name in self.names.items()}
+        ours = {name: by_path[path] for path, name in self.names.items()}
+        keys = [key_of(prompt) for prompt in self.measurement.rows["prompt"]]
+        given = {each.name: each.answers_to(keys) for each in self.outputs}
+        theirs = {
+            name: self.measurement.given([turns[0] for turns in answers]) for name, answers in given.items() if answers
+        }
+        self.answered = with_outputs(ours, theirs)
+
+    def converse(self, protocol: Protocol, folder: Path) -> dict[str, list[list[str]]]:
+        """Each model's answers to the questions of a protocol, by turn; writes them to a folder.
+
+        Those of other models are there if they are given for all questions.
+        """
+        asked, measurement = protocol.questions, self.measurement
+
+        def answer(path: Path) -> list[list[str]]:
+            model = load(path, measurement.accelerator.device)
+            _, answers = measurement.converse(model, asked.prompts, asked.later, asked.temperatures)
+            return [[each.text for each in turns] for turns in answers]
+
+        ours = self._each(answer, "conversations.jsonl", [asked.turns, asked.temperatures, vars(measurement.args)])
+        given = {each.name: asked.answers_of(each) for each in self.outputs}
+        said = with_outputs(ours, {name: answers for name, answers in given.items() if answers})
+        protocol.write_answers(folder / asked.protocol, said)
+        return said
 
     def by_answers(self) -> Measures:
         """Counts over each model's answers, their rewards and grades, and how often those beat the baseline's."""
@@ -64,10 +96,36 @@ class Comparison:
         found = {}
         for name, each in self.answered.items():
             found[name] = summarize(values[name]) | by_turns(values[name], each.prompts) | distinctness(each.answers)
+            found[name] |= self._by_group({metric: list(value) for metric, value in values[name].items()})
             for judge in ["reward", *self.measurement.graders]:
                 key = f"win_rate_vs_{self.baseline}" if judge == "reward" else f"{judge}_win_rate_vs_{self.baseline}"
                 wins = wins_by(values[name][judge], values[self.baseline][judge])
                 found[name] |= versus(key, wins, each.lengths, self.answered[self.baseline].lengths)
+                found[name] |= self._by_group({key: list(wins)}, are_rates=True)
+        return found
+
+    def _by_group(self, values: dict[str, list[float | None]], are_rates: bool = False) -> dict[str, float]:
+        """Each metric's mean by the column `group_by`: `reward/skill-addition`; nothing without `group_by`.
+
+        Args:
+            values: For each metric, one value for each prompt; None where it is missing.
+            are_rates: Whether the values are wins, whose means have an interval.
+        """
+        column = self.measurement.group_by
+        if column is None:
+            return {}
+        found: dict[str, float] = {}
+        groups: dict[str, list[int]] = defaultdict(list)
+        for i, group in enumerate(self.measurement.columns[column]):
+            groups[str(group)].append(i)
+        for metric, each in values.items():
+            for group, rows in sorted(groups.items()):
+                given = [value for value in (each[i] for i in rows) if value is not None]
+                if given:
+                    key = f"{metric}/{column}-{group}"
+                    found[key] = mean(given)
+                    if are_rates:
+                        found[f"{key}/low"], found[f"{key}/high"] = rate_interval(given)
         return found
 
     def gains(self) -> list[dict[str, Any]]:
@@ -77,7 +135,7 @@ class Comparison:
         `model`, `over`, `metric`, and the fields of `Difference`. Call it after `by_answers`.
         """
         groups: dict[str, list[str]] = defaultdict(list)
-        for name in self.answered:
+        for name in self.names.values():
             groups[_POLICY.sub("", name)].append(name)
         found = []
         for (other, others), (name, members) in pairwise(groups.items()):
@@ -100,14 +158,20 @@ class Comparison:
         found = {}
         for name in [each for each in texts if each != self.baseline]:
             judged = judge.compare(prompts, texts[name], texts[self.baseline])
-            check_most(judged.wins.count(None), judged.num_asked, judge.replies)
-            rows = [i for i, win in enumerate(judged.wins) if win is not None]
-            lengths, others = ([self.answered[each].lengths[i] for i in rows] for each in (name, self.baseline))
-            found[name] = versus(key, [win for win in judged.wins if win is not None], lengths, others) | {
-                f"{key}/disagreement": judged.disagreement,
-                f"{key}/missing": len(judged.wins) - len(rows),
-            }
+            judge.check_most(judged.wins.count(None), judged.num_asked)
+            lengths, others = (self.answered[each].lengths for each in (name, self.baseline))
+            found[name] = judged.versus(key, lengths, others) | self._by_group({key: judged.wins}, are_rates=True)
         return found
+
+    def all_names(self, said: list[dict[str, list[list[str]]]]) -> list[str]:
+        """The names of all models, also of those that answered a protocol only.
+
+        Args:
+            said: The models' answers to the questions of each protocol.
+        """
+        answering = {*self.answered, *(name for each in said for name in each)}
+        theirs = dict.fromkeys(each.name for each in self.outputs if each.name in answering)
+        return list(with_outputs(dict.fromkeys(self.names.values()), theirs))
 
     def safety(self, judge: Judge | None, prompts: list[list[Message]]) -> Measures:
         """The share of answers that are violations, with its 95% Wilson interval, and how many are undecided."""
@@ -123,7 +187,7 @@ class Comparison:
         for name, answers in self._each(answer, "safety.jsonl", asked).items():
             verdicts = judge.violations(prompts, answers)
             judged = [each for each in verdicts if each is not None]
-            check_most(verdicts.count(None), len(verdicts), judge.replies, "answers to safety_datasets")
+            judge.check_most(verdicts.count(None), len(verdicts), "answers to safety_datasets")
             low, high = wilson_interval(mean(judged), len(judged))
             found[name] = {
                 "violations": mean(judged),
@@ -194,6 +258,12 @@ BASE = "base"
 """The name of the base model, from which all others were trained."""
 
 
+def with_outputs(ours: dict[str, T], theirs: dict[str, T]) -> dict[str, T]:
+    """What belongs to each model: the base model, the models of others, and the compared ones, the last one last."""
+    base = {name: value for name, value in ours.items() if name == BASE}
+    return base | theirs | ours
+
+
 def said(answered: Answered, i: int, prompt: list[Message]) -> str:
     """All that a model answered to a prompt and to the user's later turns, which are quoted with `>`."""
     later = answered.prompts[i][len(prompt) :]
@@ -209,17 +279,6 @@ def by_turns(values: dict[str, list[float]], prompts: list[list[Message]]) -> di
         for name, each in values.items()
         for number in sorted(set(turns))
     }
-
-
-def versus(key: str, wins: list[float], lengths: list[int], other_lengths: list[int]) -> dict[str, float]:
-    """The win rate under `key` and, if it can be estimated, the one at equal lengths, with their 95% intervals."""
-    found = win_rate(wins, lengths, other_lengths)
-    measured = {key: found.rate, f"{key}/low": found.low, f"{key}/high": found.high}
-    controlled = found.length_controlled
-    if controlled is None:
-        return measured
-    key = f"{key}/length_controlled"
-    return measured | {key: controlled.rate, f"{key}/low": controlled.low, f"{key}/high": controlled.high}
 
 
 # --- what the models are measured with ---
@@ -244,6 +303,49 @@ def load_judge(args: JudgeArguments, replies: Path) -> Judge | None:
     digest = contract.input_digest(args.judge) or args.judge
     name = f"{digest} {args.judge_load_in}" if args.judge_load_in else digest
     return Judge(ask_model(loaded, tokenizer, args.judge_max_tokens), name, args.judge_max_tokens, replies)
+
+
+def load_protocols(args: ProtocolArguments, baseline: str, measurement: Measurement) -> list[Protocol]:
+    """The protocols that the recipe names; a question that models cannot read is an error."""
+    found: list[Protocol] = []
+    if args.mt_bench:
+        found.append(mt_bench.load(args.mt_bench, baseline))
+    if args.arena_hard:
+        found.append(arena_hard.load(args.arena_hard, args.arena_hard_baseline))
+    if args.alpaca_eval:
+        found.append(alpaca_eval.load(args.alpaca_eval))
+    for each in found:
+        asked = each.questions
+        measurement.check_conversations(asked.prompts, asked.later, f"question {{}} of {asked.protocol}")
+    return found
+
+
+def load_outputs(
+    args: ProtocolArguments, names: list[str], protocols: list[Protocol], measurement: Measurement
+) -> list[Outputs]:
+    """The answers of other models.
+
+    Args:
+        names: The names of the compared models.
+
+    Raises:
+        UserError: A file cannot be read, has the name of another, or does not answer all questions of a kind.
+    """
+    found = [read_outputs(file) for file in args.outputs or []]
+    keys = [key_of(prompt) for prompt in measurement.rows["prompt"]]
+    for i, each in enumerate(found):
+        if each.name in [*names, *(other.name for other in found[:i])]:
+            raise UserError(f"outputs: two models are called {each.name}; change the generator in one of the files")
+        answered = [bool(each.answers_to(keys)), *(bool(one.questions.answers_of(each)) for one in protocols)]
+        if answered[0] and any(measurement.later):
+            raise UserError(
+                f"outputs of {each.name} hold one answer to each prompt, and datasets has questions of several turns; "
+                "leave out one of the two"
+            )
+        if not any(answered):
+            asked = ", ".join(["datasets", *(one.questions.protocol for one in protocols)])
+            raise UserError(f"outputs of {each.name} answer no question of {asked}; give answers to these")
+    return found
 
 
 def load_safety_prompts(args: JudgeArguments, measurement: Measurement) -> list[list[Message]]:

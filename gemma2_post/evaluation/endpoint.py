@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -73,10 +74,22 @@ def check(client: OpenAI) -> None:
             ) from error
 
 
+@dataclass(frozen=True)
+class Completion:
+    """An endpoint's answer."""
+
+    text: str
+    finish_reason: str
+    """Why it ended: "stop" if by itself, "length" if it was cut."""
+    prompt_tokens: int
+    """As the endpoint counts them; 0 if it does not."""
+    completion_tokens: int
+
+
 def answer(
     client: OpenAI, place: str, model: str, messages: list[Message], temperature: float, max_tokens: int, seed: int
-) -> tuple[str, str, int]:
-    """The answer's text, why it ended ("stop" if by itself), and its length in tokens as the endpoint counts them.
+) -> Completion:
+    """The endpoint's answer to messages.
 
     Args:
         place: What an error message names first, for example the prompt's row.
@@ -112,9 +125,11 @@ def answer(
     try:
         body = json.loads(response.text)
         choice = body["choices"][0]
-        num_tokens = (body.get("usage") or {}).get("completion_tokens") or 0
+        prompt, completion = (
+            int((body.get("usage") or {}).get(f"{part}_tokens") or 0) for part in ("prompt", "completion")
+        )
         text = choice["message"]["content"] or ""
-        return text.strip(), choice["finish_reason"], int(num_tokens)
+        return Completion(text.strip(), choice["finish_reason"], prompt, completion)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         found = _without_key(client, response.text)
         raise UserError(

@@ -21,7 +21,6 @@ MEASURES = {"kl_to_init", "reward", "stop_rate", "mean_tokens"}
 REFUSED = {
     "held_out_datasets": "nothing is trained here, so all prompts are in datasets; name the prompts there",
     "held_out_share": "nothing is trained here, so all prompts of datasets are read; remove it",
-    "group_by": "the numbers are not broken down by a column here; remove it",
 }
 """Keys of data and samples that do nothing where models are only measured, with the reason."""
 
@@ -206,6 +205,44 @@ class JudgeArguments:
             _refuse_idle(self, "judge", ["judge_load_in", "judge_max_tokens"])
         if not self.judge_endpoint:
             _refuse_idle(self.endpoint, "judge_endpoint", ["api_key_variable", "concurrency", "endpoint_timeout"])
+
+
+@dataclass
+class ProtocolArguments:
+    """Published protocols, whose questions all models answer and the judge judges."""
+
+    mt_bench: FilePath | None = key(
+        None, "Folder with FastChat's question.jsonl, reference_answer, and maybe judge_prompts.jsonl."
+    )
+    arena_hard: FilePath | None = key(
+        None, "Folder with Arena-Hard-Auto's question.jsonl, model_answer, and maybe judge_config.yaml."
+    )
+    arena_hard_baseline: str | None = key(
+        None, "File in its model_answer to compare with, without .jsonl; without it, the only one, or the project's."
+    )
+    alpaca_eval: FilePath | None = key(
+        None, "File of outputs to compare with, as AlpacaEval's: instruction, output, generator."
+    )
+    outputs: list[FilePath] | None = key(
+        None,
+        "Files of other models' answers, as AlpacaEval's model_outputs.json, or in the layout of a protocol; each is "
+        "compared on all questions that it answers.",
+    )
+
+    def check(self, judge: str | None) -> None:
+        """Refuses protocols that cannot be judged."""
+        for name in ("mt_bench", "arena_hard", "alpaca_eval"):
+            if getattr(self, name) and not judge:
+                raise UserError(f"{name} has answers to judge, and there is no judge; name one")
+        if not self.arena_hard:
+            _refuse_idle(self, "arena_hard", ["arena_hard_baseline"])
+
+    @property
+    def metrics(self) -> set[str]:
+        """The names of the metrics of each model."""
+        found = {"mt_bench", "mt_bench_win_rate"} if self.mt_bench else set()
+        found |= {"arena_hard_win_rate"} if self.arena_hard else set()
+        return found | ({"alpaca_eval_win_rate"} if self.alpaca_eval else set())
 
 
 @dataclass

@@ -5,7 +5,6 @@ nats. The models are loaded one at a time next to the start, and the reward mode
 """
 
 import json
-from collections import Counter
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -28,6 +27,7 @@ from gemma2_post.evaluation.samples import Answer, load_graders, sample_answers
 from gemma2_post.models.arguments import check_prompt_length
 from gemma2_post.models.loading import frozen_arguments, load_config, load_model
 from gemma2_post.models.tokenizer import load_tokenizer
+from gemma2_post.models.tokens import END_OF_TURN
 from gemma2_post.stage import contract, digests
 from gemma2_post.stage.errors import UserError, located
 
@@ -43,8 +43,9 @@ class Answered:
     """The prompts; in a question of several turns, with the model's own answers to the earlier ones."""
     answers: list[Answer]
     """Answers to the last turn."""
-    kl: list[float]
-    """KL(model || start) on each answer, in nats; its mean estimates the sequence-level KL."""
+    kl: list[float] | None
+    """KL(model || start) on each answer, in nats; its mean estimates the sequence-level KL. None for answers that were
+    given elsewhere."""
     lengths: list[int]
     """Tokens of the model's answers to all turns of each prompt."""
 
@@ -84,24 +85,29 @@ class Measurement:
             raise UserError(f"datasets have {len(self.rows)} prompt, from which no spread can be told; give more")
         self.later: list[list[str]] = list(self.rows["later"])
         self.rows = self.rows.remove_columns("later")
-        self._check_conversations()
+        self.check_conversations(self.rows["prompt"], self.later, "question {}")
         self.columns = {name: self.rows[name] for name in self.rows.column_names if name != "prompt"}
-        self.graders = load_graders(sample_args, self.rows)
+        self.graders, self.group_by = load_graders(sample_args, self.rows), sample_args.group_by
         self.reward_weights = reward_weights
         self.functions = rewards.load_reward_functions(reward_args, self.rows.column_names, self.score, reward_weights)
         self.accelerator = Accelerator()
         disable_progress_bar()  # there would be one for each model that is loaded
 
-    def _check_conversations(self) -> None:
-        """Refuses questions of several turns that may grow longer than the models can read."""
-        for i in [i for i, later in enumerate(self.later) if later]:
-            users = [[{"role": "user", "content": text}] for text in self.later[i]]
-            turns = [self.rows["prompt"][i], *users]
-            ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+    def check_conversations(self, prompts: list[list[Message]], later: list[list[str]], what: str) -> None:
+        """Refuses questions that are too long, or may grow too long by their last turn, for the models to read.
+
+        Args:
+            what: What a question is called, with `{}` for its number, for the error.
+        """
+        for i, (prompt, turns) in enumerate(zip(prompts, later, strict=True)):
+            users = [[{"role": "user", "content": text}] for text in turns]
+            ids = self.tokenizer.apply_chat_template([prompt, *users], add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
             longest = sum(map(len, ids)) + len(users) * self.args.max_completion_length
             if longest > self.longest:
                 raise UserError(
-                    f"question {i} may have {longest} tokens by its last turn, at most {self.longest} can "
+                    f"{what.format(i)} may have {longest} tokens by its last turn, at most {self.longest} can "
                     "be read; lower max_completion_length, or raise max_prompt_length if that is what limits it"
                 )
 
@@ -129,30 +135,55 @@ class Measurement:
         return {path: known[keys[path]] for path in models}
 
     def _answer_one(self, path: Path, start: PreTrainedModel) -> Answered:
-        """Answers turn by turn. The model is freed before the next one is loaded."""
+        """The answers of one model, which is freed before the next one is loaded."""
         model = load(path, self.accelerator.device)
-        prompts = [list(prompt) for prompt in self.rows["prompt"]]
-        answers: dict[int, Answer] = {}
-        lengths: Counter[int] = Counter()
-        for turn in range(1 + max(map(len, self.later))):
-            rows = [i for i, later in enumerate(self.later) if len(later) >= turn]
-            for i in rows if turn else []:
-                prompts[i] += [
-                    {"role": "assistant", "content": answers[i].text},
-                    {"role": "user", "content": self.later[i][turn - 1]},
-                ]
-            sampled = self.sample(model, [prompts[i] for i in rows])
-            answers |= dict(zip(rows, sampled, strict=True))
-            lengths.update({i: answer.num_tokens for i, answer in zip(rows, sampled, strict=True)})
-        last = [answers[i] for i in range(len(prompts))]
+        prompts, answers = self.converse(model, list(self.rows["prompt"]), self.later)
+        last = [each[-1] for each in answers]
         divergences = measure_divergence(self.accelerator, model, start, last, self.args.batch_size)
-        kl = [each.forward for each in divergences]
-        return Answered(prompts, last, kl, [lengths[i] for i in range(len(prompts))])
+        lengths = [sum(answer.num_tokens for answer in each) for each in answers]
+        return Answered(prompts, last, [each.forward for each in divergences], lengths)
 
-    def sample(self, model: PreTrainedModel, prompts: list[list[Message]]) -> list[Answer]:
+    def converse(
+        self,
+        model: PreTrainedModel,
+        first: list[list[Message]],
+        later: list[list[str]],
+        temperatures: list[float] | None = None,
+    ) -> tuple[list[list[Message]], list[list[Answer]]]:
+        """The prompt of each question's last turn, with the model's own earlier answers, and its answers by turn.
+
+        Args:
+            first: The prompt of each question's first turn.
+            later: The user's later turns of each question.
+            temperatures: Of each question; None: 1.
+        """
+        prompts = [list(prompt) for prompt in first]
+        answers: list[list[Answer]] = [[] for _ in prompts]
+        temperatures = temperatures or [1.0] * len(prompts)
+        for turn in range(1 + max(map(len, later))):
+            for temperature in sorted(set(temperatures)):
+                rows = [i for i, each in enumerate(later) if len(each) >= turn and temperatures[i] == temperature]
+                for i in rows if turn else []:
+                    prompts[i] += [
+                        {"role": "assistant", "content": answers[i][-1].text},
+                        {"role": "user", "content": later[i][turn - 1]},
+                    ]
+                for i, answer in zip(rows, self.sample(model, [prompts[i] for i in rows], temperature), strict=True):
+                    answers[i].append(answer)
+        return prompts, answers
+
+    def given(self, texts: list[str]) -> Answered:
+        """Answers to the prompts that were given elsewhere, as if the model had ended them itself."""
+        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        answers = [Answer(text, [], [*each, END_OF_TURN]) for text, each in zip(texts, ids, strict=True)]
+        return Answered(list(self.rows["prompt"]), answers, None, [each.num_tokens for each in answers])
+
+    def sample(self, model: PreTrainedModel, prompts: list[list[Message]], temperature: float = 1.0) -> list[Answer]:
         """One answer of the model to each prompt."""
-        length, batch_size, seed = self.args.max_completion_length, self.args.batch_size, self.args.seed
-        return sample_answers(model, self.tokenizer, prompts, length, batch_size=batch_size, seed=seed)
+        args = self.args
+        return sample_answers(
+            model, self.tokenizer, prompts, args.max_completion_length, temperature, args.batch_size, args.seed
+        )
 
     def load_reward_model(self) -> None:
         """Loads the reward model, if there is one; call this once all models have answered."""
@@ -171,7 +202,7 @@ class Measurement:
         by_function = rewards.values_of(self.functions, self.tokenizer, answered.prompts, ids, self.columns)
         texts = [answer.text for answer in answered.answers]
         return {
-            "kl_to_init": answered.kl,
+            **({} if answered.kl is None else {"kl_to_init": answered.kl}),
             "reward": rewards.weighted(by_function, self.reward_weights),
             **{name: grader(completions=texts, **self.columns) for name, grader in self.graders.items()},
             "stop_rate": [float(answer.stopped) for answer in answered.answers],

@@ -83,13 +83,13 @@ def sample_answers(
                 padding=True,
                 tokenizer_kwargs={"padding_side": "left"},
             ).to(model.device)
-            sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+            sampling: dict[str, float] = {"do_sample": False}
+            if temperature:
+                sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
             with finite_probabilities():
                 generated = model.generate(
                     **batch,
                     **sampling,
-                    top_k=0,
-                    top_p=1.0,
                     max_new_tokens=max_new_tokens,
                     synced_gpus=False,  # the weights are gathered; do not wait for processes with fewer prompts
                     eos_token_id=STOP_TOKEN_IDS,

@@ -82,9 +82,8 @@ def ask_endpoint(
         place = f"prompt in row {row} ({prompts[row][-1]['content'][:40]!r})"
         seed = random.Random(f"{args.seed} {row} {sample}").getrandbits(31)
         try:
-            answer = record(
-                job, *endpoint.answer(client, place, model, prompts[row], args.temperature, args.max_new_tokens, seed)
-            )
+            said = endpoint.answer(client, place, model, prompts[row], args.temperature, args.max_new_tokens, seed)
+            answer = record(job, said.text, said.finish_reason, said.completion_tokens)
         except endpoint.RefusedError as refusal:
             answer = record(job, "", "refused", 0)
             with lock:

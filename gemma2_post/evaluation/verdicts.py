@@ -34,9 +34,25 @@ _BRACKETS = str.maketrans(
 _MARK = re.compile(r"\[\s*\[([^\[\]]{1,40})\]\s*\]")
 _LABEL = re.compile(r"^(?:(?:the|final|answer|assistant|response|model|verdict|winner|is)\b[\s:]*)+", re.IGNORECASE)
 _COMPARED = re.compile(r"([AB])\s*(>>|>|<<|<|==?|~)\s*([AB])")
-_SINGLE = {"A": Verdict(1.0), "B": Verdict(0.0)} | dict.fromkeys(["TIE", "DRAW", "EQUAL", "BOTH"], Verdict(0.5))
+_SINGLE = {"A": Verdict(1.0), "B": Verdict(0.0)} | dict.fromkeys(["TIE", "DRAW", "EQUAL", "BOTH", "C"], Verdict(0.5))
+"""`[[C]]` is a tie in MT-Bench's rubric."""
+_GRADE = re.compile(r"(\d+(?:\.\d+)?)(?:\s*/\s*10)?")
+_SINGLE_BRACKETS = re.compile(r"(?<!\[)\[\s*(\d+(?:\.\d+)?)\s*\](?!\])")
 _VIOLATES = {"violation": 1.0, "no violation": 0.0}
-_KEYS = {"verdict", "winner", "preference", "choice", "better", "judgment", "judgement", "result", "violation"}
+_KEYS = {
+    "verdict",
+    "winner",
+    "preference",
+    "choice",
+    "better",
+    "judgment",
+    "judgement",
+    "result",
+    "violation",
+    "rating",
+    "grade",
+    "score",
+}
 """Keys that hold the decision in a JSON object."""
 _OBJECT = re.compile(r"\{[^{}]*\}")
 
@@ -66,8 +82,8 @@ def _reply_of(text: str) -> str:
 def verdict(text: str, is_cut: bool = False) -> Verdict | None:
     """The last verdict on two answers in a judge's reply; None if it has none.
 
-    `[[A]]`, `[[B]]`, and `[[tie]]`, or as Arena-Hard writes them `[[A>>B]]`, `[[A>B]]`, and `[[A=B]]`; also with
-    spaces, bold, escaped, or full-width brackets; or a JSON object with `verdict` or `winner`.
+    `[[A]]`, `[[B]]`, and `[[tie]]` or `[[C]]`, or as Arena-Hard writes them `[[A>>B]]`, `[[A>B]]`, and `[[A=B]]`; also
+    with spaces, bold, escaped, or full-width brackets; or a JSON object with `verdict` or `winner`.
 
     Args:
         is_cut: Whether the reply reached its length limit: then only a verdict at its very end is one.
@@ -78,6 +94,20 @@ def verdict(text: str, is_cut: bool = False) -> Verdict | None:
 def is_violation(text: str, is_cut: bool = False) -> float | None:
     """1 for a violation, 0 for none, read like `verdict`; None if the reply does not say."""
     return _last(text, is_cut, lambda mark: _VIOLATES.get(mark.lower().replace("_", " ")))
+
+
+def grade(text: str, is_cut: bool = False) -> float | None:
+    """The last grade from 1 to 10 in a judge's reply, such as `[[7]]`, `[[7.5]]`, or `[[7/10]]`, read like `verdict`.
+
+    If no grade stands in double brackets, one in single brackets counts, as in MT-Bench; None if there is none.
+    """
+    found = _last(text, is_cut, _graded)
+    return found if found is not None else _last(_SINGLE_BRACKETS.sub(r"[[\1]]", text), is_cut, _graded)
+
+
+def _graded(mark: str) -> float | None:
+    match = _GRADE.fullmatch(_LABEL.sub("", mark).strip())
+    return float(match[1]) if match and 1 <= float(match[1]) <= 10 else None
 
 
 def _compared(mark: str) -> Verdict | None:
@@ -129,6 +159,8 @@ def _in_json(text: str, read: Callable[[str], T | None]) -> list[tuple[int, T]]:
         for key, each in content.items():
             if isinstance(each, bool):
                 each = "violation" if each else "no violation"
+            if isinstance(each, int | float):
+                each = str(each)
             if key.lower() in _KEYS and isinstance(each, str) and (value := read(each.strip())) is not None:
                 found.append((match.end(), value))
     return found

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy
 from scipy.optimize import minimize
 from scipy.special import expit
+from scipy.stats import t as student
 
 from gemma2_post.evaluation.pairs import wilson_interval
 
@@ -60,6 +61,34 @@ def rate_interval(wins: list[float]) -> tuple[float, float]:
         return rate, rate
     low, high = wilson_interval(rate, len(values) * (rate * (1 - rate) / variance if variance else 1))
     return min(low, rate), max(high, rate)  # at 0 and 1 but for rounding
+
+
+def pooled_rate(wins: list[float], weights: list[float]) -> tuple[float, float, float]:
+    """The share of the weights that is won, over prompts of different weight, with its 95% interval.
+
+    The interval is Wilson's, for as many prompts as give a share of wins the variance of this ratio (linearized).
+
+    Args:
+        wins: For each prompt, the weight that is won, a tie counting half.
+        weights: For each prompt, the weight of all its verdicts.
+    """
+    won, total = numpy.asarray(wins, dtype=float), numpy.asarray(weights, dtype=float)
+    rate = float(won.sum() / total.sum())
+    variance = float(((won - rate * total) ** 2).sum() / total.sum() ** 2)
+    if variance == 0 and 0 < rate < 1:
+        return rate, rate, rate
+    low, high = wilson_interval(rate, rate * (1 - rate) / variance if variance else len(won))
+    return rate, min(low, rate), max(high, rate)
+
+
+def mean_interval(values: list[float]) -> tuple[float, float]:
+    """The 95% interval of a mean, by Student's t; a single value has none."""
+    if len(values) < 2:
+        return values[0], values[0]
+    error = numpy.std(values, ddof=1) / numpy.sqrt(len(values))
+    width = float(student.ppf(0.975, len(values) - 1) * error)
+    centre = float(numpy.mean(values))
+    return centre - width, centre + width
 
 
 def wins_by(scores: list[float], other_scores: list[float]) -> list[float]:
@@ -130,3 +159,14 @@ def length_controlled(wins: list[float], lengths: list[int], other_lengths: list
     error = numpy.sqrt((inverse @ (scores.T @ scores / len(y)) @ inverse)[0, 0] / len(y))
     low, rate, high = (float(expit(weights[0] + side * 1.96 * error)) for side in (-1, 0, 1))
     return LengthControlled(rate, low, high)
+
+
+def versus(key: str, wins: list[float], lengths: list[int], other_lengths: list[int]) -> dict[str, float]:
+    """The win rate under `key` and, if it can be estimated, the one at equal lengths, with their 95% intervals."""
+    found = win_rate(wins, lengths, other_lengths)
+    measured = {key: found.rate, f"{key}/low": found.low, f"{key}/high": found.high}
+    controlled = found.length_controlled
+    if controlled is None:
+        return measured
+    key = f"{key}/length_controlled"
+    return measured | {key: controlled.rate, f"{key}/low": controlled.low, f"{key}/high": controlled.high}

@@ -49,6 +49,7 @@ def additional(models: dict[str, dict[str, float]], grader: str | None) -> dict[
     for key in by_turns if len(by_turns) > 1 else []:
         turns = key.rpartition("-")[2]
         found[f"{best}, {turns} turn{'s' if turns != '1' else ''}"] = _cells(models, key, "{:.2f}")
+    found |= _by_group(models, keys, best)
     for key, words in _FURTHER.items():
         if key in keys:
             found[words] = _cells(models, key, "{:.1%}")
@@ -56,6 +57,29 @@ def additional(models: dict[str, dict[str, float]], grader: str | None) -> dict[
         if key.startswith("benchmarks/") and not key.endswith("/standard_error"):
             found[key.removeprefix("benchmarks/").replace("/", ", ")] = _cells(models, key, "{:.1%}")
     return found
+
+
+def _by_group(models: dict[str, dict[str, float]], keys: dict[str, None], best: str) -> dict[str, list[Cell]]:
+    """Grades and win rates by a column, and MT-Bench's grades by turn and category."""
+    found = {}
+    for grade in (best, "mt_bench"):
+        parts = ("standard_error", "low", "high", "missing", "turns-")
+        of_grade = [key for key in keys if key.startswith(f"{grade}/") and not key[len(grade) + 1 :].startswith(parts)]
+        for key in [*(["mt_bench"] if grade == "mt_bench" and grade in keys else []), *of_grade]:
+            found[_words(key)] = _cells(models, key, "{:.2f}")
+    for rate in win_rates(models):
+        for key in keys:
+            if key.startswith(f"{rate}/") and not key.endswith(_CONTROLLED) and _has_interval(models, key):
+                found[_words(key)] = _cells(models, key, "{:.0%}")
+    return found
+
+
+def _words(key: str) -> str:
+    """A key in words: `mt_bench/category-math` is `MT-Bench, category math`."""
+    name, *parts = key.replace("win_rate_vs_", "wins against ").split("/")
+    return ", ".join(
+        [name.replace("mt_bench", "MT-Bench").replace("_", " "), *(part.replace("-", " ", 1) for part in parts)]
+    )
 
 
 def _is_measured(models: dict[str, dict[str, float]], key: str) -> bool:
@@ -82,6 +106,10 @@ def _interval(model: dict[str, float], key: str, form: str) -> str:
 
 
 REWARD, JUDGE = "the reward", "the judge"
+_JUDGES = {"": REWARD, "judge_": JUDGE} | {
+    f"{key}_": f"{JUDGE} on {name}"
+    for key, name in {"mt_bench": "MT-Bench", "arena_hard": "Arena-Hard", "alpaca_eval": "AlpacaEval"}.items()
+}
 _CONTROLLED = "length_controlled"
 _PARTS = ("low", "high", _CONTROLLED, f"{_CONTROLLED}/low", f"{_CONTROLLED}/high", "disagreement")
 
@@ -91,18 +119,27 @@ class Contest:
     """Win rates against the baseline, according to one judge."""
 
     judge: str
-    """`REWARD`, `JUDGE` or the name of a grader."""
+    """`REWARD`, `JUDGE`, also on a protocol, or the name of a grader."""
     baseline: str
     wins: dict[str, dict[str, float]]
     """By model, in percent: rate, low, high and, if known, length_controlled with its own low and high, and a judge's
-    disagreement; and `missing`, the number of pairs without a verdict."""
+    disagreement; and `missing`, the number of pairs without a verdict, of those `asked`."""
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether a judge was asked, who may give no verdict."""
+        return self.judge.startswith(JUDGE)
 
 
 def win_rates(models: dict[str, dict[str, float]]) -> list[str]:
     """The keys of win rates with an interval; a baseline's name may contain slashes."""
     keys = dict.fromkeys(key for each in models.values() for key in each if "win_rate_vs_" in key)
-    rates = [key for key in keys if not key.endswith(f"/{_CONTROLLED}")]
-    return [key for key in rates if any(f"{key}/low" in each for each in models.values())]
+    rates = [key for key in keys if not key.endswith(f"/{_CONTROLLED}") and _has_interval(models, key)]
+    return [key for key in rates if not any(key.startswith(f"{other}/") for other in rates)]
+
+
+def _has_interval(models: dict[str, dict[str, float]], key: str) -> bool:
+    return any(f"{key}/low" in each for each in models.values())
 
 
 def contests(models: dict[str, dict[str, float]]) -> list[Contest]:
@@ -110,9 +147,13 @@ def contests(models: dict[str, dict[str, float]]) -> list[Contest]:
     found = []
     for key in win_rates(models):
         judge, _, baseline = key.partition("win_rate_vs_")
-        judge = {"": REWARD, "judge_": JUDGE}.get(judge, judge.removesuffix("_"))
+        judge = _JUDGES.get(judge, judge.removesuffix("_"))
         wins = {
-            name: {"rate": 100 * each[key], "missing": each.get(f"{key}/missing", 0)}
+            name: {
+                "rate": 100 * each[key],
+                "missing": each.get(f"{key}/missing", 0),
+                "asked": each.get(f"{key}/asked", 0),
+            }
             | {part.replace("/", "_"): 100 * each[f"{key}/{part}"] for part in _PARTS if f"{key}/{part}" in each}
             for name, each in models.items()
             if f"{key}/low" in each and name != baseline

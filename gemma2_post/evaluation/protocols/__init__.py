@@ -1,0 +1,1 @@
+"""Published protocols of evaluation, on local files of those projects' layouts."""
