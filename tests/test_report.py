@@ -40,7 +40,9 @@ def run_dir(tmp_path: Path) -> Path:
     values |= {"win_rate_vs_sft/length_controlled/low": 0.17, "win_rate_vs_sft/length_controlled/high": 0.27}
     values |= {"benchmarks/mmlu": 0.512, "benchmarks/mmlu/standard_error": 0.01, "gold/turns-2": 1.0}
     key = "judge_win_rate_vs_sft"
-    judged = {key: 0.6, f"{key}/low": 0.55, f"{key}/high": 0.64, f"{key}/disagreement": 0.3, f"{key}/missing": 2}
+    judged = {key: 0.6, f"{key}/low": 0.55, f"{key}/high": 0.64, f"{key}/disagreement": 0.3, f"{key}/missing": 2} | {
+        f"{key}/asked": 12
+    }
     models = {
         "sft": values | {"gold": 1.0, "violations": 0.02, "gold/turns-1": 1.0},
         "warp": values | {"gold": 1.25, "gold/standard_error": 0.1, "gold/turns-1": 1.5} | judged,
@@ -138,7 +140,7 @@ def test_the_page_is_one_file_without_scripts_or_anything_from_elsewhere(run_dir
         "25% 20 to 31",
         "says the judge",
         "60% 55 to 64",
-        "changes its mind with the order in 30% of pairs; no verdict on 2",
+        "changes its mind with the order in 30% of pairs; no verdict on 2 of 12",
         "gold, 2 turns",
         "51.2% ± 2.0%",
         "violations of safety",
@@ -156,7 +158,7 @@ def test_the_same_in_markdown(run_dir: Path) -> None:
     text = (run_dir / "report.md").read_text()
     assert "| sft | 1:01 | gold 0.6 → 1.1 | gold >= 1 |" in text and "](warp/front-reward.png)" in text
     assert "> **warp:** 2 or so" in text and "&lt;script&gt;?" in text and "3 </details>" not in text
-    assert "| warp | 60.0% | 55.0 to 64.0 |  | 30.0% | 2 |" in text
+    assert "| warp | 60.0% | 55.0 to 64.0 |  | 30.0% | 2 of 12 |" in text
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 5
     for table in tables:

@@ -81,7 +81,7 @@ class Comparison:
             _, answers = measurement.converse(model, asked.prompts, asked.later, asked.temperatures)
             return [[each.text for each in turns] for turns in answers]
 
-        ours = self._each(answer, "conversations.jsonl", [asked.turns, asked.temperatures, vars(measurement.args)])
+        ours = self._each(answer, "conversations.jsonl", [asked.turns, asked.temperatures, measurement.sampling])
         given = {each.name: asked.answers_of(each) for each in self.outputs}
         said = with_outputs(ours, {name: answers for name, answers in given.items() if answers})
         protocol.write_answers(folder / asked.protocol, said)
@@ -183,7 +183,7 @@ class Comparison:
             return [each.text for each in self.measurement.sample(model, prompts)]
 
         found = {}
-        asked = [prompts, vars(self.measurement.args)]
+        asked = [prompts, self.measurement.sampling]
         for name, answers in self._each(answer, "safety.jsonl", asked).items():
             verdicts = judge.violations(prompts, answers)
             judged = [each for each in verdicts if each is not None]

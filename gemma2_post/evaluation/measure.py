@@ -119,7 +119,7 @@ class Measurement:
                 has changed, if the model, the start, the prompts, and the sampling are the same.
         """
         cache.parent.mkdir(exist_ok=True)
-        asked = [list(self.rows["prompt"]), self.later, vars(self.args), digest_of(Path(self.start))]
+        asked = [list(self.rows["prompt"]), self.later, self.sampling, digest_of(Path(self.start))]
         keys = {path: digests.of_text(json.dumps([digest_of(path), *asked])) for path in models}
         known: dict[str, Answered] = {}
         for record in contract.read_lines(cache, _RECORD):
@@ -177,6 +177,12 @@ class Measurement:
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         answers = [Answer(text, [], [*each, END_OF_TURN]) for text, each in zip(texts, ids, strict=True)]
         return Answered(list(self.rows["prompt"]), answers, None, [each.num_tokens for each in answers])
+
+    @property
+    def sampling(self) -> dict[str, int]:
+        """What decides a model's answers to given prompts."""
+        args = self.args
+        return {"length": args.max_completion_length, "batch_size": args.batch_size, "seed": args.seed}
 
     def sample(self, model: PreTrainedModel, prompts: list[list[Message]], temperature: float = 1.0) -> list[Answer]:
         """One answer of the model to each prompt."""
