@@ -193,6 +193,42 @@ def push(directory: Path, repository: str, public: bool) -> None:
     push(directory, repository, public)
 
 
+def judge_check(
+    pairs: str,
+    judge: str,
+    judge_endpoint: str | None,
+    api_key_variable: str | None,
+    judge_load_in: Any,
+    judge_max_tokens: int,
+    concurrency: int,
+    limit: int | None,
+    json: Path,
+) -> None:
+    """Measures a judge on pairs that people have labeled.
+
+    Args:
+        limit: The first so many pairs.
+        json: File for the results.
+    """
+    silence_libraries()
+    from gemma2_post.evaluation.keys import EndpointArguments, JudgeArguments
+    from gemma2_post.judge_check import judge_check
+
+    endpoint = EndpointArguments(api_key_variable, concurrency)
+    judge_check(
+        pairs,
+        JudgeArguments(
+            judge=judge,
+            judge_load_in=judge_load_in,
+            judge_endpoint=judge_endpoint,
+            endpoint=endpoint,
+            judge_max_tokens=judge_max_tokens,
+        ),
+        limit,
+        json,
+    )
+
+
 def schema(directory: Path, markdown: Path | None) -> None:
     """Writes the JSON Schemas of all recipes to a folder, and the reference of all keys to a Markdown file."""
     silence_libraries()
@@ -238,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
 
     def command(call: Callable[..., None], help: str, *parents: argparse.ArgumentParser) -> Callable[..., Any]:
-        added = commands.add_parser(call.__name__, help=help, parents=parents, allow_abbrev=False)
+        added = commands.add_parser(call.__name__.replace("_", "-"), help=help, parents=parents, allow_abbrev=False)
         added.set_defaults(call=call)
         return added.add_argument
 
@@ -302,6 +338,17 @@ def _parser() -> argparse.ArgumentParser:
     add("directory", type=Path, help="the output of a stage, or a run, of which the last model is uploaded")
     add("repository", metavar="USER/NAME", help="the repository; made if it is not there yet, private")
     add("--public", action="store_true", help="everyone can see a repository that is made")
+
+    add = command(judge_check, "ask a judge about pairs that people have labeled: agreement, biases, cost")
+    add("pairs", help="LLMBar's, Auto-J's, JudgeBench's, or Chatbot Arena's layout, or preference pairs: a file")
+    add("--judge", required=True, help="a model's folder or name, or its name at the endpoint")
+    add("--judge_endpoint", metavar="URL", help="base URL of an OpenAI-compatible server")
+    add("--api_key_variable", metavar="NAME", help="environment variable with the endpoint's key")
+    add("--judge_load_in", choices=["4bit", "8bit"], help="quantize a local judge")
+    add("--judge_max_tokens", type=int, default=4096, metavar="N", help="longest reply; default: 4096")
+    add("--concurrency", type=int, default=8, metavar="N", help="requests at a time; default: 8")
+    add("--limit", type=int, metavar="N", help="only the first pairs")
+    add("--json", type=Path, default=Path("judge-check.json"), metavar="FILE", help="write the results there")
 
     add = command(schema, "write a JSON Schema for each kind of recipe, for editors")
     add("directory", type=Path, nargs="?", default=Path("recipes/schema"))

@@ -10,7 +10,7 @@ PACKAGE = Path("gemma2_post")
 FLOORS = [
     ["cli"],
     ["selftest"],
-    ["report", "chat", "export"],
+    ["report", "chat", "export", "judge_check"],
     ["pipeline"],
     ["planning"],
     [*STAGES],

@@ -75,6 +75,12 @@ def read_pair(row: Row, score_margin: float = 0.0) -> dict[str, Any]:
     }
 
 
+def has_answers(row: Row) -> bool:
+    """Whether a row has two answers and says which is better, in a known layout."""
+    named = any(row.has(name) and row.has(other) for name, other in _CHOSEN.items())
+    return named or any(all(row.has(name) for name in names) for names in _PREFERENCES)
+
+
 def _answers(row: Row) -> tuple[dict[str, Any], bool]:
     """The chosen and the rejected answer, as they are in the row, and whether neither is better."""
     for name, other in _CHOSEN.items():

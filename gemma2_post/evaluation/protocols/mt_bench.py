@@ -16,6 +16,7 @@ from statistics import mean
 from typing import Any
 
 from gemma2_post.data.files import read_file
+from gemma2_post.data.labeled_pairs import quoting
 from gemma2_post.data.turns import Message
 from gemma2_post.evaluation.judge import Both, Judge
 from gemma2_post.evaluation.protocols.questions import Questions, file_name, read_answers, read_questions, write_lines
@@ -76,7 +77,7 @@ class MTBench:
                 shown |= {f"answer_{side}_1": answers[0], f"answer_{side}_2": answers[min(turn, len(answers) - 1)]}
             return self._asked("pair", number, turn, shown)
         turns = self.questions.turns[number]
-        one, two = quoting(turns, first, turn), quoting(turns, second, turn)
+        one, two = (quoting(turns[: turn + 1], answers[: turn + 1]) for answers in (first, second))
         return comparison(conversation(turns[:1], []), one, two, self._reference(number, turn))
 
     def _reference(self, number: int, turn: int) -> list[str] | None:
@@ -159,14 +160,6 @@ def conversation(turns: list[str], answers: list[str]) -> list[Message]:
         if i + 1 < len(turns):
             found.append({"role": "assistant", "content": answers[i]})
     return found
-
-
-def quoting(turns: list[str], answers: list[str], turn: int) -> str:
-    """A model's answers up to a turn, with the user's turns between them quoted with `>`."""
-    parts = [answers[0]]
-    for i in range(1, turn + 1):
-        parts += [f"> {turns[i]}", answers[i]]
-    return "\n\n".join(parts)
 
 
 def load(folder: str, baseline: str) -> MTBench:
