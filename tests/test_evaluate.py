@@ -2,8 +2,11 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -443,3 +446,47 @@ def test_a_model_with_another_tokenizer_is_refused(evaluate_recipe: Recipe, tmp_
     with pytest.raises(UserError, match="policy-0 has another tokenizer than init"):
         run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, evaluate_recipe)
     assert not (tmp_path / "runs" / "evaluate").exists()
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_no_answer_is_sampled_and_no_verdict_asked_twice(
+    evaluate_recipe: Recipe, tmp_path: Path, serve: Callable
+) -> None:
+    """The judge kills the stage in the middle of its verdicts, is away for some seconds, and is swapped at the end."""
+    killing, verdicts = {2, 6, 11}, Counter[str]()
+    running: list[subprocess.Popen] = []
+    away_until = 0.0
+
+    def reply(request: dict) -> tuple[int, str]:
+        nonlocal away_until
+        text = request["model"] + request["messages"][0]["content"]
+        if verdicts.total() in killing:
+            killing.remove(verdicts.total())
+            running[-1].kill()
+            running[-1].wait()
+            return 500, "{}"  # nobody reads it
+        if verdicts.total() == 8 and not away_until:
+            away_until = time.monotonic() + 4
+        if time.monotonic() < away_until:
+            return 503, "{}"
+        verdicts[text] += 1
+        return completion("[[A]]" if len(text) % 2 else "[[tie]]")
+
+    values = evaluate_recipe | {"models": evaluate_recipe["models"][:2], "concurrency": 1, "base": None}
+    values |= {"judge": "first", "judge_endpoint": serve(reply).url}
+    command = [sys.executable, "-m", "gemma2_post.evaluate", "--config", str(tmp_path / "evaluate.yaml")]
+    (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(values))
+    for is_last in (False, False, False, True):
+        running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        assert running[-1].wait() == (0 if is_last else -signal.SIGKILL)
+    assert not killing and away_until
+    output = Path(evaluate_recipe["output_dir"])
+    answers = (output.with_name("measured") / "answers.jsonl").read_bytes()
+    assert [json.loads(line)["model"] for line in answers.splitlines()] == values["models"]
+    num_asked = verdicts.total()
+    assert num_asked > 11 and set(verdicts.values()) == {1}
+    shutil.rmtree(output)
+    (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(values | {"judge": "second", "judge_max_tokens": 512}))
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert verdicts.total() == 2 * num_asked and set(verdicts.values()) == {1}
+    assert (output.with_name("measured") / "answers.jsonl").read_bytes() == answers
