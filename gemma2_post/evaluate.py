@@ -6,8 +6,8 @@ temperature are the same for all models. The reward, each grader and, if there i
 behind an endpoint, asked in both orders) compare each answer with the `baseline`'s to the same prompt; `gains.json`
 has the difference of each model to the one before it, paired by prompt, with its 95% interval. The judge also reads
 the answers to `safety_datasets`, and to the questions of MT-Bench, Arena-Hard, and AlpacaEval, from their own files.
-Other models' answers (`outputs`) stand beside. With a `corpus`, the stage measures how much of it each model has
-memorized; `benchmarks` are lm-eval's.
+Other models' answers (`outputs`) stand beside. `reward_benchmarks` say how often the reward model is right. With a
+`corpus`, the stage measures how much of it each model has memorized; `benchmarks` are lm-eval's.
 
     python -m gemma2_post.evaluate --config recipes/tiny/evaluate.yaml
 """
@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gemma2_post.data.keys import Source
+from gemma2_post.data.ranked import RANKED
 from gemma2_post.data.rows import DOCUMENT, PROMPT, QUESTION
 from gemma2_post.evaluation import memory as measuring
 from gemma2_post.evaluation import work as computed
@@ -65,6 +67,9 @@ class Recipe:
     protocols: ProtocolArguments = part(ProtocolArguments)
     memorizing: CorpusArguments = part(CorpusArguments)
     benchmarks: BenchmarkArguments = part(BenchmarkArguments)
+    reward_benchmarks: list[Source] | None = key(
+        None, "Sets in the layouts of RewardBench and RewardBench 2, or pairs, on which the reward model is measured."
+    )
 
 
 def main(stage: Stage, recipe: Recipe) -> None:
@@ -77,6 +82,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
         Comparison,
         load_corpus,
         load_judge,
+        load_known_sets,
         load_outputs,
         load_protocols,
         load_safety_prompts,
@@ -93,6 +99,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     baseline = names[Path(recipe.baseline)]
     judge = load_judge(recipe.judging, stage.output_dir.with_name("judgments.jsonl"))
     unsafe = load_safety_prompts(recipe.judging, measurement)
+    known_sets = load_known_sets(recipe.reward_benchmarks, measurement, recipe.measured.data)
     protocols = load_protocols(recipe.protocols, baseline, measurement)
     outputs = load_outputs(recipe.protocols, list(names.values()), protocols, measurement)
     max_invalid_share, seed = recipe.measured.data.max_invalid_share, recipe.measured.answers.seed
@@ -108,6 +115,13 @@ def main(stage: Stage, recipe: Recipe) -> None:
     models: dict[str, dict[str, float]] = {name: {} for name in compared.all_names(said)}
     failed: dict[str, str] = {}
     (stage.output_dir / contract.FAILED).unlink(missing_ok=True)
+
+    of_rewards: dict[str, float] = {}
+
+    def known() -> "Measures":
+        of_rewards.update(compared.on_known_sets(known_sets))
+        contract.write_json(stage.output_dir / contract.KNOWN_SETS, of_rewards)
+        return {}
 
     def measure(part: str, measures: "Callable[[], Measures]") -> None:
         try:
@@ -126,6 +140,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     measure("rewards", compared.by_answers)
     if not failed:
         contract.write_json(stage.output_dir / contract.GAINS, compared.gains())
+    measure("reward_benchmarks", known)
     measure("judge", partial(compared.by_judge, judge))
     for protocol, conversations in zip(protocols, said, strict=True):
         assert judge is not None, "checked"
@@ -138,7 +153,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
         raise PartsFailedError(stage.output_dir, failed)
     last = [*models.values()][-1].items()
     baselines = [baseline, *(protocol.baseline for protocol in protocols)]
-    stage.finish({}, {without_baseline(name, baselines): value for name, value in last})
+    stage.finish({}, {without_baseline(name, baselines): value for name, value in last} | of_rewards)
 
 
 def without_baseline(metric: str, baselines: list[str]) -> str:
@@ -208,16 +223,21 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
         from gemma2_post.evaluation import endpoint  # a slow import
 
         endpoint.connect(judging.judge_endpoint, judging.endpoint, endpoint.JUDGE_RETRIES)
+    if recipe.reward_benchmarks and not recipe.measured.rewards.reward_model:
+        raise UserError("reward_benchmarks are sets for a reward model, and there is none; name a reward_model")
     if recipe.baseline not in recipe.models:
         raise UserError(f"baseline is {recipe.baseline}, which is none of the models; add it to models")
     recipe.measured.check()
 
 
 def metrics(recipe: Recipe) -> set[str]:
+    from gemma2_post.evaluation import reward_benchmarks  # a slow import
+
     found = recipe.measured.metrics | {"win_rate", "distinct_answers", "distinct_bigrams"}
     found |= {f"{grader}_win_rate" for grader in recipe.measured.samples.grader_names}
     found |= {"judge_win_rate"} if recipe.judging.judge else set()
     found |= recipe.protocols.metrics
+    found |= reward_benchmarks.SCORES if recipe.reward_benchmarks else set()
     found |= {"violations"} if recipe.judging.safety_datasets else set()
     found |= {"benchmarks"} if recipe.benchmarks.benchmarks else set()
     return found | ({"memorised_exact", "memorised_approximate"} if recipe.memorizing.corpus else set())
@@ -246,7 +266,7 @@ def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
 
 def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
     """Every model's answers; the base model's are as long as they may be. `safety_datasets`, protocols,
-    and `benchmarks`, whose sizes are not known, are not counted."""
+    and benchmarks, whose sizes are not known, are not counted."""
     recipe, measured = checked.recipe, checked.recipe.measured
     config, compute = checked.models["init"], measuring.compute_of(checked)
     assert config is not None, "the planner asks only about models whose shapes it knows"
@@ -278,7 +298,7 @@ COMMAND = Command(
     metrics,
     check,
     refused=REFUSED,
-    row_formats={"datasets": QUESTION, "safety_datasets": PROMPT, "corpus": DOCUMENT},
+    row_formats={"datasets": QUESTION, "safety_datasets": PROMPT, "corpus": DOCUMENT, "reward_benchmarks": RANKED},
     is_test=True,
     headline=["win_rate"],
     below_gate="read answers.jsonl next to models.json: which model fails, and on which prompts?",

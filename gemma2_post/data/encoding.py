@@ -41,6 +41,12 @@ def encode(
         sides = [ids_of([[*row["prompt"], *row[side]] for row in rows], False) for side in ("chosen", "rejected")]
         lengths = [max(map(len, pair)) for pair in zip(*sides, strict=True)]
         return {"chosen_ids": sides[0], "rejected_ids": sides[1], "length": lengths, LENGTH: lengths}
+    if "answers" in row_format.result:
+        lengths = []
+        for row in rows:
+            answered = [[*row["prompt"], {"role": "assistant", "content": text}] for text in row["answers"]]
+            lengths.append(max(map(len, ids_of(answered, False))))
+        return {LENGTH: lengths}
     if "trained" in row_format.result:
         found = render(tokenizer, [row["messages"] for row in rows], [row["trained"] for row in rows])
         return {**found, LENGTH: list(map(len, found["input_ids"]))}

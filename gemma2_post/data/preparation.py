@@ -90,7 +90,15 @@ def drop_too_long(rows: Rows, key: str, max_length: int, max_too_long_share: flo
     if len(kept) == len(rows):
         return kept
     names = rows.all.column_names
-    what = "pairs" if "chosen" in names else "prompts" if "prompt" in names else "rows"
+    what = (
+        "pairs"
+        if "chosen" in names
+        else "rows of answers"
+        if "answers" in names
+        else "prompts"
+        if "prompt" in names
+        else "rows"
+    )
     by_turns = f" ({_by_turns(rows, kept)})" if what == "pairs" else ""
     num_dropped = len(rows) - len(kept)
     found = f"{num_dropped} of {len(rows)} {what} are longer than {key} {max_length} tokens{by_turns}"

@@ -38,6 +38,8 @@ _MESSAGES = pyarrow.list_(pyarrow.struct({"role": pyarrow.string(), "content": p
 _TYPES = {
     **dict.fromkeys(_SAID, _MESSAGES),
     "trained": pyarrow.list_(pyarrow.bool_()), "later": pyarrow.list_(pyarrow.string()), "text": pyarrow.string(),
+    "answers": pyarrow.list_(pyarrow.string()), "num_chosen": pyarrow.int32(),
+    "subset": pyarrow.string(), "id": pyarrow.string(),
     "margin": pyarrow.float64(), "is_tie": pyarrow.bool_(), "num_turns": pyarrow.int32(), DIGEST: pyarrow.uint64(),
 }  # fmt: skip
 """Types of all columns that rows are read as."""

@@ -11,13 +11,16 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, TypeVar
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from gemma2_post.data.keys import DataArguments, Source
 from gemma2_post.data.mixture import load_documents, load_rows
 from gemma2_post.data.preparation import drop_too_long
+from gemma2_post.data.ranked import RANKED
 from gemma2_post.data.rows import PROMPT
 from gemma2_post.data.turns import Message
-from gemma2_post.evaluation import benchmarks, endpoint
+from gemma2_post.evaluation import benchmarks, endpoint, reward_benchmarks
 from gemma2_post.evaluation.judge import Judge, ask_endpoint, ask_model
 from gemma2_post.evaluation.keys import BenchmarkArguments, CorpusArguments, JudgeArguments, ProtocolArguments
 from gemma2_post.evaluation.measure import Answered, Measurement, digest_of, load, summarize
@@ -28,6 +31,7 @@ from gemma2_post.evaluation.protocols.alpaca_eval import AlpacaEval
 from gemma2_post.evaluation.protocols.arena_hard import ArenaHard
 from gemma2_post.evaluation.protocols.mt_bench import MTBench
 from gemma2_post.evaluation.protocols.outputs import Outputs, key_of, read_outputs
+from gemma2_post.evaluation.reward_benchmarks import Ranked
 from gemma2_post.evaluation.samples import distinctness
 from gemma2_post.evaluation.winrate import difference, rate_interval, versus, wins_by
 from gemma2_post.models.loading import load_config
@@ -228,6 +232,37 @@ class Comparison:
         given = [args.benchmarks, args.benchmark_limit, contract.input_digest(args.benchmark_folder or "")]
         return self._each(measure_one, "benchmarks.jsonl", given)
 
+    def on_known_sets(self, sets: list[Dataset]) -> dict[str, float]:
+        """How often the reward model is right on benchmarks of reward models.
+
+        Args:
+            sets: The benchmarks' rows, each with its prompt and its answers, the chosen ones first.
+        """
+        measurement, file = self.measurement, self.kept / "reward_benchmarks.jsonl"
+        if not sets or measurement.score is None:
+            return {}
+        path, quantization = measurement.score.path, measurement.score.args.reward_model_load_in
+        known = {each["key"]: each["rewards"] for each in contract.read_lines(file, {"key": str, "rewards": list})}
+        found: dict[str, float] = {}
+        for rows in sets:
+            answered = [
+                [*row["prompt"], {"role": "assistant", "content": text}] for row in rows for text in row["answers"]
+            ]
+            key = digests.of_text(json.dumps([digest_of(Path(path)), quantization, answered]))
+            if key not in known:
+                measurement.load_reward_model()
+                known[key] = measurement.score.raw(answered)
+                measurement.unload_reward_model()
+                contract.append_lines(file, [{"key": key, "rewards": known[key]}])
+            rewards = iter(known[key])
+            found |= reward_benchmarks.measure(
+                [
+                    Ranked([next(rewards) for _ in row["answers"]], row["num_chosen"], row["subset"], row["id"])
+                    for row in rows
+                ]
+            )
+        return found
+
     def _each(self, measure_one: Callable[[Path], T], file: str, given: Any) -> dict[str, T]:
         """Measures one model at a time and appends its result to a file, from which later runs take it.
 
@@ -356,6 +391,17 @@ def load_safety_prompts(args: JudgeArguments, measurement: Measurement) -> list[
     found = load_rows(args.safety_datasets, 0.0, seed, row_format=PROMPT, tokenizer=tokenizer)
     rows = drop_too_long(found, "max_prompt_length", measurement.longest, max_too_long_share=0.0).dataset()
     return list(rows["prompt"])
+
+
+def load_known_sets(sources: list[Source] | None, measurement: Measurement, args: DataArguments) -> list[Dataset]:
+    """The rows of benchmarks of reward models, without those that are longer than the reward model was trained on."""
+    found = []
+    for source in sources or []:
+        assert measurement.score is not None, "checked"
+        rows = load_rows([source], args.max_invalid_share, 0, row_format=RANKED, tokenizer=measurement.tokenizer)
+        longest = measurement.score.max_length
+        found.append(drop_too_long(rows, "the reward model's max_length", longest, args.max_too_long_share).dataset())
+    return found
 
 
 def load_corpus(

@@ -103,12 +103,16 @@ class ModelReward:
         self.loaded = reward_model.load(self.path, self.tokenizer, prepare, quantization, device)
 
     def __call__(self, prompts: list[list[Message]], completions: list[list[Message]], **_: object) -> list[float]:
-        conversations = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+        scores = self.raw([[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)])
+        if self.args.normalize_rewards:
+            scores = [(score - self.loaded.mean) / self.loaded.spread for score in scores]
+        return scores
+
+    def raw(self, conversations: list[list[Message]]) -> list[float]:
+        """The scores of conversations as the reward model gives them."""
         scores = reward_model.score(self.loaded.model, self.tokenizer, conversations, self.args.reward_batch_size)
         if not all(map(math.isfinite, scores)):
             raise OneProcessError(f"reward_model {self.path} gives scores that are NaN or infinite")
-        if self.args.normalize_rewards:
-            scores = [(score - self.loaded.mean) / self.loaded.spread for score in scores]
         return scores
 
 

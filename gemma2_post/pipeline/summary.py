@@ -46,6 +46,7 @@ def write(pipeline: Pipeline, status: str, seconds: float) -> None:
         "grader": _grader(pipeline),
         "models": _models(pipeline),
         "gains": _gains(pipeline),
+        "reward_model": _of_reward_model(pipeline),
         "failed": _failed(pipeline),
         "liti": _liti(pipeline),
     }
@@ -107,6 +108,12 @@ def _gains(pipeline: Pipeline) -> list[dict[str, Any]]:
     """The paired differences from the last evaluation; see `evaluation.comparison.Comparison.gains`."""
     folder = _last_evaluation(pipeline)
     return (contract.read_json(folder / contract.GAINS) or []) if folder else []
+
+
+def _of_reward_model(pipeline: Pipeline) -> dict[str, float]:
+    """How often the reward model is right on known sets, from the last evaluation."""
+    folder = _last_evaluation(pipeline)
+    return (contract.read_json(folder / contract.KNOWN_SETS) or {}) if folder else {}
 
 
 def _failed(pipeline: Pipeline) -> dict[str, str]:

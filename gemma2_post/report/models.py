@@ -173,6 +173,23 @@ def gains(summary: dict) -> list[tuple[str, str]]:
     ]
 
 
+def known_sets(summary: dict) -> list[tuple[str, str]]:
+    """How often the reward model is right on known sets: a subset, and its share with the interval and the rows."""
+    measured: dict[str, float] = summary["reward_model"]
+    names = [key for key in measured if not key.endswith(("/low", "/high", "/rows"))]
+    found = []
+    for key in sorted(names, key=lambda key: not key.endswith("/score")):
+        benchmark, _, subset = key.partition("/")
+        title = {"reward_bench": "RewardBench", "reward_bench_2": "RewardBench 2"}.get(benchmark, benchmark)
+        words = f"{measured[key]:.1%}"
+        if f"{key}/low" in measured:
+            words += f", {measured[f'{key}/low']:.1%} to {measured[f'{key}/high']:.1%}"
+        if f"{key}/rows" in measured:
+            words += f", of {measured[f'{key}/rows']:.0f}"
+        found.append((title if subset == "score" else f"{title}, {subset}", words))
+    return found
+
+
 def gained(difference: dict[str, float]) -> str:
     """What a paired difference says, from its 95% interval: `higher by 0.04 to 0.09`, `not seen to differ (...)`."""
     low, high = difference["low"], difference["high"]

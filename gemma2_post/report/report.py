@@ -36,6 +36,8 @@ def report(run_dir: Path) -> None:
         console.print(f"{part} was not measured: {reason}", markup=False, highlight=False, soft_wrap=True)
     for pair, sentence in models.gains(found):
         console.print(f"{pair}: {sentence}", highlight=False)
+    for known, right in models.known_sets(found):
+        console.print(f"the reward model is right on {known}: {right}", highlight=False)
     for row in to_show(rows, _SHOWN):
         console.print(_conversation(row))
     html, markdown = page.write(run_dir, found, to_show(rows, _ON_PAGE), files)
@@ -52,11 +54,11 @@ def write(run_dir: Path) -> list[Path]:
 
 
 def _summary(run_dir: Path) -> dict[str, Any]:
-    """What the run recorded; runs made before there were headlines, a grader, gains and failed parts have none."""
+    """What the run recorded; runs of earlier versions lack some of it."""
     found = summary.read(run_dir)
     if found is None:
         raise UserError(f"{run_dir} has no {summary.FILE}; name the folder of a run, such as runs/tiny")
-    return {"headlines": {}, "grader": None, "gains": [], "failed": {}} | found
+    return {"headlines": {}, "grader": None, "gains": [], "reward_model": {}, "failed": {}} | found
 
 
 def _answers(run_dir: Path, found: dict, files: Files) -> list[dict]:

@@ -28,6 +28,8 @@ MODELS = "models.json"
 """What a stage that measures models writes: metrics by model."""
 GAINS = "gains.json"
 """Also written by it: the difference of each model to the one before it."""
+KNOWN_SETS = "reward_benchmarks.json"
+"""Also written by it: how often the reward model is right on known sets."""
 FAILED = "failed.json"
 """Of an evaluation that is not finished: the reason why a part of it could not be measured, by part."""
 PROGRESS = "progress"
@@ -39,7 +41,7 @@ _CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
 _LEFT_OVER = re.compile(r"\.(.+\.tmp|discarded-.+)")
 """Names of what a kill leaves of a file that was being written, or of a folder that was being deleted."""
 _MEASURED = {DONE, BEGUN, HOW_FAR, "log.jsonl", "watch.jsonl", "answers.jsonl"} | {
-    f"{name}.json" for name in ("before", "metrics", "merge", "front", "models", "gains")
+    f"{name}.json" for name in ("before", "metrics", "merge", "front", "models", "gains", "reward_benchmarks")
 }
 """Files that record how a stage went; the next stage does not read them, so the output hash leaves them out."""
 
