@@ -2,16 +2,19 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from gemma2_post.evaluation import benchmarks
 from gemma2_post.evaluation.keys import BenchmarkArguments
+from gemma2_post.evaluation.published import published as published_scores
 from gemma2_post.models.loading import load_config
+from gemma2_post.models.shapes import known_config
 from gemma2_post.models.tokens import BOS
 from gemma2_post.stage.errors import UserError, located
 from tests.conftest import TEACHER
@@ -207,3 +210,143 @@ def test_the_preset_is_what_the_tables_say(
     for name, num_examples in {"mmlu": 5, "gsm8k": 5, "arc_challenge": 25, "hellaswag": 10, "winogrande": 5}.items():
         asked = [text for text in seen if marks[name] in text and (name != "gsm8k" or "####" in text)]
         assert {text.count("<start_of_turn>user") for text in asked} == {num_examples + 1}, name
+
+
+# --- constant answers, on the layouts of the real files ---
+
+
+@pytest.fixture
+def uniform() -> PreTrainedModel:
+    """A model to which every token is as likely as any other."""
+    model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32, attn_implementation="eager").eval()
+    model.get_input_embeddings().weight.data.zero_()
+    return model
+
+
+def task_in(folder: Path, name: str, included: Path, rows: list[dict[str, object]], **further: object) -> None:
+    """A task of lm-eval on rows of a local file."""
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task: dict[str, object] = {"include": str(included), "task": name, "dataset_path": "json", "dataset_name": None}
+    task |= {"dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}}, "test_split": "test"}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task | further))
+
+
+@pytest.mark.slow
+def test_constant_answers_to_mmlu_are_right_as_often_as_the_letter(
+    uniform: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = [
+        {
+            "question": f"Which is {i}?",
+            "subject": "law",
+            "choices": ["a", "b", "c", "d"],
+            "answer": [0, 3, 1, 0, 2][i % 5],
+        }
+        for i in range(23)
+    ]
+    further = {"fewshot_split": None, "training_split": None, "num_fewshot": 0}
+    task_in(tmp_path, "mmlu_local", MMLU / "_default_template_yaml", rows, **further)
+    found = benchmarks.run(uniform, tokenizer, ["mmlu_local"], str(tmp_path), None, batch_size=4, chats=True)
+    rate = sum(row["answer"] == 0 for row in rows) / 23
+    assert found["benchmarks/mmlu_local"] == rate and found["benchmarks/mmlu_local/acc"] == rate
+    error = (rate * (1 - rate) / 22) ** 0.5
+    assert found["benchmarks/mmlu_local/standard_error"] == pytest.approx(error)
+    assert found["benchmarks/mmlu_local/shots"] == 0
+
+
+@pytest.mark.slow
+def test_arc_with_letters_or_numbers_and_three_to_five_choices(
+    uniform: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """All tokens are as likely, so `acc` takes the fewest tokens, and `acc_norm` the fewest for each letter."""
+    texts = ["It is 1.", "It is Tokyo.", "It is the capital of Japan.", "It", "No, it is not."]
+    rows = []
+    for i in range(12):
+        number = 3 + i % 3
+        labels = [str(1 + j) if i % 2 else "ABCDE"[j] for j in range(number)]
+        choices = {"text": [texts[(i + j) % 5] for j in range(number)], "label": labels}
+        rows.append({"id": str(i), "question": f"Which is {i}?", "choices": choices, "answerKey": labels[i % number]})
+    arc = Path(lm_eval.__file__).parent / "tasks" / "arc" / "arc_easy.yaml"
+    task_in(tmp_path, "arc_local", arc, rows, training_split=None, validation_split=None, num_fewshot=0)
+    found = benchmarks.run(uniform, tokenizer, ["arc_local"], str(tmp_path), None, batch_size=4, chats=False)
+
+    def rate(value: Callable[[str], float]) -> float:
+        best = [
+            max(range(len(row["choices"]["text"])), key=lambda j, r=row: value(r["choices"]["text"][j]))
+            for row in rows
+        ]
+        return sum(row["choices"]["label"][j] == row["answerKey"] for row, j in zip(rows, best, strict=True)) / 12
+
+    def num_tokens(text: str) -> int:
+        return len(tokenizer(f"Answer: {text}", add_special_tokens=False)["input_ids"])
+
+    prefix = len(tokenizer("Answer:", add_special_tokens=False)["input_ids"])
+    assert found["benchmarks/arc_local/acc"] == rate(lambda text: -(num_tokens(text) - prefix))
+    by_letter = rate(lambda text: -(num_tokens(text) - prefix) / len(text))
+    assert found["benchmarks/arc_local"] == found["benchmarks/arc_local/acc_norm"] == by_letter
+
+
+@pytest.mark.slow
+def test_ifeval_has_four_numbers_without_a_network(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its data lie in a folder of the data set's name; the teacher answers "It is 8." and the like."""
+    instructions = [
+        ["punctuation:no_comma"],
+        ["punctuation:no_comma", "change_case:english_lowercase"],
+        ["keywords:existence", "detectable_format:json_format"],
+        ["length_constraints:number_words"],
+    ]
+    keys = [[{}], [{}, {}], [{"keywords": ["8"]}, {}], [{"num_words": 5, "relation": "less than"}]]
+    rows = [
+        {"key": i, "prompt": "What is 3 plus 5?", "instruction_id_list": names}
+        | {"kwargs": [{"keywords": None, "num_words": None, "relation": None} | each for each in keys[i]]}
+        for i, names in enumerate(instructions)
+    ]
+    folder = tmp_path / "google" / "IFEval"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32, attn_implementation="eager").eval()
+    model.config.max_position_embeddings = 2048
+    monkeypatch.chdir(tmp_path)
+    found = benchmarks.run(model, tokenizer, ["ifeval"], None, None, batch_size=2, chats=True)
+    metrics = {key.rpartition("/")[2]: value for key, value in found.items() if key.endswith("_acc")}
+    assert metrics == {
+        "prompt_level_strict_acc": 2 / 4,
+        "inst_level_strict_acc": 4 / 6,
+        "prompt_level_loose_acc": 2 / 4,
+        "inst_level_loose_acc": 4 / 6,
+    }
+    assert found["benchmarks/ifeval"] == 2 / 4 and found["benchmarks/ifeval/shots"] == 0
+
+
+def test_ifeval_without_its_sentence_splitter_is_refused_before_anything_is_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nltk = pytest.importorskip("nltk")
+
+    def find(_: str) -> None:
+        raise LookupError("punkt_tab")
+
+    monkeypatch.setattr(nltk.data, "find", find)
+    monkeypatch.setattr(nltk, "download", lambda *_, **__: False)
+    with pytest.raises(UserError, match="ifeval needs nltk's punkt_tab, which is not here and cannot be downloaded"):
+        benchmarks.load_data(BenchmarkArguments(["ifeval"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "is_base", "expected"),
+    [
+        ("google/gemma-2-2b", True, {"mmlu": 0.513, "gsm8k": 0.239}),
+        ("google/gemma-2-27b", True, {"mmlu": 0.752, "winogrande": 0.837}),
+        ("google/gemma-2-9b", False, {"mmlu": 0.723}),
+    ],
+)
+def test_published_numbers_are_those_of_the_models_size(name: str, is_base: bool, expected: dict[str, float]) -> None:
+    config = known_config(name)
+    assert config is not None
+    assert expected.items() <= published_scores(config, is_base).items()
+
+
+def test_a_model_of_another_size_has_no_published_numbers() -> None:
+    assert published_scores(load_config(str(PROJECT / TEACHER)), True) == {}

@@ -71,7 +71,7 @@ def run(
 ) -> dict[str, float]:
     """Each task's score, `benchmarks/NAME`, and all metrics that lm-eval has of it, `benchmarks/NAME/METRIC`.
 
-    Each comes with its standard error, where lm-eval has one.
+    Each comes with its standard error, where lm-eval has one; `benchmarks/NAME/shots` is the number of examples.
 
     Args:
         tasks: Names of tasks of lm-eval or of `folder`, or `preset` alone.
@@ -91,7 +91,7 @@ def run(
     )
     found: dict[str, float] = {}
     for name in names_of(tasks):
-        results = simple_evaluate(
+        evaluated = simple_evaluate(
             wrapped,
             tasks=[name],
             num_fewshot=PRESET.get(name),
@@ -99,9 +99,13 @@ def run(
             apply_chat_template=chats,
             task_manager=task_manager(folder),
             log_samples=False,
-            bootstrap_iters=0,
-        )["results"][name]
+            bootstrap_iters=1000,  # of metrics without a formula; 0 would leave out all standard errors
+        )
+        results = evaluated["results"][name]
         metrics = metrics_of(results)
+        shots = {float(number) for number in evaluated["n-shot"].values()}
+        if len(shots) == 1:  # a group may mix them
+            found[f"benchmarks/{name}/shots"] = shots.pop()
         scored = {f"benchmarks/{name}": metrics[0]}
         scored |= {f"benchmarks/{name}/{each.removesuffix(',none')}": each for each in metrics}
         for key, metric in scored.items():
@@ -124,6 +128,8 @@ def metrics_of(results: dict[str, object]) -> list[str]:
 def load_data(args: BenchmarkArguments) -> None:
     """Reads, or downloads, the tasks' data before there is work to lose."""
     for name in names_of(args.benchmarks or []):
+        if name.startswith("ifeval"):
+            _load_sentence_splitter(name)
         try:
             task_manager(args.benchmark_folder).load([name])
         except ModuleNotFoundError as error:
@@ -132,4 +138,18 @@ def load_data(args: BenchmarkArguments) -> None:
             raise UserError(
                 f"benchmarks: the data of {name} cannot be read ({' '.join(str(error).split())[:200]}); "
                 "download it first, or give a task with local data as benchmark_folder"
+            ) from error
+
+
+def _load_sentence_splitter(name: str) -> None:
+    """nltk's punkt_tab, with which ifeval counts sentences; lm-eval goes on without it until a row needs it."""
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError as error:
+        if not nltk.download("punkt_tab", quiet=True):
+            raise UserError(
+                f"benchmarks: {name} needs nltk's punkt_tab, which is not here and cannot be downloaded; run "
+                "`python -m nltk.downloader punkt_tab` where there is a network, and copy ~/nltk_data from there"
             ) from error

@@ -31,6 +31,7 @@ from gemma2_post.evaluation.protocols.alpaca_eval import AlpacaEval
 from gemma2_post.evaluation.protocols.arena_hard import ArenaHard
 from gemma2_post.evaluation.protocols.mt_bench import MTBench
 from gemma2_post.evaluation.protocols.outputs import Outputs, key_of, read_outputs
+from gemma2_post.evaluation.published import published
 from gemma2_post.evaluation.reward_benchmarks import Ranked
 from gemma2_post.evaluation.samples import distinctness
 from gemma2_post.evaluation.winrate import difference, rate_interval, versus, wins_by
@@ -213,7 +214,7 @@ class Comparison:
         return self._each(measure_one, "memorisation.jsonl", corpus)
 
     def benchmarks(self, args: BenchmarkArguments) -> Measures:
-        """The scores on academic benchmarks; the base model is asked without the chat format."""
+        """The scores on academic benchmarks, beside the published ones; the base model is asked in plain text."""
         if not args.benchmarks:
             return {}
         tasks = args.benchmarks
@@ -230,7 +231,12 @@ class Comparison:
             )
 
         given = [args.benchmarks, args.benchmark_limit, contract.input_digest(args.benchmark_folder or "")]
-        return self._each(measure_one, "benchmarks.jsonl", given)
+        found = self._each(measure_one, "benchmarks.jsonl", given)
+        for path, name in self.names.items():
+            for task, score in published(load_config(str(path)), is_base=name == BASE).items():
+                if f"benchmarks/{task}" in found[name]:
+                    found[name][f"benchmarks/{task}/published"] = score
+        return found
 
     def on_known_sets(self, sets: list[Dataset]) -> dict[str, float]:
         """How often the reward model is right on benchmarks of reward models.

@@ -39,6 +39,13 @@ def known_config(name: str) -> "Gemma2Config | None":
     return None if shape is None else Gemma2Config(**shape)
 
 
+def size_of(config: "Gemma2Config") -> str | None:
+    """The Hub name without `-it` of the Gemma 2 model with these shapes; None for other shapes."""
+    return next(
+        (name for name, shape in SHAPES.items() if all(getattr(config, key) == shape[key] for key in shape)), None
+    )
+
+
 def num_parameters(config: "Gemma2Config") -> int:
     """Number of parameters of the causal language model; the tied head and embedding count once."""
     attention = 2 * config.hidden_size * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)

@@ -54,9 +54,23 @@ def additional(models: dict[str, dict[str, float]], grader: str | None) -> dict[
         if key in keys:
             found[words] = _cells(models, key, "{:.1%}")
     for key in keys:
-        if key.startswith("benchmarks/") and not key.endswith("/standard_error"):
-            found[key.removeprefix("benchmarks/").replace("/", ", ")] = _cells(models, key, "{:.1%}")
+        if key.startswith("benchmarks/") and not key.endswith(("/standard_error", "/shots")):
+            shots = next((each[f"{key}/shots"] for each in models.values() if f"{key}/shots" in each), None)
+            words = key.removeprefix("benchmarks/").replace("/", ", ") + (f", {shots:.0f}-shot" if shots else "")
+            found[words] = _cells(models, key, "{:.1%}")
     return found
+
+
+def notes(models: dict[str, dict[str, float]]) -> list[str]:
+    """What a reader of the tables has to know about benchmarks; nothing if there are none."""
+    keys = {key for each in models.values() for key in each if key.startswith("benchmarks/")}
+    found = ["Benchmarks are lm-eval's; the base model reads plain text, the other models the chat format."]
+    if any(key.endswith("/published") for key in keys):
+        found.append(
+            "Published: Google's numbers of the base model (model card) and the instruction model (arXiv 2408.00118, "
+            "table 17) of this size, with prompts that differ from lm-eval's."
+        )
+    return found if keys else []
 
 
 def _by_group(models: dict[str, dict[str, float]], keys: dict[str, None], best: str) -> dict[str, list[Cell]]:

@@ -72,6 +72,7 @@ def write(run_dir: Path, summary: dict, rows: list[dict], files: Files) -> list[
         "models": [models.title(name, summary["models"]) for name in summary["models"]],
         "measures": models.measures(summary["models"], summary["grader"]),
         "additional": models.additional(summary["models"], summary["grader"]),
+        "notes": models.notes(summary["models"]),
         "contests": models.contests(summary["models"]),
         "facts": models.facts(summary),
         "gains": models.gains(summary),
