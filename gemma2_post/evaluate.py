@@ -77,16 +77,8 @@ def main(stage: Stage, recipe: Recipe) -> None:
 
     What was measured before is kept, by what decides it.
     """
-    from gemma2_post.evaluation import benchmarks
-    from gemma2_post.evaluation.comparison import (
-        Comparison,
-        load_corpus,
-        load_judge,
-        load_known_sets,
-        load_outputs,
-        load_protocols,
-        load_safety_prompts,
-    )
+    from gemma2_post.evaluation import benchmarks, inputs
+    from gemma2_post.evaluation.comparison import Comparison
     from gemma2_post.evaluation.measure import Measurement
 
     for path in recipe.models:
@@ -97,13 +89,13 @@ def main(stage: Stage, recipe: Recipe) -> None:
     check_tokenizers(recipe, measurement.tokenizer)
     names = names_of(recipe)
     baseline = names[Path(recipe.baseline)]
-    judge = load_judge(recipe.judging, stage.output_dir.with_name("judgments.jsonl"))
-    unsafe = load_safety_prompts(recipe.judging, measurement)
-    known_sets = load_known_sets(recipe.reward_benchmarks, measurement, recipe.measured.data)
-    protocols = load_protocols(recipe.protocols, baseline, measurement)
-    outputs = load_outputs(recipe.protocols, list(names.values()), protocols, measurement)
+    judge = inputs.load_judge(recipe.judging, stage.output_dir.with_name("judgments.jsonl"))
+    unsafe = inputs.load_safety_prompts(recipe.judging, measurement)
+    known_sets = inputs.load_known_sets(recipe.reward_benchmarks, measurement, recipe.measured.data)
+    protocols = inputs.load_protocols(recipe.protocols, baseline, measurement)
+    outputs = inputs.load_outputs(recipe.protocols, list(names.values()), protocols, measurement)
     max_invalid_share, seed = recipe.measured.data.max_invalid_share, recipe.measured.answers.seed
-    corpus = load_corpus(recipe.memorizing, measurement.tokenizer, max_invalid_share, seed)
+    corpus = inputs.load_corpus(recipe.memorizing, measurement.tokenizer, max_invalid_share, seed)
     if recipe.benchmarks.benchmarks:
         benchmarks.load_data(recipe.benchmarks)
     print(f"{len(measurement.rows)} of {measurement.num_prompts} prompts, {len(names)} models")

@@ -22,7 +22,7 @@ from transformers import (
 
 from gemma2_post import evaluate
 from gemma2_post.data.keys import Source
-from gemma2_post.evaluation import comparison, measure
+from gemma2_post.evaluation import comparison, inputs, measure
 from gemma2_post.evaluation.keys import CorpusArguments
 from gemma2_post.models.saving import save_model
 from gemma2_post.models.tokenizer import save_tokenizer
@@ -352,12 +352,12 @@ def test_a_corpus_of_conversations_is_in_the_format_that_sft_reads(
     chatml = "<|im_start|>user\nSay it.<|im_end|>\n<|im_start|>assistant\n" + "it is so " * 40 + "<|im_end|>"
     (tmp_path / "chatml.jsonl").write_text(json.dumps({"text": chatml}) + "\n")
     args = CorpusArguments([Source(str(tmp_path / "chatml.jsonl"))])
-    windows = comparison.load_corpus(args, tokenizer, max_invalid_share=0.0, seed=0)
+    windows = inputs.load_corpus(args, tokenizer, max_invalid_share=0.0, seed=0)
     text = tokenizer.decode(windows[0])
     assert text.startswith("<start_of_turn>user\nSay it.<end_of_turn>\n<start_of_turn>model\nit is so")
     (tmp_path / "chatml.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
     with pytest.raises(UserError, match=r"row 1: column text is empty; expected text \| messages"):
-        comparison.load_corpus(args, tokenizer, max_invalid_share=0.0, seed=0)
+        inputs.load_corpus(args, tokenizer, max_invalid_share=0.0, seed=0)
 
 
 @pytest.mark.slow

@@ -5,40 +5,30 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any, TypeVar
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
-from gemma2_post.data.keys import DataArguments, Source
-from gemma2_post.data.mixture import load_documents, load_rows
-from gemma2_post.data.preparation import drop_too_long
-from gemma2_post.data.ranked import RANKED
-from gemma2_post.data.rows import PROMPT
 from gemma2_post.data.turns import Message
-from gemma2_post.evaluation import benchmarks, endpoint, reward_benchmarks
-from gemma2_post.evaluation.judge import Judge, ask_endpoint, ask_model
-from gemma2_post.evaluation.keys import BenchmarkArguments, CorpusArguments, JudgeArguments, ProtocolArguments
+from gemma2_post.evaluation import benchmarks, reward_benchmarks
+from gemma2_post.evaluation.judge import Judge
+from gemma2_post.evaluation.keys import BenchmarkArguments
 from gemma2_post.evaluation.measure import Answered, Measurement, digest_of, load, summarize
-from gemma2_post.evaluation.memorisation import CONTINUATION, PREFIX, memorised, windows
+from gemma2_post.evaluation.memorisation import memorised
 from gemma2_post.evaluation.pairs import wilson_interval
-from gemma2_post.evaluation.protocols import alpaca_eval, arena_hard, mt_bench
 from gemma2_post.evaluation.protocols.alpaca_eval import AlpacaEval
 from gemma2_post.evaluation.protocols.arena_hard import ArenaHard
 from gemma2_post.evaluation.protocols.mt_bench import MTBench
-from gemma2_post.evaluation.protocols.outputs import Outputs, key_of, read_outputs
+from gemma2_post.evaluation.protocols.outputs import Outputs, key_of
 from gemma2_post.evaluation.published import published
 from gemma2_post.evaluation.reward_benchmarks import Ranked
 from gemma2_post.evaluation.samples import distinctness
 from gemma2_post.evaluation.winrate import difference, rate_interval, versus, wins_by
 from gemma2_post.models.loading import load_config
-from gemma2_post.models.tokenizer import load_tokenizer, render
 from gemma2_post.stage import contract, digests
-from gemma2_post.stage.errors import UserError
 
 T = TypeVar("T")
 _POLICY = re.compile(r"/policy-\d+$")
@@ -320,109 +310,3 @@ def by_turns(values: dict[str, list[float]], prompts: list[list[Message]]) -> di
         for name, each in values.items()
         for number in sorted(set(turns))
     }
-
-
-# --- what the models are measured with ---
-
-
-def load_judge(args: JudgeArguments, replies: Path) -> Judge | None:
-    """The judge that the recipe names; an endpoint is checked once.
-
-    Args:
-        replies: File for the judge's replies; outside the output, which a changed recipe makes again.
-    """
-    if not args.judge:
-        return None
-    if args.judge_endpoint:
-        client = endpoint.connect(args.judge_endpoint, args.endpoint, retries=endpoint.JUDGE_RETRIES)
-        endpoint.check(client)
-        ask = ask_endpoint(client, args.judge, args.judge_max_tokens, args.endpoint.concurrency)
-        return Judge(ask, f"{args.judge_endpoint} {args.judge}", args.judge_max_tokens, replies)
-    tokenizer = load_tokenizer(args.judge, load_config(args.judge))
-    # Loaded when it is first asked: by then the models that it judges have answered.
-    loaded = cache(partial(load, Path(args.judge), quantization=args.judge_load_in))
-    digest = contract.input_digest(args.judge) or args.judge
-    name = f"{digest} {args.judge_load_in}" if args.judge_load_in else digest
-    return Judge(ask_model(loaded, tokenizer, args.judge_max_tokens), name, args.judge_max_tokens, replies)
-
-
-def load_protocols(args: ProtocolArguments, baseline: str, measurement: Measurement) -> list[Protocol]:
-    """The protocols that the recipe names; a question that models cannot read is an error."""
-    found: list[Protocol] = []
-    if args.mt_bench:
-        found.append(mt_bench.load(args.mt_bench, baseline))
-    if args.arena_hard:
-        found.append(arena_hard.load(args.arena_hard, args.arena_hard_baseline))
-    if args.alpaca_eval:
-        found.append(alpaca_eval.load(args.alpaca_eval))
-    for each in found:
-        asked = each.questions
-        measurement.check_conversations(asked.prompts, asked.later, f"question {{}} of {asked.protocol}")
-    return found
-
-
-def load_outputs(
-    args: ProtocolArguments, names: list[str], protocols: list[Protocol], measurement: Measurement
-) -> list[Outputs]:
-    """The answers of other models.
-
-    Args:
-        names: The names of the compared models.
-
-    Raises:
-        UserError: A file cannot be read, has the name of another, or does not answer all questions of a kind.
-    """
-    found = [read_outputs(file) for file in args.outputs or []]
-    keys = [key_of(prompt) for prompt in measurement.rows["prompt"]]
-    for i, each in enumerate(found):
-        if each.name in [*names, *(other.name for other in found[:i])]:
-            raise UserError(f"outputs: two models are called {each.name}; change the generator in one of the files")
-        answered = [bool(each.answers_to(keys)), *(bool(one.questions.answers_of(each)) for one in protocols)]
-        if answered[0] and any(measurement.later):
-            raise UserError(
-                f"outputs of {each.name} hold one answer to each prompt, and datasets has questions of several turns; "
-                "leave out one of the two"
-            )
-        if not any(answered):
-            asked = ", ".join(["datasets", *(one.questions.protocol for one in protocols)])
-            raise UserError(f"outputs of {each.name} answer no question of {asked}; give answers to these")
-    return found
-
-
-def load_safety_prompts(args: JudgeArguments, measurement: Measurement) -> list[list[Message]]:
-    """The prompts of `safety_datasets`; a prompt that is too long is an error."""
-    if not args.safety_datasets:
-        return []
-    seed, tokenizer = measurement.args.seed, measurement.tokenizer
-    found = load_rows(args.safety_datasets, 0.0, seed, row_format=PROMPT, tokenizer=tokenizer)
-    rows = drop_too_long(found, "max_prompt_length", measurement.longest, max_too_long_share=0.0).dataset()
-    return list(rows["prompt"])
-
-
-def load_known_sets(sources: list[Source] | None, measurement: Measurement, args: DataArguments) -> list[Dataset]:
-    """The rows of benchmarks of reward models, without those that are longer than the reward model was trained on."""
-    found = []
-    for source in sources or []:
-        assert measurement.score is not None, "checked"
-        rows = load_rows([source], args.max_invalid_share, 0, row_format=RANKED, tokenizer=measurement.tokenizer)
-        longest = measurement.score.max_length
-        found.append(drop_too_long(rows, "the reward model's max_length", longest, args.max_too_long_share).dataset())
-    return found
-
-
-def load_corpus(
-    args: CorpusArguments, tokenizer: PreTrainedTokenizerBase, max_invalid_share: float, seed: int
-) -> list[list[int]] | None:
-    """The sampled windows of the corpus, as token ids; conversations are in the format in which SFT reads them."""
-    if not args.corpus:
-        return None
-    documents = [
-        tokenizer(document, add_special_tokens=False)["input_ids"]
-        if isinstance(document, str)
-        else render(tokenizer, [document])["input_ids"][0][1:].tolist()  # without <bos>
-        for document in load_documents(args.corpus, max_invalid_share, seed)
-    ]
-    found = windows(documents, args.num_memorised, seed)
-    if not found:
-        raise UserError(f"corpus has no text of {PREFIX + CONTINUATION} tokens; give longer ones")
-    return found
