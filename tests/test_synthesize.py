@@ -364,7 +364,7 @@ def test_what_an_endpoint_refuses_is_counted_unless_it_refuses_everything(
     assert 0 < metrics["dropped_refused"] == 20 - metrics["num_kept"]
     assert not any("first word" in row["messages"][-1]["content"] for row in rows_of(output))
     deaf = serve(lambda _: (422, '{"error": {"message": "no such parameter: seed"}}'))
-    with pytest.raises(UserError, match=r"no such parameter: seed.* as all 20 before"):
+    with pytest.raises(UserError, match=r"no such parameter: seed.* as all 20 requests so far"):
         run_synthesize(endpoint_recipe | {"endpoint": deaf.url, "output_dir": str(tmp_path / "deaf")})
 
 
@@ -492,3 +492,31 @@ def test_a_teacher_of_which_nothing_can_be_kept_says_so(
     values = synthesize_recipe | {"max_new_tokens": 1}
     sentence = one_sentence(tmp_path / "recipe.yaml", values, capsys, monkeypatch)
     assert "none of the 20 answers can be kept" in sentence and "raise max_new_tokens" in sentence
+
+
+def test_an_endpoint_is_asked_as_it_wants_and_one_bad_reply_is_counted(
+    run_synthesize: Run, endpoint_recipe: Recipe, serve: Callable
+) -> None:
+    """Newer servers name the longest answer otherwise; text may come in parts; a 403 is about one row."""
+    seen: list[str] = []
+
+    def reply(request: dict) -> tuple[int, str]:
+        if "max_tokens" in request:
+            return 400, '{"error": {"message": "Unsupported parameter: use max_completion_tokens instead."}}'
+        assert request["max_completion_tokens"] == 24
+        seen.append(request["messages"][-1]["content"])
+        if len(seen) == 3:
+            return 403, '{"error": {"message": "moderated"}}'
+        if len(seen) == 5:
+            return 200, '{"choices": []}'
+        parts = [
+            {"type": "reasoning", "text": "Hm."},
+            {"type": "text", "text": "It is "},
+            {"type": "text", "text": "so."},
+        ]
+        choice = {"message": {"role": "assistant", "content": parts}, "finish_reason": "stop"}
+        return 200, json.dumps({"choices": [choice]})
+
+    output = run_synthesize(endpoint_recipe | {"endpoint": serve(reply).url, "concurrency": 1})
+    assert metrics_of(output)["dropped_refused"] == 2 and len(seen) == 20
+    assert {row["messages"][-1]["content"] for row in rows_of(output)} == {"It is so."}

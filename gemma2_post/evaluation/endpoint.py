@@ -2,21 +2,22 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from threading import Lock
+from typing import Any
 from urllib.parse import urlsplit
 
-from openai import APIConnectionError, APIStatusError, APITimeoutError, OpenAI
+from openai import APIConnectionError, APIStatusError, APITimeoutError, BadRequestError, OpenAI
 
 from gemma2_post.data.turns import Message
 from gemma2_post.evaluation.keys import EndpointArguments
 from gemma2_post.stage.errors import UserError
 
-T = TypeVar("T")
-
-_THIS_REQUEST_ONLY = {400, 413, 422}
+FIRST_REFUSALS = 20
+"""This many refusals without any answer mean that the endpoint is at fault, not the requests."""
+_THIS_REQUEST_ONLY = {400, 403, 413, 422}
 """Status codes with which servers refuse a single request (too long, or against their rules)."""
 
 
@@ -86,67 +87,132 @@ class Completion:
     completion_tokens: int
 
 
-def answer(
-    client: OpenAI, place: str, model: str, messages: list[Message], temperature: float, max_tokens: int, seed: int
-) -> Completion:
-    """The endpoint's answer to messages.
+@dataclass(frozen=True)
+class Request:
+    """What an endpoint is asked."""
 
-    Args:
-        place: What an error message names first, for example the prompt's row.
-
-    Raises:
-        RefusedError: The endpoint refuses this request, but may answer the next one.
-        UserError: The endpoint cannot be used as it is.
-    """
-    url = client.base_url
-    turns: Any = messages  # openai declares a TypedDict for each role
-    try:
-        response = client.chat.completions.with_raw_response.create(
-            model=model, messages=turns, temperature=temperature, top_p=1.0, max_tokens=max_tokens, seed=seed
-        )
-    except APITimeoutError as error:
-        raise UserError(
-            f"{place}: {url} did not answer within {client.timeout:g} s, {client.max_retries + 1} times; raise "
-            "endpoint_timeout, or lower concurrency"
-        ) from error
-    except APIConnectionError as error:
-        reason = _without_key(client, error.__cause__ or error)
-        raise UserError(
-            f"{place}: {url} cannot be reached ({reason}); check endpoint, and that a server runs there"
-        ) from error
-    except APIStatusError as error:
-        reason = f"{url} refused with status {error.status_code} ({_without_key(client, error.message)})"
-        if error.status_code in _THIS_REQUEST_ONLY:
-            raise RefusedError(reason) from error
-        raise UserError(
-            f"{place}: {reason}; check the endpoint, the model's name, and the key in the environment variable of "
-            "api_key_variable"
-        ) from error
-    try:
-        body = json.loads(response.text)
-        choice = body["choices"][0]
-        prompt, completion = (
-            int((body.get("usage") or {}).get(f"{part}_tokens") or 0) for part in ("prompt", "completion")
-        )
-        text = choice["message"]["content"] or ""
-        return Completion(text.strip(), choice["finish_reason"], prompt, completion)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        found = _without_key(client, response.text)
-        raise UserError(
-            f"{place}: {url} answered what is no chat completion ({found!r}); check that endpoint is the base URL of "
-            "an OpenAI-compatible server (it usually ends in /v1)"
-        ) from error
+    place: str
+    """What an error message names first, for example the prompt's row."""
+    messages: list[Message]
+    temperature: float
+    max_tokens: int
+    seed: int
 
 
-def ask_all(ask: Callable[[T], None], items: Iterable[T], concurrency: int) -> None:
-    """Calls `ask` on each item in `concurrency` threads; after an error, running calls finish and no others begin."""
-    with ThreadPoolExecutor(concurrency) as pool:
-        asked = [pool.submit(ask, item) for item in items]
+@dataclass
+class Endpoint:
+    """A model behind an OpenAI-compatible endpoint."""
+
+    client: OpenAI
+    model: str
+    token_limit: str = "max_tokens"
+    """What the server calls the longest answer; newer servers of OpenAI want `max_completion_tokens`."""
+
+    def answer_all(
+        self,
+        requests: list[Request],
+        concurrency: int,
+        write: Callable[[int, Completion | RefusedError], None],
+        has_answered: bool = False,
+    ) -> None:
+        """Asks in `concurrency` threads; after an error, running requests finish and no others begin.
+
+        Args:
+            write: Takes the number of a request with its answer, or why there is none, as they come, one at a time.
+            has_answered: Whether it has answered earlier, so that refusals are about single requests.
+
+        Raises:
+            UserError: The endpoint cannot be used as it is, or refuses everything.
+        """
+        lock, num_refused = Lock(), 0
+
+        def ask(number: int) -> None:
+            nonlocal num_refused, has_answered
+            refusal = None
+            try:
+                found: Completion | RefusedError = self.answer(requests[number])
+            except RefusedError as error:
+                found = refusal = error
+            with lock:
+                write(number, found)
+                has_answered = has_answered or refusal is None
+                num_refused += refusal is not None
+                if refusal and not has_answered and num_refused >= min(FIRST_REFUSALS, len(requests)):
+                    raise UserError(
+                        f"{requests[number].place}: {refusal}, as all {num_refused} requests so far; check the "
+                        "endpoint and the model's name"
+                    ) from refusal
+
+        with ThreadPoolExecutor(concurrency) as pool:
+            asked = [pool.submit(ask, number) for number in range(len(requests))]
+            try:
+                for each in as_completed(asked):
+                    each.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def answer(self, request: Request) -> Completion:
+        """The answer to one request.
+
+        Raises:
+            RefusedError: The endpoint refuses this request, but may answer the next one.
+            UserError: The endpoint cannot be used as it is.
+        """
+        client, place, url = self.client, request.place, self.client.base_url
         try:
-            for each in as_completed(asked):
-                each.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+            response = self._create(request)
+        except APITimeoutError as error:
+            raise UserError(
+                f"{place}: {url} did not answer within {client.timeout:g} s, {client.max_retries + 1} times; raise "
+                "endpoint_timeout, or lower concurrency"
+            ) from error
+        except APIConnectionError as error:
+            reason = _without_key(client, error.__cause__ or error)
+            raise UserError(
+                f"{place}: {url} cannot be reached ({reason}); check endpoint, and that a server runs there"
+            ) from error
+        except APIStatusError as error:
+            reason = f"{url} refused with status {error.status_code} ({_without_key(client, error.message)})"
+            if error.status_code in _THIS_REQUEST_ONLY:
+                raise RefusedError(reason) from error
+            raise UserError(
+                f"{place}: {reason}; check the endpoint, the model's name, and the key in the environment variable of "
+                "api_key_variable"
+            ) from error
+        try:
+            body = json.loads(response.text)
+            choice = body["choices"][0]
+            prompt, completion = (
+                int((body.get("usage") or {}).get(f"{part}_tokens") or 0) for part in ("prompt", "completion")
+            )
+            text = _text_of(choice["message"]["content"])
+            return Completion(text.strip(), choice["finish_reason"], prompt, completion)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            found = _without_key(client, response.text)
+            raise RefusedError(
+                f"{url} answered what is no chat completion ({found!r}); its base URL usually ends in /v1"
+            ) from error
+
+    def _create(self, request: Request) -> Any:
+        asked: dict[str, Any] = {"model": self.model, "messages": request.messages, "seed": request.seed}
+        asked |= {"temperature": request.temperature, "top_p": 1.0}
+        create = self.client.chat.completions.with_raw_response.create
+        try:
+            return create(**asked | {self.token_limit: request.max_tokens})
+        except BadRequestError as error:
+            if self.token_limit != "max_tokens" or "max_completion_tokens" not in error.message:
+                raise
+            self.token_limit = "max_completion_tokens"
+            return create(**asked | {self.token_limit: request.max_tokens})
+
+
+def _text_of(content: Any) -> str:
+    """The text of a message, which may come in parts; nothing if it is null, as beside thoughts that were cut."""
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content if part["type"] == "text")
+    if not isinstance(content, str | None):
+        raise TypeError("the content is no text")
+    return content or ""
 
 
 def _without_key(client: OpenAI, text: object) -> str:

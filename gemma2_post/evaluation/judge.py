@@ -4,27 +4,23 @@ Every reply is appended to a file as it comes, under a hash of the question, so 
 was judged before. (arXiv 2306.05685 measures how much judges prefer the first answer.)
 """
 
-import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
 from typing import TypeVar
 
 from openai import OpenAI
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gemma2_post.data.turns import Message, fold_system
-from gemma2_post.evaluation import endpoint
+from gemma2_post.evaluation.endpoint import Completion, Endpoint, RefusedError, Request
 from gemma2_post.evaluation.rubrics import Question, comparison, safety
 from gemma2_post.evaluation.samples import sample_answers
 from gemma2_post.evaluation.verdicts import Verdict, grade, is_violation, verdict
 from gemma2_post.evaluation.winrate import versus
 from gemma2_post.stage import contract, digests
 from gemma2_post.stage.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 """Number of times that a judge without a verdict is asked before its judgment counts as missing."""
@@ -223,25 +219,22 @@ def summarize(verdicts: list[Both | None]) -> Judged:
 
 def ask_endpoint(client: OpenAI, model: str, max_tokens: int, concurrency: int) -> Ask:
     """A judge behind an OpenAI-compatible endpoint: greedy at first, at temperature 1 when asked again."""
+    judge, has_answered = Endpoint(client, model), False
 
     def ask(questions: list[Question], attempt: int, write: Write) -> None:
-        lock = Lock()
+        requests = [
+            Request("a judgment", each.messages, float(attempt > 0), max_tokens, seed=attempt) for each in questions
+        ]
 
-        def ask_one(asked: Question) -> None:
-            temperature, place = float(attempt > 0), "a judgment"
-            reply: Reply | Refusal
-            try:
-                said = endpoint.answer(client, place, model, asked.messages, temperature, max_tokens, attempt)
-                reply = Reply(
-                    said.text, said.finish_reason == "length", tokens=(said.prompt_tokens, said.completion_tokens)
-                )
-            except endpoint.RefusedError as refusal:
-                logger.warning("%s: %s", place, refusal)
-                reply = Refusal(str(refusal))
-            with lock:
-                write(asked, reply)
+        def write_one(number: int, said: Completion | RefusedError) -> None:
+            nonlocal has_answered
+            if isinstance(said, RefusedError):
+                write(questions[number], Refusal(str(said)))
+                return
+            has_answered, tokens = True, (said.prompt_tokens, said.completion_tokens)
+            write(questions[number], Reply(said.text, said.finish_reason == "length", tokens=tokens))
 
-        endpoint.ask_all(ask_one, questions, concurrency)
+        judge.answer_all(requests, concurrency, write_one, has_answered)
 
     return ask
 

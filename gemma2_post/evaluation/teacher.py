@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable
-from threading import Lock
 
 import torch
 from datasets import Dataset
@@ -13,15 +12,11 @@ from trl import ModelConfig
 from gemma2_post.data.functions import load_grader
 from gemma2_post.data.selection import Candidate
 from gemma2_post.data.turns import Message
-from gemma2_post.evaluation import endpoint
+from gemma2_post.evaluation.endpoint import Completion, Endpoint, RefusedError, Request
 from gemma2_post.evaluation.keys import SynthesisArguments
 from gemma2_post.evaluation.samples import sample_answers
 from gemma2_post.models import reward_model
 from gemma2_post.models.loading import load_model
-from gemma2_post.stage.errors import UserError
-
-FIRST_REFUSALS = 20
-"""This many refusals without any answer mean that the endpoint is at fault, not the prompts."""
 
 Job = tuple[int, int]
 """A prompt's row, and which of its answers."""
@@ -73,31 +68,27 @@ def ask_endpoint(
 
     Each request has its own seed. A refusal counts as an answer to be dropped, unless the endpoint refuses everything.
     """
-    lock = Lock()
-    num_refused, has_answered = 0, any(answer["finish_reason"] != "refused" for answer in answered.values())
-
-    def ask(job: Job) -> None:
-        nonlocal num_refused, has_answered
-        row, sample = job
-        place = f"prompt in row {row} ({prompts[row][-1]['content'][:40]!r})"
-        seed = random.Random(f"{args.seed} {row} {sample}").getrandbits(31)
-        try:
-            said = endpoint.answer(client, place, model, prompts[row], args.temperature, args.max_new_tokens, seed)
-            answer = record(job, said.text, said.finish_reason, said.completion_tokens)
-        except endpoint.RefusedError as refusal:
-            answer = record(job, "", "refused", 0)
-            with lock:
-                num_refused += 1
-                if num_refused >= FIRST_REFUSALS and not has_answered:
-                    raise UserError(
-                        f"{place}: {refusal}, as all {num_refused} before; check endpoint and model_name_or_path"
-                    ) from refusal
-        with lock:
-            has_answered = has_answered or answer["finish_reason"] != "refused"
-            write([answer])
-
     jobs = [(row, sample) for row in range(len(prompts)) for sample in range(args.num_answers)]
-    endpoint.ask_all(ask, [job for job in jobs if job not in answered], args.server.concurrency)
+    missing = [job for job in jobs if job not in answered]
+    requests = [
+        Request(
+            f"prompt in row {row} ({prompts[row][-1]['content'][:40]!r})",
+            prompts[row],
+            args.temperature,
+            args.max_new_tokens,
+            seed=random.Random(f"{args.seed} {row} {sample}").getrandbits(31),
+        )
+        for row, sample in missing
+    ]
+
+    def write_one(number: int, said: Completion | RefusedError) -> None:
+        if isinstance(said, RefusedError):
+            write([record(missing[number], "", "refused", 0)])
+        else:
+            write([record(missing[number], said.text, said.finish_reason, said.completion_tokens)])
+
+    has_answered = any(answer["finish_reason"] != "refused" for answer in answered.values())
+    Endpoint(client, model).answer_all(requests, args.server.concurrency, write_one, has_answered)
 
 
 def record(job: Job, text: str, finish_reason: str, num_tokens: int) -> dict:
