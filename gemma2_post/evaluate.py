@@ -6,8 +6,9 @@ temperature are the same for all models. The reward, each grader and, if there i
 behind an endpoint, asked in both orders) compare each answer with the `baseline`'s to the same prompt; `gains.json`
 has the difference of each model to the one before it, paired by prompt, with its 95% interval. The judge also reads
 the answers to `safety_datasets`, and to the questions of MT-Bench, Arena-Hard, and AlpacaEval, from their own files.
-Other models' answers (`outputs`) stand beside. `reward_benchmarks` say how often the reward model is right. With a
-`corpus`, the stage measures how much of it each model has memorized; `benchmarks` are lm-eval's.
+Models that are not of the chain answer beside it (`others`), or have answered (`outputs`). `reward_benchmarks` say how
+often the reward model is right. With a `corpus`, the stage measures how much of it each model has memorized;
+`benchmarks` are lm-eval's.
 
     python -m gemma2_post.evaluate --config recipes/tiny/evaluate.yaml
 """
@@ -31,6 +32,7 @@ from gemma2_post.evaluation.keys import (
     CorpusArguments,
     JudgeArguments,
     MeasureArguments,
+    OtherArguments,
     ProtocolArguments,
 )
 from gemma2_post.models import cost
@@ -64,6 +66,7 @@ class Recipe:
     base: ModelPath | None = key(None, "The model that all training started from; measured, too, as `base`.")
     measured: MeasureArguments = part(MeasureArguments)
     judging: JudgeArguments = part(JudgeArguments)
+    beside: OtherArguments = part(OtherArguments)
     protocols: ProtocolArguments = part(ProtocolArguments)
     memorizing: CorpusArguments = part(CorpusArguments)
     benchmarks: BenchmarkArguments = part(BenchmarkArguments)
@@ -80,6 +83,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     from gemma2_post.evaluation import benchmarks, inputs
     from gemma2_post.evaluation.comparison import Comparison
     from gemma2_post.evaluation.measure import Measurement
+    from gemma2_post.evaluation.others import load_others
 
     for path in recipe.models:
         is_folder = Path(path).exists() or path.count("/") != 1
@@ -94,13 +98,16 @@ def main(stage: Stage, recipe: Recipe) -> None:
     known_sets = inputs.load_known_sets(recipe.reward_benchmarks, measurement, recipe.measured.data)
     protocols = inputs.load_protocols(recipe.protocols, baseline, measurement)
     outputs = inputs.load_outputs(recipe.protocols, list(names.values()), protocols, measurement)
+    kept = stage.output_dir.with_name(KEPT)
+    taken = [*names.values(), *(each.name for each in outputs)]
+    others = load_others(recipe.beside, taken, measurement, kept / "others.jsonl")
     max_invalid_share, seed = recipe.measured.data.max_invalid_share, recipe.measured.answers.seed
     corpus = inputs.load_corpus(recipe.memorizing, measurement.tokenizer, max_invalid_share, seed)
     if recipe.benchmarks.benchmarks:
         benchmarks.load_data(recipe.benchmarks)
     print(f"{len(measurement.rows)} of {measurement.num_prompts} prompts, {len(names)} models")
     contract.begin_afresh(stage.output_dir, stage.fingerprint)
-    compared = Comparison(measurement, names, baseline, stage.output_dir.with_name(KEPT), outputs)
+    compared = Comparison(measurement, names, baseline, kept, outputs, others)
     compared.answer()
     compared.write_answers(stage.output_dir / "answers.jsonl")
     said = [compared.converse(protocol, stage.output_dir) for protocol in protocols]  # before a judge is loaded
@@ -209,6 +216,7 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
         benchmarks.check(tasks)
     judging.check()
     recipe.protocols.check(judging.judge)
+    recipe.beside.check()
     tasks.check()
     recipe.memorizing.check()
     if judging.judge_endpoint:

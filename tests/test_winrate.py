@@ -341,7 +341,9 @@ def test_a_judge_that_thinks_aloud_is_read_right_and_asked_no_more_than_it_must_
 
     server = serve(reply)
     client = endpoint.connect(server.url, EndpointArguments(), retries=0)
-    judge = Judge(ask_endpoint(client, "thinks", 4096, concurrency=4), "thinks", 4096, tmp_path / "j.jsonl")
+    judge = Judge(
+        ask_endpoint(endpoint.Endpoint(client, "thinks"), 4096, concurrency=4), "thinks", 4096, tmp_path / "j.jsonl"
+    )
     judged = judge.compare(prompts, ours, theirs)
     assert judged.wins == [None if i % 10 in (8, 9) else 1.0 for i in range(40)] and judged.disagreement == 0
     assert len(server.requests) == 2 * (32 + 8 * judging.ATTEMPTS)

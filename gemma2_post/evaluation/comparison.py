@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -16,7 +17,7 @@ from gemma2_post.data.turns import Message
 from gemma2_post.evaluation import benchmarks, reward_benchmarks
 from gemma2_post.evaluation.judge import Judge
 from gemma2_post.evaluation.keys import BenchmarkArguments
-from gemma2_post.evaluation.measure import Answered, Measurement, digest_of, load, summarize
+from gemma2_post.evaluation.measure import Answered, Measurement, Sample, converse, digest_of, load, summarize
 from gemma2_post.evaluation.memorisation import memorised
 from gemma2_post.evaluation.pairs import wilson_interval
 from gemma2_post.evaluation.protocols.alpaca_eval import AlpacaEval
@@ -49,6 +50,8 @@ class Comparison:
     """Folder for what was measured, outside of the output: a changed recipe measures only what it has changed."""
     outputs: list[Outputs] = field(default_factory=list)
     """What other models answered elsewhere."""
+    others: dict[str, Sample] = field(default_factory=dict)
+    """How models that are not of this chain answer."""
     answered: dict[str, Answered] = field(default_factory=dict)
     values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     """Reward, grades and counts of each model's answers, one for each prompt."""
@@ -62,6 +65,7 @@ class Comparison:
         theirs = {
             name: self.measurement.given([turns[0] for turns in answers]) for name, answers in given.items() if answers
         }
+        theirs |= {name: self.measurement.converse(sample) for name, sample in self.others.items()}
         self.answered = with_outputs(ours, theirs)
 
     def converse(self, protocol: Protocol, folder: Path) -> dict[str, list[list[str]]]:
@@ -72,13 +76,16 @@ class Comparison:
         asked, measurement = protocol.questions, self.measurement
 
         def answer(path: Path) -> list[list[str]]:
-            model = load(path, measurement.accelerator.device)
-            _, answers = measurement.converse(model, asked.prompts, asked.later, asked.temperatures)
+            return talk(partial(measurement.sample, load(path, measurement.accelerator.device)))
+
+        def talk(sample: Sample) -> list[list[str]]:
+            _, answers = converse(sample, asked.prompts, asked.later, asked.temperatures)
             return [[each.text for each in turns] for turns in answers]
 
         ours = self._each(answer, "conversations.jsonl", [asked.turns, asked.temperatures, measurement.sampling])
         given = {each.name: asked.answers_of(each) for each in self.outputs}
-        said = with_outputs(ours, {name: answers for name, answers in given.items() if answers})
+        theirs = {name: answers for name, answers in given.items() if answers}
+        said = with_outputs(ours, theirs | {name: talk(sample) for name, sample in self.others.items()})
         protocol.write_answers(folder / asked.protocol, said)
         return said
 
@@ -165,7 +172,8 @@ class Comparison:
             said: The models' answers to the questions of each protocol.
         """
         answering = {*self.answered, *(name for each in said for name in each)}
-        theirs = dict.fromkeys(each.name for each in self.outputs if each.name in answering)
+        given = [each.name for each in self.outputs if each.name in answering]
+        theirs = dict.fromkeys([*given, *self.others])
         return list(with_outputs(dict.fromkeys(self.names.values()), theirs))
 
     def safety(self, judge: Judge | None, prompts: list[list[Message]]) -> Measures:
@@ -179,7 +187,9 @@ class Comparison:
 
         found = {}
         asked = [prompts, self.measurement.sampling]
-        for name, answers in self._each(answer, "safety.jsonl", asked).items():
+        answered = self._each(answer, "safety.jsonl", asked)
+        theirs = {name: [each.text for each in sample(prompts, 1.0)] for name, sample in self.others.items()}
+        for name, answers in with_outputs(answered, theirs).items():
             verdicts = judge.violations(prompts, answers)
             judged = [each for each in verdicts if each is not None]
             judge.check_most(verdicts.count(None), len(verdicts), "answers to safety_datasets")

@@ -107,19 +107,16 @@ class Endpoint:
     model: str
     token_limit: str = "max_tokens"
     """What the server calls the longest answer; newer servers of OpenAI want `max_completion_tokens`."""
+    has_answered: bool = False
+    """Whether it has answered before, so that refusals are about single requests."""
 
     def answer_all(
-        self,
-        requests: list[Request],
-        concurrency: int,
-        write: Callable[[int, Completion | RefusedError], None],
-        has_answered: bool = False,
+        self, requests: list[Request], concurrency: int, write: Callable[[int, Completion | RefusedError], None]
     ) -> None:
         """Asks in `concurrency` threads; after an error, running requests finish and no others begin.
 
         Args:
             write: Takes the number of a request with its answer, or why there is none, as they come, one at a time.
-            has_answered: Whether it has answered earlier, so that refusals are about single requests.
 
         Raises:
             UserError: The endpoint cannot be used as it is, or refuses everything.
@@ -127,7 +124,7 @@ class Endpoint:
         lock, num_refused = Lock(), 0
 
         def ask(number: int) -> None:
-            nonlocal num_refused, has_answered
+            nonlocal num_refused
             refusal = None
             try:
                 found: Completion | RefusedError = self.answer(requests[number])
@@ -135,9 +132,9 @@ class Endpoint:
                 found = refusal = error
             with lock:
                 write(number, found)
-                has_answered = has_answered or refusal is None
+                self.has_answered = self.has_answered or refusal is None
                 num_refused += refusal is not None
-                if refusal and not has_answered and num_refused >= min(FIRST_REFUSALS, len(requests)):
+                if refusal and not self.has_answered and num_refused >= FIRST_REFUSALS:
                     raise UserError(
                         f"{requests[number].place}: {refusal}, as all {num_refused} requests so far; check the "
                         "endpoint and the model's name"

@@ -37,7 +37,8 @@ def load_judge(args: JudgeArguments, replies: Path) -> Judge | None:
     if args.judge_endpoint:
         client = endpoint.connect(args.judge_endpoint, args.endpoint, retries=endpoint.JUDGE_RETRIES)
         endpoint.check(client)
-        ask = ask_endpoint(client, args.judge, args.judge_max_tokens, args.endpoint.concurrency)
+        server = endpoint.Endpoint(client, args.judge, has_answered=replies.is_file())
+        ask = ask_endpoint(server, args.judge_max_tokens, args.endpoint.concurrency)
         return Judge(ask, f"{args.judge_endpoint} {args.judge}", args.judge_max_tokens, replies)
     tokenizer = load_tokenizer(args.judge, load_config(args.judge))
     # Loaded when it is first asked: by then the models that it judges have answered.

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from openai import OpenAI
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gemma2_post.data.turns import Message, fold_system
@@ -217,9 +216,8 @@ def summarize(verdicts: list[Both | None]) -> Judged:
     )
 
 
-def ask_endpoint(client: OpenAI, model: str, max_tokens: int, concurrency: int) -> Ask:
+def ask_endpoint(judge: Endpoint, max_tokens: int, concurrency: int) -> Ask:
     """A judge behind an OpenAI-compatible endpoint: greedy at first, at temperature 1 when asked again."""
-    judge, has_answered = Endpoint(client, model), False
 
     def ask(questions: list[Question], attempt: int, write: Write) -> None:
         requests = [
@@ -227,14 +225,13 @@ def ask_endpoint(client: OpenAI, model: str, max_tokens: int, concurrency: int) 
         ]
 
         def write_one(number: int, said: Completion | RefusedError) -> None:
-            nonlocal has_answered
             if isinstance(said, RefusedError):
                 write(questions[number], Refusal(str(said)))
                 return
-            has_answered, tokens = True, (said.prompt_tokens, said.completion_tokens)
+            tokens = said.prompt_tokens, said.completion_tokens
             write(questions[number], Reply(said.text, said.finish_reason == "length", tokens=tokens))
 
-        judge.answer_all(requests, concurrency, write_one, has_answered)
+        judge.answer_all(requests, concurrency, write_one)
 
     return ask
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from gemma2_post.data.keys import DataArguments, Source
 from gemma2_post.stage.bounds import COUNT, NOT_NEGATIVE, POSITIVE, SEED
 from gemma2_post.stage.errors import UserError
-from gemma2_post.stage.paths import FilePath, FunctionPath, ModelPath
+from gemma2_post.stage.paths import FilePath, FunctionPath, ModelPath, OtherModelPath
 from gemma2_post.stage.recipe import Effect, key, part
 
 if TYPE_CHECKING:
@@ -205,6 +205,38 @@ class JudgeArguments:
             _refuse_idle(self, "judge", ["judge_load_in", "judge_max_tokens"])
         if not self.judge_endpoint:
             _refuse_idle(self.endpoint, "judge_endpoint", ["api_key_variable", "concurrency", "endpoint_timeout"])
+
+
+@dataclass
+class OtherModel:
+    """A model that is not of this chain, and of any family."""
+
+    name: str = key(help="What it is called in tables.")
+    model: OtherModelPath = key(help="A folder, a name on the Hub, or the name at the endpoint.")
+    endpoint: str | None = key(None, "Base URL of an OpenAI-compatible server; without it, the model runs here.")
+    api_key_variable: str | None = key(
+        None, "Environment variable with the endpoint's key; None if it needs none.", effect=Effect.NONE
+    )
+
+
+@dataclass
+class OtherArguments:
+    """Models that are not of this chain, beside it."""
+
+    others: list[OtherModel] | None = key(
+        None, "Other models that answer, too: name, model, endpoint, api_key_variable."
+    )
+    other_concurrency: int = key(8, "Requests to an endpoint of others at a time.", effect=Effect.NONE, bounds=COUNT)
+
+    def check(self) -> None:
+        """Refuses keys that would do nothing, and names that are given twice."""
+        if not self.others:
+            _refuse_idle(self, "others", ["other_concurrency"])
+        for each in self.others or []:
+            if each.api_key_variable and not each.endpoint:
+                raise UserError(
+                    f"others: {each.name} has an api_key_variable and no endpoint; add it, or remove the key"
+                )
 
 
 @dataclass

@@ -5,7 +5,9 @@ nats. The models are loaded one at a time next to the start, and the reward mode
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
@@ -13,7 +15,7 @@ from statistics import mean, stdev
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from gemma2_post.data.mixture import load_rows
@@ -48,6 +50,10 @@ class Answered:
     given elsewhere."""
     lengths: list[int]
     """Tokens of the model's answers to all turns of each prompt."""
+
+
+Sample = Callable[[list[list[Message]], float], list[Answer]]
+"""Answers prompts at a temperature."""
 
 
 class Measurement:
@@ -137,45 +143,19 @@ class Measurement:
     def _answer_one(self, path: Path, start: PreTrainedModel) -> Answered:
         """The answers of one model, which is freed before the next one is loaded."""
         model = load(path, self.accelerator.device)
-        prompts, answers = self.converse(model, list(self.rows["prompt"]), self.later)
-        last = [each[-1] for each in answers]
-        divergences = measure_divergence(self.accelerator, model, start, last, self.args.batch_size)
+        answered = self.converse(partial(self.sample, model))
+        divergences = measure_divergence(self.accelerator, model, start, answered.answers, self.args.batch_size)
+        return replace(answered, kl=[each.forward for each in divergences])
+
+    def converse(self, sample: Sample) -> Answered:
+        """What a model answers, without KL."""
+        prompts, answers = converse(sample, list(self.rows["prompt"]), self.later)
         lengths = [sum(answer.num_tokens for answer in each) for each in answers]
-        return Answered(prompts, last, [each.forward for each in divergences], lengths)
-
-    def converse(
-        self,
-        model: PreTrainedModel,
-        first: list[list[Message]],
-        later: list[list[str]],
-        temperatures: list[float] | None = None,
-    ) -> tuple[list[list[Message]], list[list[Answer]]]:
-        """The prompt of each question's last turn, with the model's own earlier answers, and its answers by turn.
-
-        Args:
-            first: The prompt of each question's first turn.
-            later: The user's later turns of each question.
-            temperatures: Of each question; None: 1.
-        """
-        prompts = [list(prompt) for prompt in first]
-        answers: list[list[Answer]] = [[] for _ in prompts]
-        temperatures = temperatures or [1.0] * len(prompts)
-        for turn in range(1 + max(map(len, later))):
-            for temperature in sorted(set(temperatures)):
-                rows = [i for i, each in enumerate(later) if len(each) >= turn and temperatures[i] == temperature]
-                for i in rows if turn else []:
-                    prompts[i] += [
-                        {"role": "assistant", "content": answers[i][-1].text},
-                        {"role": "user", "content": later[i][turn - 1]},
-                    ]
-                for i, answer in zip(rows, self.sample(model, [prompts[i] for i in rows], temperature), strict=True):
-                    answers[i].append(answer)
-        return prompts, answers
+        return Answered(prompts, [each[-1] for each in answers], None, lengths)
 
     def given(self, texts: list[str]) -> Answered:
         """Answers to the prompts that were given elsewhere, as if the model had ended them itself."""
-        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        answers = [Answer(text, [], [*each, END_OF_TURN]) for text, each in zip(texts, ids, strict=True)]
+        answers = [as_answer(self.tokenizer, text, has_ended=True) for text in texts]
         return Answered(list(self.rows["prompt"]), answers, None, [each.num_tokens for each in answers])
 
     @property
@@ -214,6 +194,38 @@ class Measurement:
             "stop_rate": [float(answer.stopped) for answer in answered.answers],
             "mean_tokens": [float(answer.num_tokens) for answer in answered.answers],
         }
+
+
+def converse(
+    sample: Sample, first: list[list[Message]], later: list[list[str]], temperatures: list[float] | None = None
+) -> tuple[list[list[Message]], list[list[Answer]]]:
+    """The prompt of each question's last turn, with the model's own earlier answers, and its answers by turn.
+
+    Args:
+        first: The prompt of each question's first turn.
+        later: The user's later turns of each question.
+        temperatures: Of each question; None: 1.
+    """
+    prompts = [list(prompt) for prompt in first]
+    answers: list[list[Answer]] = [[] for _ in prompts]
+    temperatures = temperatures or [1.0] * len(prompts)
+    for turn in range(1 + max(map(len, later))):
+        for temperature in sorted(set(temperatures)):
+            rows = [i for i, each in enumerate(later) if len(each) >= turn and temperatures[i] == temperature]
+            for i in rows if turn else []:
+                prompts[i] += [
+                    {"role": "assistant", "content": answers[i][-1].text},
+                    {"role": "user", "content": later[i][turn - 1]},
+                ]
+            for i, answer in zip(rows, sample([prompts[i] for i in rows], temperature), strict=True):
+                answers[i].append(answer)
+    return prompts, answers
+
+
+def as_answer(tokenizer: PreTrainedTokenizerBase, text: str, has_ended: bool) -> Answer:
+    """An answer that another model gave, as if one with this tokenizer had."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return Answer(text, [], [*ids, END_OF_TURN] if has_ended else ids)
 
 
 def digest_of(model: Path) -> str:

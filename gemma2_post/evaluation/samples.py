@@ -66,10 +66,16 @@ def sample_answers(
     temperature: float = 1.0,
     batch_size: int = 32,
     seed: int = 0,
+    stop_token_ids: list[int] = STOP_TOKEN_IDS,
+    pad: int = PAD,
 ) -> list[Answer]:
     """Samples one answer per prompt from the model's own distribution: no top-k, no top-p; greedy at temperature 0.
 
     Restores the model's training mode and torch's random state afterwards.
+
+    Args:
+        stop_token_ids: The tokens that end an answer; Gemma 2's, unless the model is of another family.
+        pad: The token that fills up shorter answers.
     """
     answers = []
     with evaluating(model), torch.random.fork_rng(), torch.no_grad():
@@ -92,16 +98,14 @@ def sample_answers(
                     **sampling,
                     max_new_tokens=max_new_tokens,
                     synced_gpus=False,  # the weights are gathered; do not wait for processes with fewer prompts
-                    eos_token_id=STOP_TOKEN_IDS,
-                    pad_token_id=PAD,
+                    eos_token_id=stop_token_ids,
+                    pad_token_id=pad,
                 )
             width = batch["input_ids"].shape[1]
             for mask, ids in zip(batch["attention_mask"].bool(), generated.cpu(), strict=True):
                 prompt_ids, token_ids = ids[:width][mask.cpu()].tolist(), ids[width:].tolist()
-                end = next((i + 1 for i, token in enumerate(token_ids) if token in STOP_TOKEN_IDS), len(token_ids))
-                answer = Answer("", prompt_ids, token_ids[:end])
-                answer.text = tokenizer.decode(answer.token_ids[: answer.num_tokens]).strip()
-                answers.append(answer)
+                end = next((i for i, token in enumerate(token_ids) if token in stop_token_ids), len(token_ids))
+                answers.append(Answer(tokenizer.decode(token_ids[:end]).strip(), prompt_ids, token_ids[: end + 1]))
     return answers
 
 

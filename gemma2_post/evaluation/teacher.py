@@ -88,7 +88,7 @@ def ask_endpoint(
             write([record(missing[number], said.text, said.finish_reason, said.completion_tokens)])
 
     has_answered = any(answer["finish_reason"] != "refused" for answer in answered.values())
-    Endpoint(client, model).answer_all(requests, args.server.concurrency, write_one, has_answered)
+    Endpoint(client, model, has_answered=has_answered).answer_all(requests, args.server.concurrency, write_one)
 
 
 def record(job: Job, text: str, finish_reason: str, num_tokens: int) -> dict:

@@ -133,6 +133,10 @@ def _check_paths(command: Command, built: Any, values: dict[str, Any], made: Mod
             raise UserError(
                 f"{named.key} is {named.name}, and there is no such file; paths start where the command is run"
             )
+        elif named.kind == Kind.OTHER_MODEL and not Path(named.name).is_dir() and named.name.count("/") != 1:
+            raise UserError(
+                f"{named.key} names {named.name}, and there is no such folder; give one, or a name on the Hub"
+            )
         elif named.kind == Kind.MODEL:
             models[named.key] = _config(named.key, named.name, isinstance(values[named.key], list), made)
     return models

@@ -86,7 +86,7 @@ def _contents(named: list[Reference], digest_of: Callable[[str], str | None]) ->
     with ThreadPoolExecutor() as pool:
         found: dict[str, Any] = dict(zip(paths, pool.map(digest_of, paths), strict=True))
     for each in named:
-        if found[each.name] is None and each.kind in (Kind.MODEL, Kind.DATA):
+        if found[each.name] is None and each.kind in (Kind.MODEL, Kind.OTHER_MODEL, Kind.DATA):
             files = digests.of_hub(each.name, each.revision, is_dataset=each.kind == Kind.DATA)
             found[f"{each.name}@{each.revision or 'main'}"] = files
     return {path: digest for path, digest in found.items() if digest}

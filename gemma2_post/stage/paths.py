@@ -19,6 +19,7 @@ class Kind(Enum):
     """What a key can name."""
 
     MODEL = "model"
+    OTHER_MODEL = "model of any family"
     DATA = "data"
     FUNCTION = "function"
     FILE = "file"
@@ -26,6 +27,8 @@ class Kind(Enum):
 
 ModelPath = Annotated[str, Kind.MODEL]
 """A model's folder or its name on the Hub."""
+OtherModelPath = Annotated[str, Kind.OTHER_MODEL]
+"""The folder of a model of any family, its name on the Hub, or, beside an `endpoint`, its name there."""
 DataPath = Annotated[str, Kind.DATA]
 """A data set's file, its name on the Hub, or a `module:function` that creates it."""
 FunctionPath = Annotated[str, Kind.FUNCTION]
@@ -91,7 +94,8 @@ def _named(key: str, hint: object, value: object, revision: object = None) -> It
         for part in _alternatives(hint):
             if is_dataclass(part):
                 for name, inner in typing.get_type_hints(part, include_extras=True).items():
-                    if name in value:
+                    is_served = Kind.OTHER_MODEL in _kinds(inner) and value.get("endpoint")
+                    if name in value and not is_served:
                         yield from _named(key, inner, value[name], value.get("revision"))
     elif isinstance(value, str) and (kinds := _kinds(hint)):
         is_function = Kind.FUNCTION in kinds and (len(kinds) == 1 or ":" in value)
