@@ -89,7 +89,8 @@ def main(stage: Stage, recipe: Recipe) -> None:
         is_folder = Path(path).exists() or path.count("/") != 1
         if is_folder and not (Path(path) / "config.json").is_file():
             raise UserError(f"models names {path}, which holds no model; run the stage that makes it")
-    measurement = Measurement(recipe.init, recipe.measured)
+    kept = stage.output_dir.with_name(KEPT)
+    measurement = Measurement(recipe.init, recipe.measured, kept / "vllm.log")
     check_tokenizers(recipe, measurement.tokenizer)
     names = names_of(recipe)
     baseline = names[Path(recipe.baseline)]
@@ -98,7 +99,6 @@ def main(stage: Stage, recipe: Recipe) -> None:
     known_sets = inputs.load_known_sets(recipe.reward_benchmarks, measurement, recipe.measured.data)
     protocols = inputs.load_protocols(recipe.protocols, baseline, measurement)
     outputs = inputs.load_outputs(recipe.protocols, list(names.values()), protocols, measurement)
-    kept = stage.output_dir.with_name(KEPT)
     taken = [*names.values(), *(each.name for each in outputs)]
     others = load_others(recipe.beside, taken, measurement, kept / "others.jsonl")
     max_invalid_share, seed = recipe.measured.data.max_invalid_share, recipe.measured.answers.seed
@@ -152,7 +152,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
         raise PartsFailedError(stage.output_dir, failed)
     last = [*models.values()][-1].items()
     baselines = [baseline, *(protocol.baseline for protocol in protocols)]
-    stage.finish({}, {without_baseline(name, baselines): value for name, value in last} | of_rewards)
+    stage.finish(measurement.engine, {without_baseline(name, baselines): value for name, value in last} | of_rewards)
 
 
 def without_baseline(metric: str, baselines: list[str]) -> str:

@@ -45,7 +45,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     """Merges; with selection prompts it also measures the points and releases one."""
     from gemma2_post.weights.points import move_up, open_merge
 
-    args, front = recipe.merge, None
+    args, front, engine = recipe.merge, None, {}
     if recipe.release:
         from gemma2_post.evaluation.front import Front  # a slow import that merging does not need
 
@@ -56,10 +56,11 @@ def main(stage: Stage, recipe: Recipe) -> None:
     points, metrics = merge.write()
     if front:
         metrics |= front.release(points)
+        engine = front.measurement.engine
     elif sum(map(len, points.values())) == 1:
         move_up(points[args.interpolation][args.etas[0]])
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if "/" not in name)
-    stage.finish(merge.facts, metrics, numbers)
+    stage.finish(merge.facts | engine, metrics, numbers)
 
 
 def check(recipe: Recipe, launcher: Launcher) -> None:

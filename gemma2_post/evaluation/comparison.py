@@ -5,7 +5,6 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -76,7 +75,8 @@ class Comparison:
         asked, measurement = protocol.questions, self.measurement
 
         def answer(path: Path) -> list[list[str]]:
-            return talk(partial(measurement.sample, load(path, measurement.accelerator.device)))
+            with measurement.answering(path) as sample:
+                return talk(sample)
 
         def talk(sample: Sample) -> list[list[str]]:
             _, answers = converse(sample, asked.prompts, asked.later, asked.temperatures)
@@ -182,8 +182,8 @@ class Comparison:
             return {}
 
         def answer(path: Path) -> list[str]:
-            model = load(path, self.measurement.accelerator.device)
-            return [each.text for each in self.measurement.sample(model, prompts)]
+            with self.measurement.answering(path) as sample:
+                return [each.text for each in sample(prompts, 1.0)]
 
         found = {}
         asked = [prompts, self.measurement.sampling]

@@ -33,7 +33,8 @@ class Front:
     def __init__(self, output_dir: Path, start: str, policies: list[str], args: ReleaseArguments):
         self.output_dir, self.args = output_dir, args
         rewards, weights = rewarded_as(args.measured.rewards, [*policies, *(args.runs or [])])
-        self.measurement = Measurement(start, replace(args.measured, rewards=rewards), weights)
+        log = output_dir / contract.PROGRESS / "vllm.log"
+        self.measurement = Measurement(start, replace(args.measured, rewards=rewards), log, weights)
         self.runs = [point for run in args.runs or [] for point in run_points(Path(run))]
 
     def release(self, merged: dict[Rule, dict[float, Path]]) -> dict[str, float]:

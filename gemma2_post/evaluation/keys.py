@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 from gemma2_post.data.keys import DataArguments, Source
-from gemma2_post.stage.bounds import COUNT, NOT_NEGATIVE, POSITIVE, SEED
+from gemma2_post.stage.bounds import COUNT, FILLED, NOT_NEGATIVE, POSITIVE, SEED
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.paths import FilePath, FunctionPath, ModelPath, OtherModelPath
 from gemma2_post.stage.recipe import Effect, key, part
@@ -128,6 +128,17 @@ class AnswerArguments:
     )
     batch_size: int = key(32, "Prompts answered at once.", bounds=COUNT)
     seed: int = key(0, "Seed of the sampling and of the mixture of data sets.", bounds=SEED)
+    engine: Literal["transformers", "vllm"] = key(
+        "transformers", "What samples the answers; vllm starts a server for each model and stops it again."
+    )
+    vllm_program: str = key(
+        "vllm", "vLLM's program; a path if it has an environment of its own.", effect=Effect.NONE, bounds=FILLED
+    )
+
+    def check(self) -> None:
+        """Refuses a key that would do nothing."""
+        if self.engine != "vllm":
+            _refuse_idle(self, "engine: vllm", ["vllm_program"])
 
 
 @dataclass(kw_only=True)
@@ -146,6 +157,7 @@ class MeasureArguments:
         for name in self.samples.grader_names:
             if name in MEASURES | {"judge"}:
                 raise UserError(f"graders: {name} is the name of another measure; call the function something else")
+        self.answers.check()
         self.rewards.check()
 
     @property

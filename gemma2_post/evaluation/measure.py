@@ -5,7 +5,8 @@ nats. The models are loaded one at a time next to the start, and the reward mode
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import sqrt
@@ -26,6 +27,7 @@ from gemma2_post.evaluation import rewards
 from gemma2_post.evaluation.divergence import measure_divergence
 from gemma2_post.evaluation.keys import MeasureArguments
 from gemma2_post.evaluation.samples import Answer, load_graders, sample_answers
+from gemma2_post.evaluation.vllm_server import Server, check_program, serving
 from gemma2_post.models.arguments import check_prompt_length
 from gemma2_post.models.loading import frozen_arguments, load_config, load_model
 from gemma2_post.models.tokenizer import load_tokenizer
@@ -59,16 +61,19 @@ Sample = Callable[[list[list[Message]], float], list[Answer]]
 class Measurement:
     """Measures models on the same prompts; checks its arguments when it is created, and loads models later."""
 
-    def __init__(self, start: str, measured: MeasureArguments, reward_weights: list[float] | None = None):
+    def __init__(self, start: str, measured: MeasureArguments, log: Path, reward_weights: list[float] | None = None):
         """
         Args:
             start: The model to which KL is measured.
+            log: File for what vLLM says, if it answers.
             reward_weights: Weights of the rewards, one for each; None: 1 each.
 
         Raises:
             UserError: Data, tokenizers, graders or rewards do not fit together.
         """
-        self.start, self.args, data_args = start, measured.answers, measured.data
+        self.start, self.args, self.log, data_args = start, measured.answers, log, measured.data
+        self.engine: dict[str, object] = {}
+        """The version of the program that sampled, if it is not transformers; empty before it has."""
         args, sample_args, reward_args = measured.answers, measured.samples, measured.rewards
         config = load_config(start)
         self.tokenizer = load_tokenizer(start, config)
@@ -96,6 +101,8 @@ class Measurement:
         self.graders, self.group_by = load_graders(sample_args, self.rows), sample_args.group_by
         self.reward_weights = reward_weights
         self.functions = rewards.load_reward_functions(reward_args, self.rows.column_names, self.score, reward_weights)
+        if args.engine == "vllm":
+            check_program(args.vllm_program)
         self.accelerator = Accelerator()
         disable_progress_bar()  # there would be one for each model that is loaded
 
@@ -142,10 +149,34 @@ class Measurement:
 
     def _answer_one(self, path: Path, start: PreTrainedModel) -> Answered:
         """The answers of one model, which is freed before the next one is loaded."""
-        model = load(path, self.accelerator.device)
-        answered = self.converse(partial(self.sample, model))
+        if self.args.engine == "transformers":
+            model = load(path, self.accelerator.device)
+            answered = self.converse(partial(self.sample, model))
+        else:
+            with self.answering(path) as sample:
+                answered = self.converse(sample)
+            model = load(path, self.accelerator.device)
         divergences = measure_divergence(self.accelerator, model, start, answered.answers, self.args.batch_size)
         return replace(answered, kl=[each.forward for each in divergences])
+
+    @contextmanager
+    def answering(self, path: Path) -> Iterator[Sample]:
+        """Lets one model answer, by the recipe's engine."""
+        device, args = self.accelerator.device, self.args
+        if args.engine == "transformers":
+            yield partial(self.sample, load(path, device))
+            return
+        config = load_config(str(path))
+        longest = self.longest + args.max_completion_length
+        server = Server(args.vllm_program, path, self.log, longest, config.num_key_value_heads)
+        with (
+            located("engine"),
+            serving(
+                server, self.tokenizer, partial(load, path, device), args.max_completion_length, args.seed
+            ) as sample,
+        ):
+            self.engine = {"vllm": server.version()}
+            yield sample
 
     def converse(self, sample: Sample) -> Answered:
         """What a model answers, without KL."""
@@ -159,9 +190,11 @@ class Measurement:
         return Answered(list(self.rows["prompt"]), answers, None, [each.num_tokens for each in answers])
 
     @property
-    def sampling(self) -> dict[str, int]:
+    def sampling(self) -> dict[str, int | str]:
         """What decides a model's answers to given prompts."""
         args = self.args
+        if args.engine == "vllm":  # the batches are its own affair
+            return {"length": args.max_completion_length, "engine": args.engine, "seed": args.seed}
         return {"length": args.max_completion_length, "batch_size": args.batch_size, "seed": args.seed}
 
     def sample(self, model: PreTrainedModel, prompts: list[list[Message]], temperature: float = 1.0) -> list[Answer]:
