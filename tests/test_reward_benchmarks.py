@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from gemma2_post import evaluate
 from gemma2_post.data.ranked import RANKED
 from gemma2_post.data.turns import InvalidRow
+from gemma2_post.evaluation.comparison import Comparison
 from gemma2_post.evaluation.reward_benchmarks import Ranked, benchmark_of, measure, ties_score
 from gemma2_post.models import reward_model
 from gemma2_post.report import models as reported
@@ -110,11 +111,77 @@ def test_each_layout_is_read(columns: dict, answers: list[str]) -> None:
     [
         ({"prompt": "Hi", "chosen": ["a"], "rejected": [" "]}, "an answer is empty"),
         ({"prompt": "Hi", "answer": "a"}, "of no known format; expected prompt"),
+        ({"prompt": "Hi", "chosen": "a", "rejected": "b", "tools": [{"name": "x"}]}, "column tools would be lost"),
+        ({"prompt": "Hi", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": 5}, "is below"),
+        ({"prompt": "Hi", "chosen": ["a"], "rejected": ["b", "c"], "subset": "Ties"}, "need ref:N or tied:N"),
     ],
 )
 def test_a_row_that_cannot_be_scored_is_refused(columns: dict, message: str) -> None:
     with pytest.raises(InvalidRow, match=message):
         RANKED.read(columns)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"prompt": "Hi", "chosen": "a", "rejected": "b", "score_chosen": 5, "score_rejected": 5},
+        {"prompt": "Hi", "response_1": "a", "response_2": "b", "preference_strength": 0},
+    ],
+)
+def test_a_pair_of_which_neither_is_better_is_read_as_a_tie(columns: dict) -> None:
+    """Else the answer that comes first would count as the better one."""
+    assert RANKED.read(columns)["is_tie"]
+    assert not RANKED.read({"prompt": "Hi", "chosen": "a", "rejected": "b"})["is_tie"]
+
+
+def test_the_report_shows_subsets_that_are_called_like_parts_of_an_interval() -> None:
+    found = measure([row([2, 1], "low"), row([1, 2], "high")])
+    assert [name for name, _ in reported.known_sets({"reward_model": found})] == ["pairs", "pairs, high", "pairs, low"]
+
+
+@pytest.mark.slow
+def test_several_files_of_own_pairs_count_as_one_set_without_ties(
+    evaluate_recipe: Recipe, reward_model_dir: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    def pair(i: int) -> dict:
+        return {"prompt": f"What is {i} plus 1?", "chosen": f"It is {i + 1}.", "rejected": "No."}
+
+    ties = [pair(9) | {"score_chosen": 3, "score_rejected": 3}]
+    (tmp_path / "a.json").write_text(json.dumps([pair(i) for i in range(3)]))
+    (tmp_path / "b.json").write_text(json.dumps([pair(i) for i in range(3, 5)] + ties))
+    values = {key: value for key, value in evaluate_recipe.items() if key != "reward_functions"}
+    values |= {"reward_model": str(reward_model_dir), "models": values["models"][:2], "base": None}  # type: ignore
+    values |= {"reward_benchmarks": [{"path": str(tmp_path / name)} for name in ("a.json", "b.json")]}
+    output = run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values)
+    found = json.loads((output / "reward_benchmarks.json").read_text())
+    model = reward_model.load(str(reward_model_dir), tokenizer).model
+    right = []
+    for each in map(pair, range(5)):
+        prompt = {"role": "user", "content": each["prompt"]}
+        said = [[prompt, {"role": "assistant", "content": each[side]}] for side in ("chosen", "rejected")]
+        chosen, rejected = reward_model.score(model, tokenizer, said)
+        right.append(chosen > rejected)
+    assert found["pairs/all/rows"] == 5 and found["pairs/score"] == sum(right) / 5
+
+
+@pytest.mark.slow
+def test_known_sets_that_cannot_be_measured_do_not_stop_the_other_parts(
+    evaluate_recipe: Recipe, reward_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> dict[str, float]:
+        raise UserError("no reward")
+
+    monkeypatch.setattr(Comparison, "on_known_sets", fails)
+    (tmp_path / "pairs.json").write_text(json.dumps([{"prompt": "Hi", "chosen": "a", "rejected": "b"}]))
+    values = {key: value for key, value in evaluate_recipe.items() if key != "reward_functions"}
+    values |= {"reward_model": str(reward_model_dir), "models": values["models"][:2], "base": None}  # type: ignore
+    values |= {"reward_benchmarks": [{"path": str(tmp_path / "pairs.json")}]}
+    with pytest.raises(evaluate.PartsFailedError) as raised:
+        run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values)
+    assert raised.value.status == 4
+    output = Path(str(values["output_dir"]))
+    assert json.loads((output / "failed.json").read_text()) == {"reward_benchmarks": "no reward"}
+    assert all("reward" in each for each in json.loads((output / "models.json").read_text()).values())
 
 
 @pytest.mark.slow

@@ -26,11 +26,12 @@ _PREFERENCES = {
 }
 """First answer, second answer, and what says which is better, with its values and a function that is above 0 if it is
 the first; as the cards of HelpSteer2, HelpSteer3, SHP and PKU-SafeRLHF define these columns."""
-_QUESTION_COLUMNS = (*QUESTIONS, *ADDITIONS, *SYSTEM, HISTORY, "conversations", *UNSUPPORTED)
+QUESTION_COLUMNS = (*QUESTIONS, *ADDITIONS, *SYSTEM, HISTORY, "conversations", *UNSUPPORTED)
+"""What belongs to the prompt of a pair."""
 
-_READ = frozenset(
-    (*_CHOSEN, *_CHOSEN.values(), *_SCORES, *_SCORES.values(), *_QUESTION_COLUMNS, "margin")
-) | frozenset(name for names in _PREFERENCES for name in names)
+_READ = frozenset((*_CHOSEN, *_CHOSEN.values(), *_SCORES, *_SCORES.values(), *QUESTION_COLUMNS, "margin")) | frozenset(
+    name for names in _PREFERENCES for name in names
+)
 
 
 def read_pair(row: Row, score_margin: float = 0.0) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def read_pair(row: Row, score_margin: float = 0.0) -> dict[str, Any]:
     answers, is_tie = _answers(row)
     prompt = _prompt(row)
     unfolded = {side: _conversation(side, answer, prompt) for side, answer in answers.items()}
-    row.refuse_lost(_QUESTION_COLUMNS, unfolded["chosen"])
+    row.refuse_lost(QUESTION_COLUMNS, unfolded["chosen"])
     pair = {side: fold_system(turns) for side, turns in unfolded.items()}
     for side, turns in pair.items():
         try:
@@ -63,7 +64,7 @@ def read_pair(row: Row, score_margin: float = 0.0) -> dict[str, Any]:
         raise InvalidRow("chosen and rejected answer different prompts; only the model's last turn may differ")
     if chosen["content"].strip() == rejected["content"].strip():
         raise InvalidRow("chosen and rejected are the same answer")
-    margin, has_equal_scores = _margin(row, score_margin)
+    margin, has_equal_scores = read_margin(row, score_margin)
     return {
         "prompt": shared,
         "chosen": [chosen],
@@ -123,8 +124,12 @@ def _conversation(side: str, answer: object, prompt: list[Turn]) -> list[Turn]:
     return [*prompt, *turns]
 
 
-def _margin(row: Row, score_margin: float) -> tuple[float, bool]:
-    """The margin of a pair, and whether its scores are equal."""
+def read_margin(row: Row, score_margin: float) -> tuple[float, bool]:
+    """The margin of a pair, and whether its scores are equal.
+
+    Raises:
+        InvalidRow: A score is no number or lacks the other, the chosen answer has the lower one, or a margin is < 0.
+    """
     margin, is_tie = _number(row, "margin") or 0.0, False
     for name, other in _SCORES.items():
         better, worse = _number(row, name), _number(row, other)

@@ -46,8 +46,11 @@ def split_held_out(
     return _without(train.take(drawn[num_held_out:]), held_out), held_out
 
 
-def drop_ties(rows: Rows) -> Rows:
+def drop_ties(rows: Rows, key: str = "datasets") -> Rows:
     """The pairs without ties (equal scores), which do not say which answer is better; other rows as they are.
+
+    Args:
+        key: The key of the recipe that names the rows, for the error.
 
     Raises:
         UserError: All pairs are ties.
@@ -56,7 +59,7 @@ def drop_ties(rows: Rows) -> Rows:
         return rows
     kept = Rows(rows.all.remove_columns("is_tie"), rows.numbers[~rows.column("is_tie")])
     if len(kept) == 0:
-        raise UserError(f"datasets: all {len(rows)} pairs are ties (equal scores); give pairs that differ")
+        raise UserError(f"{key}: all {len(rows)} pairs are ties (equal scores); give pairs that differ")
     if len(kept) < len(rows):
         logger.warning("dropped %d of %d pairs as ties (equal scores)", len(rows) - len(kept), len(rows))
     return kept

@@ -239,7 +239,7 @@ class Comparison:
         return found
 
     def on_known_sets(self, sets: list[Dataset]) -> dict[str, float]:
-        """How often the reward model is right on benchmarks of reward models.
+        """How often the reward model is right on benchmarks of reward models; sets of one benchmark count as one.
 
         Args:
             sets: The benchmarks' rows, each with its prompt and its answers, the chosen ones first.
@@ -249,7 +249,7 @@ class Comparison:
             return {}
         path, quantization = measurement.score.path, measurement.score.args.reward_model_load_in
         known = {each["key"]: each["rewards"] for each in contract.read_lines(file, {"key": str, "rewards": list})}
-        found: dict[str, float] = {}
+        of_benchmarks: dict[str, list[Ranked]] = defaultdict(list)
         for rows in sets:
             answered = [
                 [*row["prompt"], {"role": "assistant", "content": text}] for row in rows for text in row["answers"]
@@ -261,12 +261,14 @@ class Comparison:
                 measurement.unload_reward_model()
                 contract.append_lines(file, [{"key": key, "rewards": known[key]}])
             rewards = iter(known[key])
-            found |= reward_benchmarks.measure(
-                [
-                    Ranked([next(rewards) for _ in row["answers"]], row["num_chosen"], row["subset"], row["id"])
-                    for row in rows
-                ]
-            )
+            ranked = [
+                Ranked([next(rewards) for _ in row["answers"]], row["num_chosen"], row["subset"], row["id"])
+                for row in rows
+            ]
+            of_benchmarks[reward_benchmarks.benchmark_of(ranked)] += ranked
+        found: dict[str, float] = {}
+        for ranked in of_benchmarks.values():
+            found |= reward_benchmarks.measure(ranked)
         return found
 
     def _each(self, measure_one: Callable[[Path], T], file: str, given: Any) -> dict[str, T]:

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gemma2_post.data.keys import DataArguments, Source
 from gemma2_post.data.mixture import load_documents, load_rows
-from gemma2_post.data.preparation import drop_too_long
+from gemma2_post.data.preparation import drop_ties, drop_too_long
 from gemma2_post.data.ranked import RANKED
 from gemma2_post.data.rows import PROMPT
 from gemma2_post.data.turns import Message
@@ -102,11 +102,12 @@ def load_safety_prompts(args: JudgeArguments, measurement: Measurement) -> list[
 
 
 def load_known_sets(sources: list[Source] | None, measurement: Measurement, args: DataArguments) -> list[Dataset]:
-    """The rows of benchmarks of reward models, without those that are longer than the reward model was trained on."""
+    """The rows of benchmarks of reward models, without ties and those that are too long for the reward model."""
     found = []
     for source in sources or []:
         assert measurement.score is not None, "checked"
         rows = load_rows([source], args.max_invalid_share, 0, row_format=RANKED, tokenizer=measurement.tokenizer)
+        rows = drop_ties(rows, "reward_benchmarks")
         longest = measurement.score.max_length
         found.append(drop_too_long(rows, "the reward model's max_length", longest, args.max_too_long_share).dataset())
     return found

@@ -190,7 +190,7 @@ def gains(summary: dict) -> list[tuple[str, str]]:
 def known_sets(summary: dict) -> list[tuple[str, str]]:
     """How often the reward model is right on known sets: a subset, and its share with the interval and the rows."""
     measured: dict[str, float] = summary["reward_model"]
-    names = [key for key in measured if not key.endswith(("/low", "/high", "/rows"))]
+    names = [key for key in measured if key.rpartition("/")[0] not in measured]  # a subset may be called low, too
     found = []
     for key in sorted(names, key=lambda key: not key.endswith("/score")):
         benchmark, _, subset = key.partition("/")
