@@ -72,7 +72,8 @@ def main(stage: Stage, recipe: Recipe) -> None:
     from gemma2_post.data.preparation import drop_too_long
     from gemma2_post.data.selection import candidates_of, select, write_rows
     from gemma2_post.evaluation import endpoint
-    from gemma2_post.evaluation.teacher import ask_endpoint, ask_model, load_rewards
+    from gemma2_post.evaluation.teacher import ask_endpoint, ask_model, ask_vllm, load_rewards
+    from gemma2_post.evaluation.vllm_server import check_program
     from gemma2_post.models.tokenizer import load_config_and_tokenizer
 
     args, data_args = recipe.synthesis, recipe.data
@@ -95,6 +96,9 @@ def main(stage: Stage, recipe: Recipe) -> None:
         found = load_rows(data_args.datasets, *settings, row_format=PROMPT, tokenizer=tokenizer)
         prompts = drop_too_long(found, "max_prompt_length", longest, data_args.max_too_long_share).dataset()
         ask = partial(ask_model, args, recipe.model, tokenizer)
+        if args.engine == "vllm":
+            check_program(args.vllm_program)
+            ask = partial(ask_vllm, args, recipe.model, tokenizer, stage.output_dir / contract.PROGRESS / "vllm.log")
     rewards_of = load_rewards(args, prompts) if args.reward_model else None
 
     teacher = {
@@ -148,6 +152,7 @@ def resume(
         "batch_size": args.batch_size,
         "prompts": digests.of_text(json.dumps(list(prompts["prompt"]))),
     }
+    sampling |= {"engine": args.engine} if args.engine != "transformers" else {}  # older runs do not name it
     keys = {"row": int, "sample": int, "text": str, "finish_reason": object, "num_tokens": int}
     answers = {(answer["row"], answer["sample"]): answer for answer in contract.read_lines(path, keys)}
     earlier = contract.read_json(path.with_name("sampling.json"), {}) or {}
@@ -171,6 +176,11 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
         )
     if args.reward_model and args.num_answers == 1:
         raise UserError("reward_model picks the best of num_answers, which is 1; raise num_answers")
+    args.check()
+    if args.engine == "vllm" and (args.endpoint or recipe.quantization):
+        raise UserError(
+            f"engine is vllm, with {'an endpoint' if args.endpoint else 'a quantized teacher'}; remove one of them"
+        )
     if not args.endpoint:
         check_model_arguments(recipe.model)
     if launcher.num_processes > 1:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -25,8 +26,9 @@ from gemma2_post.stage.errors import UserError
 from gemma2_post.tiny.data import prompts
 from tests.conftest import TEACHER, run_stage
 from tests.test_evaluate import evaluate_recipe
+from tests.test_synthesize import rows_of, run_synthesize, synthesize_recipe
 
-__all__ = ["evaluate_recipe"]  # a fixture
+__all__ = ["evaluate_recipe", "run_synthesize", "synthesize_recipe"]  # fixtures
 
 Recipe = dict[str, object]
 needs_vllm = pytest.mark.skipif("GEMMA2_POST_VLLM" not in os.environ, reason="GEMMA2_POST_VLLM names no vLLM")
@@ -35,7 +37,7 @@ needs_vllm = pytest.mark.skipif("GEMMA2_POST_VLLM" not in os.environ, reason="GE
 def server_of(tmp_path: Path, path: str = TEACHER) -> Server:
     config = load_config(path)
     program, positions = os.environ["GEMMA2_POST_VLLM"], config.max_position_embeddings
-    return Server(program, Path(path), tmp_path / "vllm.log", positions, config.num_key_value_heads)
+    return Server(program, path, tmp_path / "vllm.log", positions, config.num_key_value_heads)
 
 
 @needs_vllm
@@ -87,6 +89,19 @@ def test_an_evaluation_by_vllm_measures_the_same_models(
 
 @needs_vllm
 @pytest.mark.slow
+def test_a_teacher_writes_by_vllm_what_it_writes_by_transformers(
+    synthesize_recipe: Recipe, run_synthesize: Callable, tmp_path: Path
+) -> None:
+    """Greedily; what an interrupted run has written is kept."""
+    values = synthesize_recipe | {"temperature": 0.0, "num_answers": 1}
+    expected = rows_of(run_synthesize(values))
+    by_vllm = values | {"engine": "vllm", "vllm_program": os.environ["GEMMA2_POST_VLLM"]}
+    output = run_synthesize(by_vllm | {"output_dir": str(tmp_path / "by-vllm")})
+    assert [row["messages"] for row in rows_of(output)] == [row["messages"] for row in expected]
+
+
+@needs_vllm
+@pytest.mark.slow
 def test_a_model_that_vllm_computes_otherwise_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     other = load(Path(TEACHER), torch.device("cpu"))
     for parameter in other.parameters():
@@ -101,7 +116,7 @@ def test_what_a_server_said_last_is_in_the_error(tokenizer: PreTrainedTokenizerB
     program = tmp_path / "vllm"
     program.write_text("#!/bin/sh\necho ValueError: no room for the cache\nexit 3\n")
     program.chmod(0o755)
-    server = Server(str(program), Path(TEACHER), tmp_path / "vllm.log", 64, 2)
+    server = Server(str(program), TEACHER, tmp_path / "vllm.log", 64, 2)
     begun = serving(server, tokenizer, partial(load, Path(TEACHER), torch.device("cpu")), 8, seed=0)
     with pytest.raises(UserError, match=r"vLLM ended with status 3 .*no room for the cache"), begun:
         pytest.fail("it must not begin")
@@ -125,3 +140,12 @@ def test_an_engine_that_is_not_there_is_said_first(
     with pytest.raises(UserError, match=message):
         run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, evaluate_recipe | change)
     assert not (tmp_path / "runs" / "evaluate").exists()
+
+
+@pytest.mark.parametrize("change", [{"endpoint": "http://localhost/v1"}, {"load_in_4bit": True}])
+def test_vllm_and_what_it_cannot_be_with_are_refused(
+    change: Recipe, synthesize_recipe: Recipe, run_synthesize: Callable
+) -> None:
+    values = {key: value for key, value in synthesize_recipe.items() if key not in ("dtype", "batch_size")}
+    with pytest.raises(UserError, match=r"engine is vllm, with .*; remove one of them"):
+        run_synthesize(values | {"engine": "vllm"} | change)

@@ -119,15 +119,9 @@ class WatchArguments:
 
 
 @dataclass
-class AnswerArguments:
-    """How models answer held-out prompts side by side."""
+class EngineArguments:
+    """What samples answers."""
 
-    max_completion_length: int = key(512, "Longest answer, in tokens.", bounds=COUNT)
-    max_prompt_length: int | None = key(
-        None, "Longer prompts are dropped; None for what the answer leaves of the model's positions.", bounds=COUNT
-    )
-    batch_size: int = key(32, "Prompts answered at once.", bounds=COUNT)
-    seed: int = key(0, "Seed of the sampling and of the mixture of data sets.", bounds=SEED)
     engine: Literal["transformers", "vllm"] = key(
         "transformers", "What samples the answers; vllm starts a server for each model and stops it again."
     )
@@ -139,6 +133,18 @@ class AnswerArguments:
         """Refuses a key that would do nothing."""
         if self.engine != "vllm":
             _refuse_idle(self, "engine: vllm", ["vllm_program"])
+
+
+@dataclass
+class AnswerArguments(EngineArguments):
+    """How models answer held-out prompts side by side."""
+
+    max_completion_length: int = key(512, "Longest answer, in tokens.", bounds=COUNT)
+    max_prompt_length: int | None = key(
+        None, "Longer prompts are dropped; None for what the answer leaves of the model's positions.", bounds=COUNT
+    )
+    batch_size: int = key(32, "Prompts answered at once.", bounds=COUNT)
+    seed: int = key(0, "Seed of the sampling and of the mixture of data sets.", bounds=SEED)
 
 
 @dataclass(kw_only=True)
@@ -324,7 +330,7 @@ class BenchmarkArguments:
 
 
 @dataclass(kw_only=True)
-class SynthesisArguments:
+class SynthesisArguments(EngineArguments):
     """How a teacher writes answers."""
 
     seed: int = key(0, "Seed of the sampling and of the mixture.", bounds=SEED)

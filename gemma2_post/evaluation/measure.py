@@ -168,7 +168,7 @@ class Measurement:
             return
         config = load_config(str(path))
         longest = self.longest + args.max_completion_length
-        server = Server(args.vllm_program, path, self.log, longest, config.num_key_value_heads)
+        server = Server(args.vllm_program, str(path), self.log, longest, config.num_key_value_heads)
         with (
             located("engine"),
             serving(

@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -14,9 +16,10 @@ from gemma2_post.data.selection import Candidate
 from gemma2_post.data.turns import Message
 from gemma2_post.evaluation.endpoint import Completion, Endpoint, RefusedError, Request
 from gemma2_post.evaluation.keys import SynthesisArguments
-from gemma2_post.evaluation.samples import sample_answers
+from gemma2_post.evaluation.samples import Answer, sample_answers
+from gemma2_post.evaluation.vllm_server import Server, serving
 from gemma2_post.models import reward_model
-from gemma2_post.models.loading import load_model
+from gemma2_post.models.loading import load_config, load_model
 
 Job = tuple[int, int]
 """A prompt's row, and which of its answers."""
@@ -54,6 +57,36 @@ def ask_model(
         )
         pairs = zip(batch, sampled, strict=True)
         write([record(job, each.text, "stop" if each.stopped else "length", each.num_tokens) for job, each in pairs])
+
+
+def ask_vllm(
+    args: SynthesisArguments,
+    model_args: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    log: Path,
+    prompts: list[list[Message]],
+    answered: dict[Job, dict],
+    write: Callable[[list[dict]], None],
+) -> None:
+    """Answers of a local model by vLLM, written as they come.
+
+    Args:
+        log: File for what vLLM says.
+    """
+    jobs = [(row, sample) for row in range(len(prompts)) for sample in range(args.num_answers)]
+    missing = [job for job in jobs if job not in answered]
+    if not missing:
+        return
+    name, config = model_args.model_name_or_path, load_config(model_args.model_name_or_path)
+    server = Server(args.vllm_program, name, log, config.max_position_embeddings, config.num_key_value_heads)
+
+    def write_one(number: int, answer: Answer) -> None:
+        finish_reason = "stop" if answer.stopped else "length"
+        write([record(missing[number], answer.text, finish_reason, answer.num_tokens)])
+
+    load = partial(load_model, model_args, "auto")
+    with serving(server, tokenizer, load, args.max_new_tokens, args.seed) as sample:
+        sample([prompts[row] for row, _ in missing], args.temperature, write_one)
 
 
 def ask_endpoint(

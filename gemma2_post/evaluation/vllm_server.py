@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from threading import Lock
+from typing import Any, Protocol
 
 import torch
 from openai import APIConnectionError, OpenAI, OpenAIError
@@ -48,7 +50,8 @@ class Server:
     """vLLM with one model."""
 
     program: str
-    path: Path
+    model: str
+    """A folder, or a name on the Hub."""
     log: Path
     """What it says."""
     longest: int
@@ -83,7 +86,7 @@ class Server:
 
     def _command(self, port: int) -> list[str]:
         num_gpus = torch.cuda.device_count()
-        found = [self.program, "serve", str(self.path), "--host", "127.0.0.1", "--port", str(port)]
+        found = [self.program, "serve", self.model, "--host", "127.0.0.1", "--port", str(port)]
         found += ["--served-model-name", _NAME, "--max-model-len", str(self.longest), "--generation-config", "vllm"]
         if num_gpus == 0:
             return [*found, "--dtype", "float32", "--enforce-eager"]
@@ -93,7 +96,7 @@ class Server:
 
     def _environment(self) -> dict[str, str]:
         on_cpu = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"} if not torch.cuda.is_available() else {}
-        return os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"} | on_cpu
+        return os.environ | {"VLLM_NO_USAGE_STATS": "1"} | on_cpu
 
     def last_words(self) -> str:
         """The last line of its log that names an error, or else its last line."""
@@ -140,10 +143,22 @@ def check_program(program: str) -> None:
         )
 
 
+Write = Callable[[int, Answer], None]
+"""Takes the number of a prompt and its answer as it comes."""
+
+
+class Sampling(Protocol):
+    """Answers prompts at a temperature."""
+
+    def __call__(
+        self, prompts: list[list[Message]], temperature: float, write: Write = lambda *_: None, /
+    ) -> list[Answer]: ...
+
+
 @contextmanager
 def serving(
     server: Server, tokenizer: PreTrainedTokenizerBase, load: Callable[[], PreTrainedModel], length: int, seed: int
-) -> Iterator[Callable[[list[list[Message]], float], list[Answer]]]:
+) -> Iterator[Sampling]:
     """Answers prompts while vLLM runs, after a check that it computes what transformers does.
 
     Args:
@@ -158,7 +173,7 @@ def serving(
     server.start()
     try:
         _check(server, texts, expected)
-        yield lambda prompts, temperature: _sample(server, tokenizer, prompts, temperature, length, seed)
+        yield partial(_sample, server, tokenizer, length, seed)
     finally:
         server.stop()
 
@@ -193,23 +208,25 @@ def _check(server: Server, texts: list[list[int]], expected: list[list[float]]) 
     logger.info("vLLM's log-probabilities differ from transformers' by %.4f nats per token", found)
     if not found <= TOLERANCE:
         raise UserError(
-            f"vLLM's log-probabilities of {server.path} differ from transformers' by {found:.3f} nats per token, more "
-            f"than {TOLERANCE}; use another version of vLLM, or engine: transformers"
+            f"vLLM's log-probabilities of {server.model} differ from transformers' by {found:.3f} nats per token, "
+            f"more than {TOLERANCE}; use another version of vLLM, or engine: transformers"
         )
 
 
 def _sample(
     server: Server,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[Message]],
-    temperature: float,
     length: int,
     seed: int,
+    prompts: list[list[Message]],
+    temperature: float,
+    write: Write = lambda *_: None,
 ) -> list[Answer]:
     """One answer to each prompt, from a seed of its own; an engine that dies is started once more."""
     ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
     found: dict[int, Answer] = {}
     has_seeds = torch.cuda.is_available()  # its CPU build cannot sample with a seed of a request
+    lock = Lock()
     with tqdm(total=len(prompts), desc="vLLM", unit="answer", leave=False) as bar:
 
         def ask(number: int) -> None:
@@ -218,7 +235,9 @@ def _sample(
             token_ids = choice["token_ids"]
             end = next((i for i, token in enumerate(token_ids) if token in STOP_TOKEN_IDS), len(token_ids))
             found[number] = Answer(tokenizer.decode(token_ids[:end]).strip(), ids[number], token_ids[: end + 1])
-            bar.update()
+            with lock:
+                write(number, found[number])
+                bar.update()
 
         for is_last in (False, True):
             missing = [number for number in range(len(prompts)) if number not in found]
