@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from gemma2_post.evaluation.keys import BenchmarkArguments
 from gemma2_post.evaluation.published import published as published_scores
 from gemma2_post.models.loading import load_config
 from gemma2_post.models.shapes import known_config
-from gemma2_post.models.tokens import BOS
+from gemma2_post.models.tokens import BOS, END_OF_TURN
 from gemma2_post.stage.errors import UserError, located
 from tests.conftest import TEACHER
 
@@ -215,6 +216,32 @@ def test_the_preset_is_what_the_tables_say(
 # --- constant answers, on the layouts of the real files ---
 
 
+def saying(tokenizer: PreTrainedTokenizerBase, answer: str, after: str) -> PreTrainedModel:
+    """A model that says the same to every prompt: its layer adds nothing, and its head maps a token to the next one.
+
+    Args:
+        answer: What it says; no token may occur twice.
+        after: The end of all prompts, with the last token of which the answer begins.
+    """
+    config = load_config(str(PROJECT / TEACHER))
+    config.num_hidden_layers, config.layer_types, config.max_position_embeddings = 1, config.layer_types[:1], 2048
+    config.tie_word_embeddings = False
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    [layer] = model.model.layers
+    layer.self_attn.o_proj.weight.data.zero_()
+    layer.mlp.down_proj.weight.data.zero_()
+    start = tokenizer(after, add_special_tokens=False)["input_ids"]
+    tokens = tokenizer(after + answer, add_special_tokens=False)["input_ids"]
+    chain = [*tokens[len(start) - 1 :], END_OF_TURN]
+    assert tokens[: len(start)] == start and len(set(chain)) == len(chain)
+    embeddings, head = model.get_input_embeddings().weight.data, model.lm_head.weight.data.zero_()
+    for token, following in pairwise(chain):
+        head[following] = embeddings[token] / embeddings[token].norm()
+    model.generation_config.eos_token_id = END_OF_TURN
+    return model
+
+
 @pytest.fixture
 def uniform() -> PreTrainedModel:
     """A model to which every token is as likely as any other."""
@@ -232,22 +259,25 @@ def task_in(folder: Path, name: str, included: Path, rows: list[dict[str, object
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("letter", "chats"), [("A", True), ("B", True), ("C", True), ("C", False)])
 def test_constant_answers_to_mmlu_are_right_as_often_as_the_letter(
-    uniform: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    letter: str, chats: bool, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     rows = [
         {
             "question": f"Which is {i}?",
             "subject": "law",
             "choices": ["a", "b", "c", "d"],
-            "answer": [0, 3, 1, 0, 2][i % 5],
+            "answer": [0, 3, 1, 0, 2, 2, 2][i % 7],
         }
         for i in range(23)
     ]
     further = {"fewshot_split": None, "training_split": None, "num_fewshot": 0}
     task_in(tmp_path, "mmlu_local", MMLU / "_default_template_yaml", rows, **further)
-    found = benchmarks.run(uniform, tokenizer, ["mmlu_local"], str(tmp_path), None, batch_size=4, chats=True)
-    rate = sum(row["answer"] == 0 for row in rows) / 23
+    after = "<start_of_turn>model\n" if chats else "Answer:"
+    model = saying(tokenizer, letter if chats else f" {letter}", after)
+    found = benchmarks.run(model, tokenizer, ["mmlu_local"], str(tmp_path), None, batch_size=4, chats=chats)
+    rate = sum(row["answer"] == "ABCD".index(letter) for row in rows) / 23
     assert found["benchmarks/mmlu_local"] == rate and found["benchmarks/mmlu_local/acc"] == rate
     error = (rate * (1 - rate) / 22) ** 0.5
     assert found["benchmarks/mmlu_local/standard_error"] == pytest.approx(error)
@@ -266,7 +296,7 @@ def test_arc_with_letters_or_numbers_and_three_to_five_choices(
         labels = [str(1 + j) if i % 2 else "ABCDE"[j] for j in range(number)]
         choices = {"text": [texts[(i + j) % 5] for j in range(number)], "label": labels}
         rows.append({"id": str(i), "question": f"Which is {i}?", "choices": choices, "answerKey": labels[i % number]})
-    arc = Path(lm_eval.__file__).parent / "tasks" / "arc" / "arc_easy.yaml"
+    arc = Path(lm_eval.__file__).parent / "tasks" / "arc" / "arc_challenge.yaml"  # which includes arc_easy.yaml
     task_in(tmp_path, "arc_local", arc, rows, training_split=None, validation_split=None, num_fewshot=0)
     found = benchmarks.run(uniform, tokenizer, ["arc_local"], str(tmp_path), None, batch_size=4, chats=False)
 
@@ -286,52 +316,112 @@ def test_arc_with_letters_or_numbers_and_three_to_five_choices(
     assert found["benchmarks/arc_local"] == found["benchmarks/arc_local/acc_norm"] == by_letter
 
 
-@pytest.mark.slow
-def test_ifeval_has_four_numbers_without_a_network(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its data lie in a folder of the data set's name; the teacher answers "It is 8." and the like."""
-    instructions = [
-        ["punctuation:no_comma"],
-        ["punctuation:no_comma", "change_case:english_lowercase"],
-        ["keywords:existence", "detectable_format:json_format"],
-        ["length_constraints:number_words"],
-    ]
-    keys = [[{}], [{}, {}], [{"keywords": ["8"]}, {}], [{"num_words": 5, "relation": "less than"}]]
+IFEVAL = Path(lm_eval.__file__).parent / "tasks" / "ifeval" / "ifeval.yaml"
+OWN_IFEVAL = """
+task: ifeval
+dataset_path: json
+dataset_kwargs: {data_files: {test: ROWS}}
+test_split: test
+output_type: generate_until
+num_fewshot: 0
+doc_to_text: prompt
+doc_to_target: 0
+generation_kwargs: {until: [], do_sample: false, max_gen_toks: 1280}
+process_results: !function lm_eval.tasks.ifeval.utils.process_results
+metric_list:
+  - {metric: prompt_level_strict_acc, aggregation: mean}
+  - {metric: inst_level_strict_acc, aggregation: !function lm_eval.tasks.ifeval.utils.agg_inst_level_acc}
+  - {metric: prompt_level_loose_acc, aggregation: mean}
+  - {metric: inst_level_loose_acc, aggregation: !function lm_eval.tasks.ifeval.utils.agg_inst_level_acc}
+"""
+
+
+def ifeval_rows(asked: list[dict[str, dict[str, object]]]) -> str:
+    """Lines of IFEval's layout: every row has all keys of all instructions, most of them null."""
+    keys = dict.fromkeys(key for row in asked for each in row.values() for key in each)
     rows = [
-        {"key": i, "prompt": "What is 3 plus 5?", "instruction_id_list": names}
-        | {"kwargs": [{"keywords": None, "num_words": None, "relation": None} | each for each in keys[i]]}
-        for i, names in enumerate(instructions)
+        {"key": i, "prompt": f"What is {i} plus 5?", "instruction_id_list": list(row)}
+        | {"kwargs": [dict.fromkeys(keys) | each for each in row.values()]}
+        for i, row in enumerate(asked)
     ]
-    folder = tmp_path / "google" / "IFEval"
-    folder.mkdir(parents=True)
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32, attn_implementation="eager").eval()
-    model.config.max_position_embeddings = 2048
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["folder of the name on the Hub", "included", "overridden"])
+def test_ifeval_has_four_numbers_without_a_network(
+    how: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By lm-eval's own task and local data, or by a task in `benchmark_folder`, which may be called ifeval."""
+    text = ifeval_rows(
+        [
+            {"punctuation:no_comma": {}},
+            {"punctuation:no_comma": {}, "change_case:english_lowercase": {}},  # both rules: right, wrong
+            {"startend:end_checker": {"end_phrase": "is 8."}},  # wrong by the strict rules, right without the star
+            {"keywords:existence": {"keywords": ["8"]}, "detectable_format:title": {}}  # right, wrong, and wrong
+            | {"length_constraints:number_words": {"num_words": 4, "relation": "at least"}},
+            {"length_constraints:number_words": {"num_words": 4, "relation": "less than"}},
+        ]
+    )
+    name, folder = "ifeval", None if how.startswith("folder") else str(tmp_path)
+    rows = tmp_path / ("google/IFEval/train.jsonl" if folder is None else "rows.jsonl")
+    rows.parent.mkdir(parents=True, exist_ok=True)
+    rows.write_text(text)
+    if how == "included":
+        name = "ifeval_local"
+        task = {"include": str(IFEVAL), "task": name, "dataset_path": "json"}
+        task |= {"dataset_kwargs": {"data_files": {"train": rows.name}}}
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump(task))
+    elif how == "overridden":
+        (tmp_path / "own.yaml").write_text(OWN_IFEVAL.replace("ROWS", str(rows)))
     monkeypatch.chdir(tmp_path)
-    found = benchmarks.run(model, tokenizer, ["ifeval"], None, None, batch_size=2, chats=True)
+    langdetect = pytest.importorskip("langdetect")
+    monkeypatch.setattr(langdetect.DetectorFactory, "seed", None)
+    model = saying(tokenizer, "It is 8.*", "<start_of_turn>model\n")
+    found = benchmarks.run(model, tokenizer, [name], folder, None, batch_size=2, chats=True)
     metrics = {key.rpartition("/")[2]: value for key, value in found.items() if key.endswith("_acc")}
     assert metrics == {
-        "prompt_level_strict_acc": 2 / 4,
-        "inst_level_strict_acc": 4 / 6,
-        "prompt_level_loose_acc": 2 / 4,
-        "inst_level_loose_acc": 4 / 6,
+        "prompt_level_strict_acc": 2 / 5,
+        "inst_level_strict_acc": 4 / 8,
+        "prompt_level_loose_acc": 3 / 5,
+        "inst_level_loose_acc": 5 / 8,
     }
-    assert found["benchmarks/ifeval"] == 2 / 4 and found["benchmarks/ifeval/shots"] == 0
+    assert found[f"benchmarks/{name}"] == 2 / 5 and found[f"benchmarks/{name}/shots"] == 0
+    assert len({langdetect.detect("a b c") for _ in range(200)}) == 1  # unseeded, one in forty differs
+    assert found[f"benchmarks/{name}/standard_error"] == pytest.approx((2 / 5 * 3 / 5 / 4) ** 0.5)
 
 
-def test_ifeval_without_its_sentence_splitter_is_refused_before_anything_is_answered(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.slow
+def test_ifeval_counts_sentences_and_capital_words(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     nltk = pytest.importorskip("nltk")
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        pytest.skip("run `python -m nltk.downloader punkt_tab` to run this")
+    sentences, capitals = "length_constraints:number_sentences", "change_case:capital_word_frequency"
+    (tmp_path / "rows.jsonl").write_text(
+        ifeval_rows(
+            [
+                {sentences: {"num_sentences": 2, "relation": "less than"}},
+                {sentences: {"num_sentences": 2, "relation": "at least"}},
+                {capitals: {"capital_frequency": 1, "capital_relation": "less than"}},
+                {capitals: {"capital_frequency": 1, "capital_relation": "at least"}},
+            ]
+        )
+    )
+    (tmp_path / "own.yaml").write_text(OWN_IFEVAL.replace("ROWS", str(tmp_path / "rows.jsonl")))
+    benchmarks.check(BenchmarkArguments(["ifeval"], str(tmp_path)))
+    model = saying(tokenizer, "It is 8.", "<start_of_turn>model\n")
+    found = benchmarks.run(model, tokenizer, ["ifeval"], str(tmp_path), None, batch_size=2, chats=True)
+    assert {value for key, value in found.items() if key.endswith("_acc")} == {2 / 4}
 
-    def find(_: str) -> None:
-        raise LookupError("punkt_tab")
 
-    monkeypatch.setattr(nltk.data, "find", find)
-    monkeypatch.setattr(nltk, "download", lambda *_, **__: False)
-    with pytest.raises(UserError, match="ifeval needs nltk's punkt_tab, which is not here and cannot be downloaded"):
-        benchmarks.load_data(BenchmarkArguments(["ifeval"]))
+@pytest.mark.slow
+def test_ifeval_without_its_sentence_splitter_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    nltk = pytest.importorskip("nltk")
+    monkeypatch.setattr(nltk.data, "path", [])
+    with pytest.raises(UserError, match=r"ifeval needs nltk's punkt_tab, which is not here; run `python -m nltk"):
+        benchmarks.check(BenchmarkArguments(["ifeval"]))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ PRESET = {"mmlu": 5, "gsm8k": 5, "arc_challenge": 25, "hellaswag": 10, "winogran
 """The tasks of `preset`, with their numbers of examples."""
 _METRICS = ["acc_norm", "acc", "exact_match,flexible-extract", "exact_match"]
 """The metrics that can be a task's score: the first of these that it has, or else its first metric."""
-_PACKAGES = {"ifeval": ["langdetect", "immutabledict", "nltk"]}
+_IFEVAL = "ifeval"
+_PACKAGES = {_IFEVAL: ["langdetect", "immutabledict", "nltk"]}
 """What tasks need beyond lm-eval itself, by the beginning of their names."""
 
 
@@ -45,6 +46,8 @@ def check(args: BenchmarkArguments) -> None:
         missing = [name for name in packages if find_spec(name) is None]
         if missing and any(name.startswith(start) for name in tasks):
             raise UserError(f"benchmarks: {start} needs {', '.join(missing)}; pip install 'lm-eval[{start}]'")
+    if any(name.startswith(_IFEVAL) for name in tasks):
+        _check_sentence_splitter()
 
 
 @cache
@@ -91,6 +94,10 @@ def run(
     )
     found: dict[str, float] = {}
     for name in names_of(tasks):
+        if name.startswith(_IFEVAL):
+            import langdetect
+
+            langdetect.DetectorFactory.seed = 0  # or the language of a short answer differs from run to run
         evaluated = simple_evaluate(
             wrapped,
             tasks=[name],
@@ -128,8 +135,6 @@ def metrics_of(results: dict[str, object]) -> list[str]:
 def load_data(args: BenchmarkArguments) -> None:
     """Reads, or downloads, the tasks' data before there is work to lose."""
     for name in names_of(args.benchmarks or []):
-        if name.startswith("ifeval"):
-            _load_sentence_splitter(name)
         try:
             task_manager(args.benchmark_folder).load([name])
         except ModuleNotFoundError as error:
@@ -141,15 +146,14 @@ def load_data(args: BenchmarkArguments) -> None:
             ) from error
 
 
-def _load_sentence_splitter(name: str) -> None:
-    """nltk's punkt_tab, with which ifeval counts sentences; lm-eval goes on without it until a row needs it."""
+def _check_sentence_splitter() -> None:
+    """Refuses ifeval without nltk's punkt_tab: lm-eval goes on without it until a row, hours later, needs it."""
     import nltk
 
     try:
         nltk.data.find("tokenizers/punkt_tab")
     except LookupError as error:
-        if not nltk.download("punkt_tab", quiet=True):
-            raise UserError(
-                f"benchmarks: {name} needs nltk's punkt_tab, which is not here and cannot be downloaded; run "
-                "`python -m nltk.downloader punkt_tab` where there is a network, and copy ~/nltk_data from there"
-            ) from error
+        raise UserError(
+            "benchmarks: ifeval needs nltk's punkt_tab, which is not here; run `python -m nltk.downloader punkt_tab`, "
+            "or do so where there is a network and copy ~/nltk_data from there"
+        ) from error
