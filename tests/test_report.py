@@ -39,6 +39,8 @@ def run_dir(tmp_path: Path) -> Path:
     values |= {"win_rate_vs_sft/low": 0.2, "win_rate_vs_sft/high": 0.31, "win_rate_vs_sft/length_controlled": 0.22}
     values |= {"win_rate_vs_sft/length_controlled/low": 0.17, "win_rate_vs_sft/length_controlled/high": 0.27}
     values |= {"benchmarks/mmlu": 0.512, "benchmarks/mmlu/standard_error": 0.01, "gold/turns-2": 1.0}
+    values |= {"benchmarks/mmlu/shots": 5.0, "benchmarks/mmlu/published": 0.561}
+    values |= {"benchmarks/ifeval": 0.4, "benchmarks/ifeval/shots": 0.0}
     key = "judge_win_rate_vs_sft"
     judged = {key: 0.6, f"{key}/low": 0.55, f"{key}/high": 0.64, f"{key}/disagreement": 0.3, f"{key}/missing": 2} | {
         f"{key}/asked": 12
@@ -143,6 +145,12 @@ def test_the_page_is_one_file_without_scripts_or_anything_from_elsewhere(run_dir
         "changes its mind with the order in 30% of pairs; no verdict on 2 of 12",
         "gold, 2 turns",
         "51.2% ± 2.0%",
+        "mmlu, 5-shot",
+        "mmlu, published",
+        "56.1%",
+        "ifeval, 0-shot",
+        "the base model reads plain text, the other models the chat format",
+        "table 17",
         "violations of safety",
         "Two <script>?",
         "2\nor so",
@@ -159,6 +167,7 @@ def test_the_same_in_markdown(run_dir: Path) -> None:
     assert "| sft | 1:01 | gold 0.6 → 1.1 | gold >= 1 |" in text and "](warp/front-reward.png)" in text
     assert "> **warp:** 2 or so" in text and "&lt;script&gt;?" in text and "3 </details>" not in text
     assert "| warp | 60.0% | 55.0 to 64.0 |  | 30.0% | 2 of 12 |" in text
+    assert "| mmlu, 5-shot | 51.2% ± 2.0% |" in text and "| ifeval, 0-shot | 40.0%" in text and "table 17" in text
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 5
     for table in tables:

@@ -56,7 +56,9 @@ def additional(models: dict[str, dict[str, float]], grader: str | None) -> dict[
     for key in keys:
         if key.startswith("benchmarks/") and not key.endswith(("/standard_error", "/shots")):
             shots = next((each[f"{key}/shots"] for each in models.values() if f"{key}/shots" in each), None)
-            words = key.removeprefix("benchmarks/").replace("/", ", ") + (f", {shots:.0f}-shot" if shots else "")
+            words = key.removeprefix("benchmarks/").replace("/", ", ") + (
+                "" if shots is None else f", {shots:.0f}-shot"
+            )
             found[words] = _cells(models, key, "{:.1%}")
     return found
 
