@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -230,7 +231,8 @@ class Comparison:
                 chats=self.names[path] != BASE,
             )
 
-        given = [args.benchmarks, args.benchmark_limit, contract.input_digest(args.benchmark_folder or "")]
+        folder = contract.input_digest(args.benchmark_folder or "")
+        given = [args.benchmarks, args.benchmark_limit, folder, version("lm_eval")]
         found = self._each(measure_one, "benchmarks.jsonl", given)
         for path, name in self.names.items():
             for task, score in published(load_config(str(path)), is_base=name == BASE).items():
