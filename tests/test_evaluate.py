@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -22,7 +23,7 @@ from transformers import (
 
 from gemma2_post import evaluate
 from gemma2_post.data.keys import Source
-from gemma2_post.evaluation import comparison, inputs, measure
+from gemma2_post.evaluation import comparison, inputs, measure, side_by_side
 from gemma2_post.evaluation.keys import CorpusArguments
 from gemma2_post.models.saving import save_model
 from gemma2_post.models.tokenizer import save_tokenizer
@@ -490,3 +491,53 @@ def test_killed_again_and_again_no_answer_is_sampled_and_no_verdict_asked_twice(
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert verdicts.total() == 2 * num_asked and set(verdicts.values()) == {1}
     assert (output.with_name("measured") / "answers.jsonl").read_bytes() == answers
+
+
+# --- side by side ---
+
+
+@pytest.mark.slow
+def test_models_answer_side_by_side_what_they_answer_alone(evaluate_recipe: Recipe, tmp_path: Path) -> None:
+    """Each model answers in one process, so the numbers do not depend on how many there are."""
+    alone = run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, evaluate_recipe)
+    kept = alone.with_name("measured") / "answers.jsonl"
+    expected = sorted(kept.read_text().splitlines())
+    models = (alone / "models.json").read_bytes()
+    kept.unlink()
+    shutil.rmtree(alone)
+    output = run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, evaluate_recipe | {"answer_processes": 2})
+    assert sorted(kept.read_text().splitlines()) == expected and len(expected) == 4
+    assert (output / "models.json").read_bytes() == models
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_answer_is_named_and_the_others_are_kept(evaluate_recipe: Recipe, tmp_path: Path) -> None:
+    broken = str(evaluate_recipe["models"][1])  # type: ignore[index]
+    weights = load_file(Path(broken) / "model.safetensors")
+    nothing = {name: torch.full_like(each, torch.nan) for name, each in weights.items()}
+    save_file(nothing, Path(broken) / "model.safetensors", metadata={"format": "pt"})
+    values = evaluate_recipe | {"answer_processes": 2}
+    with pytest.raises(UserError, match=f"{broken}: the model's probabilities are NaN or infinite"):
+        run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values)
+    lines = (tmp_path / "runs" / "measured" / "answers.jsonl").read_text().splitlines()
+    assert lines and broken not in [json.loads(line)["model"] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("visible", "num_gpus", "num_processes", "expected"),
+    [
+        (None, 8, 4, ["0,1", "2,3", "4,5", "6,7"]),
+        ("4,5,6", 3, 2, ["4", "5"]),
+        ("GPU-a,GPU-b", 2, 2, ["GPU-a", "GPU-b"]),
+        (None, 1, 3, ["0", "0", "0"]),
+        (None, 0, 2, ["", ""]),
+    ],
+)
+def test_each_process_has_its_share_of_the_gpus(
+    visible: str | None, num_gpus: int, num_processes: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert side_by_side._shares(num_processes) == expected

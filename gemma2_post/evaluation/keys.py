@@ -145,6 +145,12 @@ class AnswerArguments(EngineArguments):
     )
     batch_size: int = key(32, "Prompts answered at once.", bounds=COUNT)
     seed: int = key(0, "Seed of the sampling and of the mixture of data sets.", bounds=SEED)
+    answer_processes: int = key(
+        1,
+        "Models that answer side by side, each in a process with its share of the GPUs.",
+        effect=Effect.NONE,
+        bounds=COUNT,
+    )
 
 
 @dataclass(kw_only=True)

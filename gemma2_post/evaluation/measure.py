@@ -23,7 +23,7 @@ from gemma2_post.data.mixture import load_rows
 from gemma2_post.data.preparation import drop_too_long
 from gemma2_post.data.rows import QUESTION
 from gemma2_post.data.turns import Message
-from gemma2_post.evaluation import rewards
+from gemma2_post.evaluation import rewards, side_by_side
 from gemma2_post.evaluation.divergence import measure_divergence
 from gemma2_post.evaluation.keys import MeasureArguments
 from gemma2_post.evaluation.samples import Answer, load_graders, sample_answers
@@ -71,6 +71,7 @@ class Measurement:
         Raises:
             UserError: Data, tokenizers, graders or rewards do not fit together.
         """
+        self.settings = start, measured, log, reward_weights
         self.start, self.args, self.log, data_args = start, measured.answers, log, measured.data
         self.engine: dict[str, object] = {}
         """The version of the program that sampled, if it is not transformers; empty before it has."""
@@ -134,30 +135,38 @@ class Measurement:
         cache.parent.mkdir(exist_ok=True)
         asked = [list(self.rows["prompt"]), self.later, self.sampling, digest_of(Path(self.start))]
         keys = {path: digests.of_text(json.dumps([digest_of(path), *asked])) for path in models}
+        kept = {record["key"] for record in contract.read_lines(cache, _RECORD)}
+        missing = {path: keys[path] for path in models if keys[path] not in kept}
+        if self.args.answer_processes > 1 and len(missing) > 1:
+            side_by_side.answer(missing, self.args.answer_processes, cache, self.settings)
+        elif missing:
+            start = load(Path(self.start), self.accelerator.device)
+            for path, key in tqdm(missing.items(), desc="answers", unit="model"):
+                self.answer_one(path, key, start, cache)
         known: dict[str, Answered] = {}
         for record in contract.read_lines(cache, _RECORD):
             answers = [Answer(**answer) for answer in record["answers"]]
             known[record["key"]] = Answered(record["prompts"], answers, record["kl"], record["lengths"])
-        missing = [path for path in models if keys[path] not in known]
-        start = load(Path(self.start), self.accelerator.device) if missing else None
-        for path in tqdm(missing, desc="answers", unit="model"):
-            with located(path):
-                found = known[keys[path]] = self._answer_one(path, start)
-            record = {"key": keys[path], "model": str(path), "answers": [vars(each) for each in found.answers]}
-            contract.append_lines(cache, [vars(found) | record])
         return {path: known[keys[path]] for path in models}
 
-    def _answer_one(self, path: Path, start: PreTrainedModel) -> Answered:
-        """The answers of one model, which is freed before the next one is loaded."""
-        if self.args.engine == "transformers":
-            model = load(path, self.accelerator.device)
-            answered = self.converse(partial(self.sample, model))
-        else:
-            with self.answering(path) as sample:
-                answered = self.converse(sample)
-            model = load(path, self.accelerator.device)
-        divergences = measure_divergence(self.accelerator, model, start, answered.answers, self.args.batch_size)
-        return replace(answered, kl=[each.forward for each in divergences])
+    def answer_one(self, path: Path, key: str, start: PreTrainedModel, cache: Path) -> None:
+        """Lets one model answer, which is freed before the next one is loaded, and appends its answers to a file.
+
+        Args:
+            key: What they are kept under.
+        """
+        with located(path):
+            if self.args.engine == "transformers":
+                model = load(path, self.accelerator.device)
+                answered = self.converse(partial(self.sample, model))
+            else:
+                with self.answering(path) as sample:
+                    answered = self.converse(sample)
+                model = load(path, self.accelerator.device)
+            found = measure_divergence(self.accelerator, model, start, answered.answers, self.args.batch_size)
+            answered = replace(answered, kl=[each.forward for each in found])
+        record = {"key": key, "model": str(path), "answers": [vars(each) for each in answered.answers]}
+        contract.append_lines(cache, [vars(answered) | record])
 
     @contextmanager
     def answering(self, path: Path) -> Iterator[Sample]:
