@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from gemma2_post.data.keys import DataArguments, Source
+from gemma2_post.evaluation.answering.samples import sample_answers
+from gemma2_post.evaluation.answering.vllm_server import Server, serving
 from gemma2_post.evaluation.keys import AnswerArguments, MeasureArguments, RewardFunctionArguments, SampleArguments
 from gemma2_post.evaluation.measure import Measurement, load
-from gemma2_post.evaluation.samples import sample_answers
-from gemma2_post.evaluation.vllm_server import Server, serving
 from gemma2_post.models.loading import load_config
 from gemma2_post.models.tokenizer import load_tokenizer
 from gemma2_post.tiny.data import prompts

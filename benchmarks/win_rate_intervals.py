@@ -9,7 +9,7 @@ import numpy
 from scipy.special import expit
 from scipy.stats import norm
 
-from gemma2_post.evaluation import winrate
+from gemma2_post.evaluation.judging import winrate
 
 RATES, TIES, SIZES = (0.5, 0.8, 0.9, 0.95, 0.98), (0, 0.3), (30, 64, 128, 256, 805)
 REPEATS = 1000

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from trl import DistillationConfig, ModelConfig
 
-    from gemma2_post.evaluation.samples import Answer
+    from gemma2_post.evaluation.answering.samples import Answer
     from gemma2_post.training.run import Metrics
 
 REFUSED = {
@@ -79,8 +79,8 @@ def main(stage: Stage, recipe: Recipe) -> None:
     from trl import DistillationTrainer, get_peft_config
 
     from gemma2_post.data.preparation import check_enough, drop_too_long, split_held_out
+    from gemma2_post.evaluation.answering.samples import grade, rows_to_answer, sample_held_out
     from gemma2_post.evaluation.divergence import mean_divergences
-    from gemma2_post.evaluation.samples import grade, rows_to_answer, sample_held_out
     from gemma2_post.models.loading import load_for_training
     from gemma2_post.models.tokenizer import check_same_vocabulary, load_config_and_tokenizer
     from gemma2_post.training.run import run

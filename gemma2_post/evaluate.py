@@ -81,9 +81,9 @@ def main(stage: Stage, recipe: Recipe) -> None:
     What was measured before is kept, by what decides it.
     """
     from gemma2_post.evaluation import benchmarks, inputs
+    from gemma2_post.evaluation.answering.others import load_others
     from gemma2_post.evaluation.comparison import Comparison
     from gemma2_post.evaluation.measure import Measurement
-    from gemma2_post.evaluation.others import load_others
 
     for path in recipe.models:
         is_folder = Path(path).exists() or path.count("/") != 1
@@ -220,7 +220,7 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
     tasks.check()
     recipe.memorizing.check()
     if judging.judge_endpoint:
-        from gemma2_post.evaluation import endpoint  # a slow import
+        from gemma2_post.evaluation.answering import endpoint  # a slow import
 
         endpoint.connect(judging.judge_endpoint, judging.endpoint, endpoint.JUDGE_RETRIES)
     if recipe.reward_benchmarks and not recipe.measured.rewards.reward_model:
@@ -244,7 +244,7 @@ def metrics(recipe: Recipe) -> set[str]:
 
 
 JUDGE_BATCH, JUDGE_QUESTION = 8, 200
-"""Pairs that a judge reads at once, and the tokens of its question without them (`evaluation/judge.py`)."""
+"""Pairs that a judge reads at once, and the tokens of its question without them (`evaluation/judging/judge.py`)."""
 
 MEMORISED = 50, 50
 """Tokens of the corpus that a model reads and continues (`evaluation/memorisation.py`)."""

@@ -13,9 +13,9 @@ from gemma2_post.data.labeled_pairs import LABELED_PAIR
 from gemma2_post.data.sources import no_rows, rows_of
 from gemma2_post.data.turns import InvalidRow
 from gemma2_post.evaluation.inputs import load_judge
-from gemma2_post.evaluation.judge_quality import LabeledPair, Quality, Rate, by_group, quality
+from gemma2_post.evaluation.judging.judge_quality import LabeledPair, Quality, Rate, by_group, quality
+from gemma2_post.evaluation.judging.rubrics import comparison
 from gemma2_post.evaluation.keys import JudgeArguments
-from gemma2_post.evaluation.rubrics import comparison
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
 

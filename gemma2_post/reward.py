@@ -71,8 +71,8 @@ def main(stage: Stage, recipe: Recipe) -> None:
 
     from gemma2_post.data.preparation import balance_turns, check_enough, drop_too_long, split_held_out
     from gemma2_post.evaluation import policies
+    from gemma2_post.evaluation.answering.samples import rows_to_answer
     from gemma2_post.evaluation.pairs import measure_pairs, plot_pairs
-    from gemma2_post.evaluation.samples import rows_to_answer
     from gemma2_post.models import reward_model
     from gemma2_post.models.tokenizer import load_config_and_tokenizer
     from gemma2_post.training.run import run

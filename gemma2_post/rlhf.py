@@ -79,8 +79,8 @@ def main(stage: Stage, recipe: Recipe) -> None:
     from trl import RLOOTrainer
 
     from gemma2_post.data.preparation import check_enough, drop_too_long, split_held_out
+    from gemma2_post.evaluation.answering.samples import rows_to_answer
     from gemma2_post.evaluation.rewards import ModelReward, load_reward_functions
-    from gemma2_post.evaluation.samples import rows_to_answer
     from gemma2_post.models.tokenizer import load_config_and_tokenizer
     from gemma2_post.training.checkpoints import TRAINER_FILE
     from gemma2_post.training.policy import load_policy, models_beside, prepare_frozen, save_anchor

@@ -57,7 +57,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     from trl import SFTTrainer, get_peft_config
 
     from gemma2_post.data.preparation import check_enough, drop_too_long, split_held_out
-    from gemma2_post.evaluation.samples import grade, rows_to_answer, sample_held_out
+    from gemma2_post.evaluation.answering.samples import grade, rows_to_answer, sample_held_out
     from gemma2_post.models.loading import load_for_training
     from gemma2_post.models.tokenizer import load_config_and_tokenizer
     from gemma2_post.training.run import run

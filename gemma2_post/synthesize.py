@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from trl import ModelConfig
 
-    from gemma2_post.evaluation.teacher import Job
+    from gemma2_post.evaluation.answering.teacher import Job
 
 REFUSED = dict.fromkeys(
     ["held_out_datasets", "held_out_share"], "every prompt is answered; give sft the rows to hold out"
@@ -71,9 +71,9 @@ def main(stage: Stage, recipe: Recipe) -> None:
     from gemma2_post.data.mixture import load_rows
     from gemma2_post.data.preparation import drop_too_long
     from gemma2_post.data.selection import candidates_of, select, write_rows
-    from gemma2_post.evaluation import endpoint
-    from gemma2_post.evaluation.teacher import ask_endpoint, ask_model, ask_vllm, load_rewards
-    from gemma2_post.evaluation.vllm_server import check_program
+    from gemma2_post.evaluation.answering import endpoint
+    from gemma2_post.evaluation.answering.teacher import ask_endpoint, ask_model, ask_vllm, load_rewards
+    from gemma2_post.evaluation.answering.vllm_server import check_program
     from gemma2_post.models.tokenizer import load_config_and_tokenizer
 
     args, data_args = recipe.synthesis, recipe.data

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from torch.distributions import Categorical, kl_divergence
 from transformers import AutoModelForCausalLM, Gemma2ForCausalLM, PreTrainedTokenizerBase
 
+from gemma2_post.evaluation.answering.samples import Answer
 from gemma2_post.evaluation.divergence import Divergence, measure_divergence, token_kl
-from gemma2_post.evaluation.samples import Answer
 from tests.conftest import random_model
 
 PROMPT_IDS = [[2, 106, 500, 501], [2, 600], [2, 106, 700, 701, 702, 703, 704, 705, 706, 707], [2, 800]]

@@ -10,11 +10,11 @@ from datasets import Dataset
 
 from gemma2_post.data.functions import load_function, load_grader
 from gemma2_post.data.selection import Candidate
+from gemma2_post.evaluation.answering.samples import load_graders
+from gemma2_post.evaluation.answering.teacher import load_rewards
 from gemma2_post.evaluation.keys import EndpointArguments, RewardFunctionArguments, SampleArguments, SynthesisArguments
 from gemma2_post.evaluation.policies import noise_ceiling_of
 from gemma2_post.evaluation.rewards import load_reward_functions
-from gemma2_post.evaluation.samples import load_graders
-from gemma2_post.evaluation.teacher import load_rewards
 from gemma2_post.stage.errors import UserError
 
 PROMPTS = [[{"role": "user", "content": "Hi"}]] * 3

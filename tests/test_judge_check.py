@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy
 import pytest
 
-from gemma2_post.evaluation.judge_quality import LabeledPair, by_group, quality
+from gemma2_post.evaluation.judging.judge_quality import LabeledPair, by_group, quality
+from gemma2_post.evaluation.judging.verdicts import Verdict
 from gemma2_post.evaluation.keys import EndpointArguments, JudgeArguments
-from gemma2_post.evaluation.verdicts import Verdict
 from gemma2_post.judge_check import judge_check, read_pairs
 from gemma2_post.stage.errors import UserError
 from tests.conftest import TEACHER

@@ -12,12 +12,12 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from gemma2_post import evaluate
-from gemma2_post.evaluation.judge import Judge, Reply
+from gemma2_post.evaluation.judging.judge import Judge, Reply
+from gemma2_post.evaluation.judging.rubrics import Question
+from gemma2_post.evaluation.judging.verdicts import Verdict, grade
+from gemma2_post.evaluation.judging.winrate import mean_interval, pooled_rate
 from gemma2_post.evaluation.protocols import alpaca_eval, arena_hard, mt_bench
 from gemma2_post.evaluation.protocols.outputs import read_outputs
-from gemma2_post.evaluation.rubrics import Question
-from gemma2_post.evaluation.verdicts import Verdict, grade
-from gemma2_post.evaluation.winrate import mean_interval, pooled_rate
 from gemma2_post.report import models as reported
 from gemma2_post.stage.errors import UserError
 from gemma2_post.tiny.data import prompts

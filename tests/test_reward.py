@@ -25,8 +25,8 @@ from transformers import (
 from trl import RewardTrainer
 
 from gemma2_post import reward
+from gemma2_post.evaluation.answering.samples import sample_answers
 from gemma2_post.evaluation.pairs import ScoredPair, measure_pairs, rank_correlation, rank_correlation_ceiling
-from gemma2_post.evaluation.samples import sample_answers
 from gemma2_post.models import reward_model
 from gemma2_post.models.saving import save_model
 from gemma2_post.models.templates import INFERENCE_TEMPLATE

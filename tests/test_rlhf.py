@@ -15,7 +15,7 @@ from trl import RLOOTrainer
 
 from gemma2_post import rlhf
 from gemma2_post.evaluation import rewards
-from gemma2_post.evaluation.samples import Answer, distinctness
+from gemma2_post.evaluation.answering.samples import Answer, distinctness
 from gemma2_post.models.loading import load_for_training
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from gemma2_post.evaluation.samples import Answer, grade, sample_answers
+from gemma2_post.evaluation.answering.samples import Answer, grade, sample_answers
 from gemma2_post.models.tokens import PAD, STOP_TOKEN_IDS
 from tests.conftest import TEACHER
 

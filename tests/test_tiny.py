@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 
 from gemma2_post.data.rows import check_messages
-from gemma2_post.evaluation.samples import grade, sample_answers
+from gemma2_post.evaluation.answering.samples import grade, sample_answers
 from gemma2_post.models.tokens import END_OF_TURN
 from gemma2_post.stage.errors import UserError
 from gemma2_post.tiny import data, gold, world

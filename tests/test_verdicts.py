@@ -2,7 +2,7 @@
 
 import pytest
 
-from gemma2_post.evaluation.verdicts import STRONG, Verdict, is_violation, verdict
+from gemma2_post.evaluation.judging.verdicts import STRONG, Verdict, is_violation, verdict
 
 A, B, TIE = Verdict(1.0), Verdict(0.0), Verdict(0.5)
 READ = {

@@ -16,10 +16,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gemma2_post import evaluate
-from gemma2_post.evaluation import vllm_server
+from gemma2_post.evaluation.answering import vllm_server
+from gemma2_post.evaluation.answering.samples import sample_answers
+from gemma2_post.evaluation.answering.vllm_server import Server, serving
 from gemma2_post.evaluation.measure import load
-from gemma2_post.evaluation.samples import sample_answers
-from gemma2_post.evaluation.vllm_server import Server, serving
 from gemma2_post.models.loading import load_config
 from gemma2_post.models.tokens import STOP_TOKEN_IDS
 from gemma2_post.stage.errors import UserError

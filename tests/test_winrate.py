@@ -11,16 +11,14 @@ from datasets import Dataset
 from scipy.stats import norm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from gemma2_post.evaluation import endpoint
-from gemma2_post.evaluation import judge as judging
+from gemma2_post.evaluation.answering import endpoint
+from gemma2_post.evaluation.answering.samples import Answer
 from gemma2_post.evaluation.comparison import Comparison
-from gemma2_post.evaluation.judge import Judge, Refusal, Reply, ask_endpoint, ask_model, summarize
-from gemma2_post.evaluation.keys import AnswerArguments, EndpointArguments
-from gemma2_post.evaluation.measure import Answered, Measurement
-from gemma2_post.evaluation.rubrics import comparison
-from gemma2_post.evaluation.samples import Answer
-from gemma2_post.evaluation.verdicts import Verdict
-from gemma2_post.evaluation.winrate import (
+from gemma2_post.evaluation.judging import judge as judging
+from gemma2_post.evaluation.judging.judge import Judge, Refusal, Reply, ask_endpoint, ask_model, summarize
+from gemma2_post.evaluation.judging.rubrics import comparison
+from gemma2_post.evaluation.judging.verdicts import Verdict
+from gemma2_post.evaluation.judging.winrate import (
     LEAST_OVERLAP,
     difference,
     length_controlled,
@@ -28,6 +26,8 @@ from gemma2_post.evaluation.winrate import (
     win_rate,
     wins_by,
 )
+from gemma2_post.evaluation.keys import AnswerArguments, EndpointArguments
+from gemma2_post.evaluation.measure import Answered, Measurement
 from gemma2_post.stage.errors import UserError, located
 from tests.conftest import TEACHER
 from tests.test_synthesize import completion, serve

@@ -15,7 +15,9 @@ from datasets import Dataset
 
 from gemma2_post.data.turns import Message
 from gemma2_post.evaluation import benchmarks, reward_benchmarks
-from gemma2_post.evaluation.judge import Judge
+from gemma2_post.evaluation.answering.samples import distinctness
+from gemma2_post.evaluation.judging.judge import Judge
+from gemma2_post.evaluation.judging.winrate import difference, rate_interval, versus, wins_by
 from gemma2_post.evaluation.keys import BenchmarkArguments
 from gemma2_post.evaluation.measure import Answered, Measurement, Sample, converse, digest_of, load, summarize
 from gemma2_post.evaluation.memorisation import memorised
@@ -26,8 +28,6 @@ from gemma2_post.evaluation.protocols.mt_bench import MTBench
 from gemma2_post.evaluation.protocols.outputs import Outputs, key_of
 from gemma2_post.evaluation.published import published
 from gemma2_post.evaluation.reward_benchmarks import Ranked
-from gemma2_post.evaluation.samples import distinctness
-from gemma2_post.evaluation.winrate import difference, rate_interval, versus, wins_by
 from gemma2_post.models.loading import load_config
 from gemma2_post.stage import contract, digests
 

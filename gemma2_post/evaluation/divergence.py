@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from transformers import Trainer
 
-from gemma2_post.evaluation.samples import Answer, evaluating, gather_rows, share_of
+from gemma2_post.evaluation.answering.samples import Answer, evaluating, gather_rows, share_of
 from gemma2_post.models.tokens import PAD
 
 

@@ -12,9 +12,9 @@ from gemma2_post.data.preparation import drop_ties, drop_too_long
 from gemma2_post.data.ranked import RANKED
 from gemma2_post.data.rows import PROMPT
 from gemma2_post.data.turns import Message
-from gemma2_post.evaluation import endpoint
+from gemma2_post.evaluation.answering import endpoint
 from gemma2_post.evaluation.comparison import Protocol
-from gemma2_post.evaluation.judge import Judge, ask_endpoint, ask_model
+from gemma2_post.evaluation.judging.judge import Judge, ask_endpoint, ask_model
 from gemma2_post.evaluation.keys import CorpusArguments, JudgeArguments, ProtocolArguments
 from gemma2_post.evaluation.measure import Measurement, load
 from gemma2_post.evaluation.memorisation import CONTINUATION, PREFIX, windows

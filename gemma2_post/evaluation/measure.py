@@ -12,6 +12,7 @@ from functools import partial
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,11 +24,12 @@ from gemma2_post.data.mixture import load_rows
 from gemma2_post.data.preparation import drop_too_long
 from gemma2_post.data.rows import QUESTION
 from gemma2_post.data.turns import Message
-from gemma2_post.evaluation import rewards, side_by_side
+from gemma2_post.evaluation import rewards
+from gemma2_post.evaluation.answering import side_by_side
+from gemma2_post.evaluation.answering.samples import Answer, load_graders, sample_answers
+from gemma2_post.evaluation.answering.vllm_server import Server, check_program, serving
 from gemma2_post.evaluation.divergence import measure_divergence
 from gemma2_post.evaluation.keys import MeasureArguments
-from gemma2_post.evaluation.samples import Answer, load_graders, sample_answers
-from gemma2_post.evaluation.vllm_server import Server, check_program, serving
 from gemma2_post.models.arguments import check_prompt_length
 from gemma2_post.models.loading import frozen_arguments, load_config, load_model
 from gemma2_post.models.tokenizer import load_tokenizer
@@ -138,7 +140,7 @@ class Measurement:
         kept = {record["key"] for record in contract.read_lines(cache, _RECORD)}
         missing = {path: keys[path] for path in models if keys[path] not in kept}
         if self.args.answer_processes > 1 and len(missing) > 1:
-            side_by_side.answer(missing, self.args.answer_processes, cache, self.settings)
+            side_by_side.answer(missing, self.args.answer_processes, partial(_begin, cache, *self.settings))
         elif missing:
             start = load(Path(self.start), self.accelerator.device)
             for path, key in tqdm(missing.items(), desc="answers", unit="model"):
@@ -236,6 +238,13 @@ class Measurement:
             "stop_rate": [float(answer.stopped) for answer in answered.answers],
             "mean_tokens": [float(answer.num_tokens) for answer in answered.answers],
         }
+
+
+def _begin(cache: Path, *settings: Any) -> side_by_side.Answer:
+    """Begins to measure in a process beside others; the settings are those of `Measurement`."""
+    measurement = Measurement(*settings)
+    start = load(Path(measurement.start), measurement.accelerator.device)
+    return lambda path, key: measurement.answer_one(path, key, start, cache)
 
 
 def converse(

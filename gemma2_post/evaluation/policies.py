@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from gemma2_post.data.functions import call, finite, load_function
 from gemma2_post.data.turns import Message
+from gemma2_post.evaluation.answering.samples import Answer, Grader, gather_rows, sample_answers, share_of
 from gemma2_post.evaluation.pairs import ScoredPair, rank_correlation, rank_correlation_ceiling
-from gemma2_post.evaluation.samples import Answer, Grader, gather_rows, sample_answers, share_of
 from gemma2_post.models import reward_model
 from gemma2_post.models.loading import frozen_arguments, load_config, load_model, unsharded
 from gemma2_post.models.tokenizer import load_tokenizer, tokenizer_digest

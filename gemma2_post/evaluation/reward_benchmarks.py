@@ -18,7 +18,7 @@ from statistics import mean
 
 import numpy
 
-from gemma2_post.evaluation.winrate import rate_interval
+from gemma2_post.evaluation.judging.winrate import rate_interval
 
 FIRST, SECOND, OWN = "reward_bench", "reward_bench_2", "pairs"
 """Benchmarks, as their metrics begin."""

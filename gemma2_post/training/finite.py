@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gemma2_post.evaluation.samples import NoProbabilityError, finite_probabilities
+from gemma2_post.evaluation.answering.samples import NoProbabilityError, finite_probabilities
 from gemma2_post.stage.errors import OneProcessError, UserError
 from gemma2_post.training.checkpoints import TRAINER_FILE, what_is_left
 

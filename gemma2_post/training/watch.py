@@ -12,10 +12,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from trl.trainer.utils import use_adapter
 
+from gemma2_post.evaluation.answering.samples import (
+    Answer,
+    Grader,
+    distinctness,
+    gather_rows,
+    grade,
+    sample_held_out,
+    share_of,
+)
 from gemma2_post.evaluation.divergence import measure_divergence
 from gemma2_post.evaluation.keys import WatchArguments
 from gemma2_post.evaluation.rewards import values_of, weighted
-from gemma2_post.evaluation.samples import Answer, Grader, distinctness, gather_rows, grade, sample_held_out, share_of
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
 from gemma2_post.training import trackers

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma2_post.data.files import read_file
-from gemma2_post.evaluation.judge import Judge
+from gemma2_post.evaluation.judging.judge import Judge
 from gemma2_post.evaluation.protocols.questions import Questions, file_name
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError

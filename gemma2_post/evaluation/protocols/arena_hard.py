@@ -16,11 +16,11 @@ from typing import Any
 import yaml
 
 from gemma2_post.data.turns import Message
-from gemma2_post.evaluation.judge import Both, Judge
+from gemma2_post.evaluation.judging.judge import Both, Judge
+from gemma2_post.evaluation.judging.rubrics import Question, much_better
+from gemma2_post.evaluation.judging.winrate import pooled_rate
 from gemma2_post.evaluation.protocols.outputs import text_of
 from gemma2_post.evaluation.protocols.questions import Questions, file_name, read_answers, read_questions, write_lines
-from gemma2_post.evaluation.rubrics import Question, much_better
-from gemma2_post.evaluation.winrate import pooled_rate
 from gemma2_post.stage.errors import UserError
 
 NAME = "arena_hard"

@@ -18,10 +18,10 @@ from typing import Any
 from gemma2_post.data.files import read_file
 from gemma2_post.data.labeled_pairs import quoting
 from gemma2_post.data.turns import Message
-from gemma2_post.evaluation.judge import Both, Judge
+from gemma2_post.evaluation.judging.judge import Both, Judge
+from gemma2_post.evaluation.judging.rubrics import Question, comparison, grading
+from gemma2_post.evaluation.judging.winrate import mean_interval, rate_interval
 from gemma2_post.evaluation.protocols.questions import Questions, file_name, read_answers, read_questions, write_lines
-from gemma2_post.evaluation.rubrics import Question, comparison, grading
-from gemma2_post.evaluation.winrate import mean_interval, rate_interval
 from gemma2_post.stage.errors import UserError
 
 NAME = "mt_bench"

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gemma2_post.data.turns import Message
-from gemma2_post.evaluation.samples import Answer
+from gemma2_post.evaluation.answering.samples import Answer
 from gemma2_post.models.tokens import STOP_TOKEN_IDS
 from gemma2_post.stage.errors import UserError
 

@@ -14,10 +14,10 @@ from trl import ModelConfig
 from gemma2_post.data.functions import load_grader
 from gemma2_post.data.selection import Candidate
 from gemma2_post.data.turns import Message
-from gemma2_post.evaluation.endpoint import Completion, Endpoint, RefusedError, Request
+from gemma2_post.evaluation.answering.endpoint import Completion, Endpoint, RefusedError, Request
+from gemma2_post.evaluation.answering.samples import Answer, sample_answers
+from gemma2_post.evaluation.answering.vllm_server import Server, serving
 from gemma2_post.evaluation.keys import SynthesisArguments
-from gemma2_post.evaluation.samples import Answer, sample_answers
-from gemma2_post.evaluation.vllm_server import Server, serving
 from gemma2_post.models import reward_model
 from gemma2_post.models.loading import load_config, load_model
 

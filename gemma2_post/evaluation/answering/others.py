@@ -16,11 +16,11 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma2_post.data.turns import Message
-from gemma2_post.evaluation import endpoint
-from gemma2_post.evaluation.endpoint import Completion, Endpoint, RefusedError, Request
+from gemma2_post.evaluation.answering import endpoint
+from gemma2_post.evaluation.answering.endpoint import Completion, Endpoint, RefusedError, Request
+from gemma2_post.evaluation.answering.samples import Answer, sample_answers
 from gemma2_post.evaluation.keys import EndpointArguments, OtherArguments, OtherModel
 from gemma2_post.evaluation.measure import Measurement, Sample, as_answer, digest_of
-from gemma2_post.evaluation.samples import Answer, sample_answers
 from gemma2_post.stage import contract, digests
 from gemma2_post.stage.errors import UserError, located
 

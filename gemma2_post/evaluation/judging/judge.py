@@ -13,11 +13,11 @@ from typing import TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gemma2_post.data.turns import Message, fold_system
-from gemma2_post.evaluation.endpoint import Completion, Endpoint, RefusedError, Request
-from gemma2_post.evaluation.rubrics import Question, comparison, safety
-from gemma2_post.evaluation.samples import sample_answers
-from gemma2_post.evaluation.verdicts import Verdict, grade, is_violation, verdict
-from gemma2_post.evaluation.winrate import versus
+from gemma2_post.evaluation.answering.endpoint import Completion, Endpoint, RefusedError, Request
+from gemma2_post.evaluation.answering.samples import sample_answers
+from gemma2_post.evaluation.judging.rubrics import Question, comparison, safety
+from gemma2_post.evaluation.judging.verdicts import Verdict, grade, is_violation, verdict
+from gemma2_post.evaluation.judging.winrate import versus
 from gemma2_post.stage import contract, digests
 from gemma2_post.stage.errors import UserError
 

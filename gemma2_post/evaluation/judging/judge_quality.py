@@ -4,8 +4,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from statistics import mean
 
-from gemma2_post.evaluation.judge import Both
-from gemma2_post.evaluation.winrate import difference, rate_interval
+from gemma2_post.evaluation.judging.judge import Both
+from gemma2_post.evaluation.judging.winrate import difference, rate_interval
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Models that answer side by side: processes take one model after the other, each with its share of the GPUs.
+"""Models that answer side by side: processes take one after the other, each with its share of the GPUs.
 
 A model answers in one process, so its answers do not depend on the number of processes.
 """
@@ -7,10 +7,10 @@ import ctypes
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -18,19 +18,18 @@ from tqdm import tqdm
 from gemma2_post.stage.digests import num_cores
 from gemma2_post.stage.quiet import silence_libraries
 
-if TYPE_CHECKING:
-    from gemma2_post.evaluation.measure import Measurement
-
+Answer = Callable[[Path, str], None]
+"""Lets a model answer, and keeps its answers under a key."""
 _DIES_WITH_PARENT = 1
 """`PR_SET_PDEATHSIG` of Linux's prctl."""
 
 
-def answer(keys: dict[Path, str], num_processes: int, cache: Path, settings: tuple[Any, ...]) -> None:
-    """Lets models answer, and appends the answers of each to a file.
+def answer(keys: dict[Path, str], num_processes: int, begin: Callable[[], Answer]) -> None:
+    """Lets models answer.
 
     Args:
         keys: What the answers of each model are kept under.
-        settings: The arguments of `Measurement`.
+        begin: Called once in each process, which imports it; returns what answers there.
 
     Raises:
         UserError: A model cannot be used; the other processes finish theirs.
@@ -38,9 +37,9 @@ def answer(keys: dict[Path, str], num_processes: int, cache: Path, settings: tup
     context = multiprocessing.get_context("spawn")  # a fork cannot use CUDA
     shares: Queue[str] = context.Queue()
     num_processes = min(num_processes, len(keys))
-    for share in _shares(num_processes):
+    for share in shares_of(num_processes):
         shares.put(share)
-    with ProcessPoolExecutor(num_processes, context, _begin, (shares, num_processes, cache, settings)) as pool:
+    with ProcessPoolExecutor(num_processes, context, _begin, (shares, num_processes, begin)) as pool:
         asked = [pool.submit(_answer, path, key) for path, key in keys.items()]
         try:
             for each in tqdm(as_completed(asked), desc="answers", unit="model", total=len(asked)):
@@ -49,7 +48,7 @@ def answer(keys: dict[Path, str], num_processes: int, cache: Path, settings: tup
             pool.shutdown(cancel_futures=True)
 
 
-def _shares(num_processes: int) -> list[str]:
+def shares_of(num_processes: int) -> list[str]:
     """For each process, the GPUs that it sees, as `CUDA_VISIBLE_DEVICES` names them."""
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
@@ -61,23 +60,18 @@ def _shares(num_processes: int) -> list[str]:
 
 # --- in the other processes ---
 
-_measurement: "Measurement"
-_start: Any
-_cache: Path
+_answer_here: Answer
 
 
-def _begin(shares: "Queue[str]", num_processes: int, cache: Path, settings: tuple[Any, ...]) -> None:
-    global _measurement, _start, _cache
+def _begin(shares: "Queue[str]", num_processes: int, begin: Callable[[], Answer]) -> None:
+    global _answer_here
     ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
     if share := shares.get():
         os.environ["CUDA_VISIBLE_DEVICES"] = share
     torch.set_num_threads(max(1, num_cores() // num_processes))
     silence_libraries()
-    from gemma2_post.evaluation.measure import Measurement, load
-
-    _measurement, _cache = Measurement(*settings), cache
-    _start = load(Path(_measurement.start), _measurement.accelerator.device)
+    _answer_here = begin()
 
 
 def _answer(path: Path, key: str) -> None:
-    _measurement.answer_one(path, key, _start, _cache)
+    _answer_here(path, key)

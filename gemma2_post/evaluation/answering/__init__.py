@@ -1,0 +1,1 @@
+"""How models answer: here, behind an endpoint, by vLLM, side by side."""
