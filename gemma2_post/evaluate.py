@@ -266,7 +266,7 @@ def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
 
 def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
     """Every model's answers; the base model's are as long as they may be. `safety_datasets`, protocols,
-    and benchmarks, whose sizes are not known, are not counted."""
+    benchmarks, and what `others` do, whose sizes are not known, are not counted."""
     recipe, measured = checked.recipe, checked.recipe.measured
     config, compute = checked.models["init"], measuring.compute_of(checked)
     assert config is not None, "the planner asks only about models whose shapes it knows"

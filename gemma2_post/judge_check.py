@@ -17,6 +17,7 @@ from gemma2_post.evaluation.judging.judge_quality import LabeledPair, Quality, R
 from gemma2_post.evaluation.judging.rubrics import comparison
 from gemma2_post.evaluation.keys import JudgeArguments
 from gemma2_post.stage import contract
+from gemma2_post.stage.bounds import COUNT
 from gemma2_post.stage.errors import UserError
 
 _FIGURES = {
@@ -41,6 +42,10 @@ def judge_check(path: str, args: JudgeArguments, limit: int | None, file: Path) 
     Raises:
         UserError: The pairs cannot be read, or the judge cannot be asked.
     """
+    counts = {"--limit": 1 if limit is None else limit, "--judge_max_tokens": args.judge_max_tokens}
+    for name, value in (counts | {"--concurrency": args.endpoint.concurrency}).items():
+        if problem := COUNT.problem(value):
+            raise UserError(f"{name} {problem}")
     args.check()
     pairs = read_pairs(path)[:limit]
     judge = load_judge(args, file.with_suffix(".judgments.jsonl"))

@@ -157,6 +157,12 @@ def test_a_judge_is_asked_in_both_orders_once_and_its_cost_is_counted(
     assert len(server.requests) == num_asked
 
 
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_that_is_no_number_of_pairs_is_refused(limit: int, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"--limit is {limit}"):
+        judge_check(str(tmp_path / "pairs.json"), JudgeArguments(judge="j"), limit, tmp_path / "check.json")
+
+
 @pytest.mark.slow
 def test_the_command_measures_a_local_judge(tmp_path: Path) -> None:
     rows = [{"input": "What is 3 plus 5?", "output_1": "It is 8.", "output_2": "It is 2.", "label": 1}]
