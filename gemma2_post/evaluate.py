@@ -208,7 +208,10 @@ def names_of(recipe: Recipe) -> dict[Path, str]:
 
 def check(recipe: Recipe, launcher: Launcher) -> None:
     if launcher.num_processes > 1:
-        raise UserError("evaluate is one process; start it with accelerate_configs/single_gpu.yaml or cpu.yaml")
+        raise UserError(
+            "evaluate is one process; start it with accelerate_configs/single_gpu.yaml or cpu.yaml, and let models answer "
+            "side by side with answer_processes"
+        )
     judging, tasks = recipe.judging, recipe.benchmarks
     if tasks.benchmarks:
         from gemma2_post.evaluation import benchmarks  # a slow import

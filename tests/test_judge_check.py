@@ -160,7 +160,12 @@ def test_a_judge_is_asked_in_both_orders_once_and_its_cost_is_counted(
 @pytest.mark.parametrize("limit", [0, -1])
 def test_a_limit_that_is_no_number_of_pairs_is_refused(limit: int, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"--limit is {limit}"):
-        judge_check(str(tmp_path / "pairs.json"), JudgeArguments(judge="j"), limit, tmp_path / "check.json")
+        judge_check(
+            str(tmp_path / "pairs.json"),
+            JudgeArguments(judge="j", endpoint=EndpointArguments()),
+            limit,
+            tmp_path / "check.json",
+        )
 
 
 @pytest.mark.slow
