@@ -209,8 +209,8 @@ def names_of(recipe: Recipe) -> dict[Path, str]:
 def check(recipe: Recipe, launcher: Launcher) -> None:
     if launcher.num_processes > 1:
         raise UserError(
-            "evaluate is one process; start it with accelerate_configs/single_gpu.yaml or cpu.yaml, and let models answer "
-            "side by side with answer_processes"
+            "evaluate is one process; start it with accelerate_configs/single_gpu.yaml or cpu.yaml, and let models "
+            "answer side by side with answer_processes"
         )
     judging, tasks = recipe.judging, recipe.benchmarks
     if tasks.benchmarks:

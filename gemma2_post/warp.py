@@ -71,8 +71,8 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
         raise UserError(f"compare_with names {args.interpolation}, which is the interpolation itself; name another")
     if launcher.num_processes > 1:
         raise UserError(
-            "warp is one process; start it with accelerate_configs/single_gpu.yaml or cpu.yaml, and let the points of its "
-            "front answer side by side with answer_processes"
+            "warp is one process; start it with accelerate_configs/single_gpu.yaml or cpu.yaml, and let the points of "
+            "its front answer side by side with answer_processes"
         )
     if recipe.release:
         if recipe.release.kl_budget is not None and 0 not in args.etas:
