@@ -403,8 +403,22 @@ def test_outputs_that_answer_only_some_prompts_are_refused(
     given = json.loads((tmp_path / "model_outputs.json").read_text())
     (tmp_path / "model_outputs.json").write_text(json.dumps(given[:3]))
     values = judged_recipe | {"judge_endpoint": serve(pytest.fail).url}
-    with pytest.raises(UserError, match=r"outputs of gpt answer \d+ of 12 questions of \w+; add the others"):
+    match = r"outputs of gpt answer \d of 12 questions of datasets, .* of alpaca_eval; give answers to all"
+    with pytest.raises(UserError, match=match):
         run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values)
+
+
+@pytest.mark.slow
+def test_outputs_for_a_protocol_may_share_some_prompts_with_the_test_set(
+    judged_recipe: Recipe, tmp_path: Path, serve: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("model_outputs.json", "baseline.json"):
+        (tmp_path / name).write_text(json.dumps(json.loads((tmp_path / name).read_text())[:3]))
+    values = judged_recipe | {"judge_endpoint": serve(lambda _: completion("[[tie]]")).url, "mt_bench": None}
+    output = run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values)
+    models = json.loads((output / "models.json").read_text())
+    assert models["gpt"].keys() >= {"alpaca_eval_win_rate_vs_davinci"} and "reward" not in models["gpt"]
+    assert re.search(r"outputs of gpt answer \d of 12 questions of datasets, and are left out there", caplog.text)
 
 
 def test_a_strong_verdict_is_three_battles() -> None:

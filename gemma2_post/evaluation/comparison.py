@@ -25,7 +25,7 @@ from gemma2_post.evaluation.pairs import wilson_interval
 from gemma2_post.evaluation.protocols.alpaca_eval import AlpacaEval
 from gemma2_post.evaluation.protocols.arena_hard import ArenaHard
 from gemma2_post.evaluation.protocols.mt_bench import MTBench
-from gemma2_post.evaluation.protocols.outputs import Outputs, key_of
+from gemma2_post.evaluation.protocols.outputs import Outputs, complete, key_of
 from gemma2_post.evaluation.published import published
 from gemma2_post.evaluation.reward_benchmarks import Ranked
 from gemma2_post.models.loading import load_config
@@ -61,7 +61,7 @@ class Comparison:
         by_path = self.measurement.answer(list(self.names), self.kept / "answers.jsonl")
         ours = {name: by_path[path] for path, name in self.names.items()}
         keys = [key_of(prompt) for prompt in self.measurement.rows["prompt"]]
-        given = {each.name: each.answers_to(keys) for each in self.outputs}
+        given = {each.name: complete(each.answers_to(keys)) for each in self.outputs}
         theirs = {
             name: self.measurement.given([turns[0] for turns in answers]) for name, answers in given.items() if answers
         }
@@ -84,7 +84,7 @@ class Comparison:
             return [[each.text for each in turns] for turns in answers]
 
         ours = self._each(answer, "conversations.jsonl", [asked.turns, asked.temperatures, measurement.sampling])
-        given = {each.name: asked.answers_of(each) for each in self.outputs}
+        given = {each.name: complete(asked.answers_of(each)) for each in self.outputs}
         theirs = {name: answers for name, answers in given.items() if answers}
         said = with_outputs(ours, theirs | {name: talk(sample) for name, sample in self.others.items()})
         protocol.write_answers(folder / asked.protocol, said)

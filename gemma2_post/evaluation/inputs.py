@@ -1,5 +1,6 @@
 """What an evaluation reads before models answer: judge, protocols, other models' answers, prompts, and a corpus."""
 
+import logging
 from functools import cache, partial
 from pathlib import Path
 
@@ -19,11 +20,13 @@ from gemma2_post.evaluation.keys import CorpusArguments, JudgeArguments, Protoco
 from gemma2_post.evaluation.measure import Measurement, load
 from gemma2_post.evaluation.memorisation import CONTINUATION, PREFIX, windows
 from gemma2_post.evaluation.protocols import alpaca_eval, arena_hard, mt_bench
-from gemma2_post.evaluation.protocols.outputs import Outputs, key_of, read_outputs
+from gemma2_post.evaluation.protocols.outputs import Outputs, complete, key_of, read_outputs
 from gemma2_post.models.loading import load_config
 from gemma2_post.models.tokenizer import load_tokenizer, render
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def load_judge(args: JudgeArguments, replies: Path) -> Judge | None:
@@ -79,15 +82,23 @@ def load_outputs(
     for i, each in enumerate(found):
         if each.name in [*names, *(other.name for other in found[:i])]:
             raise UserError(f"outputs: two models are called {each.name}; change the generator in one of the files")
-        answered = [bool(each.answers_to(keys)), *(bool(one.questions.answers_of(each)) for one in protocols)]
-        if answered[0] and any(measurement.later):
+        sets = {"datasets": each.answers_to(keys)}
+        sets |= {one.questions.protocol: one.questions.answers_of(each) for one in protocols}
+        counts = {
+            what: f"{len(answers) - answers.count(None)} of {len(answers)} questions of {what}"
+            for what, answers in sets.items()
+        }
+        partly = [counts[what] for what, answers in sets.items() if not complete(answers) and any(answers)]
+        if not any(map(complete, sets.values())):
+            answered = ", ".join(partly) or f"no question of {', '.join(sets)}"
+            raise UserError(f"outputs of {each.name} answer {answered}; give answers to all questions of one of them")
+        if complete(sets["datasets"]) and any(measurement.later):
             raise UserError(
                 f"outputs of {each.name} hold one answer to each prompt, and datasets has questions of several turns; "
                 "leave out one of the two"
             )
-        if not any(answered):
-            asked = ", ".join(["datasets", *(one.questions.protocol for one in protocols)])
-            raise UserError(f"outputs of {each.name} answer no question of {asked}; give answers to these")
+        if partly:
+            logger.warning("outputs of %s answer %s, and are left out there", each.name, ", ".join(partly))
     return found
 
 

@@ -22,29 +22,22 @@ class Outputs:
     by_id: dict[str, list[str]]
     """The answers to each question, one for each of the user's turns, by the question's id."""
 
-    def answers_to(self, keys: list[str], ids: list[str] | None = None, what: str = "datasets") -> list[list[str]]:
-        """The answers to these prompts, by turn; none if the file has no answer to any of them.
+    def answers_to(self, keys: list[str], ids: list[str] | None = None) -> list[list[str] | None]:
+        """The answers to these prompts, by turn; None for a prompt without one.
 
         Args:
             keys: `key_of` each prompt.
             ids: The questions' ids, if they have any.
-            what: Where the prompts are from, for the error.
-
-        Raises:
-            UserError: The file has answers to some of them only.
         """
-        found = []
-        for i, key in enumerate(keys):
-            turns = self.by_id.get(ids[i]) if ids else None
-            found.append(turns or ([self.by_prompt[key]] if key in self.by_prompt else None))
-        answered = [each for each in found if each is not None]
-        if answered and len(answered) < len(found):
-            missing = keys[found.index(None)]
-            raise UserError(
-                f"outputs of {self.name} answer {len(answered)} of {len(found)} questions of {what}; add the others, "
-                f"the first is {missing[:60]!r}"
-            )
-        return answered
+        by_prompt = [[self.by_prompt[key]] if key in self.by_prompt else None for key in keys]
+        by_id = [self.by_id.get(each) for each in ids] if ids else by_prompt
+        return [one or other for one, other in zip(by_id, by_prompt, strict=True)]
+
+
+def complete(answers: list[list[str] | None]) -> list[list[str]]:
+    """The answers if there is one to each prompt, else none."""
+    found = [each for each in answers if each is not None]
+    return found if len(found) == len(answers) else []
 
 
 def key_of(prompt: list[Message]) -> str:

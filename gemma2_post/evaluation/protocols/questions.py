@@ -40,20 +40,13 @@ class Questions:
         """What answers of files are found by."""
         return [turns[0].strip() for turns in self.turns]
 
-    def answers_of(self, outputs: Outputs) -> list[list[str]]:
-        """The answers in a file, by turn; none if it answers no question.
-
-        Raises:
-            UserError: It answers only some of the questions, or not all turns of one.
-        """
-        answers = outputs.answers_to(self.keys, self.ids, self.protocol)
-        for number, (given, turns) in enumerate(zip(answers, self.turns, strict=False)):
-            if len(given) < len(turns):
-                raise UserError(
-                    f"outputs of {outputs.name} have {len(given)} answer to question {self.ids[number]} of "
-                    f"{self.protocol}, which has {len(turns)} turns; add the others"
-                )
-        return answers
+    def answers_of(self, outputs: Outputs) -> list[list[str] | None]:
+        """The answers in a file, by turn; None for a question without an answer to each turn."""
+        answers = outputs.answers_to(self.keys, self.ids)
+        return [
+            given if given and len(given) >= len(turns) else None
+            for given, turns in zip(answers, self.turns, strict=True)
+        ]
 
 
 def read_questions(folder: str, protocol: str) -> list[dict[str, Any]]:
