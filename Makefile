@@ -2,6 +2,7 @@
 RECIPE ?= tiny
 ARGS ?=
 PYTHON ?= python3
+VLLM ?= $(shell command -v vllm)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -66,4 +67,10 @@ chat: $(INSTALLED) runs/$(RECIPE)/sft/stage.json ## talk to the newest model of 
 	@$(BIN)/gemma2-post chat $(NEWEST) $(ARGS)
 
 serve: $(INSTALLED) runs/$(RECIPE)/sft/stage.json ## serve the newest model with an OpenAI-compatible API, http://localhost:8000/v1
-	@$(BIN)/transformers serve $(NEWEST) --attn-implementation eager --host localhost $(ARGS)
+	@if [ -n "$(VLLM)" ]; then \
+		echo "$(NEWEST), served by vLLM ($(VLLM))"; \
+		exec $(VLLM) serve $(NEWEST) --dtype bfloat16 --host localhost --port 8000 $(ARGS); \
+	else \
+		echo "$(NEWEST), served by transformers; vLLM is not installed (VLLM=PROGRAM names one elsewhere)"; \
+		exec $(BIN)/transformers serve $(NEWEST) --attn-implementation eager --host localhost $(ARGS); \
+	fi

@@ -18,25 +18,41 @@ pytestmark = pytest.mark.slow
 QUESTION = [{"role": "user", "content": "What is 3 plus 5?"}]
 
 
-QUANTIZED = [[], ["--quantization", "bnb-8bit"], ["--quantization", "bnb-4bit"]]
+TRANSFORMERS = [
+    str(Path(sys.executable).with_name("transformers")),
+    "serve",
+    TEACHER,
+    "--attn-implementation",
+    "eager",
+]
+SERVERS = {
+    "as it is": TRANSFORMERS,
+    "8-bit": [*TRANSFORMERS, "--quantization", "bnb-8bit"],
+    "4-bit": [*TRANSFORMERS, "--quantization", "bnb-4bit"],
+    "vLLM": [os.environ.get("GEMMA2_POST_VLLM", ""), "serve", TEACHER, "--dtype", "bfloat16"],
+}
+"""What `make serve` starts."""
 
 
-@pytest.fixture(scope="module", params=QUANTIZED, ids=["as it is", "8-bit", "4-bit"])
+@pytest.fixture(scope="module", params=SERVERS.values(), ids=SERVERS)
 def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
-    (line,) = [line for line in Path("Makefile").read_text().splitlines() if "transformers serve" in line]
-    assert "--host localhost" in line and "--attn-implementation eager" in line
+    if not request.param[0]:
+        pytest.skip("GEMMA2_POST_VLLM names no vLLM")
+    lines = [line for line in Path("Makefile").read_text().splitlines() if "serve $(NEWEST)" in line]
+    assert len(lines) == 2 and all("--host localhost" in line for line in lines)
+    assert "--dtype bfloat16" in lines[0] and "--attn-implementation eager" in lines[1]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("transformers")), "serve", TEACHER, "--attn-implementation", "eager"]
-    command += ["--host", "localhost", "--port", str(port), *request.param]
+    command = [*request.param, "--host", "localhost", "--port", str(port)]
     log = tmp_path_factory.mktemp("serve") / "log"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}
     with open(log, "w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     client = OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0, timeout=60)
     try:
-        for _ in range(300):
+        for _ in range(900):
             try:
                 ask(client)
                 break
@@ -70,3 +86,9 @@ def test_it_streams(client: OpenAI) -> None:
     pieces = [chunk.choices[0].delta.content or "" for chunk in ask(client, stream=True) if chunk.choices]
     assert len([piece for piece in pieces if piece]) > 1
     assert "".join(pieces) == ask(client).choices[0].message.content
+
+
+def test_a_system_message_is_read(client: OpenAI) -> None:
+    messages = [{"role": "system", "content": "My name is Anna."}, {"role": "user", "content": "What is my name?"}]
+    answer = client.chat.completions.create(model=TEACHER, messages=messages, temperature=0, max_tokens=20)
+    assert "Anna" in answer.choices[0].message.content
