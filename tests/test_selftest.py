@@ -202,7 +202,7 @@ def test_zero_3_on_two_processes_gives_the_reference_and_what_it_saves_is_what_i
         stages.check_stage("sft", ZERO_3, found, tmp_path, REFERENCES),
         stages.check_reload(ZERO_3, found, tmp_path),
     ]
-    assert [each.state for each in results] == ["pass"] * 3, results
+    assert [each for each in results if each.state != "pass"] == []
     assert results[0].found.startswith("2 on CPU")
 
 
