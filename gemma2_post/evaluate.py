@@ -220,6 +220,12 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
     judging.check()
     recipe.protocols.check(judging.judge)
     recipe.beside.check()
+    if recipe.protocols.metrics or recipe.protocols.outputs:
+        from gemma2_post.evaluation import inputs  # a slow import
+
+        inputs.read_protocols(recipe.protocols, recipe.baseline)
+        for file in recipe.protocols.outputs or []:
+            inputs.read_outputs(file)
     tasks.check()
     recipe.memorizing.check()
     if judging.judge_endpoint:

@@ -79,12 +79,9 @@ def test_an_evaluation_by_vllm_measures_the_same_models(
     assert models["rlhf/policy-0"]["gold"] > models["sft"]["gold"]
     assert json.loads((output / "stage.json").read_text())["vllm"].startswith("0.")
     monkeypatch.setattr(vllm_server.Server, "start", lambda _: pytest.fail("started again"))
-    others = values | {
-        "output_dir": str(output.with_name("again")),
-        "graders": None,
-        "reward_functions": values["graders"],
-    }
-    run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, others)
+    again = values | {"output_dir": str(output.with_name("again")), "graders": None}
+    kept = run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, again)
+    assert json.loads((kept / "stage.json").read_text())["vllm"].startswith("0."), "it goes with the answers"
 
 
 @needs_vllm

@@ -51,8 +51,8 @@ def load_judge(args: JudgeArguments, replies: Path) -> Judge | None:
     return Judge(ask_model(loaded, tokenizer, args.judge_max_tokens), name, args.judge_max_tokens, replies)
 
 
-def load_protocols(args: ProtocolArguments, baseline: str, measurement: Measurement) -> list[Protocol]:
-    """The protocols that the recipe names; a question that models cannot read is an error."""
+def read_protocols(args: ProtocolArguments, baseline: str) -> list[Protocol]:
+    """The protocols that the recipe names."""
     found: list[Protocol] = []
     if args.mt_bench:
         found.append(mt_bench.load(args.mt_bench, baseline))
@@ -60,6 +60,12 @@ def load_protocols(args: ProtocolArguments, baseline: str, measurement: Measurem
         found.append(arena_hard.load(args.arena_hard, args.arena_hard_baseline))
     if args.alpaca_eval:
         found.append(alpaca_eval.load(args.alpaca_eval))
+    return found
+
+
+def load_protocols(args: ProtocolArguments, baseline: str, measurement: Measurement) -> list[Protocol]:
+    """The protocols that the recipe names; a question that models cannot read is an error."""
+    found = read_protocols(args, baseline)
     for each in found:
         asked = each.questions
         measurement.check_conversations(asked.prompts, asked.later, f"question {{}} of {asked.protocol}")

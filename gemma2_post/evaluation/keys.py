@@ -253,7 +253,7 @@ class OtherArguments:
     other_concurrency: int = key(8, "Requests to an endpoint of others at a time.", effect=Effect.NONE, bounds=COUNT)
 
     def check(self) -> None:
-        """Refuses keys that would do nothing, and names that are given twice."""
+        """Refuses keys that would do nothing."""
         if not self.others:
             _refuse_idle(self, "others", ["other_concurrency"])
         for each in self.others or []:

@@ -147,6 +147,7 @@ class Measurement:
                 self.answer_one(path, key, start, cache)
         known: dict[str, Answered] = {}
         for record in contract.read_lines(cache, _RECORD):
+            self.engine |= record.get("engine", {}) if record["key"] in keys.values() else {}
             answers = [Answer(**answer) for answer in record["answers"]]
             known[record["key"]] = Answered(record["prompts"], answers, record["kl"], record["lengths"])
         return {path: known[keys[path]] for path in models}
@@ -167,7 +168,8 @@ class Measurement:
                 model = load(path, self.accelerator.device)
             found = measure_divergence(self.accelerator, model, start, answered.answers, self.args.batch_size)
             answered = replace(answered, kl=[each.forward for each in found])
-        record = {"key": key, "model": str(path), "answers": [vars(each) for each in answered.answers]}
+        record: dict[str, Any] = {"key": key, "model": str(path), "answers": [vars(each) for each in answered.answers]}
+        record |= {"engine": self.engine} if self.engine else {}
         contract.append_lines(cache, [vars(answered) | record])
 
     @contextmanager

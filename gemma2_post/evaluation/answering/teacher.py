@@ -25,6 +25,11 @@ Job = tuple[int, int]
 """A prompt's row, and which of its answers."""
 
 
+def jobs_of(args: SynthesisArguments, prompts: list[list[Message]]) -> list[Job]:
+    """All answers that are wanted."""
+    return [(row, sample) for row in range(len(prompts)) for sample in range(args.num_answers)]
+
+
 def ask_model(
     args: SynthesisArguments,
     model_args: ModelConfig,
@@ -38,8 +43,7 @@ def ask_model(
     Each batch is sampled as a whole from its own seed, so an interrupted run gets the same answers again.
     """
     lengths = [sum(len(message["content"]) for message in prompt) for prompt in prompts]
-    jobs = [(row, sample) for row in range(len(prompts)) for sample in range(args.num_answers)]
-    jobs.sort(key=lambda job: -lengths[job[0]])
+    jobs = sorted(jobs_of(args, prompts), key=lambda job: -lengths[job[0]])
     batches = [jobs[start : start + args.batch_size] for start in range(0, len(jobs), args.batch_size)]
     model = None
     for number, batch in enumerate(batches):
@@ -73,8 +77,7 @@ def ask_vllm(
     Args:
         log: File for what vLLM says.
     """
-    jobs = [(row, sample) for row in range(len(prompts)) for sample in range(args.num_answers)]
-    missing = [job for job in jobs if job not in answered]
+    missing = [job for job in jobs_of(args, prompts) if job not in answered]
     if not missing:
         return
     name, config = model_args.model_name_or_path, load_config(model_args.model_name_or_path)
@@ -101,8 +104,7 @@ def ask_endpoint(
 
     Each request has its own seed. A refusal counts as an answer to be dropped, unless the endpoint refuses everything.
     """
-    jobs = [(row, sample) for row in range(len(prompts)) for sample in range(args.num_answers)]
-    missing = [job for job in jobs if job not in answered]
+    missing = [job for job in jobs_of(args, prompts) if job not in answered]
     requests = [
         Request(
             f"prompt in row {row} ({prompts[row][-1]['content'][:40]!r})",

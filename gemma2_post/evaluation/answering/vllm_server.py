@@ -16,7 +16,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -113,14 +113,13 @@ class Server:
         return True
 
     def stop(self) -> None:
-        """Stops it, with all its processes."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGTERM)
-        try:
+        """Stops it, with all its processes, which may outlive the first one."""
+        self.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        self.process.wait()
 
     def version(self) -> str:
         """vLLM's version."""
@@ -170,6 +169,7 @@ def serving(
     """
     texts = [tokenizer.apply_chat_template(each, return_dict=True)["input_ids"] for each in _CHECKED]
     expected = _log_probabilities(load(), texts)
+    torch.cuda.empty_cache()  # else torch keeps the model's memory from vLLM
     server.start()
     try:
         _check(server, texts, expected)
@@ -248,5 +248,6 @@ def _sample(
                 if is_last or not server.has_ended():
                     raise UserError(f"vLLM fails ({error}; {server.last_words()})") from error
                 logger.warning("vLLM ended with status %s; it is started once more", server.process.returncode)
+                server.stop()
                 server.start()
     return [found[number] for number in range(len(prompts))]

@@ -65,6 +65,8 @@ def load(file: str) -> AlpacaEval:
     if not Path(file).is_file():
         raise UserError(f"{NAME} names {file}, which is no file; give outputs such as alpaca_eval.json")
     rows = list(read_file(Path(file), set()))
+    if not rows:
+        raise UserError(f"{file}: there are no outputs here; download it again")
     for number, row in enumerate(rows):
         if not isinstance(row.get("instruction"), str) or not isinstance(row.get("output"), str):
             raise UserError(
