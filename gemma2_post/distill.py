@@ -83,6 +83,8 @@ def main(stage: Stage, recipe: Recipe) -> None:
     from gemma2_post.evaluation.divergence import mean_divergences
     from gemma2_post.models.loading import load_for_training
     from gemma2_post.models.tokenizer import check_same_vocabulary, load_config_and_tokenizer
+    from gemma2_post.training.rollouts import compare as compare_rollouts
+    from gemma2_post.training.rollouts import prepare as prepare_rollouts
     from gemma2_post.training.run import run
     from gemma2_post.training.watch import StopIfAnswersAreCut
 
@@ -101,6 +103,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     check_enough(train, recipe.global_batch_size, f"global_batch_size {recipe.global_batch_size}")
     to_answer, graders = rows_to_answer(recipe.samples, held_out)
 
+    prepare_rollouts(recipe.training, longest, stage.is_made)
     trainer = DistillationTrainer(
         model=load_for_training(recipe.model, recipe.training),
         teacher_model=load_for_training(recipe.teacher, recipe.training),
@@ -111,6 +114,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
         peft_config=get_peft_config(recipe.model),
         callbacks=[StopIfAnswersAreCut(longest_answer)],
     )
+    compare_rollouts(trainer)
 
     def sampled(model: "torch.nn.Module") -> "list[Answer]":
         return sample_held_out(trainer, model, to_answer["prompt"], longest_answer)
@@ -135,7 +139,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
 
 def check(recipe: Recipe, launcher: Launcher) -> None:
     check_training(recipe, launcher)
-    check_sampling(recipe)
+    check_sampling(recipe, launcher)
     if recipe.training.bf16 and recipe.model.dtype == "float32" and not launcher.zero_stage:
         raise UserError(
             "bf16 is true with dtype float32, but TRL computes the distillation loss past accelerate's "
@@ -185,8 +189,10 @@ def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
     loss = cost.divergence_loss(config, rows * answer, compute, trains_all=not recipe.model.use_peft)
     teacher_compute = cost.Compute(cost.FP32 if in_fp32 else cost.BF16, compute.attention, compute.on_cpu)
     teacher_pass = cost.forward(teacher, rows, length, teacher_compute) + cost.dequantized(teacher, quantization)
-    parts = held.held(checked, frozen)
+    vllm = held.rollouts(checked, prompt, answer)
+    parts = held.held(checked, frozen) | ({} if recipe.training.vllm_enable_sleep_mode else vllm)
     return {
+        "rollouts": parts | vllm,
         **held.training_step(checked, parts, rows, length, loss, [teacher_pass]),
         **held.sampling(checked, parts, prompt, answer, trains_on_answers=True),
         **held.divergence(checked, parts, prompt, answer),

@@ -84,6 +84,8 @@ def main(stage: Stage, recipe: Recipe) -> None:
     from gemma2_post.models.tokenizer import load_config_and_tokenizer
     from gemma2_post.training.checkpoints import TRAINER_FILE
     from gemma2_post.training.policy import load_policy, models_beside, prepare_frozen, save_anchor
+    from gemma2_post.training.rollouts import compare as compare_rollouts
+    from gemma2_post.training.rollouts import prepare as prepare_rollouts
     from gemma2_post.training.run import run
     from gemma2_post.training.watch import FirstDivergenceIsZero, Watch
     from gemma2_post.weights.anchor import FILE as ANCHOR_FILE
@@ -106,6 +108,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     to_answer, graders = rows_to_answer(recipe.samples, held_out)
     reward_functions = load_reward_functions(recipe.rewards, train.column_names, score, recipe.training.reward_weights)
 
+    prepare_rollouts(recipe.training, longest, stage.is_made)
     recipe.training.save_strategy = "no"  # the watch decides when
     recipe.training.seed += SEEDS_APART * recipe.policy  # only now: all policies share the held-out prompts
     trainer = RLOOTrainer(
@@ -115,6 +118,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
         train_dataset=train,
         processing_class=tokenizer,
     )
+    compare_rollouts(trainer)
     if score:
         score.load(trainer.args.device, partial(prepare_frozen, trainer))
     start, reference = models_beside(trainer, recipe.model, is_moving=recipe.anchor != "start")
@@ -145,7 +149,7 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
         )
     if recipe.samples.num_samples < 1:
         raise UserError("num_samples is 0, so nobody would watch the policy; write 1 or more")
-    check_sampling(recipe)
+    check_sampling(recipe, launcher)
     beta = recipe.training.beta
     if recipe.anchor != "none" and beta == 0:
         raise UserError(f"beta is 0, so the anchor {recipe.anchor} holds nothing; write anchor: none, or raise beta")
@@ -224,8 +228,10 @@ def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
     rows, length = recipe.training.per_device_train_batch_size, prompt + answer
     tokens = rows * (length if compute.on_cpu else answer)
     loss = cost.fused_loss(config, tokens, compute, trains_all=not recipe.model.use_peft)
-    parts = held.held(checked, frozen(checked))
+    vllm = held.rollouts(checked, prompt, answer)
+    parts = held.held(checked, frozen(checked)) | ({} if recipe.training.vllm_enable_sleep_mode else vllm)
     phases = {
+        "rollouts": parts | vllm,
         **held.training_step(checked, parts, rows, length, loss),
         **held.sampling(checked, parts, prompt, answer, trains_on_answers=True),
         **held.divergence(checked, parts, prompt, answer),

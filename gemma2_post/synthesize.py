@@ -236,7 +236,9 @@ def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
     teacher = teacher_of(checked)
     prompts = rows.prompts_up_to(cost.longest_prompt([teacher.config], args.max_prompt_length, args.max_new_tokens))
     answers, number = rows.answers_up_to(args.max_new_tokens), args.num_answers * rows.number
-    found = passes.sampling(teacher, number, args.batch_size, prompts, answers)
+    is_served = args.engine == "vllm"
+    rows_at_once = passes.CONCURRENT if is_served else args.batch_size
+    found = passes.sampling(teacher, number, rows_at_once, prompts, answers, is_served)
     if scorer := checked.models.get("reward_model"):
         scoring = passes.Model(scorer, cost.Compute(cost.FP32 if teacher.compute.on_cpu else cost.BF16))
         found.append(passes.reading(scoring, number, args.batch_size, prompts.plus(answers)))

@@ -487,7 +487,7 @@ BAD: dict[str, tuple[Change, str]] = {
     ),
     "a column that is not there": (with_values(columns=["skil"]), "columns: no source has skil"),
     "beta": (with_values(beta=1.5), "beta is 1.5; write 0 or more, at most 1"),
-    "vLLM": (with_values(use_vllm=True), "use_vllm is true, but vLLM is not installed"),
+    "vLLM": (with_values(use_vllm=True), "use_vllm is true, but vLLM is not installed; pip"),
     "TRL's own keys for the teacher": (
         with_values(teacher_model_init_kwargs={"dtype": "bfloat16"}),
         "teacher_model_init_kwargs must not be set: use teacher_dtype",

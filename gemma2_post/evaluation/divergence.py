@@ -51,7 +51,7 @@ def measure_divergence(
         for start in range(0, len(mine), batch_size):
             batch = [answers[i] for i in mine[start : start + batch_size]]
             longest = max(len(answer.token_ids) for answer in batch)
-            logits, other_logits = (_answer_logits(part, accelerator, batch, longest) for part in (model, other))
+            logits, other_logits = (answer_logits(part, accelerator, batch, longest) for part in (model, other))
             for row, answer in enumerate(batch):
                 num_tokens = len(answer.token_ids)
                 own, others = logits[row, -num_tokens - 1 : -1], other_logits[row, -num_tokens - 1 : -1]
@@ -67,7 +67,7 @@ def measure_divergence(
     return gather_rows(mine, results, len(answers))
 
 
-def _answer_logits(
+def answer_logits(
     model: torch.nn.Module, accelerator: Accelerator, answers: list[Answer], num_tokens: int
 ) -> torch.Tensor:
     """Logits at the last positions of left-padded conversations, (answers, num_tokens + 1, vocabulary)."""

@@ -3,7 +3,7 @@
 from gemma2_post.evaluation import memory
 from gemma2_post.evaluation.keys import MeasureArguments
 from gemma2_post.models import cost, work
-from gemma2_post.models.work import Model
+from gemma2_post.models.work import CONCURRENT, Model
 from gemma2_post.stage.command import Checked
 from gemma2_post.stage.work import Lengths, Pass, Rows
 
@@ -23,7 +23,8 @@ def measuring(checked: Checked, measured: MeasureArguments, rows: Rows, answers:
     model, prompts = Model(config, compute), prompts_of(checked, measured, rows)
     number = min(measured.samples.num_samples, rows.known or measured.samples.num_samples)
     both = prompts.plus(answers)
-    found = work.sampling(model, number, args.batch_size, prompts, answers)
+    is_served = args.engine == "vllm"
+    found = work.sampling(model, number, CONCURRENT if is_served else args.batch_size, prompts, answers, is_served)
     found += 2 * [work.reading(model, number, args.batch_size, both, answers.longest(args.batch_size))]
     if scorer := checked.models.get("reward_model"):
         scoring = Model(scorer, compute, quantization=measured.rewards.reward_model_load_in)

@@ -166,6 +166,10 @@ def training(
     return Pass(config, model.compute.itemsize, 1, rows * lengths.mean, 0, flops, num_bytes, layers)
 
 
+CONCURRENT = 256
+"""Conversations that vLLM answers at a time, at most (`evaluation/answering/vllm_server.py`)."""
+
+
 def sampling(
     model: Model,
     number: float,

@@ -16,6 +16,7 @@ from gemma2_post.data.keys import Source
 from gemma2_post.data.overlap import check_unseen
 from gemma2_post.data.rows import RowFormat
 from gemma2_post.data.sources import check_sources
+from gemma2_post.evaluation.answering import vllm_server
 from gemma2_post.evaluation.rewards import as_trained
 from gemma2_post.models.arguments import check_length, check_lora_modules, check_prompt_length
 from gemma2_post.models.folder import LANGUAGE_MODEL, REWARD_MODEL
@@ -31,6 +32,7 @@ from gemma2_post.stage.errors import UserError, located
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.paths import Kind, references
 from gemma2_post.stage.recipe import keys_of, values_of
+from gemma2_post.training import rollouts
 
 Models = dict[str, Gemma2Config | None]
 
@@ -74,6 +76,8 @@ def _check_step(step: Step, launch: str, made: Models, is_here: bool) -> Job:
         on_cpu = {"use_cpu": True} if "use_cpu" in keys_of(command.recipe) else {}
         _, built = command.build(values | on_cpu, launcher)
         gates.check_metrics(step.gates, command.metrics(built))
+        if is_here:
+            _check_engine(values_of(built))
         models = _check_paths(command, built, values, made)
         _check_lengths(values, models)
         if (config := models.get("model_name_or_path")) and built.model.use_peft:
@@ -116,6 +120,14 @@ def _check_devices(launch: str, launcher: Launcher) -> None:
             f"{launch}: starts {per_machine} processes on this machine, which shows {here} GPUs; run it where there "
             "are enough, or name another accelerate config as launch (accelerate_configs/cpu.yaml needs none)"
         )
+
+
+def _check_engine(values: dict[str, Any]) -> None:
+    """Refuses vLLM where it is not installed."""
+    if values.get("use_vllm"):
+        rollouts.check_installed()
+    if values.get("engine") == "vllm":
+        vllm_server.check_program(values["vllm_program"])
 
 
 def _check_paths(command: Command, built: Any, values: dict[str, Any], made: Models) -> Models:

@@ -171,6 +171,30 @@ def _changes(job: Job) -> Iterator[list[Change]]:
         yield options
 
 
+# --- engines ---
+
+
+def by_engine(rows: list[Row], gpu: str) -> list[str]:
+    """How long the stages take with each engine, for those that can sample with either."""
+    served, plain = (
+        hours.estimate([(_with_engine(row.job, is_served), row.num_runs) for row in rows], gpu)
+        for is_served in (True, False)
+    )
+    return [
+        f"{one.job.label}: {hours.duration(*one.seconds)} with vLLM, {hours.duration(*other.seconds)} without"
+        for one, other in zip(served, plain, strict=True)
+        if one.passes is not None and one.seconds != other.seconds
+    ]
+
+
+def _with_engine(job: Job, is_served: bool) -> Job:
+    values, quantized = values_of(job.checked.recipe), job.trains and job.checked.recipe.quantization
+    if job.checked.launcher.use_cpu or quantized or values.get("endpoint"):
+        return job
+    keys = {"use_vllm": is_served, "engine": "vllm" if is_served else "transformers"}
+    return Change({key: value for key, value in keys.items() if key in values}).apply(job)
+
+
 # --- to read ---
 
 
@@ -186,7 +210,7 @@ def show(
     estimates = hours.estimate([(row.job, row.num_runs) for row in rows], gpu)
     console.print()
     console.print(hours.table(estimates))
-    for line in hours.summary(estimates):
+    for line in [*by_engine(rows, gpu), *hours.summary(estimates)]:
         console.print(line, markup=False, highlight=False)
 
 

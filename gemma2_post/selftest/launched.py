@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from gemma2_post.stage import contract
+from gemma2_post.stage import contract, launcher
 
 NUM_VALUES = 2**22
 """fp32 values that the processes add up, as for a gradient: 17 MB."""
@@ -34,7 +34,7 @@ def main(folder: Path, use_cpu: bool) -> None:
     contract.write_json(folder / f"process-{rank}.json", found)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    launcher.disconnect()
 
 
 def _add_up(values: torch.Tensor) -> None:

@@ -147,8 +147,9 @@ class Command(Generic[R]):
             if state == State.DONE:
                 kept = f"is kept, although {'; '.join(found.updates)}; move it away to make it again"
                 print(f"{stage.output_dir} {kept if found.updates else 'is up to date'}")
-                return
-            self.run(stage, recipe)
+            else:
+                self.run(stage, recipe)
+            launcher.disconnect()
 
     def parse(self, arguments: Sequence[str]) -> tuple[Stage, R]:
         """The stage and its recipe, with every key and combination checked; loads no models and no data."""

@@ -71,3 +71,11 @@ def of_this_process(training_args: "TrainingArguments | None") -> Launcher:
         zero_stage=plugin.zero_stage if plugin else 0,
         saves_16bit_model=bool(plugin and plugin.zero3_save_16bit_model),
     )
+
+
+def disconnect() -> None:
+    """Ends this process's connection to the others; a process that exits with it open is aborted now and then."""
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

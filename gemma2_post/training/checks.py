@@ -80,12 +80,30 @@ def _check_trackers(names: list[str]) -> None:
             raise UserError(f"report_to is {name}, which is not installed; pip install {name}, or write none")
 
 
-def check_sampling(recipe: TrainingRecipe) -> None:
+def check_sampling(recipe: TrainingRecipe, launcher: Launcher) -> None:
     """Refuses what cannot work in a stage that trains on the model's own answers."""
-    from trl.import_utils import is_vllm_available
-
-    if recipe.training.use_vllm and not is_vllm_available():
-        raise UserError("use_vllm is true, but vLLM is not installed; pip install 'trl[vllm]'")
+    training = recipe.training
+    if not training.use_vllm:
+        return
+    if training.vllm_mode == "server" and launcher.use_cpu:
+        raise UserError("vllm_mode is server, whose weights TRL sends only between GPUs; write vllm_mode: colocate")
+    if training.vllm_mode == "colocate" and launcher.num_processes % training.vllm_tensor_parallel_size:
+        raise UserError(
+            f"vllm_tensor_parallel_size {training.vllm_tensor_parallel_size} does not divide {launcher.num_processes} "
+            "processes; change it"
+        )
+    if recipe.quantization:
+        raise UserError(
+            f"use_vllm with load_in_{recipe.quantization}: TRL would add the adapter to the quantized weights at each "
+            "step, which rounds them each time; remove use_vllm, or the quantization"
+        )
+    neutral = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+    for name, value in neutral.items():
+        if getattr(training, name) not in (value, None):
+            raise UserError(
+                f"{name} is {getattr(training, name)} with use_vllm, so what vLLM samples could not be compared with "
+                "the policy; remove it"
+            )
 
 
 def complete_training(recipe: TrainingRecipe, launcher: Launcher) -> None:

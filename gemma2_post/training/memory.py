@@ -179,6 +179,29 @@ def sampling(
     return {"sampling": held | {"gathered": whole} | cost.sampling(config, rows, prompt, answer, compute_of(checked))}
 
 
+def rollouts(checked: Training, prompt: int, answer: int) -> Parts:
+    """What vLLM needs beside the trainer for this process's answers of a step; nothing if it is a server elsewhere.
+
+    Its share of the weights in bf16, the KV cache of all answers at once, the logits of one position, and what
+    `rollouts.exact_base` keeps.
+    """
+    recipe, launcher, config = checked.recipe, checked.launcher, config_of(checked)
+    training = recipe.training
+    if not training.use_vllm or training.vllm_mode == "server":
+        return {}
+    rows, parallel = ceil(recipe.global_batch_size / launcher.num_processes), training.vllm_tensor_parallel_size
+    itemsize = FP32 if launcher.use_cpu else BF16
+    cache = cost.kv_cache(
+        config, rows, prompt + answer, itemsize
+    )  # of `parallel` processes' answers, spread over them
+    logits = 2 * FP32 * rows * parallel * config.vocab_size
+    found = {"vLLM": cost.weights(config, itemsize) / parallel + cache + logits}
+    if (adapted := adapted_of(checked)) and launcher.zero_stage < 3:
+        matrices = [i * o for name, (i, o) in linear_shapes(config).items() if name in adapted.target_modules]
+        found["adapted weights"] = itemsize * config.num_hidden_layers * sum(matrices)
+    return found
+
+
 def divergence(checked: Training, held: Parts, prompt: int, answer: int) -> dict[str, Parts]:
     """Measuring the divergence of the model from another one on its held-out answers."""
     if not checked.recipe.samples.num_samples:

@@ -20,7 +20,7 @@ from gemma2_post.models.tokenizer import save_tokenizer, tokenizer_digest
 from gemma2_post.stage import card, contract
 from gemma2_post.stage.command import Stage
 from gemma2_post.stage.errors import UserError
-from gemma2_post.training import trackers
+from gemma2_post.training import rollouts, trackers
 from gemma2_post.training.again import KEPT, MeasuredAgain, MeasureFinished
 from gemma2_post.training.checkpoints import TRAINER_FILE, newest_checkpoint
 from gemma2_post.training.finite import Metrics, StopIfNotFinite
@@ -155,6 +155,8 @@ def run(
             "template_digest": template_digest(tokenizer.chat_template),
             "num_processes": trainer.accelerator.num_processes,
         }
+        if getattr(trainer, "use_vllm", False):
+            facts["vllm"] = rollouts.version(trainer)
         start = card.shown(model_args.model_name_or_path)
         account = (
             f"The stage `{stage.name}` of gemma2_post trained it, with TRL, from `{start}`. Its weights are "

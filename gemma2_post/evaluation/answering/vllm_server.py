@@ -32,6 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gemma2_post.data.turns import Message
 from gemma2_post.evaluation.answering.samples import Answer
 from gemma2_post.models.tokens import STOP_TOKEN_IDS
+from gemma2_post.models.work import CONCURRENT
 from gemma2_post.stage.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -41,8 +42,6 @@ TOLERANCE = 0.1
 differs by far more, and bf16 by 0.01."""
 _NAME = "model"
 _SECONDS_TO_START = 900
-_CONCURRENCY = 256
-"""Requests at a time; vLLM itself says how many it computes together."""
 
 
 @dataclass
@@ -242,7 +241,7 @@ def _sample(
         for is_last in (False, True):
             missing = [number for number in range(len(prompts)) if number not in found]
             try:
-                with ThreadPoolExecutor(_CONCURRENCY) as pool:
+                with ThreadPoolExecutor(CONCURRENT) as pool:
                     list(pool.map(ask, missing))
             except OpenAIError as error:
                 if is_last or not server.has_ended():
