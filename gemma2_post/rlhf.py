@@ -296,13 +296,20 @@ def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
     padded = prompt + answers.longest(sampled)
     # Triton scores only the answers; without it, the prompts are scored, too.
     scored = padded if policy.compute.on_cpu else answers.mean
-    # TRL reads the answers again as the policy, whether or not it has changed, and as the anchor.
-    read = passes.reading(policy, sampled, batch, both, scored, padded)
-    step = [
-        *passes.sampling(policy, sampled, sampled, prompts, answers, training.use_vllm, prompt),
-        *([read, read] if training.beta else [read]),
-        computed.a_step(checked, policy, both, passes.fused_loss(policy, batch * scored), padded),
-    ]
+    if recipe.algorithm == "jbond":
+        by_policy = sampled / JBOND_ANSWERS
+        step = [
+            *passes.sampling(policy, by_policy, by_policy, prompts, answers, padded=prompt),
+            *passes.sampling(policy, sampled - by_policy, sampled - by_policy, prompts, answers, padded=prompt),
+        ]
+        # Only the policy's answers are read again, as the policy and as the anchor.
+        read = passes.reading(policy, by_policy, batch, both, scored, padded)
+    else:
+        step = passes.sampling(policy, sampled, sampled, prompts, answers, training.use_vllm, prompt)
+        # TRL reads the answers again as the policy, whether or not it has changed, and as the anchor.
+        read = passes.reading(policy, sampled, batch, both, scored, padded)
+    step += [read, read] if training.beta or recipe.algorithm == "jbond" else [read]
+    step.append(computed.a_step(checked, policy, both, passes.fused_loss(policy, batch * scored), padded))
     watched = [
         *computed.answering(checked, policy, prompts, answers),
         *computed.comparing(checked, [policy] * (4 if recipe.anchor == "ema" else 2), prompts, answers),
