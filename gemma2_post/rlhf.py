@@ -66,9 +66,7 @@ class Recipe(TrainingRecipe):
     rewards: RewardFunctionArguments = part(RewardFunctionArguments)
     watch: WatchArguments = part(WatchArguments)
     algorithm: Literal["rloo", "jbond"] = key("rloo", "REINFORCE with a leave-one-out baseline, or J-BOND.")
-    backward_weight: float = key(
-        0.5, "Weight of J-BOND's backward KL; its forward KL has the rest.", bounds=SHARE
-    )
+    backward_weight: float = key(0.5, "Weight of J-BOND's backward KL; its forward KL has the rest.", bounds=SHARE)
     anchor: Literal["ema", "start", "none"] = key(
         "ema", "Model that the KL is measured to: an average of the policy, its start, or none."
     )
@@ -118,9 +116,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     recipe.training.seed += SEEDS_APART * recipe.policy  # only now: all policies share the held-out prompts
     policy = load_policy(recipe.model, recipe.training)
     if recipe.algorithm == "jbond":
-        trainer = jbond_trainer(
-            policy, recipe.training, train, tokenizer, reward_functions, recipe.backward_weight
-        )
+        trainer = jbond_trainer(policy, recipe.training, train, tokenizer, reward_functions, recipe.backward_weight)
     else:
         trainer = RLOOTrainer(
             model=policy,
@@ -184,7 +180,9 @@ def _check_jbond(recipe: Recipe, launcher: Launcher) -> None:
     if recipe.anchor == "none":
         raise UserError("anchor is none, but J-BOND learns from the anchor's answers; write ema or start")
     if training.use_vllm:
-        raise UserError("use_vllm is true, but J-BOND samples from the anchor, too, which vLLM does not hold; remove it")
+        raise UserError(
+            "use_vllm is true, but J-BOND samples from the anchor, too, which vLLM does not hold; remove it"
+        )
     if training.normalize_advantages or training.reward_clip_range:
         raise UserError(
             "normalize_advantages and reward_clip_range do nothing in J-BOND, which compares rewards; remove them"

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 from trl.trainer.utils import use_adapter
@@ -61,7 +60,10 @@ def test_the_reward_is_strict_and_calibrated_over_two_answers_of_the_anchor() ->
 
 
 def test_advantages_are_those_of_the_paper() -> None:
-    rewards, log_ratios = torch.tensor([[0.0, 1.0, 2.0], [3.0, 1.0, 2.0], [0.0, 0.5, 2.0]]), torch.tensor([0.1, -0.2, 0])
+    rewards, log_ratios = (
+        torch.tensor([[0.0, 1.0, 2.0], [3.0, 1.0, 2.0], [0.0, 0.5, 2.0]]),
+        torch.tensor([0.1, -0.2, 0]),
+    )
     returns = [-math.log(16) - 0.1, 0.2, -math.log(16)]
     assert leave_one_out(torch.tensor(returns)).tolist() == pytest.approx(
         [(returns[1] + returns[2]) / 2, (returns[0] + returns[2]) / 2, (returns[0] + returns[1]) / 2]
@@ -218,7 +220,10 @@ def test_a_large_beta_keeps_the_policy_at_its_anchor(run_rlhf: Run, jbond_recipe
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 def test_the_anchor_is_the_closed_form_of_the_average(
-    method: Recipe, run_rlhf: Run, jbond_recipe: Recipe, trajectories: list  # noqa: F811
+    method: Recipe,
+    run_rlhf: Run,
+    jbond_recipe: Recipe,
+    trajectories: list,  # noqa: F811
 ) -> None:
     output = run_rlhf(jbond_recipe | method | {"max_steps": 4, "anchor_mu": 0.1})
     (trajectory,) = trajectories
@@ -231,7 +236,11 @@ def test_the_anchor_is_the_closed_form_of_the_average(
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [{}, METHODS["QLoRA"]], ids=["full", "QLoRA"])
 def test_resumed_equals_uninterrupted(
-    method: Recipe, run_rlhf: Run, jbond_recipe: Recipe, tmp_path: Path, trajectories: list  # noqa: F811
+    method: Recipe,
+    run_rlhf: Run,
+    jbond_recipe: Recipe,
+    tmp_path: Path,
+    trajectories: list,  # noqa: F811
 ) -> None:
     values = jbond_recipe | method | {"max_steps": 4, "watch_steps": 2}
     whole = run_rlhf(values | {"output_dir": str(tmp_path / "whole")})
@@ -262,7 +271,9 @@ def test_what_is_watched_is_the_reward_of_the_policy_and_a_budget_ends_the_run(
         assert entry["reward"] == pytest.approx(parts[0] + 2 * parts[1] + parts[2])
     for entry in log:
         parts = (entry[f"rewards/{name}/mean"] for name in ("reward_model", "gold", "missing_end_penalty"))
-        assert entry["reward"] == pytest.approx(sum(w * each for w, each in zip([1, 2, 1], parts, strict=True)), abs=1e-5)
+        assert entry["reward"] == pytest.approx(
+            sum(w * each for w, each in zip([1, 2, 1], parts, strict=True)), abs=1e-5
+        )
     kls = [entry["kl_to_start"] for entry in curve]
     passed = max(range(2, 6), key=lambda step: kls[step] - max(kls[:step]))
     budget = (max(kls[:passed]) + kls[passed]) / 2
@@ -290,9 +301,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD.keys())
-def test_a_mistake_is_refused_before_anything_is_loaded(
-    changes: Recipe, message: str, jbond_recipe: Recipe
-) -> None:
+def test_a_mistake_is_refused_before_anything_is_loaded(changes: Recipe, message: str, jbond_recipe: Recipe) -> None:
     with pytest.raises(UserError, match=message):
         rlhf.COMMAND.build(jbond_recipe | changes)
 

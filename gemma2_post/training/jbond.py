@@ -1,14 +1,16 @@
 """J-BOND (arXiv 2407.14622, algorithm 2): distills the best of two answers of a moving anchor into the policy.
 
 TRL's GRPOTrainer trains it as it is, through `rollout_func`. TRL sees a group of three rows for each prompt: the
-policy's answer, the better one of two answers of the anchor, and an empty row. GRPO's advantage is a row's reward minus
-the mean of its group; the empty row, which has no gradient, makes the advantages of a group add up to 0, so that each
-row keeps the one that J-BOND gives it.
+policy's answer, the better one of two answers of the anchor, and an empty row. GRPO's advantage is a row's reward
+minus the mean of its group; the empty row, which has no gradient, makes the advantages of a group add up to 0, so that
+each row keeps the one that J-BOND gives it.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
+from statistics import mean
 
 import torch
 from datasets import Dataset
@@ -53,9 +55,7 @@ def leave_one_out(returns: torch.Tensor) -> torch.Tensor:
     return (returns.sum() - returns) / (len(returns) - 1)
 
 
-def advantages(
-    rewards: torch.Tensor, log_ratios: torch.Tensor, backward_weight: float, beta: float
-) -> torch.Tensor:
+def advantages(rewards: torch.Tensor, log_ratios: torch.Tensor, backward_weight: float, beta: float) -> torch.Tensor:
     """What the gradient of each row's log-probability is multiplied with, for ascent (algorithm 2).
 
     With b the weight of the backward KL, R the return r_J-BOND - log(policy / anchor), and B its baseline:
@@ -128,7 +128,9 @@ def carry_columns(batch: dict[str, list]) -> dict[str, list]:
     return batch | {"prompt": prompts}
 
 
-def jbond(advantage: list[float], measured: list[dict[str, float]], log_metric, **_: object) -> list[float]:
+def jbond(
+    advantage: list[float], measured: list[dict[str, float]], log_metric: Callable[[str, float], None], **_: object
+) -> list[float]:
     """TRL's reward function: returns what `Rollout` has computed, and logs what it has measured."""
     for name, value in measured[0].items():
         log_metric(name, value)
@@ -148,49 +150,56 @@ class Rollout:
         """The rows of this process's prompts, each of which comes `ROWS` times, one after the other."""
         prompts = prompts[::ROWS]
         columns = [prompt[-1].pop("columns") for prompt in prompts]
-        tokenizer = trainer.processing_class
-        prompt_ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
+        tokenized = trainer.processing_class.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)
+        prompt_ids = tokenized["input_ids"]
         own = sample(trainer, prompt_ids, of_anchor=False)
-        anchors = sample(trainer, [ids for ids in prompt_ids for _ in range(2)], of_anchor=True)
-        answers = [answer for group in zip(own, anchors[::2], anchors[1::2], strict=True) for answer in group]
-        values = values_of(
+        others = sample(trainer, [ids for ids in prompt_ids for _ in range(2)], of_anchor=True)
+        values = self._values(trainer, prompts, columns, own, others)
+        log_ratios = log_probabilities(trainer, prompt_ids, own, of_anchor=False)
+        log_ratios -= log_probabilities(trainer, prompt_ids, own, of_anchor=True)
+        rewards = torch.tensor(weighted(values, self.weights), dtype=torch.float64).view(-1, ROWS)
+        better = [others[2 * i + j] for i, j in enumerate(rewards[:, 1:].argmax(1).tolist())]
+
+        # The baseline is that of the whole step, over all processes.
+        device, first = trainer.accelerator.device, trainer.accelerator.process_index * len(prompts)
+        lengths = torch.tensor([len(answer) for answer in own], dtype=torch.float64, device=device)
+        local = torch.cat([rewards.to(device), log_ratios[:, None], lengths[:, None]], dim=1)
+        everywhere = trainer.accelerator.gather(local).cpu()
+        all_rewards, (log_ratios, lengths) = everywhere[:, :ROWS], everywhere[:, ROWS:].T
+        found = advantages(all_rewards, log_ratios, self.backward_weight, self.beta)
+        # TRL averages over the rows and takes away the mean of each group: the policy's reward, which it so logs.
+        found = ROWS * found[first : first + len(prompts)] + rewards[:, :1]
+        rows = [row for pair in zip(own, better, strict=True) for row in (*pair, None)]
+        return {
+            "prompt_ids": [ids for prompt in prompt_ids for ids in (prompt, prompt, [BOS])],
+            "completion_ids": [[EOS] if row is None else row for row in rows],
+            "env_mask": [[0] if row is None else [1] * len(row) for row in rows],
+            "logprobs": None,
+            "advantage": found.flatten().tolist(),
+            "measured": {
+                "kl": float(log_ratios.sum() / lengths.sum()),
+                "below_both": float((backward_rewards(all_rewards) < 0).double().mean()),
+                **{f"rewards/{name}/mean": mean(each[::ROWS]) for name, each in values.items()},
+            },
+        }
+
+    def _values(
+        self,
+        trainer: GRPOTrainer,
+        prompts: list[list[Message]],
+        columns: list[dict[str, object]],
+        own: list[list[int]],
+        others: list[list[int]],
+    ) -> dict[str, list[float]]:
+        """The rewards of all answers by function, `ROWS` to a prompt: the policy's, then the anchor's."""
+        return values_of(
             self.functions,
-            tokenizer,
+            trainer.processing_class,
             [prompt for prompt in prompts for _ in range(ROWS)],
-            answers,
+            [answer for group in zip(own, others[::2], others[1::2], strict=True) for answer in group],
             {name: [each[name] for each in columns for _ in range(ROWS)] for name in columns[0]},
             trainer.state,
         )
-        device = trainer.accelerator.device
-        rewards = torch.tensor(weighted(values, self.weights), dtype=torch.float64, device=device).view(-1, ROWS)
-        log_ratios = log_probabilities(trainer, prompt_ids, own, of_anchor=False)
-        log_ratios -= log_probabilities(trainer, prompt_ids, own, of_anchor=True)
-        lengths = torch.tensor([len(answer) for answer in own], dtype=torch.float64, device=device)
-        of_functions = torch.tensor(list(values.values()), dtype=torch.float64, device=device)[:, ::ROWS].T
-        local = torch.cat([rewards, log_ratios[:, None], lengths[:, None], of_functions], dim=1)
-
-        # The baseline is that of the whole step, over all processes.
-        everything = trainer.accelerator.gather(local).cpu()
-        rewards, (log_ratios, lengths), of_functions = everything[:, :ROWS], everything.T[3:5], everything[:, 5:]
-        found = advantages(rewards, log_ratios, self.backward_weight, self.beta)
-        measured = {
-            "kl": float(log_ratios.sum() / lengths.sum()),
-            "below_both": float((backward_rewards(rewards) < 0).double().mean()),
-            **{f"rewards/{name}/mean": float(each) for name, each in zip(values, of_functions.mean(0), strict=True)},
-        }
-        # TRL takes the mean over the rows; the policy's reward, which it takes away again, is what it logs as `reward`.
-        found = ROWS * found + rewards[:, :1]
-        first = trainer.accelerator.process_index * len(prompts)
-        mine = range(first, first + len(prompts))
-        better = [anchors[2 * i + int(rewards[row, 1:].argmax())] for i, row in enumerate(mine)]
-        return {
-            "prompt_ids": [ids for prompt in prompt_ids for ids in (prompt, prompt, [BOS])],
-            "completion_ids": [ids for pair in zip(own, better, strict=True) for ids in (*pair, [EOS])],
-            "env_mask": [ones for pair in zip(own, better, strict=True) for ones in (*([1] * len(e) for e in pair), [0])],
-            "logprobs": None,
-            "advantage": found[mine.start : mine.stop].flatten().tolist(),
-            "measured": measured,
-        }
 
 
 def sample(trainer: GRPOTrainer, prompt_ids: list[list[int]], of_anchor: bool) -> list[list[int]]:
