@@ -52,7 +52,7 @@ class Policies:
             for arm in self.arguments.arms:
                 self.stage(
                     "rlhf", file, f"{arm}-{seed}", model_name_or_path=str(self.start), seed=seed, max_steps=steps,
-                    reward_model=str(self.reward_model), learning_rate=self.arguments.learning_rate, anchor="ema",
+                    reward_model=str(self.reward_model), learning_rate=self.arguments.learning_rate, anchor="ema", warmup_steps=5,
                     global_batch_size=48, per_device_train_batch_size=48, watch_steps=steps // 5, kl_budget=1000,
                     graders=GRADERS, num_samples=self.arguments.num_watched, **ARMS[arm],
                 )  # fmt: skip
@@ -161,8 +161,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arms", choices=list(ARMS), nargs="+", default=["rloo", "jbond"])
     parser.add_argument("--kls", type=float, nargs="+", default=[0.1, 0.2, 0.5, 1.0])
-    parser.add_argument("--learning_rate", type=float, default=2e-4)
-    parser.add_argument("--max_steps", type=int, default=40)
+    parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument("--max_steps", type=int, default=30)
     parser.add_argument("--num_watched", type=int, default=120)
     parser.add_argument("--num_samples", type=int, default=480)
     parser.add_argument("--output", type=Path, default=Path("runs/jbond-front"))
