@@ -24,9 +24,9 @@ from over_seeds import interval
 ARMS = {
     "rloo": {"algorithm": "rloo", "num_generations": 4, "beta": 0.05, "anchor_mu": 0.01},
     "jbond": {"algorithm": "jbond", "beta": 0.0, "anchor_mu": 0.1},
-    "jbond, beta 1": {"algorithm": "jbond", "beta": 1.0, "anchor_mu": 0.1},
+    "jbond-beta-1": {"algorithm": "jbond", "beta": 1.0, "anchor_mu": 0.1},
 }
-COLORS = {"rloo": "tab:orange", "jbond": "tab:blue", "jbond, beta 1": "tab:green"}
+COLORS = {"rloo": "tab:orange", "jbond": "tab:blue", "jbond-beta-1": "tab:green"}
 GRADERS = [f"gemma2_post.tiny.gold:{name}" for name in ("gold", "accuracy", "flattery")]
 METRICS = ["reward", "gold", "accuracy", "kl_to_init", "mean_tokens"]
 
@@ -52,8 +52,8 @@ class Policies:
             for arm in self.arguments.arms:
                 self.stage(
                     "rlhf", file, f"{arm}-{seed}", model_name_or_path=str(self.start), seed=seed, max_steps=steps,
-                    reward_model=str(self.reward_model), learning_rate=self.arguments.learning_rate, anchor="ema", warmup_steps=5,
-                    global_batch_size=48, per_device_train_batch_size=48, watch_steps=steps // 5, kl_budget=1000,
+                    reward_model=str(self.reward_model), learning_rate=self.arguments.learning_rate, anchor="ema",
+                    warmup_steps=5, global_batch_size=48, per_device_train_batch_size=48, watch_steps=steps // 5, kl_budget=1000,
                     graders=GRADERS, num_samples=self.arguments.num_watched, **ARMS[arm],
                 )  # fmt: skip
         file = Path("recipes/tiny/evaluate.yaml")
