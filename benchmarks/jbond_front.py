@@ -40,8 +40,8 @@ class Policies:
         self.arguments, self.folder = arguments, arguments.run / "jbond-front"
         self.start, self.reward_model = arguments.run / "distill", arguments.run / "reward"
 
-    def make(self) -> None:
-        """Trains what is missing, and measures all of it."""
+    def train(self) -> None:
+        """Trains the policies that are missing."""
         recipe = Path("recipes/tiny/rlhf.yaml").read_text().splitlines()
         given = [line for line in recipe if not line.startswith(("num_generations", "beta", "anchor", "include"))]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -53,9 +53,12 @@ class Policies:
                 self.stage(
                     "rlhf", file, f"{arm}-{seed}", model_name_or_path=str(self.start), seed=seed, max_steps=steps,
                     reward_model=str(self.reward_model), learning_rate=self.arguments.learning_rate, anchor="ema",
-                    warmup_steps=5, global_batch_size=48, per_device_train_batch_size=48, watch_steps=steps // 5, kl_budget=1000,
-                    graders=GRADERS, num_samples=self.arguments.num_watched, **ARMS[arm],
+                    warmup_steps=5, global_batch_size=48, per_device_train_batch_size=48, watch_steps=steps // 5,
+                    kl_budget=1000, graders=GRADERS, num_samples=self.arguments.num_watched, **ARMS[arm],
                 )  # fmt: skip
+
+    def measure(self) -> None:
+        """Measures all models on the test prompts."""
         file = Path("recipes/tiny/evaluate.yaml")
         self.stage(
             "evaluate", file, "test", init=str(self.start), models=[str(path) for path in self.models().values()],
@@ -168,7 +171,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/jbond-front"))
     arguments = parser.parse_args()
     policies = Policies(arguments)
-    policies.make()
+    policies.train()
+    policies.measure()
     arguments.output.mkdir(parents=True, exist_ok=True)
     results = {"test": policies.points(), "curves": {arm: policies.curves(arm) for arm in arguments.arms}}
     (arguments.output / "points.json").write_text(json.dumps(results, indent=1) + "\n")
