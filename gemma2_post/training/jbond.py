@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from statistics import mean
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -146,7 +147,7 @@ class Rollout:
         self.functions, self.weights = functions, weights
         self.backward_weight, self.beta = backward_weight, beta
 
-    def __call__(self, prompts: list[list[Message]], trainer: GRPOTrainer) -> dict[str, object]:
+    def __call__(self, prompts: list[list[dict[str, Any]]], trainer: GRPOTrainer) -> dict[str, object]:
         """The rows of this process's prompts, each of which comes `ROWS` times, one after the other."""
         prompts = prompts[::ROWS]
         columns = [prompt[-1].pop("columns") for prompt in prompts]
