@@ -3,7 +3,8 @@
 Reads a policy that ends its turns, a reward model and prompts; writes a plain Hugging Face model for each policy of
 WARP (arXiv 2406.16768), `policy-0`, `policy-1`, ..., which differ in their seeds and the order of their prompts. The
 update is REINFORCE with a leave-one-out baseline on reward - beta * log(policy / anchor), summed over an answer's
-tokens. The anchor is an exponential moving average of the policy, the model that training starts from, or none.
+tokens, or J-BOND (arXiv 2407.14622), which distills the best of two of the anchor's answers. The anchor is an
+exponential moving average of the policy, the model that training starts from, or none.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml \\
         -m gemma2_post.rlhf --config recipes/tiny/rlhf.yaml
@@ -19,7 +20,7 @@ from gemma2_post.evaluation.keys import RewardFunctionArguments, SampleArguments
 from gemma2_post.models import cost
 from gemma2_post.models import work as passes
 from gemma2_post.models.arguments import REFUSED_KEYS, check_prompt_length
-from gemma2_post.stage.bounds import COUNT, NOT_NEGATIVE, Bounds
+from gemma2_post.stage.bounds import COUNT, NOT_NEGATIVE, SHARE, Bounds
 from gemma2_post.stage.command import GRADER, Checked, Command, Curve, Parts, Stage
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 SEEDS_APART = 1000
 """Seed distance between two policies; runs with neighboring seeds then share none."""
+JBOND_ANSWERS = 3
+"""Answers to a prompt in J-BOND: one of the policy, two of the anchor."""
 
 REFUSED = {
     "sync_ref_model": "TRL's average stands still in bf16; set anchor and anchor_mu",
@@ -62,6 +65,8 @@ class Recipe(TrainingRecipe):
     training: "RLOOConfig" = part("trl:RLOOConfig", bounds=TRAINING_BOUNDS | {"beta": NOT_NEGATIVE})
     rewards: RewardFunctionArguments = part(RewardFunctionArguments)
     watch: WatchArguments = part(WatchArguments)
+    algorithm: Literal["rloo", "jbond"] = key("rloo", "REINFORCE with a leave-one-out baseline, or J-BOND.")
+    backward_weight: float = key(0.5, "Weight of J-BOND's backward KL; its forward KL has the rest.", bounds=SHARE)
     anchor: Literal["ema", "start", "none"] = key(
         "ema", "Model that the KL is measured to: an average of the policy, its start, or none."
     )
@@ -83,6 +88,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     from gemma2_post.evaluation.rewards import ModelReward, load_reward_functions
     from gemma2_post.models.tokenizer import load_config_and_tokenizer
     from gemma2_post.training.checkpoints import TRAINER_FILE
+    from gemma2_post.training.jbond import jbond_trainer
     from gemma2_post.training.policy import load_policy, models_beside, prepare_frozen, save_anchor
     from gemma2_post.training.rollouts import compare as compare_rollouts
     from gemma2_post.training.rollouts import prepare as prepare_rollouts
@@ -111,13 +117,17 @@ def main(stage: Stage, recipe: Recipe) -> None:
     prepare_rollouts(recipe.training, longest, stage.is_made)
     recipe.training.save_strategy = "no"  # the watch decides when
     recipe.training.seed += SEEDS_APART * recipe.policy  # only now: all policies share the held-out prompts
-    trainer = RLOOTrainer(
-        model=load_policy(recipe.model, recipe.training),
-        reward_funcs=reward_functions,
-        args=recipe.training,
-        train_dataset=train,
-        processing_class=tokenizer,
-    )
+    policy = load_policy(recipe.model, recipe.training)
+    if recipe.algorithm == "jbond":
+        trainer = jbond_trainer(policy, recipe.training, train, tokenizer, reward_functions, recipe.backward_weight)
+    else:
+        trainer = RLOOTrainer(
+            model=policy,
+            reward_funcs=reward_functions,
+            args=recipe.training,
+            train_dataset=train,
+            processing_class=tokenizer,
+        )
     compare_rollouts(trainer)
     if score:
         score.load(trainer.args.device, partial(prepare_frozen, trainer))
@@ -125,7 +135,8 @@ def main(stage: Stage, recipe: Recipe) -> None:
     anchor = EmaAnchor(trainer, recipe.anchor_mu) if recipe.anchor == "ema" else None
     restore = anchor.restore if anchor else lambda checkpoint: None
     moving = reference if anchor and not stage.is_made else None  # a finished policy has left its average behind
-    watch = Watch(trainer, recipe.watch, to_answer, start, moving, graders, restore)
+    weights = recipe.training.reward_weights
+    watch = Watch(trainer, recipe.watch, to_answer, start, moving, graders, reward_functions, weights, restore)
     for callback in (FirstDivergenceIsZero(), *([anchor] if anchor else []), watch):
         trainer.add_callback(callback)
     run(
@@ -151,7 +162,11 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
         raise UserError("num_samples is 0, so nobody would watch the policy; write 1 or more")
     check_sampling(recipe, launcher)
     beta = recipe.training.beta
-    if recipe.anchor != "none" and beta == 0:
+    if recipe.algorithm == "jbond":
+        _check_jbond(recipe, launcher)
+    elif recipe.backward_weight != keys_of(Recipe)["backward_weight"].default:
+        raise UserError("backward_weight does nothing without algorithm: jbond; remove it")
+    elif recipe.anchor != "none" and beta == 0:
         raise UserError(f"beta is 0, so the anchor {recipe.anchor} holds nothing; write anchor: none, or raise beta")
     if recipe.anchor == "none" and beta:
         raise UserError(f"anchor is none with beta {beta:g}; write beta: 0, or name an anchor")
@@ -162,6 +177,30 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
         )
     if not recipe.training.ds3_gather_for_generation:
         raise UserError("ds3_gather_for_generation is false, which takes hours a step; remove it")
+
+
+def _check_jbond(recipe: Recipe, launcher: Launcher) -> None:
+    training, processes = recipe.training, launcher.num_processes
+    if recipe.anchor == "none":
+        raise UserError("anchor is none, but J-BOND learns from the anchor's answers; write ema or start")
+    if training.use_vllm:
+        raise UserError(
+            "use_vllm is true, but J-BOND samples from the anchor, too, which vLLM does not hold; remove it"
+        )
+    if training.normalize_advantages or training.reward_clip_range:
+        raise UserError(
+            "normalize_advantages and reward_clip_range do nothing in J-BOND, which compares rewards; remove them"
+        )
+    if recipe.global_batch_size < 2 * JBOND_ANSWERS:
+        raise UserError(
+            f"global_batch_size is {recipe.global_batch_size}; write {2 * JBOND_ANSWERS} or more, because J-BOND's "
+            f"baseline is the return of other prompts, and each has {JBOND_ANSWERS} answers"
+        )
+    if recipe.global_batch_size % (JBOND_ANSWERS * processes):
+        raise UserError(
+            f"global_batch_size {recipe.global_batch_size} does not divide by J-BOND's {JBOND_ANSWERS} answers a "
+            f"prompt x {processes} processes; change one of them"
+        )
 
 
 def complete(recipe: Recipe, launcher: Launcher) -> None:
@@ -175,12 +214,15 @@ def implied(values: dict[str, object]) -> dict[str, object]:
     Raises:
         UserError: `num_generations` is below 2 or does not divide `global_batch_size`.
     """
-    batch, group = values.get("global_batch_size"), values.get("num_generations", 2)
+    is_jbond = values.get("algorithm") == "jbond"
+    batch, group = values.get("global_batch_size"), values.get("num_generations", JBOND_ANSWERS if is_jbond else 2)
+    if is_jbond and group != JBOND_ANSWERS:
+        raise UserError(f"num_generations is {group}, but J-BOND samples {JBOND_ANSWERS} answers a prompt; remove it")
     if not isinstance(group, int) or group < 2:
         raise UserError(f"num_generations is {group}; write 2 or more, because answers to a prompt are compared")
     if isinstance(batch, int) and batch % group:
         raise UserError(f"global_batch_size {batch} does not divide by num_generations {group}; change one")
-    keys = {"generation_batch_size": batch}
+    keys = {"generation_batch_size": batch, **({"num_generations": group} if is_jbond else {})}
     if values.get("output_dir"):
         keys["output_dir"] = f"{values['output_dir']}/policy-{values.get('policy', 0)}"
     return keys
@@ -258,13 +300,20 @@ def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
     padded = prompt + answers.longest(sampled)
     # Triton scores only the answers; without it, the prompts are scored, too.
     scored = padded if policy.compute.on_cpu else answers.mean
-    # TRL reads the answers again as the policy, whether or not it has changed, and as the anchor.
-    read = passes.reading(policy, sampled, batch, both, scored, padded)
-    step = [
-        *passes.sampling(policy, sampled, sampled, prompts, answers, training.use_vllm, prompt),
-        *([read, read] if training.beta else [read]),
-        computed.a_step(checked, policy, both, passes.fused_loss(policy, batch * scored), padded),
-    ]
+    if recipe.algorithm == "jbond":
+        by_policy = sampled / JBOND_ANSWERS
+        step = [
+            *passes.sampling(policy, by_policy, by_policy, prompts, answers, padded=prompt),
+            *passes.sampling(policy, sampled - by_policy, sampled - by_policy, prompts, answers, padded=prompt),
+        ]
+        # Only the policy's answers are read again, as the policy and as the anchor.
+        read = passes.reading(policy, by_policy, batch, both, scored, padded)
+    else:
+        step = passes.sampling(policy, sampled, sampled, prompts, answers, training.use_vllm, prompt)
+        # TRL reads the answers again as the policy, whether or not it has changed, and as the anchor.
+        read = passes.reading(policy, sampled, batch, both, scored, padded)
+    step += [read, read] if training.beta or recipe.algorithm == "jbond" else [read]
+    step.append(computed.a_step(checked, policy, both, passes.fused_loss(policy, batch * scored), padded))
     watched = [
         *computed.answering(checked, policy, prompts, answers),
         *computed.comparing(checked, [policy] * (4 if recipe.anchor == "ema" else 2), prompts, answers),

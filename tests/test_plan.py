@@ -161,6 +161,21 @@ def test_four_policies_take_four_times_as_long_as_one() -> None:
     assert four.tokens == 4 * one.tokens and four.flops == 4 * one.flops and four.generated == 4 * one.generated
 
 
+def test_jbond_samples_as_many_answers_as_rloo_and_reads_a_third_of_them_again() -> None:
+    (job,) = check.check(steps.load_pipeline(Path("recipes/tiny/pipeline.yaml")), until="rlhf")[-1:]
+    changes = {"global_batch_size": 48, "per_device_train_batch_size": 48, "watch_steps": 10**6}
+    rloo, jbond = (
+        hours.estimate([(plan.Change(changes | {"algorithm": name, "num_generations": n}).apply(job), 1)], "H100")[0]
+        for name, n in (("rloo", 4), ("jbond", 3))
+    )
+    assert jbond.generated == pytest.approx(rloo.generated, rel=0.02)
+    read = {
+        "rloo": 2 + 1,
+        "jbond": 2 / 3 + 1,
+    }  # twice without and once with a gradient, and the prompts while sampling
+    assert 0.6 < jbond.tokens / rloo.tokens < 0.9 and read["jbond"] < read["rloo"]
+
+
 def test_what_is_unknown_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     plan.show(check.check(steps.load_pipeline(Path("recipes/gemma-2-2b/pipeline.yaml"))), Console(width=140))
     said = capsys.readouterr().out

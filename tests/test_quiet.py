@@ -40,5 +40,8 @@ def test_other_names_that_go_are_still_told() -> None:
         warnings.simplefilter("always")
         silence_libraries()
         warnings.warn("`gradient_checkpointing` is deprecated and will be removed in v6.", FutureWarning, stacklevel=2)
+        warnings.warn(
+            "You are using 'rollout_func', which is an experimental feature. This", UserWarning, stacklevel=2
+        )
         warnings.warn("`another_key` is deprecated and will be removed in v6.", FutureWarning, stacklevel=2)
     assert [str(each.message) for each in shown] == ["`another_key` is deprecated and will be removed in v6."]

@@ -262,3 +262,34 @@ def test_an_adapter_under_zero_3_goes_back_when_its_budget_is_passed(
     checkpoint = load_file(output / f"checkpoint-{kept['step']}" / "adapter_model.safetensors")
     saved = load_file(output / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(saved[name].bfloat16(), checkpoint[name].bfloat16()) for name in saved)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3], ids=["DDP", "ZeRO-3"])
+@pytest.mark.parametrize("method", [{}, LORA | {"dtype": "float32"}], ids=["full", "LoRA"])
+def test_jbond_in_two_processes_equals_one(
+    zero_stage: int, method: dict[str, object], run_rlhf: Run, rlhf_recipe: dict[str, object], tmp_path: Path
+) -> None:
+    """In fp32 and without chance, from the second step on with answers of a policy that differs from its anchor.
+
+    The baseline is that of the whole step, and each prompt's answers are on one process.
+    """
+    values = {key: value for key, value in rlhf_recipe.items() if key != "num_generations"}
+    values |= {"algorithm": "jbond", "beta": 0.5, "global_batch_size": 12, "per_device_train_batch_size": 6}
+    values |= {"generation_kwargs": {"do_sample": False}, "max_steps": 4, "learning_rate": 1e-3, "anchor_mu": 0.1}
+    values |= method
+    alone = run_rlhf(values)
+    output = in_two_processes("gemma2_post.rlhf", zero_stage, values, tmp_path) / "policy-0"
+    assert json.loads((output / "stage.json").read_text())["num_processes"] == 2
+    logs = [
+        [json.loads(line) for line in (each / "log.jsonl").read_text().splitlines()][:4] for each in (alone, output)
+    ]
+    for name in ("loss", "reward", "kl", "below_both", "grad_norm"):
+        one, two = ([entry[name] for entry in log] for log in logs)
+        assert two == pytest.approx(one, rel=1e-3, abs=1e-5), name
+    assert max(abs(entry["kl"]) for entry in logs[0]) > 1e-3
+    start, one, two = (
+        load_file(Path(each) / "model.safetensors") for each in (values["model_name_or_path"], alone, output)
+    )
+    assert distance(one, two) < 0.01 * distance(start, one)
+    anchors = [saved_anchor(each, method) for each in (alone, output)]
+    assert distance(*anchors) < 1e-3 * distance(anchors[0], dict.fromkeys(anchors[0], torch.zeros(())))

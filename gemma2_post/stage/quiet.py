@@ -24,12 +24,15 @@ _RENAMED = [
     "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
 ]
 """How warnings about old names begin that a library uses itself."""
+_EXPERIMENTAL = "You are using 'rollout_func', which is an experimental feature"
+"""TRL's, about what J-BOND needs; the tested version is pinned."""
 
 
 def silence_libraries() -> None:
     """Silences these warnings in this process; to be called before the libraries are imported."""
     for message in _RENAMED:
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    warnings.filterwarnings("ignore", message=_EXPERIMENTAL, category=UserWarning)
     for name in _MESSAGES:
         logging.getLogger(name).addFilter(_is_shown)
 

@@ -23,7 +23,7 @@ from gemma2_post.evaluation.answering.samples import (
 )
 from gemma2_post.evaluation.divergence import measure_divergence
 from gemma2_post.evaluation.keys import WatchArguments
-from gemma2_post.evaluation.rewards import values_of, weighted
+from gemma2_post.evaluation.rewards import RewardFunction, values_of, weighted
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
 from gemma2_post.training import trackers
@@ -108,9 +108,12 @@ class Watch(TrainerCallback):
         start: torch.nn.Module,
         anchor: torch.nn.Module | None,
         graders: dict[str, Grader],
+        reward_functions: list[RewardFunction],
+        reward_weights: list[float] | None,
         restore_anchor: Callable[[Path], None],
     ):
         self.trainer, self.args, self.rows = trainer, args, rows
+        self.reward_functions, self.reward_weights = reward_functions, reward_weights
         self.start, self.anchor, self.graders, self.restore_anchor = start, anchor, graders, restore_anchor
         self.output_dir = Path(trainer.args.output_dir)
         self.curve: list[Metrics] = []
@@ -178,7 +181,7 @@ class Watch(TrainerCallback):
         """The rewards that training would give the answers, by reward function, and `reward`, their weighted sum."""
         mine = share_of(len(answers), self.trainer.accelerator)
         values = values_of(
-            self.trainer.reward_funcs,
+            self.reward_functions,
             self.trainer.processing_class,
             [self.rows["prompt"][i] for i in mine],
             [answers[i].token_ids for i in mine],
@@ -186,7 +189,7 @@ class Watch(TrainerCallback):
             self.trainer.state,
         )
         by_function = {name: gather_rows(mine, each, len(answers)) for name, each in values.items()}
-        return by_function | {"reward": weighted(by_function, self.trainer.reward_weights.tolist())}
+        return by_function | {"reward": weighted(by_function, self.reward_weights)}
 
     def _write(self, step: int, answers: list[Answer], rewards: dict[str, list[float]]) -> None:
         """Writes the curve, and the answers for people to read."""
