@@ -34,7 +34,7 @@ def main(folder: Path, use_cpu: bool) -> None:
     contract.write_json(folder / f"process-{rank}.json", found)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    launcher.disconnect()
+    launcher.leave()
 
 
 def _add_up(values: torch.Tensor) -> None:

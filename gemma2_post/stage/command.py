@@ -149,7 +149,7 @@ class Command(Generic[R]):
                 print(f"{stage.output_dir} {kept if found.updates else 'is up to date'}")
             else:
                 self.run(stage, recipe)
-            launcher.disconnect()
+            launcher.leave()
 
     def parse(self, arguments: Sequence[str]) -> tuple[Stage, R]:
         """The stage and its recipe, with every key and combination checked; loads no models and no data."""
