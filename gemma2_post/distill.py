@@ -100,6 +100,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     )
     check_enough(train, recipe.global_batch_size, f"global_batch_size {recipe.global_batch_size}")
     to_answer, graders = rows_to_answer(recipe.samples, held_out)
+    recipe.training.seed = recipe.seed_of()
 
     trainer = DistillationTrainer(
         model=load_for_training(recipe.model, recipe.training),

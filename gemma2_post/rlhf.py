@@ -34,9 +34,6 @@ from gemma2_post.training.keys import TRAINING_BOUNDS, TrainingRecipe
 if TYPE_CHECKING:
     from trl import RLOOConfig
 
-SEEDS_APART = 1000
-"""Seed distance between two policies; runs with neighboring seeds then share none."""
-
 REFUSED = {
     "sync_ref_model": "TRL's average stands still in bf16; set anchor and anchor_mu",
     "ref_model_mixup_alpha": "it is called anchor_mu here",
@@ -107,7 +104,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     reward_functions = load_reward_functions(recipe.rewards, train.column_names, score, recipe.training.reward_weights)
 
     recipe.training.save_strategy = "no"  # the watch decides when
-    recipe.training.seed += SEEDS_APART * recipe.policy  # only now: all policies share the held-out prompts
+    recipe.training.seed = recipe.seed_of(recipe.policy)  # only now: all policies share the held-out prompts
     trainer = RLOOTrainer(
         model=load_policy(recipe.model, recipe.training),
         reward_funcs=reward_functions,

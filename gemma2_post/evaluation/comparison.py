@@ -30,9 +30,10 @@ from gemma2_post.evaluation.published import published
 from gemma2_post.evaluation.reward_benchmarks import Ranked
 from gemma2_post.models.loading import load_config
 from gemma2_post.stage import contract, digests
+from gemma2_post.stage.paths import MEMBER
 
 T = TypeVar("T")
-_POLICY = re.compile(r"/policy-\d+$")
+_MEMBER = re.compile(rf"/{MEMBER.pattern}$")
 Measures = dict[str, dict[str, float]]
 """The metrics of each model, by its name."""
 Protocol = MTBench | ArenaHard | AlpacaEval
@@ -139,7 +140,7 @@ class Comparison:
         """
         groups: dict[str, list[str]] = defaultdict(list)
         for name in self.names.values():
-            groups[_POLICY.sub("", name)].append(name)
+            groups[_MEMBER.sub("", name)].append(name)
         found = []
         for (other, others), (name, members) in pairwise(groups.items()):
             for metric in ["reward", *self.measurement.graders]:

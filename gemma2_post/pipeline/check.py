@@ -50,7 +50,7 @@ def check(pipeline: Pipeline, until: str | None = None, to_run: Container[str] =
     for launch, steps in pipeline.steps(until):
         for step in steps:
             job = _check_step(step, launch, made, step.label in to_run)
-            with located(step.config or step.label):
+            with located(step.where):
                 if job.command.is_test:
                     _check_unseen(job, jobs)
                 _check_rewards(job, jobs)
@@ -69,7 +69,7 @@ def _check_step(step: Step, launch: str, made: Models, is_here: bool) -> Job:
     if is_here:
         _check_devices(launch, launcher)
     values = step.keys
-    with located(step.config or step.label):
+    with located(step.where):
         # Without a GPU the dataclasses refuse bf16, but the pipeline may run on another machine.
         on_cpu = {"use_cpu": True} if "use_cpu" in keys_of(command.recipe) else {}
         _, built = command.build(values | on_cpu, launcher)
@@ -79,7 +79,7 @@ def _check_step(step: Step, launch: str, made: Models, is_here: bool) -> Job:
         if (config := models.get("model_name_or_path")) and built.model.use_peft:
             check_lora_modules(built.model, config)
     made[str(step.folder)] = models.get("model_name_or_path") or models.get("init")
-    return Job(step.label, step.config, step.folder, command, Checked(built, launcher, models), values)
+    return Job(step.label, step.config, step.folder, command, Checked(built, launcher, models), values, step.overrides)
 
 
 def _check_unseen(job: Job, earlier: list[Job]) -> None:

@@ -58,7 +58,7 @@ def _stages(pipeline: Pipeline) -> dict[str, dict]:
     steps = [step for _, each in pipeline.steps() for step in each]
     stages = {str(step.folder.relative_to(pipeline.run_dir)): _stage(step) for step in steps}
     for name, entry in pipeline.entries.items():
-        policies = [stages[key] for key in stages if entry.num_policies and key.startswith(f"{name}/")]
+        policies = [stages[key] for key in stages if entry.overrides and key.startswith(f"{name}/")]
         if policies and all(policy["status"] == "done" for policy in policies):
             stages[name] = {
                 "status": "done",
@@ -73,7 +73,8 @@ def _stage(step: Step) -> dict:
     done = contract.read_done(step.folder)
     found = {"status": "done", "wall_seconds": done["wall_seconds"]} if done else {"status": "not done"}
     found |= {"output_dir": str(step.folder), "metrics": done["metrics"] if done else {}}
-    return found | ({"gates": step.gates} if step.gates else {})
+    found |= {"gates": step.gates} if step.gates else {}
+    return found | ({"overrides": step.overrides} if step.overrides else {})
 
 
 def _headlines(pipeline: Pipeline) -> dict[str, str]:
@@ -131,9 +132,9 @@ def _models(pipeline: Pipeline) -> dict[str, dict[str, float]]:
         models[name] = values
         first = name.partition("/")[0]
         entry = pipeline.entries.get(first)
-        if entry and entry.num_policies:
+        if entry and entry.overrides:
             policies = [models[key] for key in models if key.startswith(f"{first}/")]
-            if len(policies) == entry.num_policies:
+            if len(policies) == len(entry.overrides):
                 models[first] = _means(policies)
     return models
 

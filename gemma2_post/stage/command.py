@@ -17,7 +17,7 @@ from gemma2_post.stage.disk import check_folder
 from gemma2_post.stage.errors import UserError, located, reported
 from gemma2_post.stage.fingerprint import Fingerprint
 from gemma2_post.stage.launcher import Launcher
-from gemma2_post.stage.paths import with_policies
+from gemma2_post.stage.paths import with_members
 from gemma2_post.stage.quiet import silence_libraries
 from gemma2_post.stage.recipe import R
 from gemma2_post.stage.reference import describe_keys, wrapped
@@ -158,7 +158,7 @@ class Command(Generic[R]):
             return recipe.is_boolean(key.hint) if key else None
 
         where, values = read(arguments, self.needs_config, is_boolean)
-        values = with_policies(self.recipe, values)
+        values = with_members(self.recipe, values)
         with located(where):
             output_dir, built = self.build(values)
         return Stage(self.name, where, output_dir, self.fingerprint(values)), built
