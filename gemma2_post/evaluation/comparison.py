@@ -3,7 +3,7 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import pairwise
@@ -56,6 +56,8 @@ class Comparison:
     answered: dict[str, Answered] = field(default_factory=dict)
     values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     """Reward, grades and counts of each model's answers, one for each prompt."""
+    wins: dict[str, dict[str, Sequence[float | None]]] = field(default_factory=dict)
+    """By `reward`, each grader and `judge`: each model's wins against the baseline, one for each prompt."""
 
     def answer(self) -> None:
         """Lets every model answer; the other methods measure these answers."""
@@ -104,6 +106,7 @@ class Comparison:
             for judge in ["reward", *self.measurement.graders]:
                 key = f"win_rate_vs_{self.baseline}" if judge == "reward" else f"{judge}_win_rate_vs_{self.baseline}"
                 wins = wins_by(values[name][judge], values[self.baseline][judge])
+                self.wins.setdefault(judge, {})[name] = wins
                 found[name] |= versus(key, wins, each.lengths, self.answered[self.baseline].lengths)
                 found[name] |= self._by_group({key: list(wins)}, are_rates=True)
         return found
@@ -163,6 +166,7 @@ class Comparison:
         for name in [each for each in texts if each != self.baseline]:
             judged = judge.compare(prompts, texts[name], texts[self.baseline])
             judge.check_most(judged.wins.count(None), judged.num_asked)
+            self.wins.setdefault("judge", {})[name] = judged.wins
             lengths, others = (self.answered[each].lengths for each in (name, self.baseline))
             found[name] = judged.versus(key, lengths, others) | self._by_group({key: judged.wins}, are_rates=True)
         return found
