@@ -56,7 +56,9 @@ def test_members_of_the_other_stages_have_folders_and_seeds_of_their_own(stage: 
     path = write(tmp_path, {stage: {"recipe": "x.yaml", "members": overrides}}, **{stage: {"seed": 3}})
     run = tmp_path / "run" / stage
     steps = members(path, stage)
-    assert [(step.label, step.folder) for step in steps] == [(f"{stage} member {i}", run / f"member-{i}") for i in range(3)]
+    assert [(step.label, step.folder) for step in steps] == [
+        (f"{stage} member {i}", run / f"member-{i}") for i in range(3)
+    ]
     assert [step.values for step in steps] == [
         {"training_seed": 3, "output_dir": str(run / "member-0")},
         {"training_seed": 1003, "learning_rate": 1e-4, "output_dir": str(run / "member-1")},
@@ -132,7 +134,10 @@ def test_members_begin_from_checkpoints_of_their_own(tmp_path: Path) -> None:
         ({"policies": [{"seed": -1}]}, "rlhf: policy 0: seed is -1; write a whole number"),
         ({"policies": [{}, {"model": "sft-9"}]}, "rlhf: policy 1: model names sft-9, which is no stage of it"),
         ({"policies": [{"reward_model": "reward"}]}, "rlhf: policy 0: reward_model names reward, which comes later"),
-        ({"policies": [{"model": "sft", "model_name_or_path": "x"}]}, "policy 0: model and model_name_or_path say the"),
+        (
+            {"policies": [{"model": "sft", "model_name_or_path": "x"}]},
+            "policy 0: model and model_name_or_path say the",
+        ),
         (
             {"policies": [{"gradient_checkpointing": True, "activation_checkpointing": True}]},
             "policy 0: gradient_checkpointing is the old name of activation_checkpointing, and both are given",
@@ -158,7 +163,10 @@ def test_a_bad_key_or_value_is_said_with_its_member(recipe: dict[str, object], t
         ({"lerning_rate": 1e-3}, r"unknown key lerning_rate \(value 0\.001\); did you mean learning_rate"),
         ({"learning_rate": "fast"}, "learning_rate is 'fast'"),
         ({"per_device_train_batch_size": 3}, "global_batch_size 8 does not divide"),
-        ({"model_name_or_path": "no/such/folder"}, "model_name_or_path is no/such/folder, which no earlier stage makes"),
+        (
+            {"model_name_or_path": "no/such/folder"},
+            "model_name_or_path is no/such/folder, which no earlier stage makes",
+        ),
     ):
         path = write(tmp_path, {"sft": {"recipe": "sft.yaml", "members": [{}, overrides]}}, sft=recipe)
         with pytest.raises(UserError, match=rf"sft\.yaml: sft member 1: {message}"):
@@ -230,9 +238,7 @@ def test_members_of_every_training_stage_and_their_soup(
     assert any((weights[0][name] != weights[1][name]).any() for name in soup)
     for name in soup:
         torch.testing.assert_close(soup[name], (weights[0][name] + weights[1][name]) / 2, rtol=1e-6, atol=1e-7)
-    done = {
-        str(file.parent.relative_to(folder)): json.loads(file.read_text()) for file in folder.rglob("stage.json")
-    }
+    done = {str(file.parent.relative_to(folder)): json.loads(file.read_text()) for file in folder.rglob("stage.json")}
     recipes = {name: each["fingerprint"]["recipe"] for name, each in done.items()}
     assert recipes["distill/member-1"]["beta"] == 0.5 and "beta" not in recipes["distill/member-0"]
     assert recipes["distill/member-1"]["training_seed"] == recipes["distill/member-0"]["training_seed"] + 1000

@@ -33,6 +33,8 @@ from gemma2_post.stage.paths import Kind, references
 from gemma2_post.stage.recipe import keys_of, values_of
 
 Models = dict[str, Gemma2Config | None]
+_MADE_FROM = ("model_name_or_path", "init", "models")
+"""Keys of the models whose shape a stage's output has."""
 
 
 def check(pipeline: Pipeline, until: str | None = None, to_run: Container[str] = ()) -> list[Job]:
@@ -51,7 +53,7 @@ def check(pipeline: Pipeline, until: str | None = None, to_run: Container[str] =
         for step in steps:
             job = _check_step(step, launch, made, step.label in to_run)
             with located(step.where):
-                if job.command.is_test:
+                if job.command.is_test or job.command.is_selection:
                     _check_unseen(job, jobs)
                 _check_rewards(job, jobs)
             jobs.append(job)
@@ -78,19 +80,20 @@ def _check_step(step: Step, launch: str, made: Models, is_here: bool) -> Job:
         _check_lengths(values, models)
         if (config := models.get("model_name_or_path")) and built.model.use_peft:
             check_lora_modules(built.model, config)
-    made[str(step.folder)] = models.get("model_name_or_path") or models.get("init")
+    made[str(step.folder)] = next((models[key] for key in _MADE_FROM if models.get(key)), None)
     return Job(step.label, step.config, step.folder, command, Checked(built, launcher, models), values, step.overrides)
 
 
 def _check_unseen(job: Job, earlier: list[Job]) -> None:
-    """Refuses test prompts that an earlier stage trains on or selects by."""
+    """Refuses prompts of a test that an earlier stage trains on or selects by, and of a selection that one trains on."""
     read: dict[str, tuple[list[Source], RowFormat, str]] = {}
     for each in earlier:
         if not each.command.is_test:
             recipe = values_of(each.checked.recipe)
             for key, row_format in each.command.row_formats.items():
-                does = "trains on" if key == "datasets" and each.trains else "selects by"
-                for source in recipe.get(key) or []:
+                is_trained = key == "datasets" and each.trains
+                does = "trains on" if is_trained else "selects by"
+                for source in (recipe.get(key) or []) if is_trained or job.command.is_test else []:
                     read.setdefault(f"{source} {row_format}", ([source], row_format, f"{each.label} {does}"))
     check_unseen(values_of(job.checked.recipe)["datasets"], job.command.row_formats["datasets"], read.values())
 

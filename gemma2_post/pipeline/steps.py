@@ -5,11 +5,13 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from gemma2_post.pipeline import gates
+from gemma2_post.select import Selected, candidates_of
+from gemma2_post.stage import contract
 from gemma2_post.stage.bounds import COUNT, SEED, Bounds
 from gemma2_post.stage.command import Command
 from gemma2_post.stage.errors import UserError, located
@@ -65,6 +67,8 @@ _OF_PIPELINE = ("output_dir", "policy", "training_seed")
 """Keys that a pipeline sets for each member."""
 DEFAULT_SEED = 42
 """The seed of transformers, for recipes that set none."""
+DEFAULT_EPOCHS = 3.0
+"""The number of epochs of transformers, for recipes that set neither that nor steps."""
 
 
 @dataclass
@@ -89,6 +93,10 @@ class Pipeline:
     """The run folder that the recipes name; `run_dir` may differ."""
     set_keys: dict[str, dict[str, object]]
     """Keys that the command line sets, by stage; they override a recipe's, and what a member overrides stays."""
+    shares: dict[str, float | None] = field(default_factory=dict)
+    """The entries of candidates for a selection, each with the share of its recipe's steps that they take, if any."""
+    chosen_by: dict[str, str] = field(default_factory=dict)
+    """The entries that train what a selection chose, each with the entry of that selection."""
 
     def steps(self, until: str | None = None) -> list[tuple[str, list["Step"]]]:
         """The rounds of all entries, or of those up to and including `until`; see `rounds`."""
@@ -234,6 +242,8 @@ class Step:
     gates: dict[str, str] = field(default_factory=dict)
     overrides: Overrides = field(default_factory=dict)
     """Of a member: what it overrides, as the pipeline recipe says it."""
+    after: list[Path] = field(default_factory=list)
+    """Folders of steps that decide its keys, although none of its keys names them."""
 
     @property
     def where(self) -> str:
@@ -278,20 +288,59 @@ def load_pipeline(
         file = build(PipelineRecipe, keys)
         if not file.run_dir:
             raise UserError("run_dir is empty; write a folder, for example runs/tiny")
-        entries = {name: _entry(name, values) for name, values in file.stages.items()}
-    pipeline = Pipeline(run_dir or Path(file.run_dir), file.launch, entries, path, Path(file.run_dir), {})
-    for name, values in (overrides or {}).items():
-        pipeline.check_name(name)
-        if "output_dir" in values:
-            raise UserError(f"--set {name}.output_dir: a stage writes to its own folder in the run's; set --run_dir")
-    seeds = {} if seed is None else {"seed": seed}
-    pipeline.set_keys = {name: seeds | (overrides or {}).get(name, {}) for name in entries}
+    return _loaded(path, file, run_dir or Path(file.run_dir), seed, overrides or {})
+
+
+def load_selection(
+    path: Path, launch: str | None, run_dir: Path | None, seed: int | None, keys: dict[str, object]
+) -> Pipeline:
+    """A selection as a pipeline of its own, from its recipe alone; it runs beside the folder of the recipe's run.
+
+    Args:
+        launch: Accelerate config of the candidates and the selection; None: of one CPU or one GPU, as their recipe
+            says.
+        keys: Keys that override the recipe's.
+
+    Raises:
+        UserError: What is wrong.
+    """
+    values = load_recipe(path) | keys
     with located(path):
+        output = Path(str(values.get("output_dir") or ""))
+        if not output.name:
+            raise UserError("output_dir is missing; add `output_dir: runs/NAME/select`")
+        recipe = path.parent / str(values.get("recipe") or f"{values.get('select')}.yaml")
+        on_cpu = recipe.is_file() and load_recipe(recipe).get("use_cpu")
+        launch = launch or f"accelerate_configs/{'cpu' if on_cpu else 'single_gpu'}.yaml"
+        entries: dict[str, dict] = {output.name: {"recipe": path.name, "stage": "select"}}
+        file = PipelineRecipe(str(output.parent), launch, entries)
+    folder = run_dir or output.parent.with_name(f"{output.parent.name}-{output.name}")
+    return _loaded(path, file, folder, seed, {output.name: keys} if keys else {})
+
+
+def _loaded(
+    path: Path, file: PipelineRecipe, run_dir: Path, seed: int | None, overrides: dict[str, dict[str, object]]
+) -> Pipeline:
+    seeds = {} if seed is None else {"seed": seed}
+    with located(path):
+        entries = {name: _entry(name, values) for name, values in file.stages.items()}
+        pipeline = Pipeline(run_dir, file.launch, entries, path, Path(file.run_dir), {})
         for name in entries:
             with located(name):
                 if not pipeline.config_of(name).is_file():
                     raise UserError(f"there is no recipe {pipeline.config_of(name)}; write it, or correct its name")
-        for name, entry in entries.items():
+        pipeline.set_keys = {name: {**values} for name, values in overrides.items()}
+        pipeline.entries = {}
+        for name in entries:
+            with located(name):
+                pipeline.entries |= _with_candidates(pipeline, name, entries)
+    for name, values in pipeline.set_keys.items():
+        pipeline.check_name(name)
+        if "output_dir" in values:
+            raise UserError(f"--set {name}.output_dir: a stage writes to its own folder in the run's; set --run_dir")
+    pipeline.set_keys = {name: seeds | pipeline.set_keys.get(name, {}) for name in pipeline.entries}
+    with located(path):
+        for name, entry in pipeline.entries.items():
             with located(name):
                 _check_references(pipeline, name)
                 gates.check_bounds(entry.gates or {})
@@ -303,6 +352,43 @@ def load_pipeline(
         if count > 1:
             raise UserError(f"{folder} would be the output of {count} stages; rename one of them")
     return pipeline
+
+
+def _with_candidates(pipeline: Pipeline, name: str, entries: dict[str, StageEntry]) -> dict[str, StageEntry]:
+    """An entry; of a selection also the entry of its candidates, which are members that have the recipe's seed.
+
+    With a share of the steps there are three: the candidates, the selection, and under the selection's own name the
+    stage that trains what was chosen.
+    """
+    entry = entries[name]
+    if (entry.stage or name) != "select":
+        return {name: entry}
+    values = load_recipe(pipeline.path.parent / entry.recipe) | pipeline.set_keys.get(name, {})
+    stage, recipe = values.get("select"), values.get("recipe")
+    if stage not in get_args(Selected):
+        raise UserError(f"{entry.recipe}: select is {stage!r}; write one of {', '.join(get_args(Selected))}")
+    recipe = recipe or f"{stage}.yaml"
+    if not isinstance(recipe, str) or not (pipeline.path.parent / recipe).is_file():
+        raise UserError(f"{entry.recipe}: there is no recipe {recipe} beside it; write the file that is overridden")
+    with located(entry.recipe):
+        overrides = [_override(each, f"candidate {i}") for i, each in enumerate(candidates_of(values))]
+    candidates, selection = f"{name}-candidates", f"{name}-choice" if values.get("share") else name
+    for taken in {candidates, selection} - {name}:
+        if taken in entries:
+            raise UserError(f"the entry {taken} would have the folder of what {name} selects from; rename it")
+    of_stage = [MODEL, *model_keys(command_of(stage).recipe)]
+    trained = {read: names for read, names in entry.reads.items() if read in of_stage}
+    of_selection = model_keys(command_of("select").recipe)
+    compared = {read: names for read, names in entry.reads.items() if read in of_selection or read not in of_stage}
+    found = {candidates: StageEntry(recipe=recipe, stage=stage, members=overrides, reads=trained)}
+    found[selection] = replace(entry, stage="select", reads=compared | {"models": [candidates]})
+    pipeline.shares[candidates] = values.get("share")
+    if selection != name:
+        pipeline.chosen_by[name] = selection
+        pipeline.set_keys[selection] = pipeline.set_keys.pop(name, {})
+        found[selection] = replace(found[selection], gates=None)
+        found[name] = StageEntry(recipe=recipe, stage=stage, gates=entry.gates, reads=trained)
+    return found
 
 
 def _entry(name: str, values: dict[str, object]) -> StageEntry:
@@ -418,7 +504,7 @@ def _check_members(pipeline: Pipeline, name: str) -> None:
     for step in steps:
         number = int(step.folder.name.rpartition("-")[2])
         keys = {key: value for key, value in step.keys.items() if key not in _OF_PIPELINE}
-        keys["seed"] = step.keys.get("training_seed", _seed(step.keys) + SEEDS_APART * number)
+        keys["seed"] = step.keys.get("training_seed", _seed(step.keys) + _apart(pipeline, name) * number)
         same = made.setdefault(json.dumps(keys, sort_keys=True), step)
         if same is not step:
             raise UserError(
@@ -457,9 +543,21 @@ def rounds(pipeline: Pipeline, name: str) -> Iterator[tuple[str, list[Step]]]:
     elif entry.overrides:
         yield pipeline.launch_of(name), _members(pipeline, name, name, 0)
     else:
-        values = pipeline.references_of(name) | pipeline.set_keys.get(name, {}) | {"output_dir": str(output)}
-        step = Step(name, name, pipeline.stage_of(name), output, pipeline.config_of(name), values, entry.gates or {})
-        yield pipeline.launch_of(name), [step]
+        values = pipeline.references_of(name) | pipeline.set_keys.get(name, {})
+        overrides, after = _chosen(pipeline, name)
+        values |= _own_keys(pipeline, name, overrides) | {"output_dir": str(output)}
+        stage, config, gates = pipeline.stage_of(name), pipeline.config_of(name), entry.gates or {}
+        yield pipeline.launch_of(name), [Step(name, name, stage, output, config, values, gates, overrides, after)]
+
+
+def _chosen(pipeline: Pipeline, name: str) -> tuple[Overrides, list[Path]]:
+    """What a selection chose for an entry, and the selection's folder; until it has chosen, the first candidate."""
+    if name not in pipeline.chosen_by:
+        return {}, []
+    folder = pipeline.run_dir / pipeline.chosen_by[name]
+    choice = contract.read_json(folder / contract.CHOICE, {"overrides": dict})
+    candidates = pipeline.entries[pipeline.chosen_by[name]].reads["models"][0]
+    return choice["overrides"] if choice else pipeline.entries[candidates].overrides[0], [folder]
 
 
 def _members(pipeline: Pipeline, name: str, output: str, first: int, model: str | None = None) -> list[Step]:
@@ -474,22 +572,43 @@ def _members(pipeline: Pipeline, name: str, output: str, first: int, model: str 
         model: Folder of the model that they start from, if not the entry's.
     """
     folder, entry, stage = pipeline.run_dir / output, pipeline.entries[name], pipeline.stage_of(name)
-    what = member_of(stage)
+    what, share = member_of(stage), pipeline.shares.get(name)
     shared = pipeline.references_of(name) | ({"model_name_or_path": model} if model else {})
     shared |= pipeline.set_keys.get(name, {})
-    seed, steps = _seed(pipeline.values_of(name)), []
+    recipe, steps = pipeline.values_of(name), []
     for number, overrides in enumerate(entry.overrides, start=first):
-        values = shared | pipeline.resolved(name, overrides)
+        values = shared | _own_keys(pipeline, name, overrides, SEEDS_APART * first)
+        values |= _shortened(recipe | values, share) if share else {}
+        if "training_seed" not in values and (what == "policy") == (name in pipeline.shares):
+            values["training_seed"] = _seed(recipe) + _apart(pipeline, name) * number
         own = folder / f"{what}-{number}"
-        if "seed" in overrides:
-            values["training_seed"] = values.pop("seed") + SEEDS_APART * first
-            values |= {"seed": shared["seed"]} if "seed" in shared else {}
-        elif what != "policy":
-            values["training_seed"] = seed + SEEDS_APART * number
         values |= {"policy": number, "output_dir": str(folder)} if what == "policy" else {"output_dir": str(own)}
         label, config, gates = f"{output} {what} {number}", pipeline.config_of(name), entry.gates or {}
         steps.append(Step(label, name, stage, own, config, values, gates, overrides))
     return steps
+
+
+def _own_keys(pipeline: Pipeline, name: str, overrides: Overrides, seeds_on: int = 0) -> dict[str, object]:
+    """What overrides change in the keys of a step; their seed is that of the training alone."""
+    values = pipeline.resolved(name, overrides)
+    return values | {"training_seed": values.pop("seed") + seeds_on} if "seed" in values else values
+
+
+def _apart(pipeline: Pipeline, name: str) -> int:
+    """Distance between the seeds of an entry's members; candidates differ in their keys alone."""
+    return 0 if name in pipeline.shares else SEEDS_APART
+
+
+def _shortened(values: dict[str, Any], share: float) -> dict[str, object]:
+    """The keys with which a recipe takes this share of its steps."""
+    found: dict[str, object] = {}
+    if values.get("max_steps", -1) > 0:
+        found["max_steps"] = max(1, round(share * values["max_steps"]))
+    else:
+        found["num_train_epochs"] = share * values.get("num_train_epochs", DEFAULT_EPOCHS)
+    if values.get("warmup_steps", 0) >= 1:  # below 1 it is a share itself
+        found["warmup_steps"] = round(share * values["warmup_steps"])
+    return found
 
 
 def _warp_rounds(pipeline: Pipeline, name: str) -> Iterator[tuple[str, list[Step]]]:

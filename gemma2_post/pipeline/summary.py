@@ -49,6 +49,7 @@ def write(pipeline: Pipeline, status: str, seconds: float) -> None:
         "reward_model": _of_reward_model(pipeline),
         "failed": _failed(pipeline),
         "liti": _liti(pipeline),
+        "selections": _selections(pipeline),
     }
     contract.write_json(run_dir / FILE, content)
 
@@ -143,6 +144,17 @@ def _means(values: list[dict[str, float]]) -> dict[str, float]:
     """Means of metrics, without intervals, which are for single policies."""
     keys = [key for key in values[0] if not key.endswith(("/standard_error", "/low", "/high"))]
     return {key: mean(each[key] for each in values) for key in keys if all(key in each for each in values)}
+
+
+def _selections(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
+    """The finished selections, by the entry that holds what was chosen; see `select`."""
+    steps = [step for _, each in pipeline.steps() for step in each if step.stage == "select"]
+    name_of = {selection: name for name, selection in pipeline.chosen_by.items()}
+    return {
+        name_of.get(step.entry, step.entry): contract.read_json(step.folder / contract.CHOICE)
+        for step in steps
+        if contract.read_done(step.folder)
+    }
 
 
 def _liti(pipeline: Pipeline) -> list[dict[str, Any]]:

@@ -77,6 +77,7 @@ def write(run_dir: Path, summary: dict, rows: list[dict], files: Files) -> list[
         "facts": models.facts(summary),
         "gains": models.gains(summary),
         "known_sets": models.known_sets(summary),
+        "selections": models.selections(summary),
         "failed": summary["failed"],
         "conversations": [_conversation(row) for row in rows],
         "versions": [*done.values()][-1]["fingerprint"]["versions"] if done else {},

@@ -106,6 +106,8 @@ class Command(Generic[R]):
     """For each key that names data: the `RowFormat` (of `data/rows.py`) that its rows are read as."""
     is_test: bool = False
     """Whether it measures on prompts that no earlier stage of a pipeline may have read."""
+    is_selection: bool = False
+    """Whether it selects models on prompts that no earlier stage of a pipeline may have trained on."""
     headline: Sequence[str] = ()
     """The metrics that can say how the stage went; the first one that was measured is used."""
     below_gate: str = "See its metrics.json."
