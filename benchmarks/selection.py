@@ -1,4 +1,4 @@
-"""Whether `select` picks the candidate that is best on test prompts, in the tiny world, and what a soup of them is worth.
+"""Whether `select` picks the candidate that is best on test prompts, in the tiny world; what a soup of them is worth.
 
 For each seed, four candidates of sft (all weights, few steps) differ in their learning rate. They are compared on the
 selection prompts, by the reward model, which was trained once, and by gold; then all of them, their uniform soup and
@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
+from gemma2_post.data.keys import DataArguments, Source
 from gemma2_post.evaluation.judging.winrate import difference
 from gemma2_post.evaluation.keys import AnswerArguments, MeasureArguments, RewardFunctionArguments, SampleArguments
-from gemma2_post.data.keys import DataArguments, Source
 from gemma2_post.evaluation.measure import Measurement, summarize
 from gemma2_post.pipeline import processes
 from gemma2_post.pipeline.steps import load_selection

@@ -2,8 +2,8 @@
 
 The pipeline trains the candidates, as stages of its own (`NAME-candidates`). This stage reads them; all answer the
 same selection prompts, and the reward, a grader or a judge (asked in both orders) compares each one's answers with
-those of the baseline, the first candidate. The highest win rate is chosen; of those that cannot be told from it, by the
-95% interval of their difference, the one that cost least to train. Writes the chosen model, `select.json` with the
+those of the baseline, the first candidate. The highest win rate is chosen; of those that cannot be told from it, by
+the 95% interval of their difference, the one that cost least to train. Writes the chosen model, `select.json` with the
 table, and `answers.jsonl`, for people to read. With a `share` of the steps, the pipeline trains what was chosen anew,
 with all of its steps.
 
@@ -13,7 +13,7 @@ with all of its steps.
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from gemma2_post.data.rows import QUESTION
 from gemma2_post.evaluation import memory as measuring
@@ -35,6 +35,7 @@ KEPT = "measured"
 """Folder beside the output for what the candidates answered, whatever the recipe says next."""
 Selected = Literal["sft", "distill", "rlhf"]
 """The stages whose models answer prompts."""
+_SHARE = Bounds(above=0, below=1)
 
 
 @dataclass(kw_only=True)
@@ -54,7 +55,7 @@ class Recipe:
     share: float | None = key(
         None,
         "Share of the recipe's steps that each candidate takes; the chosen one is then trained with all of them.",
-        bounds=Bounds(above=0, below=1),
+        bounds=_SHARE,
     )
     by: str = key("reward", "What compares answers: reward, judge, or the name of one of the graders.")
     models: list[ModelPath] | None = key(None, "Folders of the candidates, in their order; a pipeline sets it.")
@@ -82,6 +83,18 @@ def candidates_of(values: dict[str, Any]) -> list[Overrides]:
     if len(candidates) < 2:
         raise UserError(f"there is {len(candidates)} candidate, and nothing to select from; write two or more")
     return candidates
+
+
+def share_of(values: dict[str, Any]) -> float | None:
+    """The share of the steps that candidates take, by the keys of a recipe; None for all of them.
+
+    Raises:
+        UserError: It is no share.
+    """
+    share = values.get("share")
+    if share is not None and (not isinstance(share, float) or _SHARE.problem(share)):
+        raise UserError(f"share is {share!r}; write a number {_SHARE.words}")
+    return share
 
 
 def main(stage: Stage, recipe: Recipe) -> None:

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from gemma2_post import cli, select
 from gemma2_post.evaluation.choice import choose
-from gemma2_post.evaluation.judging.judge import Judge
-from gemma2_post.pipeline import check, processes, run, summary
+from gemma2_post.pipeline import check, processes, summary
 from gemma2_post.pipeline.decisions import Action, forecast
 from gemma2_post.pipeline.steps import Pipeline, Step, load_pipeline, load_selection
 from gemma2_post.report import report as reports
@@ -183,7 +180,9 @@ def test_a_selection_is_an_entry_whose_folder_later_stages_read(tmp_path: Path) 
         ({"by": "judge"}, "by is judge, and there is none; name a judge"),
         ({"judge": TEACHER}, "judge does nothing with by: gold; write by: judge, or remove it"),
         ({"by": "reward"}, "nothing rewards the answers; name a reward_model, or reward_functions"),
-        ({"share": 1.5}, "share is 1.5; write above 0, below 1"),
+        ({"share": 1.5}, "share is 1.5; write a number above 0, below 1"),
+        ({"share": "half"}, "share is 'half'; write a number above 0, below 1"),
+        ({"share": 0.5, "candidates": [{}, {"max_steps": "x"}]}, r"member 1: max_steps is 'x' \(str\)"),
         ({"safety_datasets": []}, "safety_datasets must not be set"),
         ({"num_samples": 1}, "num_samples is 1; write 2 or more"),
         ({"output_dir": None}, "output_dir is missing"),
@@ -251,7 +250,7 @@ def test_the_chosen_candidate_is_what_later_stages_read(
     candidates: Pipeline, select_recipe: dict[str, object], tmp_path: Path
 ) -> None:
     """And another way to choose asks nothing anew; the candidates are kept."""
-    broken, kept, choice = all_steps(candidates)
+    _, kept, choice = all_steps(candidates)
     run_here(choice)
     output = tmp_path / "run" / "select"
     found = json.loads((output / "select.json").read_text())

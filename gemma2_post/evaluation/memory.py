@@ -5,7 +5,6 @@ from gemma2_post.models import cost
 from gemma2_post.models.cost import BF16, FP32, Compute
 from gemma2_post.stage.command import Checked, Parts
 
-
 JUDGE_BATCH, JUDGE_QUESTION = 8, 200
 """Pairs that a judge reads at once, and the tokens of its question without them (`evaluation/judging/judge.py`)."""
 

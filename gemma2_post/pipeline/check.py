@@ -85,7 +85,7 @@ def _check_step(step: Step, launch: str, made: Models, is_here: bool) -> Job:
 
 
 def _check_unseen(job: Job, earlier: list[Job]) -> None:
-    """Refuses prompts of a test that an earlier stage trains on or selects by, and of a selection that one trains on."""
+    """Refuses test prompts that an earlier stage trains on or selects by, and selection prompts that one trains on."""
     read: dict[str, tuple[list[Source], RowFormat, str]] = {}
     for each in earlier:
         if not each.command.is_test:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from gemma2_post.pipeline import gates
-from gemma2_post.select import Selected, candidates_of
+from gemma2_post.select import Selected, candidates_of, share_of
 from gemma2_post.stage import contract
 from gemma2_post.stage.bounds import COUNT, SEED, Bounds
 from gemma2_post.stage.command import Command
@@ -372,7 +372,8 @@ def _with_candidates(pipeline: Pipeline, name: str, entries: dict[str, StageEntr
         raise UserError(f"{entry.recipe}: there is no recipe {recipe} beside it; write the file that is overridden")
     with located(entry.recipe):
         overrides = [_override(each, f"candidate {i}") for i, each in enumerate(candidates_of(values))]
-    candidates, selection = f"{name}-candidates", f"{name}-choice" if values.get("share") else name
+        share = share_of(values)
+    candidates, selection = f"{name}-candidates", f"{name}-choice" if share else name
     for taken in {candidates, selection} - {name}:
         if taken in entries:
             raise UserError(f"the entry {taken} would have the folder of what {name} selects from; rename it")
@@ -382,7 +383,7 @@ def _with_candidates(pipeline: Pipeline, name: str, entries: dict[str, StageEntr
     compared = {read: names for read, names in entry.reads.items() if read in of_selection or read not in of_stage}
     found = {candidates: StageEntry(recipe=recipe, stage=stage, members=overrides, reads=trained)}
     found[selection] = replace(entry, stage="select", reads=compared | {"models": [candidates]})
-    pipeline.shares[candidates] = values.get("share")
+    pipeline.shares[candidates] = share
     if selection != name:
         pipeline.chosen_by[name] = selection
         pipeline.set_keys[selection] = pipeline.set_keys.pop(name, {})
@@ -601,13 +602,14 @@ def _apart(pipeline: Pipeline, name: str) -> int:
 
 def _shortened(values: dict[str, Any], share: float) -> dict[str, object]:
     """The keys with which a recipe takes this share of its steps."""
-    found: dict[str, object] = {}
-    if values.get("max_steps", -1) > 0:
-        found["max_steps"] = max(1, round(share * values["max_steps"]))
-    else:
-        found["num_train_epochs"] = share * values.get("num_train_epochs", DEFAULT_EPOCHS)
-    if values.get("warmup_steps", 0) >= 1:  # below 1 it is a share itself
-        found["warmup_steps"] = round(share * values["warmup_steps"])
+    steps, epochs, warmup = (values.get(key) for key in ("max_steps", "num_train_epochs", "warmup_steps"))
+    if isinstance(steps, str) or isinstance(epochs, str) or isinstance(warmup, str):
+        return {}  # the check of the step says what is wrong
+    found: dict[str, object] = {"num_train_epochs": share * (epochs or DEFAULT_EPOCHS)}
+    if steps and steps > 0:
+        found = {"max_steps": max(1, round(share * steps))}
+    if warmup and warmup >= 1:  # below 1 it is a share itself
+        found["warmup_steps"] = round(share * warmup)
     return found
 
 

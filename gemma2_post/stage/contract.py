@@ -44,7 +44,7 @@ _LEFT_OVER = re.compile(r"\.(.+\.tmp|discarded-.+)")
 """Names of what a kill leaves of a file that was being written, or of a folder that was being deleted."""
 RECORDS = {DONE, BEGUN, HOW_FAR, "log.jsonl", "watch.jsonl", "answers.jsonl"} | {
     f"{name}.json"
-    for name in ("before", "metrics", "merge", "front", "models", "gains", "reward_benchmarks", "select")
+    for name in ("before", "metrics", "merge", "front", "models", "gains", "reward_benchmarks", "select", "greedy")
 }
 """Files that record how a stage went; the next stage does not read them, so the output hash leaves them out."""
 
