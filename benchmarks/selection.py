@@ -1,10 +1,11 @@
 """Whether `select` picks the candidate that is best on test prompts, in the tiny world; what a soup of them is worth.
 
 For each seed, four candidates of sft (all weights, few steps) differ in their learning rate. They are compared on the
-selection prompts, by the reward model, which was trained once, and by gold; then all of them, their uniform soup and
-their greedy soup answer the test prompts. Everything runs in this process, by the stages' own `main`.
+selection prompts, by the reward model of `make reward` and by gold; then all of them, their soup and their greedy
+soup (by gold on the selection prompts) answer the test prompts. Everything runs in this process, by the stages' own
+`main`.
 
-python benchmarks/selection.py DIR --seeds 0 1 2 3 4
+python benchmarks/selection.py DIR runs/tiny/reward --seeds 0 1 2 3 4
 """
 
 import argparse
@@ -29,6 +30,10 @@ BASE = "gemma2_post/tiny/models/base"
 LEARNING_RATES = [1e-4, 3e-4, 6e-4, 1.2e-3]
 GOLD = "gemma2_post.tiny.gold:gold"
 PROMPTS = "gemma2_post.tiny.data:prompts"
+MEASURING = (
+    *("datasets", "columns", "max_prompt_length", "max_completion_length", "graders", "num_samples", "batch_size"),
+)
+"""Keys of a selection that say how answers are measured."""
 
 
 def run(command: Command, values: dict[str, object], file: Path) -> Path:
@@ -41,27 +46,19 @@ def run(command: Command, values: dict[str, object], file: Path) -> Path:
     return stage.output_dir
 
 
-def reward_model(folder: Path, steps: int) -> Path:
-    """The tiny world's reward model, trained for so many steps."""
-    values = load_recipe("recipes/tiny/reward.yaml")
-    for key in ("policies", "graders"):
-        del values[key]
-    values |= {"policies": ["gemma2_post/tiny/models/teacher"], "num_samples": 60, "output_dir": str(folder)}
-    return run(command_of("reward"), values | {"max_steps": steps}, folder.with_suffix(".yaml"))
-
-
 def write_recipes(folder: Path, reward: Path, num_prompts: int, steps: int, batch: int) -> None:
     """The recipes of a seed: sft, and a selection among its learning rates by the reward and by gold."""
     sft = load_recipe("recipes/tiny/sft-full.yaml") | {"max_steps": steps, "global_batch_size": batch}
-    for key in ("graders", "group_by"):
+    for key in ("graders", "group_by", "held_out_datasets"):
         del sft[key]
+    sft["held_out_share"] = 0.005  # measured twice for each candidate, and not used here
     sft |= {"per_device_train_batch_size": batch, "num_samples": 0, "warmup_steps": 5, "save_strategy": "no"}
     contract.write_text(folder / "sft.yaml", yaml.safe_dump(sft))
     select = {
         "select": "sft", "grid": {"learning_rate": LEARNING_RATES}, "by": "reward", "reward_model": str(reward),
         "datasets": [{"path": PROMPTS, "split": "selection"}], "columns": ["skill", "answer"],
         "max_prompt_length": 128, "max_completion_length": 64, "output_dir": str(folder / "run" / "select"),
-        "graders": [GOLD], "num_samples": num_prompts, "batch_size": 120,
+        "graders": [GOLD], "num_samples": num_prompts, "batch_size": 240,
     }  # fmt: skip
     contract.write_text(folder / "select.yaml", yaml.safe_dump(select))
 
@@ -79,10 +76,14 @@ def of_seed(folder: Path, seed: int) -> dict[str, Any]:
     by_gold |= {"by": "gold", "output_dir": str(folder / "run" / "select-by-gold")}
     run(command_of("select"), by_gold, folder / "by-gold.yaml")
     paths = [step.folder for step in members]
+    merge = {
+        "init": BASE, "policies": [str(path) for path in paths], "interpolation": "linear", "eta": 1.0,
+        "save_dtype": "float32",
+    }  # fmt: skip
+    asked = {key: by_gold[key] for key in MEASURING} | {"greedy": "gold", "reward_functions": [GOLD]}
     soups = {
-        name: run(command_of("warp"), merge, folder / f"{name}.yaml")
-        for name, merge in {"soup": {}}.items()
-        for merge in [soup(folder, name, [str(path) for path in paths]) | merge]
+        name: run(command_of("warp"), merge | more | {"output_dir": str(folder / name)}, folder / f"{name}.yaml")
+        for name, more in {"soup": {}, "greedy-soup": asked}.items()
     }
     chosen = {
         by: json.loads((folder / "run" / name / contract.CHOICE).read_text())
@@ -91,18 +92,10 @@ def of_seed(folder: Path, seed: int) -> dict[str, Any]:
     return {"paths": paths, "soups": soups, "chosen": chosen}
 
 
-def soup(folder: Path, name: str, members: list[str]) -> dict[str, object]:
-    """The recipe of a linear merge."""
-    return {
-        "init": BASE, "policies": members, "interpolation": "linear", "eta": 1.0, "save_dtype": "float32",
-        "output_dir": str(folder / "run" / name),
-    }  # fmt: skip
-
-
 def on_test(folder: Path, models: dict[str, Path], num_prompts: int) -> dict[str, list[float]]:
     """The gold of each model's answers to test prompts."""
     measured = MeasureArguments(
-        answers=AnswerArguments(max_completion_length=64, max_prompt_length=128, batch_size=120, seed=1),
+        answers=AnswerArguments(max_completion_length=64, max_prompt_length=128, batch_size=240, seed=1),
         data=DataArguments(datasets=[Source(path=PROMPTS, split="test")], columns=["skill", "answer"]),
         samples=SampleArguments(graders=[GOLD], num_samples=num_prompts),
         rewards=RewardFunctionArguments(),
@@ -115,17 +108,16 @@ def on_test(folder: Path, models: dict[str, Path], num_prompts: int) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
+    parser.add_argument("reward", type=Path, help="a finished reward model of the tiny world")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--prompts", type=int, default=480, help="selection prompts, and as many test prompts")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--reward_steps", type=int, default=150)
     args = parser.parse_args()
-    reward = reward_model(args.folder / "reward", args.reward_steps)
     for seed in args.seeds:
         folder = args.folder / f"seed-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
-        write_recipes(folder, reward, args.prompts, args.steps, args.batch)
+        write_recipes(folder, args.reward, args.prompts, args.steps, args.batch)
         made = of_seed(folder, seed)
         names = {f"learning_rate {rate:g}": path for rate, path in zip(LEARNING_RATES, made["paths"], strict=True)}
         gold = on_test(folder, names | made["soups"], args.prompts)

@@ -78,8 +78,8 @@ def test_a_broken_member_is_left_out(soup_recipe: dict[str, object], tmp_path: P
 
 def test_what_decides_which_members_are_kept_makes_the_merge_again(soup_recipe: dict[str, object]) -> None:
     """Without greedy, the prompts only measure."""
-    for greedy, part in (("gold", "recipe"), (None, "measurements")):
-        recipe = soup_recipe | {"greedy": greedy}
+    for by, part in (("gold", "recipe"), (None, "measurements")):
+        recipe = soup_recipe | {"greedy": by}
         found = [warp.COMMAND.fingerprint(recipe | {"num_samples": number}) for number in (12, 11)]
         assert found[0][part] != found[1][part]
 
