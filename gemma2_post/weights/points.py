@@ -245,8 +245,8 @@ def write_beside(directory: Path, merge: Merge, rule: Rule, eta: float) -> None:
     number = len(merge.args.names)
     account = (
         f"{number} {'policy' if number == 1 else 'policies'}, trained from `{init}`, merged by `{rule}` of their task "
-        f"vectors with one angle for each {merge.args.angles}; then (1 - eta) `{towards}` + eta merged, with eta {eta:g}\n"
-        f"([WARP](https://arxiv.org/abs/2406.16768)). Computed in fp32, rounded once to {merge.args.save_dtype}."
+        f"vectors with one angle for each {merge.args.angles}; then (1 - eta) `{towards}` + eta merged, with eta\n"
+        f"{eta:g} ([WARP](https://arxiv.org/abs/2406.16768)). Computed in fp32, rounded once to {merge.args.save_dtype}."
     )
     card.begin(directory, "A WARP merge", merge.init.name, "warp", account)
 
