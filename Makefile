@@ -6,7 +6,7 @@ VLLM ?= $(shell command -v vllm)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help setup test test-quick lint demo pipeline synthesize sft distill reward rlhf warp evaluate chat serve
+.PHONY: help setup test test-quick lint demo pipeline synthesize sft distill reward rlhf select warp evaluate chat serve
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -50,6 +50,9 @@ reward: $(INSTALLED) ## the reward model (runs sft and distill first if needed: 
 
 rlhf: $(INSTALLED) ## the policies, held near their start by an anchor (runs sft, distill and reward first if needed)
 	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until rlhf $(ARGS)
+
+select: $(INSTALLED) ## candidates of one stage side by side, the best one chosen: recipes/$(RECIPE)/select.yaml
+	@$(BIN)/gemma2-post select recipes/$(RECIPE)/select.yaml $(ARGS)
 
 warp: $(INSTALLED) ## merge the policies, sweep, release (runs the earlier stages first if needed)
 	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until warp $(ARGS)

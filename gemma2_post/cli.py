@@ -64,6 +64,34 @@ def run(
         view.say(f"to look at: {reports.write(loaded.run_dir)[0]}")
 
 
+def select(
+    recipe: Path,
+    launch: str | None = None,
+    run_dir: Path | None = None,
+    seed: int | None = None,
+    settings: Sequence[str] = (),
+) -> None:
+    """Trains the candidates of a selection, chooses one, and shows the table; what is up to date is skipped.
+
+    Args:
+        launch: Accelerate config of the candidates and the selection; without it, one for a GPU or for a CPU, as the
+            candidates' recipe says.
+        run_dir: Folder of the run; without it, one beside the recipe's.
+        seed: Seed of the candidates and the selection; replaces the recipes'.
+        settings: Keys of the selection's recipe, `by=judge`, with other values.
+    """
+    from gemma2_post.pipeline import run as runs
+    from gemma2_post.pipeline.steps import load_selection
+    from gemma2_post.report import report as reports
+    from gemma2_post.report.terminal import View, terminal
+
+    keys = parse_overrides([f"select.{setting}" for setting in settings]).get("select", {})
+    loaded = load_selection(recipe, launch, run_dir, seed, keys)
+    view = View(terminal())
+    view.finish(loaded.run_dir, runs.run(loaded, None, view, {}))
+    reports.report(loaded.run_dir)
+
+
 def check(pipelines: list[Path]) -> None:
     """Checks pipeline recipes, and prints what each would run."""
     from gemma2_post.pipeline.steps import load_pipeline
@@ -287,6 +315,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--rerun", help="make this stage again, although it is finished", **several)
     add("--keep", help="keep this finished stage, whatever has changed", **several)
     add("--fresh", help="start this stage over, although an unfinished run could go on", **several)
+
+    add = command(select, "train candidates that differ in some keys, compare their answers, choose one")
+    add("recipe", type=Path, help="for example recipes/tiny/select.yaml")
+    add("--launch", metavar="CONFIG", help="accelerate config; default: one GPU, or one CPU if the recipe says so")
+    add("--run_dir", type=Path, metavar="DIR", help="write there; default: beside the recipe's, as runs/tiny-select")
+    add("--seed", type=int, help="seed of the candidates and the selection, in place of the recipes'")
+    add(
+        "--set", dest="settings", metavar="KEY=VALUE", action="append", default=[], help="override a key of the recipe"
+    )
 
     add = command(clean, "list what newer outputs of a run have replaced, or prepared data, and delete it")
     add("run_dir", type=Path, nargs="?", help="for example runs/tiny; without it: the prepared data of all runs")

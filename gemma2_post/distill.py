@@ -102,6 +102,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     )
     check_enough(train, recipe.global_batch_size, f"global_batch_size {recipe.global_batch_size}")
     to_answer, graders = rows_to_answer(recipe.samples, held_out)
+    recipe.training.seed = recipe.seed_of()
 
     prepare_rollouts(recipe.training, longest, stage.is_made)
     trainer = DistillationTrainer(

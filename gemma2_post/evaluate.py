@@ -35,7 +35,6 @@ from gemma2_post.evaluation.keys import (
     OtherArguments,
     ProtocolArguments,
 )
-from gemma2_post.models import cost
 from gemma2_post.models import work as passes
 from gemma2_post.stage import contract
 from gemma2_post.stage.bounds import FILLED
@@ -44,7 +43,7 @@ from gemma2_post.stage.errors import UserError, located
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.paths import ModelPath
 from gemma2_post.stage.recipe import key, part
-from gemma2_post.stage.work import Lengths, Pass, Rows, evenly, times
+from gemma2_post.stage.work import Lengths, Pass, Rows, times
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -252,25 +251,16 @@ def metrics(recipe: Recipe) -> set[str]:
     return found | ({"memorised_exact", "memorised_approximate"} if recipe.memorizing.corpus else set())
 
 
-JUDGE_BATCH, JUDGE_QUESTION = 8, 200
-"""Pairs that a judge reads at once, and the tokens of its question without them (`evaluation/judging/judge.py`)."""
-
 MEMORISED = 50, 50
 """Tokens of the corpus that a model reads and continues (`evaluation/memorisation.py`)."""
 
 
 def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
-    found = measuring.measuring(checked, checked.recipe.measured)
-    if judge := checked.models.get("judge"):  # held while models answer the safety prompts
-        judging, compute = checked.recipe.judging, measuring.compute_of(checked)
-        answers = checked.recipe.measured.answers
-        prompt = cost.longest_prompt(checked.models.values(), answers.max_prompt_length, answers.max_completion_length)
-        size = cost.weights(judge, compute.itemsize, judging.judge_load_in)
-        held = {"judge": size + cost.dequantized(judge, judging.judge_load_in)}
-        held |= {"weights": found["sampling"]["weights"]} if judging.safety_datasets else {}
-        question = JUDGE_QUESTION + prompt + 2 * answers.max_completion_length
-        found["judge"] = held | cost.sampling(judge, JUDGE_BATCH, question, judging.judge_max_tokens, compute)
-    return found
+    recipe, found = checked.recipe, measuring.measuring(checked, checked.recipe.measured)
+    judge = measuring.judging(checked, recipe.measured, recipe.judging)
+    if judge and recipe.judging.safety_datasets:  # the judge is held while models answer the safety prompts
+        judge["judge"]["weights"] = found["sampling"]["weights"]
+    return found | judge
 
 
 def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
@@ -289,14 +279,7 @@ def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
         prefix, continuation = (Lengths((tokens,)) for tokens in MEMORISED)
         number, model = recipe.memorizing.num_memorised, passes.Model(config, compute)
         found += times(num_models, passes.sampling(model, number, measured.answers.batch_size, prefix, continuation))
-    if judge := checked.models.get("judge"):
-        pair = computed.prompts_of(checked, measured, rows).plus(answers).plus(answers)
-        question = pair.plus(Lengths((JUDGE_QUESTION,)))
-        asked = 2 * (num_models - 1) * measured.samples.num_samples  # in both orders
-        replies = evenly(recipe.judging.judge_max_tokens)
-        found += passes.sampling(
-            passes.Model(judge, compute, recipe.judging.judge_load_in), asked, JUDGE_BATCH, question, replies
-        )
+    found += computed.judging(checked, measured, recipe.judging, rows, num_models - 1)
     return found
 
 

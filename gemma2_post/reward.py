@@ -95,6 +95,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     policies.check_tokenizers(names, tokenizer)
     prompts = to_answer["prompt"]
     answers = policies.sample_policies(names, recipe.training, tokenizer, prompts, recipe.max_new_tokens)
+    recipe.training.seed = recipe.seed_of()
 
     trainer = RewardTrainer(
         model=reward_model.start(recipe.model, recipe.training),

@@ -35,8 +35,6 @@ from gemma2_post.training.keys import TRAINING_BOUNDS, TrainingRecipe
 if TYPE_CHECKING:
     from trl import RLOOConfig
 
-SEEDS_APART = 1000
-"""Seed distance between two policies; runs with neighboring seeds then share none."""
 JBOND_ANSWERS = 3
 """Answers to a prompt in J-BOND: one of the policy, two of the anchor."""
 
@@ -116,7 +114,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
 
     prepare_rollouts(recipe.training, longest, stage.is_made)
     recipe.training.save_strategy = "no"  # the watch decides when
-    recipe.training.seed += SEEDS_APART * recipe.policy  # only now: all policies share the held-out prompts
+    recipe.training.seed = recipe.seed_of(recipe.policy)  # only now: all policies share the held-out prompts
     policy = load_policy(recipe.model, recipe.training)
     if recipe.algorithm == "jbond":
         trainer = jbond_trainer(policy, recipe.training, train, tokenizer, reward_functions, recipe.backward_weight)

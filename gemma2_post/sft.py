@@ -73,6 +73,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     check_enough(train, recipe.global_batch_size, f"global_batch_size {recipe.global_batch_size}", "conversations")
     to_answer, graders = rows_to_answer(recipe.samples, held_out)
     prompts = [messages[:-1] for messages in to_answer["messages"]]
+    recipe.training.seed = recipe.seed_of()
 
     trainer = SFTTrainer(
         model=load_for_training(recipe.model, recipe.training),

@@ -9,6 +9,9 @@ As a tool, for any models of one architecture:
 
     python -m gemma2_post.warp --init DIR --policies DIR DIR --eta 0.3 --output_dir DIR
 
+With `interpolation: linear`, the merge is a soup of what any stage has trained (arXiv 2203.05482), with `greedy` of
+those members that raise a measure on the selection prompts.
+
 With selection prompts (`datasets`), the points are measured side by side with the runs that they come from, rewarded
 as those were in training, and the best one under a KL budget is released to `output_dir`:
 
@@ -27,7 +30,7 @@ from gemma2_post.stage import contract
 from gemma2_post.stage.command import GRADER, Checked, Command, Parts, Stage
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher
-from gemma2_post.stage.recipe import key, part
+from gemma2_post.stage.recipe import Effect, key, keys_of, part
 from gemma2_post.stage.work import Pass, Rows, times
 from gemma2_post.weights.keys import MergeArguments
 
@@ -53,7 +56,13 @@ def main(stage: Stage, recipe: Recipe) -> None:
     merge = open_merge(args, stage)
     merge.check_space(num_copies=front is not None)
     contract.begin_afresh(stage.output_dir, stage.fingerprint)
+    if args.greedy:
+        from gemma2_post.evaluation import soup
+
+        assert front is not None, "checked"
+        merge = soup.of_best(merge, args.greedy, front.measurement, front.cache)
     points, metrics = merge.write()
+    metrics |= {"kept": len(merge.args.names)} if args.greedy else {}
     if front:
         metrics |= front.release(points)
         engine = front.measurement.engine
@@ -69,6 +78,7 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
         raise UserError(f"eta has {max(args.etas, key=args.etas.count):g} more than once; write it once")
     if args.interpolation in (args.compare_with or []):
         raise UserError(f"compare_with names {args.interpolation}, which is the interpolation itself; name another")
+    _check_greedy(recipe)
     if launcher.num_processes > 1:
         raise UserError(
             "warp is one process; start it with accelerate_configs/single_gpu.yaml or cpu.yaml, and let the points of "
@@ -80,8 +90,30 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
         recipe.release.measured.check()
 
 
+def _check_greedy(recipe: Recipe) -> None:
+    by, release = recipe.merge.greedy, recipe.release
+    if by is None:
+        return
+    if release is None:
+        raise UserError(
+            f"greedy is {by}, and there are no prompts to measure it on; name selection prompts in datasets"
+        )
+    known = ["reward", *release.measured.samples.grader_names]
+    if by not in known:
+        raise UserError(f"greedy is {by}; write {' or '.join(known)}, or name it in graders")
+    if recipe.merge.adapter_only:
+        raise UserError("adapter_only writes no models, and greedy measures them; remove one")
+
+
+def decisive(values: dict[str, object]) -> dict[str, object]:
+    """With `greedy`, also what usually only measures: it decides which policies are merged."""
+    found = {name for name, each in keys_of(ReleaseArguments).items() if each.effect != Effect.NONE}
+    return {name: value for name, value in values.items() if name in found} if values.get("greedy") else {}
+
+
 def metrics(recipe: Recipe) -> set[str]:
     found = {"merged_norm", "mean_cosine", "mean_norm_kept"} | ({"compression_error"} if recipe.merge.rank else set())
+    found |= {"kept"} if recipe.merge.greedy else set()
     return found | ({"eta"} | recipe.release.measured.metrics if recipe.release else set())
 
 
@@ -120,6 +152,7 @@ COMMAND = Command(
     main,
     metrics,
     check,
+    decisive=decisive,
     needs_config=False,
     refused=REFUSED | {"group_by": "the numbers are not broken down by a column here; remove it"},
     row_formats={"datasets": QUESTION},

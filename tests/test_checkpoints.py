@@ -11,7 +11,7 @@ import pytest
 from gemma2_post import evaluate, sft
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
-from gemma2_post.stage.paths import with_policies
+from gemma2_post.stage.paths import with_members
 from gemma2_post.training.checkpoints import is_whole, newest_checkpoint
 from tests.conftest import losses, run_stage
 
@@ -117,5 +117,5 @@ def test_a_folder_that_is_no_checkpoint_is_no_progress(name: str, tmp_path: Path
 def test_a_folder_that_is_no_policy_is_passed_over(tmp_path: Path) -> None:
     for name in ("policy-10", "policy-9", "policy-best", "policy-", "policy-0.previous"):
         (tmp_path / name).mkdir()
-    found = with_policies(evaluate.Recipe, {"models": [str(tmp_path)]})
+    found = with_members(evaluate.Recipe, {"models": [str(tmp_path)]})
     assert found["models"] == [str(tmp_path / "policy-9"), str(tmp_path / "policy-10")]

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import pairwise
@@ -30,9 +30,10 @@ from gemma2_post.evaluation.published import published
 from gemma2_post.evaluation.reward_benchmarks import Ranked
 from gemma2_post.models.loading import load_config
 from gemma2_post.stage import contract, digests
+from gemma2_post.stage.paths import MEMBER
 
 T = TypeVar("T")
-_POLICY = re.compile(r"/policy-\d+$")
+_MEMBER = re.compile(rf"/{MEMBER.pattern}$")
 Measures = dict[str, dict[str, float]]
 """The metrics of each model, by its name."""
 Protocol = MTBench | ArenaHard | AlpacaEval
@@ -55,6 +56,8 @@ class Comparison:
     answered: dict[str, Answered] = field(default_factory=dict)
     values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     """Reward, grades and counts of each model's answers, one for each prompt."""
+    wins: dict[str, dict[str, Sequence[float | None]]] = field(default_factory=dict)
+    """By `reward`, each grader and `judge`: each model's wins against the baseline, one for each prompt."""
 
     def answer(self) -> None:
         """Lets every model answer; the other methods measure these answers."""
@@ -103,6 +106,7 @@ class Comparison:
             for judge in ["reward", *self.measurement.graders]:
                 key = f"win_rate_vs_{self.baseline}" if judge == "reward" else f"{judge}_win_rate_vs_{self.baseline}"
                 wins = wins_by(values[name][judge], values[self.baseline][judge])
+                self.wins.setdefault(judge, {})[name] = wins
                 found[name] |= versus(key, wins, each.lengths, self.answered[self.baseline].lengths)
                 found[name] |= self._by_group({key: list(wins)}, are_rates=True)
         return found
@@ -139,7 +143,7 @@ class Comparison:
         """
         groups: dict[str, list[str]] = defaultdict(list)
         for name in self.names.values():
-            groups[_POLICY.sub("", name)].append(name)
+            groups[_MEMBER.sub("", name)].append(name)
         found = []
         for (other, others), (name, members) in pairwise(groups.items()):
             for metric in ["reward", *self.measurement.graders]:
@@ -162,6 +166,7 @@ class Comparison:
         for name in [each for each in texts if each != self.baseline]:
             judged = judge.compare(prompts, texts[name], texts[self.baseline])
             judge.check_most(judged.wins.count(None), judged.num_asked)
+            self.wins.setdefault("judge", {})[name] = judged.wins
             lengths, others = (self.answered[each].lengths for each in (name, self.baseline))
             found[name] = judged.versus(key, lengths, others) | self._by_group({key: judged.wins}, are_rates=True)
         return found

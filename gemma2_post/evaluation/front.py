@@ -35,6 +35,7 @@ class Front:
         rewards, weights = rewarded_as(args.measured.rewards, [*policies, *(args.runs or [])])
         log = output_dir / contract.PROGRESS / "vllm.log"
         self.measurement = Measurement(start, replace(args.measured, rewards=rewards), log, weights)
+        self.cache = output_dir / contract.PROGRESS / "answers.jsonl"
         self.runs = [point for run in args.runs or [] for point in run_points(Path(run))]
 
     def release(self, merged: dict[Rule, dict[float, Path]]) -> dict[str, float]:
@@ -46,9 +47,7 @@ class Front:
         """
         points = [Point(rule, path, eta) for rule, sweep in merged.items() for eta, path in sweep.items()]
         points += self.runs
-        answered = self.measurement.answer(
-            [point.path for point in points], self.output_dir / contract.PROGRESS / "answers.jsonl"
-        )
+        answered = self.measurement.answer([point.path for point in points], self.cache)
         self.measurement.load_reward_model()
         entries: list[dict[str, Any]] = [
             {"series": point.series, "path": str(point.path), "position": float(point.position)}

@@ -162,15 +162,20 @@ class MeasureArguments:
     samples: SampleArguments = part(SampleArguments)
     rewards: RewardFunctionArguments = part(RewardFunctionArguments)
 
-    def check(self) -> None:
-        """Refuses what cannot be measured."""
+    def check(self, is_rewarded: bool = True) -> None:
+        """Refuses what cannot be measured.
+
+        Args:
+            is_rewarded: Whether the answers must have a reward.
+        """
         if self.samples.num_samples < 2:
             raise UserError(f"num_samples is {self.samples.num_samples}; write 2 or more")
         for name in self.samples.grader_names:
             if name in MEASURES | {"judge"}:
                 raise UserError(f"graders: {name} is the name of another measure; call the function something else")
         self.answers.check()
-        self.rewards.check()
+        if is_rewarded:
+            self.rewards.check()
 
     @property
     def metrics(self) -> set[str]:

@@ -1,9 +1,12 @@
 """What a stage that measures models holds in memory, in bytes; see `models/cost.py`."""
 
-from gemma2_post.evaluation.keys import MeasureArguments
+from gemma2_post.evaluation.keys import JudgeArguments, MeasureArguments
 from gemma2_post.models import cost
 from gemma2_post.models.cost import BF16, FP32, Compute
 from gemma2_post.stage.command import Checked, Parts
+
+JUDGE_BATCH, JUDGE_QUESTION = 8, 200
+"""Pairs that a judge reads at once, and the tokens of its question without them (`evaluation/judging/judge.py`)."""
 
 
 def compute_of(checked: Checked) -> Compute:
@@ -36,3 +39,15 @@ def measuring(checked: Checked, measured: MeasureArguments) -> dict[str, Parts]:
             + cost.dequantized(scorer, quantization),
         }
     return found
+
+
+def judging(checked: Checked, measured: MeasureArguments, args: JudgeArguments) -> dict[str, Parts]:
+    """The phase of a local judge; nothing without one."""
+    judge, compute, answers = checked.models.get("judge"), compute_of(checked), measured.answers
+    if judge is None:
+        return {}
+    prompt = cost.longest_prompt(checked.models.values(), answers.max_prompt_length, answers.max_completion_length)
+    size = cost.weights(judge, compute.itemsize, args.judge_load_in)
+    held = {"judge": size + cost.dequantized(judge, args.judge_load_in)}
+    question = JUDGE_QUESTION + prompt + 2 * answers.max_completion_length
+    return {"judge": held | cost.sampling(judge, JUDGE_BATCH, question, args.judge_max_tokens, compute)}

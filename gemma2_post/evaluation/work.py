@@ -1,11 +1,11 @@
 """What a stage that measures models computes; see `models/work.py`."""
 
 from gemma2_post.evaluation import memory
-from gemma2_post.evaluation.keys import MeasureArguments
+from gemma2_post.evaluation.keys import JudgeArguments, MeasureArguments
 from gemma2_post.models import cost, work
 from gemma2_post.models.work import CONCURRENT, Model
 from gemma2_post.stage.command import Checked
-from gemma2_post.stage.work import Lengths, Pass, Rows
+from gemma2_post.stage.work import Lengths, Pass, Rows, evenly
 
 
 def prompts_of(checked: Checked, measured: MeasureArguments, rows: Rows) -> Lengths:
@@ -30,3 +30,17 @@ def measuring(checked: Checked, measured: MeasureArguments, rows: Rows, answers:
         scoring = Model(scorer, compute, quantization=measured.rewards.reward_model_load_in)
         found.append(work.reading(scoring, number, measured.rewards.reward_batch_size, both))
     return found
+
+
+def judging(
+    checked: Checked, measured: MeasureArguments, args: JudgeArguments, rows: Rows, num_models: int
+) -> list[Pass]:
+    """A local judge's replies about the answers of so many models and those of a baseline, in both orders."""
+    judge, compute = checked.models.get("judge"), memory.compute_of(checked)
+    if judge is None:
+        return []
+    answers = rows.answers_up_to(measured.answers.max_completion_length)
+    pair = prompts_of(checked, measured, rows).plus(answers).plus(answers)
+    question, asked = pair.plus(Lengths((memory.JUDGE_QUESTION,))), 2 * num_models * measured.samples.num_samples
+    replies = evenly(args.judge_max_tokens)
+    return work.sampling(Model(judge, compute, args.judge_load_in), asked, memory.JUDGE_BATCH, question, replies)

@@ -35,6 +35,8 @@ from gemma2_post.stage.recipe import keys_of, values_of
 from gemma2_post.training import rollouts
 
 Models = dict[str, Gemma2Config | None]
+_MADE_FROM = ("model_name_or_path", "init", "models")
+"""Keys of the models whose shape a stage's output has."""
 
 
 def check(pipeline: Pipeline, until: str | None = None, to_run: Container[str] = ()) -> list[Job]:
@@ -52,8 +54,8 @@ def check(pipeline: Pipeline, until: str | None = None, to_run: Container[str] =
     for launch, steps in pipeline.steps(until):
         for step in steps:
             job = _check_step(step, launch, made, step.label in to_run)
-            with located(step.config or step.label):
-                if job.command.is_test:
+            with located(step.where):
+                if job.command.is_test or job.command.is_selection:
                     _check_unseen(job, jobs)
                 _check_rewards(job, jobs)
             jobs.append(job)
@@ -71,7 +73,7 @@ def _check_step(step: Step, launch: str, made: Models, is_here: bool) -> Job:
     if is_here:
         _check_devices(launch, launcher)
     values = step.keys
-    with located(step.config or step.label):
+    with located(step.where):
         # Without a GPU the dataclasses refuse bf16, but the pipeline may run on another machine.
         on_cpu = {"use_cpu": True} if "use_cpu" in keys_of(command.recipe) else {}
         _, built = command.build(values | on_cpu, launcher)
@@ -82,19 +84,20 @@ def _check_step(step: Step, launch: str, made: Models, is_here: bool) -> Job:
         _check_lengths(values, models)
         if (config := models.get("model_name_or_path")) and built.model.use_peft:
             check_lora_modules(built.model, config)
-    made[str(step.folder)] = models.get("model_name_or_path") or models.get("init")
-    return Job(step.label, step.config, step.folder, command, Checked(built, launcher, models), values)
+    made[str(step.folder)] = next((models[key] for key in _MADE_FROM if models.get(key)), None)
+    return Job(step.label, step.config, step.folder, command, Checked(built, launcher, models), values, step.overrides)
 
 
 def _check_unseen(job: Job, earlier: list[Job]) -> None:
-    """Refuses test prompts that an earlier stage trains on or selects by."""
+    """Refuses test prompts that an earlier stage trains on or selects by, and selection prompts that one trains on."""
     read: dict[str, tuple[list[Source], RowFormat, str]] = {}
     for each in earlier:
         if not each.command.is_test:
             recipe = values_of(each.checked.recipe)
             for key, row_format in each.command.row_formats.items():
-                does = "trains on" if key == "datasets" and each.trains else "selects by"
-                for source in recipe.get(key) or []:
+                is_trained = key == "datasets" and each.trains
+                does = "trains on" if is_trained else "selects by"
+                for source in (recipe.get(key) or []) if is_trained or job.command.is_test else []:
                     read.setdefault(f"{source} {row_format}", ([source], row_format, f"{each.label} {does}"))
     check_unseen(values_of(job.checked.recipe)["datasets"], job.command.row_formats["datasets"], read.values())
 

@@ -129,6 +129,7 @@ def forecast(
             named = [
                 each for value in step.values.values() for each in (value if isinstance(value, list) else [value])
             ]
+            named += map(str, step.after)
             reads = sorted(label for folder, label in made.items() if folder in named)
             decision = decide(pipeline, step, step.command.fingerprint(step.keys), choices.get(step.label))
             if (reads and choices.get(step.label) != Choice.KEEP) or decision.action.makes:

@@ -81,8 +81,8 @@ def run(pipeline: Pipeline, until: str | None, view: View, choices: dict[str, Ch
         status = "failed"
         try:
             with view.live():
-                for config, each in rounds:
-                    current.round(config, each)
+                for number in range(len(rounds)):  # anew, because what a selection has chosen decides later keys
+                    current.round(*pipeline.steps(until)[number])
             status = "done"
         except gates.GateError:
             status = "below its gate"

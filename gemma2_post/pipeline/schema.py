@@ -60,7 +60,12 @@ def pipeline_schema() -> Schema:
         "description": "The earlier stage, or stages, whose output this key of its recipe names.",
     }
     entry = {key.name: _property(key) for key in keys_of(StageEntry).values() if key.name != "reads"}
-    entries = _mapping("a stage", entry | dict.fromkeys(names_of_models(), reference)) | {"required": ["recipe"]}
+    references = dict.fromkeys(names_of_models(), reference)
+    references["policies"] = {
+        "anyOf": [*reference["anyOf"], *entry["members"]["anyOf"]],
+        "description": f"{reference['description']} For rlhf: its members.",
+    }
+    entries = _mapping("a stage", entry | references) | {"required": ["recipe"]}
     properties = {key.name: _property(key) for key in keys_of(PipelineRecipe).values()}
     properties["stages"] = {"type": "object", "additionalProperties": entries, "minProperties": 1}
     return _mapping("gemma2_post: a pipeline", properties) | {"required": list(properties)}

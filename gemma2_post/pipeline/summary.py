@@ -49,6 +49,7 @@ def write(pipeline: Pipeline, status: str, seconds: float) -> None:
         "reward_model": _of_reward_model(pipeline),
         "failed": _failed(pipeline),
         "liti": _liti(pipeline),
+        "selections": _selections(pipeline),
     }
     contract.write_json(run_dir / FILE, content)
 
@@ -58,7 +59,7 @@ def _stages(pipeline: Pipeline) -> dict[str, dict]:
     steps = [step for _, each in pipeline.steps() for step in each]
     stages = {str(step.folder.relative_to(pipeline.run_dir)): _stage(step) for step in steps}
     for name, entry in pipeline.entries.items():
-        policies = [stages[key] for key in stages if entry.num_policies and key.startswith(f"{name}/")]
+        policies = [stages[key] for key in stages if entry.overrides and key.startswith(f"{name}/")]
         if policies and all(policy["status"] == "done" for policy in policies):
             stages[name] = {
                 "status": "done",
@@ -73,7 +74,8 @@ def _stage(step: Step) -> dict:
     done = contract.read_done(step.folder)
     found = {"status": "done", "wall_seconds": done["wall_seconds"]} if done else {"status": "not done"}
     found |= {"output_dir": str(step.folder), "metrics": done["metrics"] if done else {}}
-    return found | ({"gates": step.gates} if step.gates else {})
+    found |= {"gates": step.gates} if step.gates else {}
+    return found | ({"overrides": step.overrides} if step.overrides else {})
 
 
 def _headlines(pipeline: Pipeline) -> dict[str, str]:
@@ -131,9 +133,9 @@ def _models(pipeline: Pipeline) -> dict[str, dict[str, float]]:
         models[name] = values
         first = name.partition("/")[0]
         entry = pipeline.entries.get(first)
-        if entry and entry.num_policies:
+        if entry and entry.overrides:
             policies = [models[key] for key in models if key.startswith(f"{first}/")]
-            if len(policies) == entry.num_policies:
+            if len(policies) == len(entry.overrides):
                 models[first] = _means(policies)
     return models
 
@@ -142,6 +144,17 @@ def _means(values: list[dict[str, float]]) -> dict[str, float]:
     """Means of metrics, without intervals, which are for single policies."""
     keys = [key for key in values[0] if not key.endswith(("/standard_error", "/low", "/high"))]
     return {key: mean(each[key] for each in values) for key in keys if all(key in each for each in values)}
+
+
+def _selections(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
+    """The finished selections, by the entry that holds what was chosen; see `select`."""
+    steps = [step for _, each in pipeline.steps() for step in each if step.stage == "select"]
+    name_of = {selection: name for name, selection in pipeline.chosen_by.items()}
+    return {
+        name_of.get(step.entry, step.entry): contract.read_json(step.folder / contract.CHOICE)
+        for step in steps
+        if contract.read_done(step.folder)
+    }
 
 
 def _liti(pipeline: Pipeline) -> list[dict[str, Any]]:

@@ -1,12 +1,13 @@
 """What a stage needs: peak memory, host memory, disk. Each stage says what its memory holds."""
 
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemma2_post.models.cost import BF16, ONEDNN_KERNELS
 from gemma2_post.stage.command import Checked, Command, Parts
 from gemma2_post.stage.disk import check_space, missing
+from gemma2_post.stage.overrides import Overrides
 from gemma2_post.training import memory as training
 from gemma2_post.training.keys import TrainingRecipe
 
@@ -24,6 +25,8 @@ class Job:
     checked: Checked
     values: dict[str, object]
     """The keys of its recipe."""
+    overrides: Overrides = field(default_factory=dict)
+    """Of a member of an entry: the keys in which it differs from the recipe."""
 
     @property
     def trains(self) -> bool:

@@ -6,6 +6,7 @@ How long it takes is in `planning/hours.py`.
 """
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +94,8 @@ def plan(jobs: list[Job], num_gpus: int | None = None, memory_gb: float | None =
             recipe = job.checked.recipe
             with located(job.config or job.label):
                 accumulation_steps(recipe.global_batch_size, recipe.training.per_device_train_batch_size, num_gpus)
-        key = (job.config or job.label, job.command.name)
+        differs = {name: value for name, value in job.overrides.items() if name != "seed"}
+        key = (job.config or job.label, job.command.name, json.dumps(differs, sort_keys=True))
         if key in rows:
             rows[key].num_runs += 1
             continue

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from gemma2_post.stage.overrides import in_words
+
 _MEASURES = {
     "reward": ("reward", "{:.2f}"),
     "kl_to_init": ("KL, nats", "{:.2f}"),
@@ -10,6 +12,12 @@ _MEASURES = {
     "distinct_bigrams": ("distinct bigrams", "{:.0%}"),
 }
 """Title and format of each metric of the answers to held-out prompts, besides the grade."""
+_OF_CANDIDATE = {
+    *("name", "path", "overrides", "is_tied", "win_rate", "low", "high", "missing", "relative_work", "seconds")
+}
+"""Keys of a candidate of a selection that are no measures of its answers."""
+_COLUMNS = ("reward", "stop_rate", "mean_tokens")
+"""The measures of a candidate that come first."""
 _FURTHER = {
     "violations": "violations of safety",
     "memorised_exact": "memorized, exactly",
@@ -187,6 +195,39 @@ def gains(summary: dict) -> list[tuple[str, str]]:
         for each in summary["gains"]
         if each["metric"] == metric
     ]
+
+
+@dataclass
+class Selection:
+    """Candidates that one stage was trained as, and the one that was chosen."""
+
+    name: str
+    why: str
+    columns: list[str]
+    rows: list[list[str]]
+    """One for each candidate."""
+    chosen: int
+    """Number of the chosen row."""
+
+
+def selections(summary: dict) -> list[Selection]:
+    """The selections of a run, each with its table: what a candidate overrides, its win rate, cost, and measures."""
+    found = []
+    for name, choice in summary["selections"].items():
+        candidates = choice["candidates"]
+        known = [*_COLUMNS, *(key for key in candidates[0] if key not in _OF_CANDIDATE and key not in _COLUMNS)]
+        measured = [key for key in known if key in candidates[0]]
+        rows = []
+        for i, each in enumerate(candidates):
+            interval = f"{each['low']:.1%} to {each['high']:.1%}" if i else "the baseline"
+            cells = [in_words(each["overrides"]), f"{each['win_rate']:.1%}", interval]
+            cells += [f"{each['relative_work']:.2f}", f"{each['seconds']:.0f}"]
+            rows.append([*cells, *(_MEASURES.get(key, ("", "{:.2f}"))[1].format(each[key]) for key in measured)])
+        titles = [_MEASURES.get(key, (key.replace("_", " "), ""))[0] for key in measured]
+        columns = ["candidate", f"wins, by {choice['by']}", "95 % interval", "relative cost", "seconds", *titles]
+        chosen = [each["name"] for each in candidates].index(choice["chosen"])
+        found.append(Selection(name, choice["why"], columns, rows, chosen))
+    return found
 
 
 def known_sets(summary: dict) -> list[tuple[str, str]]:

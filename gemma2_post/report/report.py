@@ -38,6 +38,9 @@ def report(run_dir: Path) -> None:
         console.print(f"{pair}: {sentence}", highlight=False)
     for known, right in models.known_sets(found):
         console.print(f"the reward model is right on {known}: {right}", highlight=False)
+    for selection in models.selections(found):
+        console.print(_selection(selection))
+        console.print(f"{selection.name}: {selection.why}", markup=False, highlight=False, soft_wrap=True)
     for row in to_show(rows, _SHOWN):
         console.print(_conversation(row))
     html, markdown = page.write(run_dir, found, to_show(rows, _ON_PAGE), files)
@@ -58,7 +61,7 @@ def _summary(run_dir: Path) -> dict[str, Any]:
     found = summary.read(run_dir)
     if found is None:
         raise UserError(f"{run_dir} has no {summary.FILE}; name the folder of a run, such as runs/tiny")
-    return {"headlines": {}, "grader": None, "gains": [], "reward_model": {}, "failed": {}} | found
+    return {"headlines": {}, "grader": None, "gains": [], "reward_model": {}, "failed": {}, "selections": {}} | found
 
 
 def _answers(run_dir: Path, found: dict, files: Files) -> list[dict]:
@@ -95,6 +98,15 @@ def _models(measured: dict[str, dict[str, float]], grader: str | None) -> Table:
         table.add_column(key.replace("_", " "), justify="right")
     for name, each in measured.items():
         table.add_row(models.title(name, measured), *(form.format(each[key]) for key, form in columns.items()))
+    return table
+
+
+def _selection(selection: models.Selection) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, title in enumerate(selection.columns):
+        table.add_column(title, justify="right" if i else "left")
+    for i, cells in enumerate(selection.rows):
+        table.add_row(*cells, style="green" if i == selection.chosen else None)
     return table
 
 

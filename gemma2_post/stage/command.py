@@ -17,7 +17,7 @@ from gemma2_post.stage.disk import check_folder
 from gemma2_post.stage.errors import UserError, located, reported
 from gemma2_post.stage.fingerprint import Fingerprint
 from gemma2_post.stage.launcher import Launcher
-from gemma2_post.stage.paths import with_policies
+from gemma2_post.stage.paths import with_members
 from gemma2_post.stage.quiet import silence_libraries
 from gemma2_post.stage.recipe import R
 from gemma2_post.stage.reference import describe_keys, wrapped
@@ -106,6 +106,8 @@ class Command(Generic[R]):
     """For each key that names data: the `RowFormat` (of `data/rows.py`) that its rows are read as."""
     is_test: bool = False
     """Whether it measures on prompts that no earlier stage of a pipeline may have read."""
+    is_selection: bool = False
+    """Whether it selects models on prompts that no earlier stage of a pipeline may have trained on."""
     headline: Sequence[str] = ()
     """The metrics that can say how the stage went; the first one that was measured is used."""
     below_gate: str = "See its metrics.json."
@@ -159,7 +161,7 @@ class Command(Generic[R]):
             return recipe.is_boolean(key.hint) if key else None
 
         where, values = read(arguments, self.needs_config, is_boolean)
-        values = with_policies(self.recipe, values)
+        values = with_members(self.recipe, values)
         with located(where):
             output_dir, built = self.build(values)
         return Stage(self.name, where, output_dir, self.fingerprint(values)), built

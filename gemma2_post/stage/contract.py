@@ -30,6 +30,8 @@ GAINS = "gains.json"
 """Also written by it: the difference of each model to the one before it."""
 KNOWN_SETS = "reward_benchmarks.json"
 """Also written by it: how often the reward model is right on known sets."""
+CHOICE = "select.json"
+"""What a selection writes: the candidates, the chosen one, and why."""
 FAILED = "failed.json"
 """Of an evaluation that is not finished: the reason why a part of it could not be measured, by part."""
 PROGRESS = "progress"
@@ -40,8 +42,9 @@ _PACKAGE = Path(__file__).parents[1]
 _CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
 _LEFT_OVER = re.compile(r"\.(.+\.tmp|discarded-.+)")
 """Names of what a kill leaves of a file that was being written, or of a folder that was being deleted."""
-_MEASURED = {DONE, BEGUN, HOW_FAR, "log.jsonl", "watch.jsonl", "answers.jsonl"} | {
-    f"{name}.json" for name in ("before", "metrics", "merge", "front", "models", "gains", "reward_benchmarks")
+RECORDS = {DONE, BEGUN, HOW_FAR, "log.jsonl", "watch.jsonl", "answers.jsonl"} | {
+    f"{name}.json"
+    for name in ("before", "metrics", "merge", "front", "models", "gains", "reward_benchmarks", "select", "greedy")
 }
 """Files that record how a stage went; the next stage does not read them, so the output hash leaves them out."""
 
@@ -83,7 +86,7 @@ def _hashed(folder: Path, stamps: str) -> str:
 
 
 def _output_files(folder: Path) -> list[Path]:
-    return [path for path in digests.files_in(folder) if path.name not in _MEASURED]
+    return [path for path in digests.files_in(folder) if path.name not in RECORDS]
 
 
 def _stamps(folder: Path) -> dict[str, list[int]]:

@@ -4,6 +4,7 @@ The fingerprint hashes what these keys name, `check` looks for it, the planner n
 pipeline uses these keys to pass on the outputs of earlier stages.
 """
 
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ FunctionPath = Annotated[str, Kind.FUNCTION]
 FilePath = Annotated[str, Kind.FILE]
 """A file or a folder."""
 
+MEMBER = re.compile(r"(?:policy|member)-([0-9]+)")
+"""Name of the folder of one of several models that one entry of a pipeline trains."""
 _KEYS_OF_TRL = {"model_name_or_path": ModelPath, "teacher_model_name_or_path": ModelPath}
 """Types for those keys of TRL's classes that name something; TRL declares them as plain text."""
 
@@ -65,20 +68,19 @@ def references(recipe_class: type, values: dict[str, object]) -> Iterator[Refere
             yield from _named(key, hints[key], value, revision)
 
 
-def with_policies(recipe_class: type, values: dict[str, object]) -> dict[str, object]:
-    """The keys of a recipe; in lists of models, each folder of policies is replaced by the policies in it."""
+def with_members(recipe_class: type, values: dict[str, object]) -> dict[str, object]:
+    """The keys of a recipe; in lists of models, each folder of policies, or of members, is replaced by those in it."""
     found = dict(values)
     for key in model_keys(recipe_class):
         if isinstance(named := values.get(key), list):
-            found[key] = [path for each in named for path in _policies_in(each)]
+            found[key] = [path for each in named for path in _members_in(each)]
     return found
 
 
-def _policies_in(name: object) -> list[object]:
+def _members_in(name: object) -> list[object]:
     if isinstance(name, str) and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        numbers = {path: path.name.removeprefix("policy-") for path in Path(name).glob("policy-*")}
-        policies = [path for path, number in numbers.items() if number.isdecimal() and number.isascii()]
-        return [str(path) for path in sorted(policies, key=lambda path: int(numbers[path]))] or [name]
+        found = {path: match for path in Path(name).iterdir() if (match := MEMBER.fullmatch(path.name))}
+        return [str(path) for path in sorted(found, key=lambda path: int(found[path][1]))] or [name]
     return [name]
 
 

@@ -10,6 +10,7 @@ STAGES = {
     "distill": "gemma2_post.distill",
     "reward": "gemma2_post.reward",
     "rlhf": "gemma2_post.rlhf",
+    "select": "gemma2_post.select",
     "warp": "gemma2_post.warp",
     "evaluate": "gemma2_post.evaluate",
 }

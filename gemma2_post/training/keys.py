@@ -12,6 +12,8 @@ from gemma2_post.stage.recipe import key, keys_of, part
 if TYPE_CHECKING:
     from trl import ModelConfig
 
+SEEDS_APART = 1000
+"""Seed distance between two members of an entry; runs with neighboring seeds then share none."""
 _LIMIT = Bounds(at_least=1, also=-1)
 _BELOW_1 = Bounds(at_least=0, below=1)
 
@@ -56,6 +58,15 @@ class TrainingRecipe:
     save_dtype: Literal["float32", "bfloat16"] = key(
         "bfloat16", "Type of the saved weights; they are rounded to it once, at the end."
     )
+    training_seed: int | None = key(
+        None,
+        "Seed of the training alone; the mixture and the held-out rows follow seed. A pipeline sets it for members.",
+        bounds=SEED,
+    )
+
+    def seed_of(self, member: int = 0) -> int:
+        """The seed to train with once the held-out rows are chosen, which the members of an entry share."""
+        return self.training.seed + SEEDS_APART * member if self.training_seed is None else self.training_seed
 
     @property
     def quantization(self) -> str | None:

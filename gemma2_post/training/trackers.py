@@ -4,13 +4,13 @@ The callbacks of transformers do the reporting. What a user has set, in the reci
 """
 
 import os
-import re
 from functools import partial
 from pathlib import Path
 
 from transformers import Trainer, TrainerControl
 from transformers.integrations import TensorBoardCallback
 
+from gemma2_post.stage.paths import MEMBER
 from gemma2_post.training.finite import Metrics
 
 PROJECT = "gemma2-post"
@@ -52,7 +52,7 @@ def name_and_group(output_dir: Path) -> tuple[str, str | None]:
     `runs/tiny/sft` is named `tiny/sft`; `runs/tiny/rlhf/policy-0` is named `tiny/rlhf/policy-0`, in `tiny/rlhf`.
     """
     parts = output_dir.absolute().parts
-    if re.fullmatch(r"policy-[0-9]+", output_dir.name):
+    if MEMBER.fullmatch(output_dir.name):
         return "/".join(parts[-3:]), "/".join(parts[-3:-1])
     return "/".join(parts[-2:]), None
 

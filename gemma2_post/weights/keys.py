@@ -32,6 +32,11 @@ class MergeArguments:
     save_dtype: Literal["float32", "bfloat16"] = key(
         "bfloat16", "Type of the output, rounded to once; float32 if it is trained again."
     )
+    greedy: str | None = key(
+        None,
+        "Merge only the best policy and those that do not lower this measure on the selection prompts: reward, or a "
+        "grader's name (greedy soup).",
+    )
     compare_with: list[Rule] | None = key(
         None, "Additional interpolations whose points are written as well, as RULE-eta-ETA."
     )

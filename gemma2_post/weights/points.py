@@ -242,10 +242,11 @@ def write_beside(directory: Path, merge: Merge, rule: Rule, eta: float) -> None:
         config = {key: value for key, value in config.items() if key not in forgotten}
         contract.write_json(directory / "config.json", config | {"use_cache": True, "dtype": merge.args.save_dtype})
     init, towards = card.shown(merge.init.name), card.shown(merge.towards.name)
+    number = len(merge.args.names)
     account = (
-        f"{len(merge.args.names)} policies, trained from `{init}`, merged by `{rule}` of their task vectors with one "
-        f"angle for each {merge.args.angles}; then (1 - eta) `{towards}` + eta merged, with eta {eta:g}\n"
-        f"([WARP](https://arxiv.org/abs/2406.16768)). Computed in fp32, rounded once to {merge.args.save_dtype}."
+        f"{number} {'policy' if number == 1 else 'policies'}, trained from `{init}`, merged by `{rule}` of their task "
+        f"vectors with one angle for each {merge.args.angles}; then (1 - eta) `{towards}` + eta merged, with eta\n"
+        f"{eta:g} ([WARP](https://arxiv.org/abs/2406.16768)). Computed in fp32, rounded once to {merge.args.save_dtype}."
     )
     card.begin(directory, "A WARP merge", merge.init.name, "warp", account)
 
