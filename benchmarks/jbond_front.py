@@ -5,7 +5,7 @@
 
 For each seed the script trains a policy by each algorithm from the run's `distill` on its `reward`. Both sample the
 same number of answers in a step: RLOO four to a prompt, J-BOND three, one of which is the policy's. It then measures
-all policies and their anchors on the test prompts. Finished stages are skipped. Curves are of the selection prompts;
+all policies on the test prompts. Finished stages are skipped. Curves are of the selection prompts;
 intervals are 95%, Student's t over seeds, of differences within a seed.
 """
 
@@ -86,7 +86,6 @@ class Policies:
         for seed in self.arguments.seeds:
             for arm in self.arguments.arms:
                 found |= {(arm, seed): self.policy(arm, seed)}
-                found |= {(f"{arm}: its anchor", seed): self.policy(arm, seed) / "anchor"}
         return found
 
     def points(self) -> dict[str, list[dict[str, float]]]:
@@ -167,7 +166,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--max_steps", type=int, default=30)
     parser.add_argument("--num_watched", type=int, default=120)
-    parser.add_argument("--num_samples", type=int, default=480)
+    parser.add_argument("--num_samples", type=int, default=240)
     parser.add_argument("--output", type=Path, default=Path("runs/jbond-front"))
     arguments = parser.parse_args()
     policies = Policies(arguments)

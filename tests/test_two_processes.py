@@ -35,6 +35,7 @@ def in_two_processes(module: str, zero_stage: int, values: dict[str, object], fo
     config = yaml.safe_load(Path("accelerate_configs/deepspeed_zero3_cpu.yaml").read_text())
     if zero_stage == 2:
         config["deepspeed_config"] = {"zero_stage": 2, "gradient_accumulation_steps": "auto"}
+    config["mixed_precision"] = "bf16" if values["bf16"] else "no"
     (folder / "accelerate.yaml").write_text(yaml.safe_dump(config))
     output = folder / "sharded"
     (folder / "sharded.yaml").write_text(yaml.safe_dump(values | {"output_dir": str(output)}))
