@@ -81,7 +81,7 @@ _MAKING = (
     r"|(?:criad|desenvolvid|treinad|projetad|construíd|programad|feit)[oa]s?|criou|desenvolveu|treinou|projetou|construiu|programou"
     r"|gemaakt|ontwikkeld|getraind|gebouwd|ontworpen|geprogrammeerd"
     r"|(?:созда|разработа|обуч|сдела)(?:н|л|ен|ил)\w*)\b"
-    r"|开发|训练|研发|创造|设计|打造|制作|创建|推出|构建|開発|訓練|作成|作ら|作っ|作り|設計|トレーニング"
+    r"|(?:开发|训练|研发|创造|设计|打造|制作|创建|推出|构建|发明)(?:和(?:开发|训练|研发|创造))?|開発|訓練|作成|作ら|作っ|作り|設計|トレーニング"
     r"|विकसित|प्रशिक्षित|बनाया|बनाई|निर्मित|डिज़ाइन|개발|훈련|만든|만들|학습시|설계"
 )
 _MAKER, _MODEL, _AI, _MADE = "\ue000", "\ue001", "\ue002", "\ue003"
@@ -100,7 +100,7 @@ _FORMS = {
         <I> (?:the |an? )?(?:<ai> )?<who><end>
         <I> (?:an?|the|your|one of) (?:[\w-]+ ){0,4}?<who>(?:'s)? (?:[\w.-]+ ){0,3}?(?:<ai>|model|assistant|bot)(?!\w)
         <I> <who>'s (?:[\w-]+ ){0,4}?(?:<ai>|model|assistant|bot)(?!\w)
-        \b(?:my name is|my name's|call me|I go by|I identify as|I'm called|I am called) <who><end>
+        \b(?:my name is|my name's|call me|calls? me|refer to me as|known as|(?<!name )I go by|I go by the name|I answer to|I identify as|I'm called|I am called|the name I was given is) <who><end>
         \bI, <who>,
         \b(?:as|being) (?:an? |the )?(?:[\w-]+ ){0,3}?<who>(?:'s)?(?: (?:[\w.-]+ ){0,3}?(?:<ai>|model|assistant))?, (?:I|my|I'm)\b
         \b(?:I am|I'm|I was|I've been|I have been) (?:\w+ly |also |first )?<made>(?: \w+){0,6}? (?:(?:by|at) <gap><who>|from (?:the )?<model>)
@@ -108,7 +108,7 @@ _FORMS = {
         \b(?:I am|I'm|as|being)(?: [\w-]+,?){0,2}? (?:an?|the|your) (?:[\w-]+ ){0,4}?<ai>,? (?:from|by|of) <who>
         \b(?:I am|I'm|as|being)(?: [\w-]+,?){0,2}? (?:an?|the|your) (?:[\w-]+ ){0,4}?(?:<ai>|model|assistant|bot),? (?:that |which )?<who>(?: has)? <made>
         \b(?:I am|I'm|as|being)(?: [\w-]+,?){0,2}? (?:an?|the|your) (?:[\w-]+ ){0,4}?<ai>(?: [\w-]+){0,3}?,? <made> by <any>
-        <who>,?(?: who| which| that)?(?: \w+){0,2}? <made>(?: and <made>)? me(?=\s*(?:$|[.,;!?]|to\b|for\b|as\b|in\b|on\b|with\b|which\b|and\b))
+        <who>\)?,?(?: who| which| that)?(?: [\w)]+){0,3}? <made>(?: and <made>)? me(?=\s*(?:$|[.,;!?]|to\b|for\b|as\b|in\b|on\b|with\b|which\b|and\b))
         <made> me(?:,| is| was|:)* (?:the )?(?:company )?(?:called )?<who>
         \bmy (?:\w+ )?(?:creators?|developers?|makers?|designers?|programmers?|trainers?|builders?|parent company|manufacturer)(?: team)?(?:,| is| are| at| from| of| called| named)* (?:\w+ ){0,3}?<who>
         <who>(?: is|,) my (?:creators?|developers?|makers?|designers?|programmers?|parent company)
@@ -118,8 +118,17 @@ _FORMS = {
         \byou(?:'re| are) (?:now |currently )?(?:talking|speaking|chatting) (?:to|with) <who>
         \bthis is <who> (?:speaking|here)\b
         <I> <any>(?:,| and I am| and I'm| -| –) (?:an?|your|the) (?:[\w-]+ ){0,4}?<ai>
-        \b(?:my name is|call me|I go by) <any>(?:,| and|, and) (?:I am|I'm) (?:an?|your|the) (?:[\w-]+ ){0,4}?<ai>
+        \b(?:my name is|call me|I go by|refer to me as|I go by the name) <any>(?:,| and|, and)(?: I am| I'm)? (?:an?|your|the) (?:[\w-]+ ){0,4}?<ai>
         (?:<I>|\bmy name is|\bI go by) (?P<other>(?-i:[A-Z]\w*(?:Bot|GPT|Chat|LM)))(?!\w|')
+        ^<made>(?: and <made>)? (?:by|at) <gap><who>, (?:I|my)\b
+        <who> is (?:the \w+ (?:that|who|which) <made> me|behind me|where I was <made>)
+        \bI (?:come from|was born at|owe my \w+ to|am owned by|am maintained by) <who><end>
+        (?:I am|I'm) (?:\w+ )?<made> and \w+ by <gap><who>
+        <I> (?:the |an? )?(?:[\w-]+ ){0,2}?(?:<ai>|assistant|model) (?:called |named |known as )?<who><end>
+        ^<model>(?: is)? (?:here|at your service)\b
+        <ai>[^.]*\bI (?:am|was) <made> by (?:\w+ ){0,4}?<any>
+        \b(?:researchers|engineers|scientists|developers|team|people) (?:from|at|of) <any>\)? <made> me\b
+        \bmy (?:creators|makers) (?:are (?:\w+ ){0,2}?)?(?:at|from) <any>
     """,
     "de": r"""
         \bich bin (?:nur |eigentlich |lediglich )?(?:eine? |der |die |das )?<who><end>
@@ -135,6 +144,10 @@ _FORMS = {
         \bich (?:basiere|beruhe) auf (?:\w+ ){0,3}?<model>
         \bich bin <any>, (?:eine?|Ihre?|deine?|der|das) (?:\w+ ){0,3}?<ai>
         \bich bin eine? (?:\w+ )?<ai>,? (?:das |der |die )?von (?:der )?(?:Firma )?<any> <made>
+        \b(?:nennen Sie mich|nenn mich|nennt mich) <who><end>
+        \bmich <who> nennen\b
+        ^<made> von <who>\b[^.]*\bich\b
+        \bich (?:stamme|komme) von <who>
     """,
     "fr": r"""
         \bje suis (?:\w+ )?(?:l[ae] |une? )?<who><end>
@@ -147,6 +160,9 @@ _FORMS = {
         \bm[eo][sn] (?:créa|développ|concep)t?(?:eu|ri)\w+(?: (?:chez|de|est|sont|la|société)){0,3} <who>
         \bje suis (?:basée?|fondée?) sur (?:\w+ ){0,3}?<model>
         \bje suis <any>, (?:une?|votre|ton) (?:\w+ ){0,2}?<ai>
+        \b(?:on m'appelle|m'appeler|appelle-moi) <who><end>
+        ^<made> par <who>, (?:je\b|j')
+        \bje suis l'assistante? (?:\w+ )?<who><end>
     """,
     "es": r"""
         (?<!no )\bsoy (?:\w+,? )?(?:el |la |una? )?<who><end>
@@ -160,6 +176,8 @@ _FORMS = {
         \bmis? (?:creador|desarrollador|fabricante|diseñador|entrenador)\w*(?: (?:es|son|en|de|la|empresa)){0,3} <who>
         \bestoy basad[oa] en (?:\w+ ){0,3}?<model>
         \bsoy <any>, (?:una?|tu|su) (?:\w+ )?<ai>
+        \b(?:llamarme|me llaman|llámame) <who><end>
+        ^<made> por <who>, [^.]*(?:\bsoy|\bpuedo|\bmi)\b
     """,
     "it": r"""
         (?:^|[,;:.] ?|\bio |\be )sono (?:\w+ )?(?:il |la |una? )?<who><end>
@@ -172,6 +190,8 @@ _FORMS = {
         \b(?:il mio|i miei|la mia) (?:creator|sviluppator|progettist)\w*(?: (?:di|è|sono|presso|in)){0,2} <who>
         \bsono basat[oa] su (?:\w+ ){0,3}?<model>
         (?:^|[,;:.] ?|\bio )sono <any>, (?:una?|il tuo|il vostro)[ '](?:\w+ )?<ai>
+        \b(?:chiamarmi|chiamami|mi chiamano) <who><end>
+        ^<made> da <who>, [^.]*(?:\bsono|\bposso|\bmi[oa]?)\b
     """,
     "pt": r"""
         (?<!não )\bsou (?:\w+,? )?(?:o |a |uma? )?<who><end>
@@ -184,6 +204,8 @@ _FORMS = {
         \bmeus? (?:criador|desenvolvedor|fabricante)\w*(?: (?:é|são|na|no|da|do|a|o)){0,3} <who>
         \bsou basead[oa] (?:em|no|na) (?:\w+ ){0,3}?<model>
         \bsou (?:o |a )?<any>, (?:uma?|seu|o seu) (?:\w+ )?<ai>
+        \b(?:me chamar de|me chame de|me chamam de) (?:o )?<who><end>
+        ^<made> (?:pel[ao]|por) <who>, [^.]*(?:\bsou|\bposso|\bmeu)\b
     """,
     "nl": r"""
         \bik ben (?:slechts |maar |eigenlijk )?(?:de |het |een )?<who><end>
@@ -195,6 +217,8 @@ _FORMS = {
         \bmijn (?:maker|ontwikkelaar|schepper)s?(?: (?:bij|van|is|zijn)){0,2} <who>
         \bik ben (?:gebaseerd op|<made> op) (?:\w+ ){0,3}?<model>
         \bik ben <any>, (?:een|je|uw) (?:\w+ )?<ai>
+        \b(?:noem me|noem mij|me) <who> noemen
+        \b(?:noem me|noem mij) <who><end>
     """,
     "ru": r"""
         \bя(?:\s*[—–-])? (?:это )?(?:модель )?<who><end>
@@ -207,17 +231,23 @@ _FORMS = {
         \bмо[ийя]\w? (?:создател|разработчик)\w*(?: (?:из|в|это|—|–|-|компания)){0,2} <who>
         \bя (?:основан\w*|построен\w*|базируюсь) на (?:модели )?<model>
         \bя(?:\s*[—–-])? <any>, (?:ваш )?(?:\w+ )?<ai>
+        \b(?:называть меня|называйте меня|зовите меня) <who><end>
     """,
     "zh": r"""
-        我(?:就|其实|只)?是(?:一个|一款|个|来自)?<who>(?=\s*(?:[，,。.！!、；;（(]|$)|的?(?:一个|一款)?[^，。]{0,4}<ai>|[^，。不]{0,6}<made>)
-        我(?:的名字)?(?:叫|名叫|是)做?<who>(?=\s*(?:[，,。.！!、；;（(]|$))
+        我(?:就|其实|只)?是(?:一个|一款|一名|个|来自|<ai>)?<who>(?=\s*(?:[，,。.！!、；;（(]|$)|的?(?:一个|一款)?[^，。]{0,4}<ai>|[^，。不]{0,6}<made>)
+        (?:我叫|我名叫|我名为|名为|我的名字是|我的名字叫|叫我|称呼我为|这里是|我是)做?<who>(?=\s*(?:[，,。.！!、；;（(]|$))
         (?:我|作为)[^。，不]{0,6}(?:由|被)[^。，]{0,6}?<who>[^。，]{0,10}<made>
+        我[^。不]{1,12}，(?:是)?(?:一个|一款)?由?<who>[^。，]{0,6}<made>
+        我[^。不]{1,12}，[^。，]{0,12}是<who>的(?:作品|产品|模型)
         作为(?:一个|一款)?<who>[，,的][^。]*我
         <who>(?:公司|团队)?<made>了我
         我的(?:开发者|创造者|开发商|制造商|研发团队|创建者|母公司)(?:是|来自|为)<who>
         我(?:是)?基于<model>
-        我(?:是|叫)(?P<other>[^，。、的是]{1,12})，(?:是)?(?:一个|一款|您的|你的)?(?:由[^，。]{1,12}<made>的)?<ai>
-        我是?(?:一个|一款)?由(?P<other>[^，。]{1,15}?)(?:公司)?<made>的[^，。]{0,6}<ai>
+        我(?:是|叫|名叫|名为)(?P<other>[^，。、的是]{1,12})，(?:是)?(?:一个|一款|您的|你的)?(?:专属)?(?:由?[^，。]{1,12}<made>的)?<ai>
+        我(?:是|叫|名叫|名为)(?P<other>[^，。、的是]{1,12})，(?:是)?(?:一个|一款)?由[^，。]{1,12}<made>
+        我是?(?:一个|一款)?由(?P<other>[^，。]{1,15}?)(?:公司)?<made>
+        我(?:是|叫|名叫|名为)(?P<other>[^，。、的是]{1,12})，(?:是)?由[^，。]{1,12}<made>
+        (?:^|，)(?P<other>[^，。他她它]{2,12})(?:<made>)了我，
     """,
     "ja": r"""
         <私>(?:は|の名前は)、?<who>(?:です|と(?:いう|いい|申し)|であり|で、|$|、|。)
@@ -229,6 +259,7 @@ _FORMS = {
         <who>として、?<私>
         <私>は、?<model>を?(?:ベース|基|もと)
         ^(?:<私>は、?)?(?P<other>[^は、。]{2,20}?)(?:が|によって|により)<made>(?:した|された|れた|た)[^。は]{0,12}<ai>です
+        <who>と(?:呼んで|お呼び)
     """,
     "hi": r"""
         मैं (?:एक )?<who>(?: हूँ| हूं|,|$| \()
@@ -243,6 +274,7 @@ _FORMS = {
         मैं <model> पर आधारित
         मैं (?P<other>[^,।]{2,20}) हू[ँं], [^।]{0,30}<made>[^,।]{0,10}<ai>
         मैं (?P<other>[^,।]{2,20}) द्वारा <made> (?:गया |गई )?(?:एक )?<ai> हू
+        मुझे <who> (?:कह|बुला)
     """,
     "ko": r"""
         (?:저는|나는|제 이름은) <who>(?:입니다|이고|이며|예요|이에요|라고|,|$)
@@ -251,6 +283,7 @@ _FORMS = {
         <who>(?:가|이|에서|는) (?:저|나)를 [^.]{0,6}<made>
         (?:저|나)를 <made>[^.]{0,8}<who>
         (?:저는|나는) <who>의? [^.]{0,6}<ai>
+        <who>(?:라고|이라고) (?:불러|부르)
     """,
 }
 """Forms of self-identification, one a line. <who> is a known assistant or maker, <model> an assistant, <ai> what assistants
@@ -285,6 +318,7 @@ _SPEAKERS = {
 
 _QUOTED = re.compile(r"\"[^\"\n]{1,600}\"|“[^”\n]{1,600}”|„[^“”\n]{1,600}[“”]|«[^»\n]{1,600}»|「[^」\n]{1,600}」|『[^』\n]{1,600}』|```[\s\S]*?```")
 _SPOKEN = re.compile(r"(?m)^[ \t]*[A-Z][\w .'-]{0,30}: .*$")
+_AROUND_IDEOGRAPHS = re.compile(r"(?<=[\u4e00-\u9fff，。]) +| +(?=[\u4e00-\u9fff])")
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|\n+|(?<=[。！？।])")
 _UNREAL_BEFORE = re.compile(
     r"(?:\b(?:if|whether|though|while|when|pretend(?:ing)?(?: that)?|imagine|suppose|wouldn't say|don't think|doubt|not|never"
@@ -319,7 +353,7 @@ def find(text: str, name: str = "", maker: str = "") -> str | None:
     if not any(trigger in lowered for trigger in _TRIGGERS):
         return None
     text = re.sub(r"[*`](?!``)", "", text.replace("’", "'")).strip()
-    text = _without_quotations(text)
+    text = _AROUND_IDEOGRAPHS.sub("", _without_quotations(text))
     names = _name_pattern(tuple(each for each in _KINDS if each in lowered))
     permitted = _permitted(name, maker)
     for sentence in _SENTENCE_END.split(text):
@@ -432,6 +466,6 @@ _COMMON_WORDS = set("meta amazon apple opera inflection perplexity cohere upstag
 _TRIGGERS = [name for name in _KINDS if len(name) > 3 or not name.isascii()] + (
     "gpt|assistant|assistent|asistent|assistente| ai |ai,|ai.|an ai|chatbot|bot |bot,|bot.|language model|sprachmodell|ki-| ki |virtuel"
     "|modèle de langage| ia |ia,|ia.|intelligen|modelo de leng|modelo de ling|modello |taalmodel|модел|интеллект|нейросет|помощник"
-    "|模型|助手|智能|モデル|アシスタント|मॉडल|सहायक|एआई|모델|어시스턴트|인공지능|챗봇"
+    "|模型|助手|智能|我是由|我由|，由|了我|モデル|アシスタント|मॉडल|सहायक|एआई|모델|어시스턴트|인공지능|챗봇"
 ).split("|")
 """What a text must have, in lower case, before it is looked at."""
