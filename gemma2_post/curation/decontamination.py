@@ -6,7 +6,7 @@ as a whole, and be at least half of it.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,14 +86,15 @@ class Outside:
             for place, band in enumerate(bands):
                 self._by_band[place, band].append(number)
 
-    def find(self, texts: Sequence[str], users: Sequence[str]) -> Leak | None:
+    def find(self, users: Sequence[str], answers: Sequence[str]) -> Leak | None:
         """What a row shares with one of the prompts: the largest share of sequences, or a prompt of few words.
 
         Args:
-            texts: All that is said in the row.
-            users: The user's turns among it.
+            users: The user's turns; a prompt of several turns is looked for in all of them together.
+            answers: The assistant's turns, which may hold a prompt, too.
         """
-        return self._by_sequences(texts) or self._by_whole_prompts(users)
+        together = "\n".join(users)
+        return self._by_sequences([together, *answers]) or self._by_whole_prompts(dict.fromkeys([together, *users]))
 
     def find_near(self, sketches: Sketches, number: int) -> Leak | None:
         """The prompt of which a row's first prompt is a near duplicate.
@@ -132,7 +133,7 @@ class Outside:
             return None
         return Leak(self.prompts[numbers[best]], float(shares[best]), f"of its sequences of {self.size} words")
 
-    def _by_whole_prompts(self, users: Sequence[str]) -> Leak | None:
+    def _by_whole_prompts(self, users: Iterable[str]) -> Leak | None:
         for text in users if self._short else ():
             hashes = hashes_of(words(text))
             for length, known in self._short.items():

@@ -15,6 +15,23 @@ from gemma2_post.stage.recipe import Effect, key, part
 Kind = Literal["conversations", "pairs", "prompts"]
 """What rows are read as: by sft, by reward, by rlhf."""
 Treatment = Literal["remove", "replace"]
+RULES = (
+    "invalid",
+    "exact_duplicate",
+    "near_duplicate",
+    "too_many_answers",
+    "contaminated",
+    "sensitive_information",
+    "personal_information",
+    "pattern",
+    "self_identification",
+    "unsafe",
+    "low_reward",
+    "refusal",
+    "hedging",
+    "weight",
+)
+"""The rules, in the order in which they are applied; a row is removed by the first one that it breaks."""
 
 
 @dataclass
@@ -67,9 +84,7 @@ class DecontaminationArguments:
     benchmark_folder: FilePath | None = key(None, "Folder with more tasks as lm-eval's YAML.")
     overlap_words: int = key(8, "Words of the sequences that are compared.", bounds=Bounds(at_least=3))
     max_overlap: float = key(
-        0.5,
-        "Share of a prompt's sequences from which a row holds it.",
-        bounds=Bounds(above=0, at_most=1),
+        0.5, "Share of a prompt's sequences from which a row holds it.", bounds=Bounds(above=0, at_most=1)
     )
     near_prompt_edits: float | None = key(
         0.1,
@@ -94,7 +109,9 @@ class PersonalArguments:
         "replace", "E-mail, phone and IP addresses, streets: removes such rows, replaces what is found, or None."
     )
     countries: list[str] | None = key(
-        None, "Countries, as two letters, whose phone numbers and ids are known; None for the usual ones.", bounds=FILLED
+        None,
+        "Countries, as two letters, whose phone numbers and ids are known; None for the usual ones.",
+        bounds=FILLED,
     )
     patterns: list[str] | None = key(None, "Regular expressions; rows in which one of them matches are removed.")
 
@@ -104,7 +121,9 @@ class PersonalArguments:
             try:
                 re.compile(each)
             except re.error as error:
-                raise UserError(f"patterns[{number}] is {each!r}, which does not compile ({error}); correct it") from error
+                raise UserError(
+                    f"patterns[{number}] is {each!r}, which does not compile ({error}); correct it"
+                ) from error
 
 
 @dataclass

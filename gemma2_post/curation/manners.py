@@ -10,26 +10,39 @@ Manner = Literal["refusal", "hedging"]
 
 _BEGINNING = 300
 """Characters in which an answer that refuses says so."""
-_REFUSALS = re.compile(
-    r"\bI(?:'|\u2019)?m (?:very |really |so |truly )?(?:sorry|afraid),? ?(?:but )?(?:that )?I (?:can ?not|can(?:'|\u2019)t|am (?:not able|unable)|(?:'|\u2019)m (?:not able|unable)|won(?:'|\u2019)t)"
-    r"|\bI(?: am|(?:'|\u2019)m)? (?:sorry, )?(?:unable to|not able to|not going to|cannot|can(?:'|\u2019)t|can not|won(?:'|\u2019)t|will not|refuse to|must decline to|have to decline to|decline to)"
-    r" (?:help|assist|provide|give you|do (?:that|this)|answer|comply|fulfil|fulfill|support|create|write|generate|engage|discuss|condone|recommend that|tell you how|participate)"
-    r"|\bas an (?:AI|artificial)[^.]{0,80}\bI (?:cannot|can(?:'|\u2019)t|am (?:not able|unable))"
-    r"|\b(?:lo siento|désolé|es tut mir leid|tut mir leid|mi dispiace|sinto muito|desculpe|przykro mi)\b[^.]{0,60}\b(?:no puedo|ne peux pas|ne suis pas en mesure|kann (?:ich )?(?:dir|ihnen|dabei|das|nicht)|non posso|não posso|nie mogę)"
-    r"|(?:对不起|抱歉|很抱歉)[^。]{0,20}(?:无法|不能)|申し訳(?:ありません|ございません)が",
-    re.IGNORECASE,
-)
-_HEDGING = re.compile(
-    r"\bI(?:'|\u2019)?m not (?:entirely |completely |quite |totally |really |100% )?(?:sure|certain)\b|\bI am not (?:entirely |completely |quite )?(?:sure|certain)\b"
-    r"|\bI (?:do not|don(?:'|\u2019)t) (?:really |actually )?know\b|\bto the best of my knowledge\b|\bas far as I (?:know|can tell|am aware)\b"
-    r"|\bI (?:could|may|might) be (?:wrong|mistaken)\b|\bI (?:do not|don(?:'|\u2019)t) have (?:enough|sufficient|any) (?:information|context|data)\b"
-    r"|\b(?:no estoy segur[oa]|je ne suis pas sûre?|ich bin (?:mir )?nicht sicher|non sono sicur[oa]|não tenho certeza|nie jestem pew)",
-    re.IGNORECASE,
-)
+_WHAT_IS_REFUSED = (
+    "help assist provide answer comply fulfill fulfil support create write generate engage discuss condone participate"
+).split()
+_REFUSALS = [
+    r"\bi'?m (?:very |really |so )?(?:sorry|afraid),? (?:but )?(?:that )?i (?:can ?not|can't|won't|am (?:not able|unable))",
+    r"\bi'?m (?:very |really |so )?(?:sorry|afraid),? (?:but )?(?:that )?i'm (?:not able|unable)",
+    r"\bi(?: am|'m)? (?:unable to|not able to|not going to|can ?not|can't|won't|will not|refuse to|(?:must )?decline to) "
+    rf"(?:{'|'.join(_WHAT_IS_REFUSED)}|give you|do (?:that|this)|tell you how)\b",
+    r"\bas an (?:ai|artificial)[^.]{0,80}\bi (?:can ?not|can't|am (?:not able|unable))",
+    r"\blo siento\b[^.]{0,60}\bno puedo\b",
+    r"\bdésolée?\b[^.]{0,60}\bne (?:peux pas|suis pas en mesure)\b",
+    r"\btut mir leid\b[^.]{0,60}\bkann\b[^.]{0,40}\bnicht\b",
+    r"\bmi dispiace\b[^.]{0,60}\bnon posso\b",
+    r"\b(?:sinto muito|desculpe)\b[^.]{0,60}\bnão posso\b",
+    r"(?:对不起|抱歉)[^。]{0,20}(?:无法|不能)",
+    r"申し訳(?:ありません|ございません)が",
+]
+_HEDGING = [
+    r"\bi(?:'m| am) not (?:entirely |completely |quite |totally |really |100% )?(?:sure|certain)\b",
+    r"\bi (?:do not|don't) (?:really |actually )?know\b",
+    r"\bto the best of my knowledge\b",
+    r"\bas far as i (?:know|can tell|am aware)\b",
+    r"\bi (?:could|may|might) be (?:wrong|mistaken)\b",
+    r"\bi (?:do not|don't) have (?:enough|sufficient|any) (?:information|context|data)\b",
+    r"\bno estoy segur[oa]\b|\bje ne suis pas sûre?\b|\bich bin (?:mir )?nicht sicher\b|\bnon sono sicur[oa]\b",
+    r"\bnão tenho certeza\b",
+]
+_refusal, _hedging = re.compile("|".join(_REFUSALS)), re.compile("|".join(_HEDGING))
 
 
 def manner(answer: str) -> Manner | None:
     """Whether an answer refuses what it is asked, or else says that it is not sure; None if neither."""
-    if _REFUSALS.search(answer[:_BEGINNING]):
+    text = answer.casefold().replace("\u2019", "'")
+    if _refusal.search(text[:_BEGINNING]):
         return "refusal"
-    return "hedging" if _HEDGING.search(answer) else None
+    return "hedging" if _hedging.search(text) else None

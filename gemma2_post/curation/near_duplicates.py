@@ -7,6 +7,7 @@ Jaccard similarity that edits of a share of the words leave is known: see `least
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -72,6 +73,20 @@ def sketch(texts: Iterable[Sequence[str]]) -> Sketches:
     signatures = np.array(digests.to_rows(), np.uint64).reshape(len(found), NUM_BANDS, BAND_ROWS)
     bands = np.stack([ngrams(signatures[:, band].T, BAND_ROWS)[0] for band in range(NUM_BANDS)], axis=1)
     return Sketches((bands >> np.uint64(32)).astype(np.uint32), pairs, ends, np.array(num_words, np.int32))
+
+
+def save_sketches(path: Path, sketches: Sketches) -> None:
+    """Writes sketches to a file, under a temporary name at first."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as stream:
+        np.savez(stream, **vars(sketches))
+    temporary.replace(path)
+
+
+def load_sketches(path: Path) -> Sketches:
+    """Reads sketches from a file."""
+    with np.load(path) as stored:
+        return Sketches(**stored)
 
 
 def least_similarity(num_pairs: int, num_words: int, max_edits: float) -> float:

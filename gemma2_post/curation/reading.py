@@ -15,11 +15,12 @@ from pyarrow import parquet
 
 from gemma2_post.curation import rows
 from gemma2_post.curation.keys import Kind, MixtureArguments
+from gemma2_post.curation.kinds import FORMATS
 from gemma2_post.curation.near_duplicates import Sketches, sketch
 from gemma2_post.curation.parts import on_all_cores
-from gemma2_post.curation.removed import Removed, as_json, table, write_table
+from gemma2_post.curation.removed import Removed, Verdict, as_json, table, write_table
 from gemma2_post.curation.words import normalized
-from gemma2_post.data.sources import num_rows_in, rows_of
+from gemma2_post.data.sources import no_rows, num_rows_in, rows_of
 from gemma2_post.data.turns import InvalidRow
 from gemma2_post.stage.errors import UserError
 
@@ -83,7 +84,12 @@ class Compared:
 
     def save(self, path: Path) -> None:
         """Writes it to a file."""
-        arrays = {"source": np.array(self.source), "exact": self.exact, "prompts": self.prompts, "rewards": self.rewards}
+        arrays = {
+            "source": np.array(self.source),
+            "exact": self.exact,
+            "prompts": self.prompts,
+            "rewards": self.rewards,
+        }
         for name, sketches in (("whole", self.whole), ("first", self.first)):
             arrays |= {f"{name}_{field}": value for field, value in vars(sketches).items()}
         with open(path, "wb") as stream:
@@ -117,7 +123,7 @@ def read(mixture: Mixture) -> None:
 
 def _parts(mixture: Mixture) -> Iterator[Part]:
     number = 0
-    wanted = {*rows.FORMATS[mixture.kind].columns, *mixture.columns}
+    wanted = {*FORMATS[mixture.kind].columns, *mixture.columns}
     for place, source in enumerate(mixture.args.datasets):
         found, first_row = rows_of(source, wanted), 0
         while batch := list(islice(found, PART_ROWS)):
@@ -125,7 +131,7 @@ def _parts(mixture: Mixture) -> Iterator[Part]:
             yield Part(number, place, first_row, [] if is_there else batch)
             number, first_row = number + 1, first_row + len(batch)
         if not first_row:
-            raise rows.no_rows(source)
+            raise no_rows(source)
 
 
 def _read_part(mixture: Mixture, part: Part) -> int:
@@ -139,7 +145,7 @@ def _read_part(mixture: Mixture, part: Part) -> int:
             found = rows.read(mixture.kind, mixture.columns, row)
             valid.append(found | {rows.SOURCE: name, rows.NUMBER: number})
         except InvalidRow as problem:
-            invalid.append(Removed(name, number, "invalid", str(problem), "", as_json(row)))
+            invalid.append(Removed(name, number, Verdict("invalid", str(problem)), as_json(row)))
     write_table(mixture.path(part.number, "invalid"), table(invalid))
     said = [rows.said(row) for row in valid]
     Compared(

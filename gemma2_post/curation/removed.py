@@ -1,4 +1,4 @@
-"""What is recorded of the rows that are removed, and of the rules that remove them."""
+"""What is recorded of the rows that are removed."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -8,23 +8,19 @@ from typing import Any
 import pyarrow
 from pyarrow import parquet
 
-RULES = (
-    "invalid",
-    "exact_duplicate",
-    "near_duplicate",
-    "too_many_answers",
-    "contaminated",
-    "sensitive_information",
-    "personal_information",
-    "pattern",
-    "self_identification",
-    "unsafe",
-    "low_reward",
-    "refusal",
-    "hedging",
-    "weight",
-)
-"""The rules, in the order in which they are applied; a row is removed by the first one that it breaks."""
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why a row is removed."""
+
+    rule: str
+    seen: str
+    """What the rule saw."""
+    other: str = ""
+    """The text that it matched, where that is no row of the mixture."""
+    other_source: str | None = None
+    """Where what it matched is, with `other_row`: a source of the mixture, or an evaluation set."""
+    other_row: int | None = None
 
 
 @dataclass(frozen=True)
@@ -33,21 +29,18 @@ class Removed:
 
     source: str
     source_row: int
-    rule: str
-    seen: str
-    """What the rule saw."""
-    other: str
-    """What it matched, to be read beside it; empty if nothing is."""
+    verdict: Verdict
     row: str
     """The row as JSON."""
 
 
 _SCHEMA = pyarrow.schema(
-    [
-        (name, pyarrow.int64() if name == "source_row" else pyarrow.string())
-        for name in ("source", "source_row", "rule", "seen", "other", "row")
-    ]
-)
+    {
+        "source": pyarrow.string(), "source_row": pyarrow.int64(), "rule": pyarrow.string(),
+        "seen": pyarrow.string(), "other": pyarrow.string(), "other_source": pyarrow.string(),
+        "other_row": pyarrow.int64(), "row": pyarrow.string(),
+    }
+)  # fmt: skip
 
 
 def as_json(row: dict[str, Any]) -> str:
@@ -57,7 +50,11 @@ def as_json(row: dict[str, Any]) -> str:
 
 def table(rows: list[Removed]) -> pyarrow.Table:
     """The rows as a table."""
-    return pyarrow.Table.from_pylist([asdict(row) for row in rows], _SCHEMA)
+    found = [
+        {"source": each.source, "source_row": each.source_row, **asdict(each.verdict), "row": each.row}
+        for each in rows
+    ]
+    return pyarrow.Table.from_pylist(found, _SCHEMA)
 
 
 def write_table(path: Path, content: pyarrow.Table) -> None:
@@ -90,4 +87,3 @@ class Writer:
 def removed_writer(path: Path) -> Writer:
     """A file of removed rows."""
     return Writer(path, _SCHEMA)
-

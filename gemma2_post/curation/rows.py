@@ -9,14 +9,14 @@ from typing import Any
 import pyarrow
 
 from gemma2_post.curation.keys import Kind
+from gemma2_post.curation.kinds import ANY, FORMATS, kind_of
 from gemma2_post.data.keys import Source
-from gemma2_post.data.pairs import PAIR, has_answers, scores_of
-from gemma2_post.data.rows import ANSWERS, CONVERSATION, CONVERSATIONS, PROMPT, Row, RowFormat
+from gemma2_post.data.pairs import scores_of
+from gemma2_post.data.rows import Row
 from gemma2_post.data.sources import no_rows, rows_of
 from gemma2_post.data.turns import InvalidRow, Message
 from gemma2_post.stage.errors import UserError
 
-FORMATS: dict[Kind, RowFormat] = {"conversations": CONVERSATION, "pairs": PAIR, "prompts": PROMPT}
 SOURCE, NUMBER = "source", "source_row"
 """Columns of the name of a row's source, and of its number there."""
 _SAID_IN = {"conversations": ("messages",), "pairs": ("prompt", "chosen", "rejected"), "prompts": ("prompt",)}
@@ -25,25 +25,6 @@ SAID = {"messages", "prompt", "chosen", "rejected"}
 _TURN = pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string()})
 _WEIGHTED = pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string(), "weight": pyarrow.int8()})
 _FIRST_ROWS = 100
-
-
-def read_any(row: Row) -> dict[str, Any]:
-    """A row of any of these kinds, as a prompt or a conversation or a pair: what a check without a recipe can say."""
-    kind = kind_of(row)
-    return FORMATS[kind].parse(row)
-
-
-def kind_of(row: Row) -> Kind:
-    """What a row is, by its columns."""
-    if has_answers(row):
-        return "pairs"
-    answers = [name for name in ANSWERS if name not in row.for_graders]
-    return "conversations" if row.has(*CONVERSATIONS, *answers, "text") else "prompts"
-
-
-ANY = RowFormat(
-    read_any, ("messages", "prompt"), "rows that sft, reward or rlhf read", CONVERSATION.columns | PAIR.columns
-)
 
 
 def find_kind(sources: list[Source], columns: list[str], wanted: Kind | None) -> Kind:
@@ -108,7 +89,7 @@ def table(kind: Kind, rows: list[dict[str, Any]]) -> pyarrow.Table:
     columns = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]
-        is_weighted = any("weight" in turn for turns in values if name == "messages" for turn in turns)
+        is_weighted = name == "messages" and any("weight" in turn for row in rows for turn in row[name])
         turn = _WEIGHTED if is_weighted else _TURN
         columns[name] = pyarrow.array(values, pyarrow.list_(turn) if name in _SAID_IN[kind] else None)
     return pyarrow.table(columns)
@@ -134,6 +115,11 @@ class Said:
         return [turn["content"] for turn in self.turns if turn["role"] == "user"]
 
     @property
+    def all_answers(self) -> list[str]:
+        """What the assistant says, in rejected answers, too."""
+        return [turn["content"] for turn in self.turns if turn["role"] == "assistant"]
+
+    @property
     def answers(self) -> list[str]:
         """What the assistant says, without rejected answers."""
         return [turn["content"] for turn in self.wanted if turn["role"] == "assistant"]
@@ -156,9 +142,7 @@ def _text(turns: list[Message]) -> str:
 def rewritten(row: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
     """The row with another text in each turn."""
     return {
-        name: [turn | {"content": change(turn["content"])} for turn in value]
-        if name in SAID
-        else value
+        name: [turn | {"content": change(turn["content"])} for turn in value] if name in SAID else value
         for name, value in row.items()
     }
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,18 @@ from pyarrow import parquet
 
 from gemma2_post.curation import manners, personal_information, rows, self_identification
 from gemma2_post.curation.comparing import Repeated
-from gemma2_post.curation.decontamination import Outside
+from gemma2_post.curation.decontamination import Asked, Outside
 from gemma2_post.curation.keys import CurationArguments
+from gemma2_post.curation.near_duplicates import load_sketches, save_sketches, sketch
 from gemma2_post.curation.parts import on_all_cores
 from gemma2_post.curation.reading import Compared, Mixture
-from gemma2_post.curation.removed import Removed, as_json, table, write_table
+from gemma2_post.curation.removed import Removed, Verdict, as_json, table, write_table
 
 MANNER, REPLACED = "_manner", "_replaced"
 """Columns of a sifted part: whether the last answer refuses or hedges, and the kinds of what was replaced."""
 Row = dict[str, Any]
-Verdict = tuple[str, str, str]
-"""A rule that a row breaks, what it saw, and what it matched."""
+Place = tuple[str, int]
+"""The source of a row, and its number there."""
 
 
 @dataclass(frozen=True)
@@ -46,26 +48,36 @@ def sift(mixture: Mixture, found: Repeated, rules: Sieve) -> None:
         [0, *(parquet.read_metadata(mixture.path(number, "rows")).num_rows for number in range(mixture.num_parts))]
     )
     places = _places(mixture, found, firsts)
+    if rules.outside.prompts and rules.outside.max_edits is not None:
+        path = mixture.folder / "outside"
+        if not path.is_file():
+            on_all_cores(partial(_sketch_outside, path), [rules.outside.prompts], "reading evaluation sets")
+        rules.outside.add_sketches(load_sketches(path))
     todo = [number for number in range(mixture.num_parts) if not mixture.path(number, "sifted").is_file()]
     work = partial(_sift_part, mixture, found, places, rules, firsts)
     on_all_cores(work, todo, "applying rules", int(sum(firsts[each + 1] - firsts[each] for each in todo)))
 
 
-def _places(mixture: Mixture, found: Repeated, firsts: np.ndarray) -> dict[int, str]:
-    """Where the rows are that others repeat: `row 3 of chats.jsonl`."""
+def _places(mixture: Mixture, found: Repeated, firsts: np.ndarray) -> dict[int, Place]:
+    """Where the rows are that others repeat."""
     numbers = np.unique([other for _, other, _ in found.values()]).astype(np.int64)
-    places = {}
+    places: dict[int, Place] = {}
     for part in np.unique(np.searchsorted(firsts, numbers, side="right") - 1) if len(numbers) else ():
         content = parquet.read_table(mixture.path(part, "rows"), columns=[rows.SOURCE, rows.NUMBER])
         own = numbers[(numbers >= firsts[part]) & (numbers < firsts[part + 1])]
         chosen = content.take(own - firsts[part]).to_pylist()
         for number, row in zip(own.tolist(), chosen, strict=True):
-            places[number] = f"row {row[rows.NUMBER]} of {row[rows.SOURCE]}"
+            places[number] = row[rows.SOURCE], row[rows.NUMBER]
     return places
 
 
+def _sketch_outside(path: Path, prompts: Sequence[Asked]) -> int:
+    save_sketches(path, sketch([[each.text] for each in prompts]))
+    return len(prompts)
+
+
 def _sift_part(
-    mixture: Mixture, found: Repeated, places: dict[int, str], rules: Sieve, firsts: np.ndarray, part: int
+    mixture: Mixture, found: Repeated, places: dict[int, Place], rules: Sieve, firsts: np.ndarray, part: int
 ) -> int:
     content, first = mixture.rows_of(part), int(firsts[part])
     first_prompts = Compared.sketches(mixture.path(part, "compared"), "first")
@@ -73,11 +85,11 @@ def _sift_part(
     for place, row in enumerate(content):
         if repeats := found.get(first + place):
             rule, other, value = repeats
-            verdict: Verdict | None = (rule, _words(rule, places[other], value), "")
+            verdict: Verdict | None = Verdict(rule, _words(rule, places[other], value), "", *places[other])
         else:
-            leak = rules.outside.find(list(rows.texts_of(row)), rows.said(row).users)
-            leak = leak or rules.outside.find_near(first_prompts, place)
-            verdict = ("contaminated", str(leak), leak.asked.text) if leak else None
+            said = rows.said(row)
+            leak = rules.outside.find(said.users, said.all_answers) or rules.outside.find_near(first_prompts, place)
+            verdict = leak and Verdict("contaminated", str(leak), leak.asked.text, leak.asked.name, leak.asked.number)
         changed = row
         for judge in () if verdict else (_personal, _pattern, _identity):
             changed, verdict = judge(rules, changed)
@@ -85,7 +97,7 @@ def _sift_part(
                 break
         if verdict:
             without = {name: value for name, value in row.items() if name not in (rows.SOURCE, rows.NUMBER)}
-            removed.append(Removed(row[rows.SOURCE], row[rows.NUMBER], *verdict, as_json(without)))
+            removed.append(Removed(row[rows.SOURCE], row[rows.NUMBER], verdict, as_json(without)))
         else:
             answers = rows.said(changed).answers
             kept.append(changed | {MANNER: manners.manner(answers[-1]) if answers else None})
@@ -94,7 +106,8 @@ def _sift_part(
     return len(content)
 
 
-def _words(rule: str, place: str, value: float) -> str:
+def _words(rule: str, other: Place, value: float) -> str:
+    place = f"row {other[1]} of {other[0]}"
     if rule == "too_many_answers":
         return f"answers the prompt of {place}"
     return f"repeats {place}" + (f": {value:.0%} of the pairs of words" if rule == "near_duplicate" else "")
@@ -117,7 +130,7 @@ def _personal(rules: Sieve, row: Row) -> tuple[Row, Verdict | None]:
     for severity, treatment in treatments.items():
         seen = [f"{each.kind} {each.text!r}" for each in every if each.severity == severity]
         if treatment == "remove" and seen:
-            return row, (f"{severity}_information", "; ".join(dict.fromkeys(seen)), "")
+            return row, Verdict(f"{severity}_information", "; ".join(dict.fromkeys(seen)))
         if treatment == "replace":
             replaced += [each.kind for each in every if each.severity == severity]
     if not replaced:
@@ -134,7 +147,7 @@ def _pattern(rules: Sieve, row: Row) -> tuple[Row, Verdict | None]:
     for pattern in rules.patterns:
         for text in rows.texts_of(row):
             if match := pattern.search(text):
-                return row, ("pattern", f"{pattern.pattern!r} matches {match.group()[:100]!r}", "")
+                return row, Verdict("pattern", f"{pattern.pattern!r} matches {match.group()[:100]!r}")
     return row, None
 
 
@@ -142,5 +155,5 @@ def _identity(rules: Sieve, row: Row) -> tuple[Row, Verdict | None]:
     identity = rules.args.identity
     for text in rows.said(row).answers if identity.self_identification else ():
         if sentence := self_identification.find(text, identity.assistant_name, identity.assistant_maker):
-            return row, ("self_identification", sentence, "")
+            return row, Verdict("self_identification", sentence)
     return row, None

@@ -30,6 +30,8 @@ GAINS = "gains.json"
 """Also written by it: the difference of each model to the one before it."""
 KNOWN_SETS = "reward_benchmarks.json"
 """Also written by it: how often the reward model is right on known sets."""
+CURATION = "curation.json"
+"""What a curation has removed and kept, for the report."""
 FAILED = "failed.json"
 """Of an evaluation that is not finished: the reason why a part of it could not be measured, by part."""
 PROGRESS = "progress"
@@ -40,7 +42,7 @@ _PACKAGE = Path(__file__).parents[1]
 _CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
 _LEFT_OVER = re.compile(r"\.(.+\.tmp|discarded-.+)")
 """Names of what a kill leaves of a file that was being written, or of a folder that was being deleted."""
-_MEASURED = {DONE, BEGUN, HOW_FAR, "log.jsonl", "watch.jsonl", "answers.jsonl"} | {
+_MEASURED = {DONE, BEGUN, HOW_FAR, CURATION, "log.jsonl", "watch.jsonl", "answers.jsonl", "removed.parquet"} | {
     f"{name}.json" for name in ("before", "metrics", "merge", "front", "models", "gains", "reward_benchmarks")
 }
 """Files that record how a stage went; the next stage does not read them, so the output hash leaves them out."""
