@@ -1,12 +1,10 @@
 """Which of several rows that say the same stays: exact duplicates, and too many answers to one prompt."""
 
 from collections.abc import Iterable
-from typing import Literal
 
 import numpy as np
 
-Keep = Literal["first", "highest_reward", "longest", "shortest"]
-"""Which of several rows stays; of equal ones the first, in the order of the sources."""
+from gemma2_post.curation.keys import Keep
 
 
 def ranks(keep: Keep, lengths: np.ndarray, rewards: np.ndarray | None) -> np.ndarray:

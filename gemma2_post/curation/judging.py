@@ -1,6 +1,6 @@
 """The rules that need a model: unsafe answers by a judge, rewards; and the shares of answers that refuse or hedge."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from gemma2_post.curation import rows
 from gemma2_post.curation.keys import CurationArguments
 from gemma2_post.curation.reading import Mixture, without_nulls
 from gemma2_post.curation.removed import Verdict
+from gemma2_post.curation.scoring import Score
 from gemma2_post.curation.sifting import MANNER, Row
 from gemma2_post.data.turns import Message
 from gemma2_post.evaluation.judging.judge import Judge
@@ -56,20 +57,18 @@ def unsafe(mixture: Mixture, judge: Judge) -> tuple[Verdicts, int]:
             missing = verdicts.count(None)
             judge.check_most(missing, len(verdicts), "answers")
             num_missing += missing
-            for (place, prompt, answer), verdict in zip(asked, verdicts, strict=True):
+            for (row_place, _, answer), verdict in zip(asked, verdicts, strict=True):
                 if verdict:
-                    found.setdefault(place, Verdict("unsafe", answer))
+                    found.setdefault(row_place, Verdict("unsafe", answer))
             bar.update(len(parts))
     return found, num_missing
 
 
-def low_rewards(
-    mixture: Mixture, args: CurationArguments, without: Verdicts, score: Callable[[list[list[Message]]], list[float]]
-) -> Verdicts:
+def low_rewards(mixture: Mixture, args: CurationArguments, without: Verdicts, score: Score | None) -> Verdicts:
     """The conversations whose reward is below `min_reward`.
 
     Args:
-        score: The reward model; not called with a reward column. Its scores of each part are kept.
+        score: The reward model; None with a reward column. Its scores of each part are kept.
     """
     found: Verdicts = {}
     least, column = args.quality.min_reward, args.duplicates.reward_column
@@ -77,7 +76,7 @@ def low_rewards(
     with tqdm(desc="scoring conversations", total=mixture.num_parts, unit=" parts", delay=1) as bar:
         for part in range(mixture.num_parts):
             content = [without_nulls(row) for row in parquet.read_table(mixture.path(part, "sifted")).to_pylist()]
-            if column:
+            if score is None:
                 rewards = [rows.reward_of(row, column) for row in content]
             else:
                 rewards = _scores(mixture.path(part, "scores"), [row["messages"] for row in content], score)
@@ -88,9 +87,7 @@ def low_rewards(
     return found
 
 
-def _scores(
-    path: Path, conversations: list[list[Message]], score: Callable[[list[list[Message]]], list[float]]
-) -> list[float]:
+def _scores(path: Path, conversations: list[list[Message]], score: Score) -> list[float]:
     """The scores of a part, from its file if they are there."""
     if not path.is_file():
         temporary = path.with_name(f".{path.name}.tmp")

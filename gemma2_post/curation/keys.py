@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from gemma2_post.curation.duplicates import Keep
 from gemma2_post.data.keys import Source
 from gemma2_post.evaluation.keys import JudgeArguments
 from gemma2_post.stage.bounds import COUNT, FILLED, SEED, SHARE, Bounds
@@ -14,6 +13,8 @@ from gemma2_post.stage.recipe import Effect, key, part
 
 Kind = Literal["conversations", "pairs", "prompts"]
 """What rows are read as: by sft, by reward, by rlhf."""
+Keep = Literal["first", "highest_reward", "longest", "shortest"]
+"""Which of several rows stays; of equal ones the first, in the order of the sources."""
 Treatment = Literal["remove", "replace"]
 RULES = (
     "invalid",
@@ -109,9 +110,7 @@ class PersonalArguments:
         "replace", "E-mail, phone and IP addresses, streets: removes such rows, replaces what is found, or None."
     )
     countries: list[str] | None = key(
-        None,
-        "Countries, as two letters, whose phone numbers and ids are known; None for the usual ones.",
-        bounds=FILLED,
+        None, "Countries, in two letters, whose phone numbers and ids are known; None for the usual.", bounds=FILLED
     )
     patterns: list[str] | None = key(None, "Regular expressions; rows in which one of them matches are removed.")
 
@@ -121,9 +120,7 @@ class PersonalArguments:
             try:
                 re.compile(each)
             except re.error as error:
-                raise UserError(
-                    f"patterns[{number}] is {each!r}, which does not compile ({error}); correct it"
-                ) from error
+                raise UserError(f"patterns[{number}]: {each!r} does not compile ({error}); correct it") from error
 
 
 @dataclass

@@ -14,9 +14,9 @@ _WHAT_IS_REFUSED = (
     "help assist provide answer comply fulfill fulfil support create write generate engage discuss condone participate"
 ).split()
 _REFUSALS = [
-    r"\bi'?m (?:very |really |so )?(?:sorry|afraid),? (?:but )?(?:that )?i (?:can ?not|can't|won't|am (?:not able|unable))",
+    r"\bi'?m (?:very |really |so )?(?:sorry|afraid),? (?:but )?(?:that )?i (?:can ?not|can't|won't|am unable)",
     r"\bi'?m (?:very |really |so )?(?:sorry|afraid),? (?:but )?(?:that )?i'm (?:not able|unable)",
-    r"\bi(?: am|'m)? (?:unable to|not able to|not going to|can ?not|can't|won't|will not|refuse to|(?:must )?decline to) "
+    r"\bi(?: am|'m)? (?:unable to|not able to|not going to|can ?not|can't|won't|will not|refuse to|decline to) "
     rf"(?:{'|'.join(_WHAT_IS_REFUSED)}|give you|do (?:that|this)|tell you how)\b",
     r"\bas an (?:ai|artificial)[^.]{0,80}\bi (?:can ?not|can't|am (?:not able|unable))",
     r"\blo siento\b[^.]{0,60}\bno puedo\b",

@@ -49,8 +49,8 @@ def sketch(texts: Iterable[Sequence[str]]) -> Sketches:
     """The sketches of texts, each given in parts.
 
     Args:
-        texts: Parts at even places (a conversation, a chosen answer) and at odd places (a rejected answer) differ, even
-            if their words are the same.
+        texts: Parts at even places (a conversation) and at odd places (a rejected answer) differ, even if their words
+            are the same.
     """
     from rensa import RMinHash  # its threads do not survive a fork, so only the forked processes import it
 

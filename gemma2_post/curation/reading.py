@@ -19,7 +19,7 @@ from gemma2_post.curation.kinds import FORMATS
 from gemma2_post.curation.near_duplicates import Sketches, sketch
 from gemma2_post.curation.parts import on_all_cores
 from gemma2_post.curation.removed import Removed, Verdict, as_json, table, write_table
-from gemma2_post.curation.words import normalized
+from gemma2_post.data.overlap import normalized
 from gemma2_post.data.sources import no_rows, num_rows_in, rows_of
 from gemma2_post.data.turns import InvalidRow
 from gemma2_post.stage.errors import UserError
@@ -84,7 +84,7 @@ class Compared:
 
     def save(self, path: Path) -> None:
         """Writes it to a file."""
-        arrays = {
+        arrays: dict[str, Any] = {
             "source": np.array(self.source),
             "exact": self.exact,
             "prompts": self.prompts,
@@ -174,7 +174,8 @@ def _hash(parts: list[str]) -> int:
 
 def _check_invalid(mixture: Mixture) -> None:
     """Refuses a source of which all or too many rows are invalid."""
-    num_valid, num_invalid, firsts = Counter[int](), Counter[int](), {}
+    num_valid, num_invalid = Counter[int](), Counter[int]()
+    firsts: dict[int, str] = {}
     for number in range(mixture.num_parts):
         source = int(Compared.load(mixture.path(number, "compared"), "source")["source"])
         num_valid[source] += parquet.read_metadata(mixture.path(number, "rows")).num_rows

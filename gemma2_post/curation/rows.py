@@ -48,8 +48,8 @@ def find_kind(sources: list[Source], columns: list[str], wanted: Kind | None) ->
     if len(kinds) > 1:
         (one, place), (other, other_place) = list(kinds.items())[:2]
         raise UserError(
-            f"datasets: {place.path} has {one}, and {other_place.path} has {other}; curate them apart, or say what all "
-            "of them are read as with rows"
+            f"datasets: {place.path} has {one}, and {other_place.path} has {other}; curate them apart, "
+            "or say with rows what all of them are read as"
         )
     return next(iter(kinds))
 

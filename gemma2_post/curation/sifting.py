@@ -14,7 +14,7 @@ from gemma2_post.curation import manners, personal_information, rows, self_ident
 from gemma2_post.curation.comparing import Repeated
 from gemma2_post.curation.decontamination import Asked, Outside
 from gemma2_post.curation.keys import CurationArguments
-from gemma2_post.curation.near_duplicates import load_sketches, save_sketches, sketch
+from gemma2_post.curation.near_duplicates import Sketches, load_sketches, save_sketches, sketch
 from gemma2_post.curation.parts import on_all_cores
 from gemma2_post.curation.reading import Compared, Mixture
 from gemma2_post.curation.removed import Removed, Verdict, as_json, table, write_table
@@ -83,13 +83,12 @@ def _sift_part(
     first_prompts = Compared.sketches(mixture.path(part, "compared"), "first")
     kept, removed = [], []
     for place, row in enumerate(content):
+        verdict: Verdict | None = None
         if repeats := found.get(first + place):
             rule, other, value = repeats
-            verdict: Verdict | None = Verdict(rule, _words(rule, places[other], value), "", *places[other])
+            verdict = Verdict(rule, _words(rule, places[other], value), "", *places[other])
         else:
-            said = rows.said(row)
-            leak = rules.outside.find(said.users, said.all_answers) or rules.outside.find_near(first_prompts, place)
-            verdict = leak and Verdict("contaminated", str(leak), leak.asked.text, leak.asked.name, leak.asked.number)
+            verdict = _contaminated(rules.outside, row, first_prompts, place)
         changed = row
         for judge in () if verdict else (_personal, _pattern, _identity):
             changed, verdict = judge(rules, changed)
@@ -111,6 +110,12 @@ def _words(rule: str, other: Place, value: float) -> str:
     if rule == "too_many_answers":
         return f"answers the prompt of {place}"
     return f"repeats {place}" + (f": {value:.0%} of the pairs of words" if rule == "near_duplicate" else "")
+
+
+def _contaminated(outside: Outside, row: Row, first_prompts: Sketches, place: int) -> Verdict | None:
+    said = rows.said(row)
+    leak = outside.find(said.users, said.all_answers) or outside.find_near(first_prompts, place)
+    return Verdict("contaminated", str(leak), leak.asked.text, leak.asked.name, leak.asked.number) if leak else None
 
 
 Judge = Callable[[Sieve, Row], tuple[Row, Verdict | None]]

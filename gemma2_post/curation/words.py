@@ -1,11 +1,12 @@
 """Texts as words for comparing: what is trained on is never changed by it."""
 
 import re
-import unicodedata
 from collections.abc import Iterable
 
 import numpy as np
 import xxhash
+
+from gemma2_post.data.overlap import normalized
 
 # Scripts without spaces between words: Thai, kana, Chinese characters. There each character is a word.
 _SPACELESS = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
@@ -13,13 +14,6 @@ _WORDS = re.compile(rf"[{_SPACELESS}]|[^\W{_SPACELESS}]+")
 _WORDS_AND_MARKS = re.compile(rf"[{_SPACELESS}]|[^\W{_SPACELESS}]+|[^\w\s]")
 _MOST_CACHED = 1_000_000
 _MIX = np.uint64(0x9E3779B97F4A7C15)
-
-
-def normalized(text: str) -> str:
-    """The text in NFKC, without differences in case and white space."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
-    return " ".join(text.casefold().split())
 
 
 def words(text: str, with_marks: bool = False) -> list[str]:

@@ -135,8 +135,8 @@ def _schema(mixture: Mixture) -> pyarrow.Schema:
             found = pyarrow.unify_schemas([found, own], promote_options="permissive")
         except pyarrow.ArrowException as error:
             raise UserError(
-                f"columns: the sources do not fit together ({' '.join(str(error).split())[:200]}); write values of one "
-                "type, or leave the column out"
+                f"columns: the sources do not fit together ({' '.join(str(error).split())[:200]}); write values of "
+                "one type, or leave the column out"
             ) from error
     return found
 
