@@ -18,7 +18,7 @@ from pyarrow import parquet
 from gemma2_post import curate
 from gemma2_post.curation import duplicates, manners
 from gemma2_post.curation.decontamination import Asked, Outside
-from gemma2_post.curation.near_duplicates import Pairs, Sketches, candidates, near, sketch
+from gemma2_post.curation.near_duplicates import Pairs, Sketches, candidates, near, similarity, sketch
 from gemma2_post.curation.words import words
 from gemma2_post.data.keys import Source
 from gemma2_post.data.mixture import load_rows
@@ -37,18 +37,20 @@ Run = Callable[..., Path]
 
 @cache
 def texts(num: int, num_words: int) -> list[str]:
-    """Different pieces of Python's documentation."""
-    every = " ".join(topics.values()).split()
+    """Different pieces of Python's documentation, which has 36,000 words of prose."""
+    paragraphs = dict.fromkeys(each for topic in topics.values() for each in re.split(r"\n\s*\n", topic))
+    prose = [each for each in paragraphs if sum(c.isalpha() or c.isspace() for c in each) > 0.9 * len(each)]
+    every = " ".join(prose).split()
     return [" ".join(every[i * num_words : (i + 1) * num_words]) for i in range(num)]
 
 
 def edited(text: str, share: float, random: Random) -> str:
-    """The text with this share of its words replaced, left out, or doubled by a new one."""
-    found = text.split()
-    for place in sorted(random.sample(range(len(found)), int(share * len(words(text)))), reverse=True):
+    """The text with this share of its words replaced, left out, or put behind a new one."""
+    spans = [match.span() for match in re.finditer(r"\w+", text)]
+    for start, end in sorted(random.sample(spans, int(share * len(spans))), reverse=True):
         new = "".join(random.choices(string.ascii_lowercase, k=7))
-        found[place : place + 1] = random.choice([[new], [], [found[place], new]])
-    return " ".join(found)
+        text = text[:start] + random.choice([new, "", f"{new} {text[start:end]}"]) + text[end:]
+    return text
 
 
 def near_of(several: list[str], max_edits: float = 0.1) -> dict[int, int]:
@@ -89,7 +91,7 @@ def test_chosen_and_rejected_the_other_way_round_are_no_duplicate() -> None:
     first, second = texts(2, 60)
     sketches = sketch([[first, second], [second, first], [first, second]])
     assert sketches.bands[0].tolist() == sketches.bands[2].tolist() != sketches.bands[1].tolist()
-    assert not set(sketches.pairs_of(0)) & set(sketches.pairs_of(1))
+    assert similarity(sketches.pairs_of(0), sketches.pairs_of(1)) < 0.2
 
 
 def test_which_row_stays_is_by_rank() -> None:
@@ -108,8 +110,8 @@ def test_a_text_is_compared_with_the_kept_ones_only() -> None:
     """Of a chain of texts, each near the one before, the third is not near the first, which alone stays beside it."""
     first = texts(1, 200)[0].split()
     second, third = list(first), list(first)
-    second[:16] = third[:16] = [f"new{i}" for i in range(16)]
-    third[100:120] = [f"other{i}" for i in range(20)]
+    second[:25] = third[:25] = [f"new{i}" for i in range(25)]
+    third[100:130] = [f"other{i}" for i in range(30)]
     assert near_of([" ".join(each) for each in (first, second, third)], 0.08) == {1: 0}
 
 
@@ -118,9 +120,9 @@ def test_a_text_is_compared_with_the_kept_ones_only() -> None:
 
 @pytest.mark.parametrize("num_words", [6, 12, 40, 150])
 def test_leaked_prompts_are_found_in_other_letters_and_behind_other_words(num_words: int) -> None:
-    """With changed case and punctuation, behind a prefix, with a twentieth of the words edited: recall 0.98 at least."""
-    random = Random(0)
-    prompts, others = texts(300, num_words)[:150], texts(300, num_words)[150:]
+    """With changed case and punctuation, behind a prefix, with some words edited: recall 0.98 at least."""
+    random, num = Random(0), min(150, 18_000 // num_words)
+    prompts, others = texts(2 * num, num_words)[:num], texts(2 * num, num_words)[num:]
     outside = Outside([Asked("set", i, text) for i, text in enumerate(prompts)], 8, 0.5, 0.1)
     outside.add_sketches(sketch([[text] for text in prompts]))
 
@@ -194,7 +196,7 @@ MESSY = [
     talk("Tell me of the harbor.", LONG),
     talk("tell me of  THE harbor.", LONG),
     talk("Tell me of the harbor.", LONG.replace("three", "four")),
-    talk("And the ｆｕｌｌ width?", "It stays as it is: ｆｕｌｌ."),
+    talk("And the \uff46\uff55ll width?", "It stays as it is: \uff46\uff55ll."),
     talk(f"Please answer: {TEST_PROMPT.lower()}", "Three."),
     talk("How do I reach Jo?", "Write to jo.miller@acmecorp.org, she answers."),
     talk("Pay how?", "By card 4539 5787 6362 1486, she said."),
@@ -315,7 +317,7 @@ def test_a_reward_model_says_which_rows_are_bad(
 
 
 def test_refusals_can_be_given_a_share(run: Run, messy: Recipe, tmp_path: Path) -> None:
-    rows = [talk(f"Number {i}?", "I'm sorry, I can't help with that.") for i in range(10)]
+    rows = [talk(f"{text}?", "I'm sorry, I can't help with that.") for text in texts(10, 20)]
     rows += [talk(f"Say {i}.", f"{i}.") for i in range(19)] + [talk("Why?", "I'm not sure.")]
     values = messy | {"datasets": [{"path": write(tmp_path / "refusals.jsonl", rows)}], "max_refusal_share": 0.2}
     output = run(values)
@@ -396,9 +398,9 @@ def test_a_judge_that_fails_loses_nothing(run: Run, messy: Recipe, serve: Callab
         return completion("[[violation]]" if "It stays as it is" in str(request["messages"]) else "[[no violation]]")
 
     count = iter(range(100))
-    server = serve(lambda request: judged(request) if next(count) < 3 else (500, "down"))
+    server = serve(lambda request: judged(request) if next(count) < 3 else (401, "closed"))
     values = messy | {"judge": "a-judge", "judge_endpoint": server.url, "concurrency": 1, "endpoint_timeout": 5.0}
-    with pytest.raises(UserError, match="status 500"):
+    with pytest.raises(UserError, match="status 401"):
         run(values)
     output = Path(str(messy["output_dir"]))
     parts = {path: path.stat().st_mtime_ns for path in (output / "progress").iterdir() if path.suffix != ".tmp"}

@@ -1,6 +1,6 @@
 """Finds texts that differ in a few words, among millions: MinHash (Broder 1997) proposes pairs, true Jaccard decides.
 
-A text is the set of its pairs of neighboring words. An edit of one of its words changes at most two of them, so the
+A text is the set of its pairs of neighboring words and punctuation marks. An edit of one of its words changes at most two of them, so the
 Jaccard similarity that edits of a share of the words leave is known: see `least_similarity`.
 """
 
@@ -35,7 +35,7 @@ class Sketches:
     ends: np.ndarray
     """int64 [texts], where each text's pairs end."""
     num_words: np.ndarray
-    """int32 [texts]."""
+    """int32 [texts], without punctuation marks."""
 
     def __len__(self) -> int:
         return len(self.num_words)
@@ -56,13 +56,14 @@ def sketch(texts: Iterable[Sequence[str]]) -> Sketches:
 
     found, num_words = [], []
     for parts in texts:
-        hashes = [hashes_of(words(part, with_marks=True)) for part in parts]
+        tokens = [words(part, with_marks=True) for part in parts]
+        hashes = [hashes_of(each) for each in tokens]
         several = [
             (ngrams(each, 2) if len(each) > 1 else each) ^ _OTHER_SIDE * np.uint64(place % 2)
             for place, each in enumerate(hashes)
         ]
         found.append(np.unique((np.concatenate(several) >> np.uint64(32)).astype(np.uint32)))
-        num_words.append(sum(map(len, hashes)))
+        num_words.append(sum(token[0].isalnum() for each in tokens for token in each))
     pairs = np.concatenate(found) if found else np.empty(0, np.uint32)
     ends = np.cumsum([len(each) for each in found], dtype=np.int64)
     starts = np.concatenate([np.zeros(1, np.int64), ends])

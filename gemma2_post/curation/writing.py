@@ -81,7 +81,7 @@ def write(mixture: Mixture, verdicts: Verdicts, output_dir: Path, num_tokens: Ca
                 removed.add(out)
                 counts[name].update(out.column("rule").to_pylist())
                 _add_examples(examples, out)
-        kept = sifted.take([i for i in range(len(sifted)) if i not in judged]) if judged else sifted
+        kept = sifted.filter([i not in judged for i in range(len(sifted))]) if judged else sifted
         if not len(kept):
             continue
         counts[name]["kept"] += len(kept)
