@@ -103,16 +103,18 @@ _EMAIL = re.compile(
 )
 _NO_DOMAIN = re.compile(
     r"(?:^|\.)(?:example(?:\.\w+)*|test|invalid|localhost|local|png|jpe?g|gif|svg|webp|css|js|py"
-    r"|(?:your|my|the)-?(?:domain|company|email|site|school|business|website|organization)\.\w+|domain\.\w+)$"
+    r"|(?:your|my|the)-?(?:domain|company|email|site|school|business|website|organization)\.\w+|(?:domain|company)\.\w+)$"
 )
 """Reserved by RFC 2606 or a placeholder; or a file (`icon@2x.png`)."""
+_NOBODY = re.compile(r"(?i)^(?:git|example|(?:your|my)[\w.-]*|user(?:name)?|someone|name|firstname.*|email|xxx+)$")
+"""Local parts that stand for any address."""
 
 
 def _emails(text: str) -> Spans:
     for match in _EMAIL.finditer(text):
         start = match.start() + len(match[0]) - len(match[0].lstrip(".'-"))
         local, _, domain = re.sub(r" ?[\[(]dot[\])] ?", ".", re.sub(r" ?[\[(]at[\])] ?", "@", match[0])).rpartition("@")
-        if local.strip(".'-") not in {"", "git"} and not _NO_DOMAIN.search(domain.lower()):
+        if local.strip(".'-") and not _NOBODY.match(local) and not _NO_DOMAIN.search(domain.lower()):
             yield start, match.end()
 
 
@@ -280,11 +282,13 @@ def _national_ids(text: str, countries: Sequence[str]) -> Spans:
 
 # Phone numbers
 
-_PHONE = re.compile(r"(?<![\w.,$€£=/#-])(?:\+|\(|\d)[\d ().\-/]{5,22}\d(?!\w|[.,:]\d|[%€$])")
+_PHONE = re.compile(r"(?<![\w.,$€£=/#<-])(?:\+(?=\d|\()|\(|\d)[\d ().\-/]{5,22}\d(?!\w|[.,:]\d|[%€$]| ?[=×*+>])")
 _FORMATTED = re.compile(r"(?:1[ .-])?\(\d{3}\) ?\d{3}[ .-]\d{4}|(?:1[ .-])?\d{3}([.-])\d{3}\1\d{4}")
 """North America's own forms, which hardly anything else has."""
+_NO_PHONE = re.compile(r"[ .\-/]{3}|\d{4}[-/.]\d\d[-/.]\d\d(?!\d)|^\(?555[ .-]?\d{4}$|^[1-9]\d+ ?/")
+"""Dates, fractions, arithmetic, and the 555 exchange without an area."""
 _PHONE_WORDS = re.compile(
-    r"(?i)\b(?:tele)?(?:ph|f)ones?\b|\btel\b|\bcall(?:ed|ing)?\b|\bmobile|\bcell|\bwhatsapp|\bfax\b|\bsms\b|\btext me\b"
+    r"(?i)\b(?:tele)?(?:ph|f)ones?\b|\btel\b|\bcall(?:ed|ing)?\b|\bmobile|\bcell(?: ?phone)?\b|\bwhatsapp|\bfax\b|\bsms\b|\btext me\b"
     r"|\breach(?:ed)? (?:me|us|him|her)\b|\bdial|\bcontact|\bphone|t[ée]l[ée]phone|\btelef[oó]n|\bhandy|rufnummer|\brufen"
     r"|\bm[óo]vil|celular|\bcellulare|\bportable\b|\bnumm?er[oi]?\b|\btelefoon|\bgsm\b|電話|电话|手机|携帯|전화|фон|फ़?ोन"
 )
@@ -307,7 +311,7 @@ def _phone_numbers(text: str, countries: Sequence[str]) -> Spans:
     }
     for match in _PHONE.finditer(text):
         number, digits = match[0], re.sub(r"\D", "", match[0])
-        if not 7 <= len(digits) <= 15 or re.search(r"[ .\-/]{3}|\d{4}[-/.]\d\d[-/.]\d\d(?!\d)", number):
+        if not 7 <= len(digits) <= 15 or _NO_PHONE.search(number):
             continue
         if number.startswith(("+", "00")):
             regions: Sequence[str] = ["us"]  # A plus sign or 00 says the country; the region is not used.

@@ -318,6 +318,7 @@ _SPEAKERS = {
 
 _QUOTED = re.compile(r"\"[^\"\n]{1,600}\"|“[^”\n]{1,600}”|„[^“”\n]{1,600}[“”]|«[^»\n]{1,600}»|「[^」\n]{1,600}」|『[^』\n]{1,600}』|```[\s\S]*?```")
 _SPOKEN = re.compile(r"(?m)^[ \t]*[A-Z][\w .'-]{0,30}: .*$")
+_EMPHASIS = re.compile(r"[*`](?!``)")
 _AROUND_IDEOGRAPHS = re.compile(r"(?<=[\u4e00-\u9fff，。]) +| +(?=[\u4e00-\u9fff])")
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|\n+|(?<=[。！？।])")
 _UNREAL_BEFORE = re.compile(
@@ -349,18 +350,26 @@ def find(text: str, name: str = "", maker: str = "") -> str | None:
     Returns:
         The sentence without marks of emphasis; None where there is none.
     """
-    lowered = text.lower()
-    if not any(trigger in lowered for trigger in _TRIGGERS):
+    if not _has_trigger(text):
         return None
-    text = re.sub(r"[*`](?!``)", "", text.replace("’", "'")).strip()
-    text = _AROUND_IDEOGRAPHS.sub("", _without_quotations(text))
+    text = _AROUND_IDEOGRAPHS.sub("", _without_quotations(_EMPHASIS.sub("", text.replace("’", "'")).strip()))
+    lowered = text.lower()
     names = _name_pattern(tuple(each for each in _KINDS if each in lowered))
     permitted = _permitted(name, maker)
     for sentence in _SENTENCE_END.split(text):
-        symbols = _with_symbols(sentence, names, permitted)
-        if _states_identity(symbols, permitted):
-            return sentence.strip()
+        if _has_trigger(sentence) and _SPEAKER.search(sentence):
+            if _states_identity(_with_symbols(sentence, names, permitted), permitted):
+                return sentence.strip()
     return None
+
+
+def _has_trigger(text: str) -> bool:
+    lowered = text.lower()
+    return (
+        not _TRIGGER_WORDS.isdisjoint(_WORD.findall(lowered))
+        or "AI" in text
+        or any(each in lowered for each in (_TRIGGER_PHRASES if lowered.isascii() else _TRIGGERS_IN_ANY_SCRIPT))
+    )
 
 
 def _without_quotations(text: str) -> str:
@@ -463,9 +472,20 @@ _HELPS = re.compile(rf"{_AI_NOUNS}|\b(?:help|assist|language|models?\b)", re.IGN
 _ALONE = re.compile(r"[ .!]*$|です|हू|입니다|이고")
 _NAME_ONLY = re.compile(rf"(?:{'|'.join(map(re.escape, _KINDS))}|[A-Z][\w.-]{{1,20}}) ?[\d.]*", re.IGNORECASE)
 _COMMON_WORDS = set("meta amazon apple opera inflection perplexity cohere upstage stanford berkeley kimi guanaco".split())
-_TRIGGERS = [name for name in _KINDS if len(name) > 3 or not name.isascii()] + (
-    "gpt|assistant|assistent|asistent|assistente| ai |ai,|ai.|an ai|chatbot|bot |bot,|bot.|language model|sprachmodell|ki-| ki |virtuel"
-    "|modèle de langage| ia |ia,|ia.|intelligen|modelo de leng|modelo de ling|modello |taalmodel|модел|интеллект|нейросет|помощник"
-    "|模型|助手|智能|我是由|我由|，由|了我|モデル|アシスタント|मॉडल|सहायक|एआई|모델|어시스턴트|인공지능|챗봇"
+_WORD = re.compile(r"[a-z]+")
+_NAMES_OF_ONE_WORD = {name for name in _KINDS if _WORD.fullmatch(name) and len(name) > 3}
+_TRIGGER_WORDS = frozenset(
+    {"gpt", "llm", "ki", "bot", "assistant", "assistent", "asistente", "assistente", "chatbot", "artificial", "artificielle"}
+    | {"taalmodel", "sprachmodell", "virtuel", "artificiale", *_NAMES_OF_ONE_WORD}
+)
+_TRIGGER_PHRASES = [name for name in _KINDS if name.isascii() and name not in _NAMES_OF_ONE_WORD and len(name) > 3] + (
+    "language model|modelo de l|modello |bot,|bot "
 ).split("|")
-"""What a text must have, in lower case, before it is looked at."""
+_TRIGGERS_IN_ANY_SCRIPT = [
+    *_TRIGGER_PHRASES,
+    *(name for name in _KINDS if not name.isascii()),
+    *"modèle de langage|künstliche|модел|интеллект|нейросет|помощник|模型|助手|智能|我是由|我由|，由|了我".split("|"),
+    *"モデル|アシスタント|मॉडल|सहायक|एआई|모델|어시스턴트|인공지능|챗봇".split("|"),
+]
+"""A text without any of these, in lower case, is not looked at. Whole words are found fastest."""
+_SPEAKER = re.compile("|".join(_SPEAKERS.values()), re.IGNORECASE)
