@@ -52,27 +52,26 @@ def find(text: str, countries: Sequence[str] = DEFAULT) -> list[Finding]:
         if not any(start < other.end and other.start < end for other in found):
             found.append(Finding(kind, severity, start, end, text[start:end]))
 
-    for kind, start, end in _secrets(text):
+    lowered = text.lower()
+    for kind, start, end in _secrets(text, lowered):
         add(kind, "sensitive", start, end)
-    if "@" in text or "[at]" in text or "(at)" in text:
+    if "@" in text or "[at]" in lowered or "(at)" in lowered:
         for start, end in _emails(text):
             add("email", "personal", start, end)
-    if _LONG_NUMBER.search(text):
-        for start, end in _ibans(text):
-            add("iban", "sensitive", start, end)
-        for start, end in _payment_cards(text):
-            add("payment_card", "sensitive", start, end)
-        for start, end in _national_ids(text, countries):
-            add("national_id", "sensitive", start, end)
-        for start, end in _phone_numbers(text, countries):
-            add("phone_number", "personal", start, end)
-    elif _LETTERED_ID.search(text):
-        for start, end in _national_ids(text, countries):
-            add("national_id", "sensitive", start, end)
-    for start, end in _ip_addresses(text):
-        add("ip_address", "personal", start, end)
-    for start, end in _street_addresses(text):
-        add("street_address", "personal", start, end)
+    if _DIGIT.search(text):
+        if regions := _number_regions(text):
+            for start, end in _ibans(text, regions):
+                add("iban", "sensitive", start, end)
+            for start, end in _payment_cards(text, regions):
+                add("payment_card", "sensitive", start, end)
+            for start, end in _national_ids(text, regions, countries):
+                add("national_id", "sensitive", start, end)
+            for start, end in _phone_numbers(text, regions, countries):
+                add("phone_number", "personal", start, end)
+        for start, end in _ip_addresses(text):
+            add("ip_address", "personal", start, end)
+        for start, end in _street_addresses(text, lowered):
+            add("street_address", "personal", start, end)
     return sorted(found, key=lambda finding: finding.start)
 
 
@@ -85,10 +84,33 @@ def replace(text: str, findings: Sequence[Finding]) -> str:
 
 Spans = Iterator[tuple[int, int]]
 
-_LONG_NUMBER = re.compile(r"\d(?:[ .\-/()]{0,2}\d){6}")
-"""Seven digits, with at most two separators between any two."""
-_LETTERED_ID = re.compile(r"\b(?:[A-Z]{4,6}\d|[A-Z]{2} ?\d\d ?\d\d ?\d\d)")
-"""How ids begin that have no seven digits in a row: codice fiscale, CURP, PAN, National Insurance number."""
+_DIGIT = re.compile(r"\d")
+_NUMBER = re.compile(
+    r"\d(?:(?:[ .\-/()]{0,2}\d){6}|(?<=[A-Z]{4}\d)\d|(?<=[A-Z]{2}\d)\d(?: ?\d\d){2}|(?<=[A-Z]{2} \d)\d(?: ?\d\d){2})"
+)
+"""Seven digits with at most two separators between any two, or an id that begins with letters. It starts with a digit,
+which `re` finds fastest."""
+_AROUND = 40
+"""Characters around a long number where other parts of it may be."""
+
+
+def _number_regions(text: str) -> list[tuple[int, int]]:
+    """Where long numbers stand, with what is around them; regions do not overlap."""
+    regions: list[tuple[int, int]] = []
+    for match in _NUMBER.finditer(text):
+        start, end = max(0, match.start() - _AROUND), min(len(text), match.end() + _AROUND)
+        if regions and start <= regions[-1][1]:
+            regions[-1] = (regions[-1][0], end)
+        else:
+            regions.append((start, end))
+    return regions
+
+
+def _matches(form: re.Pattern[str], text: str, regions: list[tuple[int, int]]) -> Iterator[re.Match[str]]:
+    for start, end in regions:
+        for match in form.finditer(text, start, end):
+            if match.end() < end or end == len(text):  # What ends where a region ends may be cut.
+                yield match
 
 
 def _has_context(words: re.Pattern[str], text: str, start: int, end: int, before: int = 60, after: int = 25) -> bool:
@@ -147,8 +169,8 @@ _TEST_CARDS = set(
 """What the networks and payment services publish for tests."""
 
 
-def _payment_cards(text: str) -> Spans:
-    for match in _CARD.finditer(text):
+def _payment_cards(text: str, regions: list[tuple[int, int]]) -> Spans:
+    for match in _matches(_CARD, text, regions):
         digits = re.sub(r"\D", "", match[0])
         issuers = _ISSUERS
         if _has_context(_CARD_WORDS, text, match.start(), match.end()):
@@ -171,8 +193,8 @@ _EXAMPLE_IBANS = set(
 """The registry's examples, and others that documentation repeats."""
 
 
-def _ibans(text: str) -> Spans:
-    for match in _IBAN.finditer(text):
+def _ibans(text: str, regions: list[tuple[int, int]]) -> Spans:
+    for match in _matches(_IBAN, text, regions):
         # Words in capitals may follow: the longest beginning that is an IBAN counts.
         ends = [place.end() for place in re.finditer(r"[A-Z0-9](?![A-Z0-9])|(?<=[A-Z0-9])$", match[0])]
         for end in sorted({len(match[0]), *ends}, reverse=True):
@@ -261,10 +283,10 @@ _EXAMPLE_IDS = set(
 """What documentation and forms show; many pass their check."""
 
 
-def _national_ids(text: str, countries: Sequence[str]) -> Spans:
+def _national_ids(text: str, regions: list[tuple[int, int]], countries: Sequence[str]) -> Spans:
     for country, form, module, words in _NATIONAL_IDS:
         if country in countries:
-            for match in form.finditer(text):
+            for match in _matches(form, text, regions):
                 compact = re.sub(r"[ ./-]", "", match[0])
                 if (
                     (words is None or _has_context(words, text, *match.span()))
@@ -274,7 +296,7 @@ def _national_ids(text: str, countries: Sequence[str]) -> Spans:
                 ):
                     yield match.span()
     if "gb" in countries:
-        for match in _NATIONAL_INSURANCE.finditer(text):
+        for match in _matches(_NATIONAL_INSURANCE, text, regions):
             if match[0].replace(" ", "") not in _EXAMPLE_IDS:
                 if _has_context(_NATIONAL_INSURANCE_WORDS, text, *match.span()):
                     yield match.span()
@@ -298,7 +320,7 @@ _FICTIONAL = re.compile(
 """The 555 exchange in North America, and the numbers that Ofcom keeps for drama."""
 
 
-def _phone_numbers(text: str, countries: Sequence[str]) -> Spans:
+def _phone_numbers(text: str, regions: list[tuple[int, int]], countries: Sequence[str]) -> Spans:
     import phonenumbers
     from phonenumbers import PhoneNumberType
 
@@ -309,20 +331,20 @@ def _phone_numbers(text: str, countries: Sequence[str]) -> Spans:
         PhoneNumberType.UAN,
         PhoneNumberType.UNKNOWN,
     }
-    for match in _PHONE.finditer(text):
+    for match in _matches(_PHONE, text, regions):
         number, digits = match[0], re.sub(r"\D", "", match[0])
         if not 7 <= len(digits) <= 15 or _NO_PHONE.search(number):
             continue
         if number.startswith(("+", "00")):
-            regions: Sequence[str] = ["us"]  # A plus sign or 00 says the country; the region is not used.
+            parse_in: Sequence[str] = ["us"]  # A plus sign or 00 says the country; the region is not used.
             number = "+" + digits.removeprefix("00")
         elif _has_context(_PHONE_WORDS, text, *match.span(), before=40, after=0):
-            regions = countries
+            parse_in = countries
         elif _FORMATTED.fullmatch(number) and {"us", "ca"} & set(countries):
-            regions = ["us"]
+            parse_in = ["us"]
         else:
             continue
-        for region in regions:
+        for region in parse_in:
             try:
                 parsed = phonenumbers.parse(number, region.upper())
             except phonenumbers.NumberParseException:
@@ -336,18 +358,22 @@ def _phone_numbers(text: str, countries: Sequence[str]) -> Spans:
 
 # IP addresses
 
-_IPV4 = re.compile(r"(?<![\w.-])(?<![^/:]/)(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\d|-\d)")
-_IPV6 = re.compile(r"(?<![\w:])[23][0-9a-fA-F]{3}:[0-9a-fA-F:]{2,34}(?![\w:])")
+_OCTETS = re.compile(r"\.\d{1,3}\.\d{1,3}\.\d")
+_IPV4 = re.compile(r"\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d|-\d)")
+_IPV6 = re.compile(r"[23][0-9a-fA-F]{3}:[0-9a-fA-F:]{2,34}(?![\w:])")
+_INSIDE = re.compile(r"[\w.:-]$|(?:^|[^/:])/$")
+"""What stands before a part of something longer, or before a version (`Chrome/69.0.34.12`)."""
 _RESOLVERS = set("8.8.8.8 8.8.4.4 1.1.1.1 1.0.0.1 9.9.9.9 208.67.222.222 208.67.220.220".split())
 _VERSION = re.compile(r"(?i)(?:\bv|version|release|build|firmware|driver|section|chapter|§)[ .:]*$")
 _IP_WORDS = re.compile(r"(?i)\bIP(?:v4)?\b|address|server|host|ping|ssh|https?:|\bDNS\b|login|logged|network|subnet|router")
 
 
 def _ip_addresses(text: str) -> Spans:
-    for match in _IPV4.finditer(text) if "." in text else ():
+    for match in _IPV4.finditer(text) if _OCTETS.search(text) else ():
         octets = [int(octet) for octet in match[0].split(".")]
         if (
             max(octets) < 256
+            and not _INSIDE.search(text, max(0, match.start() - 2), match.start())
             and match[0] not in _RESOLVERS
             and not any(octet.startswith("0") and octet != "0" for octet in match[0].split("."))
             and ipaddress.ip_address(match[0]).is_global
@@ -356,29 +382,35 @@ def _ip_addresses(text: str) -> Spans:
             and (max(octets) >= 32 or _has_context(_IP_WORDS, text, *match.span()))
         ):
             yield match.span()
-    for match in _IPV6.finditer(text) if ":" in text else ():
+    for match in _IPV6.finditer(text) if "::" in text or text.count(":") > 6 else ():
         try:
             address = ipaddress.IPv6Address(match[0].rstrip(":") if not match[0].endswith("::") else match[0])
         except ValueError:
             continue
-        if address.is_global:
+        if address.is_global and not _INSIDE.search(text, max(0, match.start() - 2), match.start()):
             yield match.start(), match.start() + len(match[0].rstrip(":"))
 
 
 # Street addresses
 
-_STREET = re.compile(
-    r"\b\d{1,5}[A-Za-z]?,? (?:[NSEW]\.? |North |South |East |West )?(?:[A-Z0-9][\w'.-]{0,20} ){1,3}"
+_NUMBER_AND_STREET = re.compile(
+    r"\d{1,5}[A-Za-z]?,? (?:(?:[NSEW]\.? |North |South |East |West )?(?:[A-Z0-9][\w'.-]{0,20} ){1,3}"
     r"(?:Street|St|Avenue|Ave|Road|Rd|Boulevard|Blvd|Lane|Ln|Drive|Dr|Court|Ct|Place|Pl|Way|Terrace|Circle|Close|Crescent"
     r"|Parkway|Pkwy|Highway|Hwy|Square|Sq)\b\.?"
-    r"|\b(?:[A-ZÄÖÜ][\w-]{2,25}(?:straße|strasse|str\.|weg|allee|gasse|platz|ufer|straat|laan|plein|gracht)"
+    r"|(?:bis |ter )?(?:rue|avenue|boulevard|allée|impasse|chemin|quai)(?: (?:de|du|des|la|le|les)| d[e'’]| l['’])*"
+    r" ?[A-Z][\w'’.-]*(?: [A-Z][\w'’.-]*)*)"
+)
+_STREET_AND_NUMBER = re.compile(
+    r"\b(?:[A-ZÄÖÜ][\w-]{2,25}(?:straße|strasse|str\.|weg|allee|gasse|platz|ufer|straat|laan|plein|gracht)"
     r"|[A-ZÄÖÜ][\w-]{2,20} (?:Straße|Strasse|Str\.|Allee|Weg|Platz|Gasse)) \d{1,4} ?[a-zA-Z]?\b"
-    r"|\b\d{1,4}(?: ?bis| ?ter)?,? (?:rue|avenue|boulevard|allée|impasse|chemin|quai)(?: (?:de|du|des|la|le|les)| d[e'’]| l['’])*"
-    r" ?[A-Z][\w'’.-]*(?: [A-Z][\w'’.-]*)*"
     r"|\b(?:Calle|C/|Avenida|Avda\.|Paseo|Plaza|Via|Viale|Corso|Piazza|Rua|Travessa|Alameda|ul\.|ulica|al\.)"
     r"(?: (?:de|del|della|dei|da|das|do|dos|la|las|los|el))* [A-ZÀ-Ž][\w'’.-]*(?: (?:de|da|do|e )?[A-ZÀ-Ž]?[\w'’.-]+){0,4}?"
     r",? (?:n\.?[ºo°] ?)?\d{1,5}\b"
 )
+_STREETS = (
+    "straße |strasse |str. |weg |allee |gasse |platz |ufer |straat |laan |plein |gracht |calle |c/|avenida |avda. |paseo "
+    "|plaza |via |viale |corso |piazza |rua |travessa |alameda |ul. |ulica |al. "
+).split("|")
 _POSTCODE = re.compile(
     r"\b[A-Z]{2},? \d{5}(?:-\d{4})?\b|\b[A-Z]{1,2}\d[A-Z\d]? \d[A-Z]{2}\b|\b[A-Z]\d[A-Z] \d[A-Z]\d\b|\b\d{4} ?[A-Z]{2}\b"
     r"|\b\d{5}(?:-\d{3})? [A-ZÀ-Ž]|\b\d\d-\d{3} [A-ZÀ-Ž]|\b(?:NSW|VIC|QLD|WA|SA|TAS|ACT) \d{4}\b|\b\d{4}(?:-\d{3})? [A-ZÀ-Ž]"
@@ -389,16 +421,19 @@ _ADDRESS_WORDS = re.compile(
     r"|\bmieszka|\bwoon"
 )
 _KNOWN_ADDRESSES = re.compile(r"1600 Pennsylvania|10 Downing|221B? Baker|350 Fifth|1 Infinite Loop|4 Privet|742 Evergreen|123 Main")
-_NUMBER_AND_STREET = re.compile(r"\d")
 
 
-def _street_addresses(text: str) -> Spans:
-    if _NUMBER_AND_STREET.search(text):
-        for match in _STREET.finditer(text):
-            postcode = _POSTCODE.search(text, match.end(), match.end() + 45)
-            named = _ADDRESS_WORDS.search(text, max(0, match.start() - 40), match.start())
-            if (postcode or named) and not _KNOWN_ADDRESSES.match(match[0]):
-                yield match.start(), match.end()
+def _street_addresses(text: str, lowered: str) -> Spans:
+    forms = [_NUMBER_AND_STREET]
+    if any(street in lowered for street in _STREETS):
+        forms.append(_STREET_AND_NUMBER)
+    for form in forms:
+        for match in form.finditer(text):
+            before = text[max(0, match.start() - 40) : match.start()]
+            if before[-1:].isalnum() or _KNOWN_ADDRESSES.match(match[0]):
+                continue
+            if _ADDRESS_WORDS.search(before) or _POSTCODE.search(text, match.end(), match.end() + 45):
+                yield match.span()
 
 
 # Secrets
@@ -434,7 +469,7 @@ _ASSIGNED = re.compile(
     r"(?i)(?:api[_ -]?key|secret(?:[_ -]?(?:access)?[_ -]?key)?|access[_ -]?token|auth[_ -]?token|bearer|passw(?:or)?d|pwd)"
     r"[\"']?\s*(?:=>|[:=]|\bis\b| )\s*[\"'`]?([A-Za-z0-9+/_=.-]{20,200})"
 )
-_ASSIGNED_WORDS = re.compile(r"(?i)api.?key|secret|token|bearer|passw|pwd")
+_ASSIGNED_WORDS = "api key|api_key|api-key|apikey|secret|token|bearer|passw|pwd".split("|")
 _PLACEHOLDER = re.compile(r"(?i)example|your|xxxx|placeholder|dummy|test|1234567|abcdef|<|\*\*\*|\.\.\.|password|user:pass")
 _EXAMPLE_TOKEN_SIGNATURE = "SflKxwRJSMeKKF2QT4fwpMeJf36POk6yJV_adQssw5c"
 """The signature of the token that jwt.io shows."""
@@ -442,14 +477,14 @@ _MINIMUM_ENTROPY = 3.5
 """Bits for each character; words joined by underscores have about 3, random letters and digits above 4."""
 
 
-def _secrets(text: str) -> Iterator[tuple[str, int, int]]:
+def _secrets(text: str, lowered: str) -> Iterator[tuple[str, int, int]]:
     for kind, literal, pattern in _SECRET_PATTERNS:
         if literal in text:
             for match in pattern.finditer(text):
                 if kind == "private_key" or not _PLACEHOLDER.search(match[0]):
                     if _EXAMPLE_TOKEN_SIGNATURE not in match[0]:
                         yield kind, match.start(), match.end()
-    if _ASSIGNED_WORDS.search(text):
+    if any(word in lowered for word in _ASSIGNED_WORDS):
         for match in _ASSIGNED.finditer(text):
             value = match[1]
             if (
