@@ -17,6 +17,7 @@ FLOORS = [
     ["training"],
     ["evaluation"],
     ["weights"],
+    ["curation"],
     ["data"],
     ["models"],
     ["stage"],

@@ -13,8 +13,8 @@ LETTERS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
 
 
 def drawn(form: str, chance: random.Random) -> str:
-    """`9` becomes a digit, `A` a letter, `X` either; all else stays."""
-    choices = {"9": DIGITS, "A": LETTERS, "X": DIGITS + LETTERS}
+    """`#` becomes a digit, `@` a letter, `*` either; all else stays."""
+    choices = {"#": DIGITS, "@": LETTERS, "*": DIGITS + LETTERS}
     return "".join(chance.choice(choices.get(character, character)) for character in form)
 
 
@@ -27,41 +27,73 @@ def valid(module: str, form: str, chance: random.Random, right: bool = True) -> 
             return number
 
 
-CARDS = ["4999999999999999", "4999 9999 9999 9999", "5399-9999-9999-9999", "379999999999999", "6011 9999 9999 9999"]
-CARDS += ["3799 999999 99999", "3530 9999 9999 9999", "36999999999999", "2299999999999999"]
+CARDS = ["4###############", "4### #### #### ####", "53##-####-####-####", "37#############", "6011 #### #### ####"]
+CARDS += ["37## ###### #####", "3530 #### #### ####", "36############", "22##############"]
 CARD_TEXTS = ["My card is {}, valid until 04/29.", "Please charge {} for the order", "{}", "Kartennummer: {}.", "({})"]
-IBANS = ["DE99999999999999999999", "DE99 9999 9999 9999 9999 99", "FR99 9999 9999 99XX XXXX XXXX X99", "GB99 AAAA 9999 9999 9999 99"]
-IBANS += ["NL99AAAA9999999999", "ES99 9999 9999 9999 9999 9999", "IT99 A999 9999 9999 XXXX XXXX XXX", "PL99 9999 9999 9999 9999 9999 9999"]
+IBANS = [
+    "DE####################",
+    "DE## #### #### #### #### ##",
+    "FR## #### #### ##** **** **** *##",
+    "GB## @@@@ #### #### #### ##",
+]
+IBANS += [
+    "NL##@@@@##########",
+    "ES## #### #### #### #### ####",
+    "IT## @### #### #### **** **** ***",
+    "PL## #### #### #### #### #### ####",
+]
 IBAN_TEXTS = ["Please transfer it to {}.", "IBAN: {}", "My account {} at the bank", "Meine IBAN ist {} BIC COBADEFF"]
 IDS = [
-    ("us.ssn", ["999-99-9999"], ["My SSN is {}.", "{}", "social security number: {}, born 1980"]),
-    ("us.ssn", ["999999999"], ["Her social security number is {}."]),
-    ("gb.nhs", ["999 999 9999", "9999999999"], ["NHS number {}", "His NHS no. is {}."]),
-    ("ca.sin", ["999 999 999", "999-999-999"], ["My SIN is {}", "social insurance number {}."]),
-    ("in_.aadhaar", ["9999 9999 9999", "999999999999"], ["Aadhaar: {}", "My aadhaar number is {}."]),
-    ("de.idnr", ["99 999 999 999", "99999999999"], ["Meine Steuer-ID lautet {}.", "IdNr.: {}"]),
-    ("nl.bsn", ["999999999"], ["Mijn BSN is {}.", "burgerservicenummer {}"]),
-    ("fr.nir", ["1 99 09 75 999 999 99", "299127599999999"], ["Mon numéro de sécurité sociale est {}.", "NIR {}"]),
-    ("es.dni", ["99999999A", "99999999-A"], ["Mi DNI es {}.", "NIF: {}"]),
-    ("es.nie", ["X9999999A", "Y-9999999-A"], ["Mi NIE es {}.", "{}"]),
-    ("it.codicefiscale", ["AAAAAA99A99A999A"], ["Il mio codice fiscale è {}.", "{}"]),
-    ("br.cpf", ["999.999.999-99"], ["Meu CPF é {}.", "{}"]),
-    ("br.cpf", ["99999999999"], ["CPF: {}"]),
-    ("pl.pesel", ["99999999999"], ["Mój PESEL to {}.", "PESEL: {}"]),
-    ("be.nn", ["99.99.99-999.99"], ["Rijksregisternummer {}.", "{}"]),
-    ("ch.ssn", ["756.9999.9999.99"], ["AHV-Nummer {}", "{}"]),
-    ("se.personnummer", ["999999-9999"], ["Mitt personnummer är {}."]),
-    ("no.fodselsnummer", ["99999999999"], ["Fødselsnummeret er {}."]),
-    ("fi.hetu", ["999999-999X"], ["Henkilötunnus {}", "{}"]),
-    ("tr.tckimlik", ["99999999999"], ["T.C. kimlik numaram {}."]),
-    ("cn.ric", ["110101199999999999"], ["我的身份证号码是 {}。", "{}"]),
-    ("za.idnr", ["9999999999999"], ["My South African ID number is {}."]),
-    ("mx.curp", ["AAAA999999HDFAAAX9"], ["Mi CURP es {}."]),
-    ("kr.rrn", ["999999-1999999"], ["주민등록번호는 {} 입니다."]),
+    ("us.ssn", ["###-##-####"], ["My SSN is {}.", "{}", "social security number: {}, born 1980"]),
+    ("us.ssn", ["#########"], ["Her social security number is {}."]),
+    ("gb.nhs", ["### ### ####", "##########"], ["NHS number {}", "His NHS no. is {}."]),
+    ("ca.sin", ["### ### ###", "###-###-###"], ["My SIN is {}", "social insurance number {}."]),
+    ("in_.aadhaar", ["#### #### ####", "############"], ["Aadhaar: {}", "My aadhaar number is {}."]),
+    ("de.idnr", ["## ### ### ###", "###########"], ["Meine Steuer-ID lautet {}.", "IdNr.: {}"]),
+    ("nl.bsn", ["#########"], ["Mijn BSN is {}.", "burgerservicenummer {}"]),
+    ("fr.nir", ["1 ## 0# 75 ### ### ##", "2##1275########"], ["Mon numéro de sécurité sociale est {}.", "NIR {}"]),
+    ("es.dni", ["########@", "########-@"], ["Mi DNI es {}.", "NIF: {}"]),
+    ("es.nie", ["*#######@", "Y-#######-@"], ["Mi NIE es {}.", "{}"]),
+    ("it.codicefiscale", ["@@@@@@##@##@###@"], ["Il mio codice fiscale è {}.", "{}"]),
+    ("br.cpf", ["###.###.###-##"], ["Meu CPF é {}.", "{}"]),
+    ("br.cpf", ["###########"], ["CPF: {}"]),
+    ("pl.pesel", ["###########"], ["Mój PESEL to {}.", "PESEL: {}"]),
+    ("be.nn", ["##.##.##-###.##"], ["Rijksregisternummer {}.", "{}"]),
+    ("ch.ssn", ["756.####.####.##"], ["AHV-Nummer {}", "{}"]),
+    ("se.personnummer", ["######-####"], ["Mitt personnummer är {}."]),
+    ("no.fodselsnummer", ["###########"], ["Fødselsnummeret er {}."]),
+    ("fi.hetu", ["######-###*"], ["Henkilötunnus {}", "{}"]),
+    ("tr.tckimlik", ["###########"], ["T.C. kimlik numaram {}."]),
+    ("cn.ric", ["11010119##########"], ["我的身份证号码是 {}。", "{}"]),
+    ("za.idnr", ["#############"], ["My South African ID number is {}."]),
+    ("mx.curp", ["@@@@######HDF@@@*#"], ["Mi CURP es {}."]),
+    ("kr.rrn", ["######-1######"], ["주민등록번호는 {} 입니다."]),
 ]
-EMAILS = ["anna.schmidt@web.de", "j.p.doe+news@gmail.com", "MARIA_99@hotmail.co.uk", "o'brien@mail.ie", "li-wei@qq.com", "info@shop.example-store.fr"]
-EMAILS += ["jörg@müller.de", "x@ibm.com", "first.last@sub.dept.university.edu", "karl [at] posteo [dot] de", "tom(at)gmail.com"]
-EMAIL_TEXTS = ["Write to {}.", "{}", "<{}>", "E-mail:{}, please", '"{}"', "mailto:{}", "Contact ({}) or not", "我的邮箱是 {}。"]
+EMAILS = [
+    "anna.schmidt@web.de",
+    "j.p.doe+news@gmail.com",
+    "MARIA_99@hotmail.co.uk",
+    "o'brien@mail.ie",
+    "li-wei@qq.com",
+    "info@shop.example-store.fr",
+]
+EMAILS += [
+    "jörg@müller.de",
+    "x@ibm.com",
+    "first.last@sub.dept.university.edu",
+    "karl [at] posteo [dot] de",
+    "tom(at)gmail.com",
+]
+EMAIL_TEXTS = [
+    "Write to {}.",
+    "{}",
+    "<{}>",
+    "E-mail:{}, please",
+    '"{}"',
+    "mailto:{}",
+    "Contact ({}) or not",
+    "我的邮箱是 {}。",
+]
 LOOKALIKES = [
     "The code ran in 0.{16} seconds",
     "ISBN 978-3-16-{6}-9 is on page {3}",
@@ -95,7 +127,7 @@ LOOKALIKES = [
 
 
 def lookalike(template: str, chance: random.Random) -> str:
-    return re.sub(r"\{(\d+)\}", lambda match: drawn("9" * int(match[1]), chance), template)
+    return re.sub(r"\{(\d+)\}", lambda match: drawn("#" * int(match[1]), chance), template)
 
 
 def planted(chance: random.Random, copies: int) -> list[tuple[str, str, str]]:
@@ -154,16 +186,22 @@ def test_planted_rows_are_found_and_others_are_not(seed: int) -> None:
 def test_a_wrong_check_digit_is_no_finding() -> None:
     chance = random.Random(0)
     for _ in range(20):
-        assert not find(f"My card is {valid('luhn', '4999999999999999', chance, right=False)}.")
-        assert not find(f"Meu CPF é {valid('br.cpf', '999.999.999-99', chance, right=False)}.")
-        assert not [each for each in find(f"IBAN {valid('iban', 'DE99999999999999999999', chance, right=False)}") if each.kind == "iban"]
+        assert not find(f"My card is {valid('luhn', '4###############', chance, right=False)}.")
+        assert not find(f"Meu CPF é {valid('br.cpf', '###.###.###-##', chance, right=False)}.")
+        assert not [
+            each
+            for each in find(f"IBAN {valid('iban', 'DE####################', chance, right=False)}")
+            if each.kind == "iban"
+        ]
 
 
 def test_each_finding_says_where_it_is_and_how_severe() -> None:
     text = "Write to anna@web.de or call +49 30 901820, IBAN DE44 5001 0517 5407 3249 31."
     findings = find(text)
     assert [(each.kind, each.severity) for each in findings] == [
-        ("email", "personal"), ("phone_number", "personal"), ("iban", "sensitive"),
+        ("email", "personal"),
+        ("phone_number", "personal"),
+        ("iban", "sensitive"),
     ]
     assert all(text[each.start : each.end] == each.text for each in findings)
     assert replace(text, findings) == "Write to [EMAIL] or call [PHONE_NUMBER], IBAN [IBAN]."
@@ -190,7 +228,16 @@ def test_phone_numbers(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["Call 911.", "555-0123", "+44 7700 900123", "1-800-273-8255", "988", "2019-2020", "3600-1200=2400", "1,000,000,000"],
+    [
+        "Call 911.",
+        "555-0123",
+        "+44 7700 900123",
+        "1-800-273-8255",
+        "988",
+        "2019-2020",
+        "3600-1200=2400",
+        "1,000,000,000",
+    ],
 )
 def test_numbers_that_are_nobodys(text: str) -> None:
     assert find(text) == []
@@ -230,7 +277,12 @@ def test_street_addresses(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["221B Baker Street, London NW1 6XE", "The 12 Angry Men Drive home", "He won 3 Open titles", "20 Questions Way to win"],
+    [
+        "221B Baker Street, London NW1 6XE",
+        "The 12 Angry Men Drive home",
+        "He won 3 Open titles",
+        "20 Questions Way to win",
+    ],
 )
 def test_places_that_are_nobodys(text: str) -> None:
     assert find(text) == []
@@ -243,16 +295,16 @@ def secret(form: str) -> str:
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
-        ("-----BEGIN RSA PRIVATE KEY-----\n" + secret("X" * 64) + "\n-----END RSA PRIVATE KEY-----", "private_key"),
-        ("key: sk-proj-" + secret("X" * 40), "api_key"),
-        ("AKIA" + secret("X" * 16), "api_key"),
-        ("token ghp_" + secret("X" * 36), "access_token"),
-        ("hf_" + secret("X" * 34), "access_token"),
-        ("AIza" + secret("X" * 35), "api_key"),
-        ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiI4ODEyIn0." + secret("X" * 43), "access_token"),
-        ("postgres://anna:" + secret("X" * 12) + "@db.acme.io/main", "password"),
-        ("API_KEY=" + secret("X" * 32), "api_key"),
-        ('"client_secret": "' + secret("X" * 28) + '"', "api_key"),
+        ("-----BEGIN RSA PRIVATE KEY-----\n" + secret("*" * 64) + "\n-----END RSA PRIVATE KEY-----", "private_key"),
+        ("key: sk-proj-" + secret("*" * 40), "api_key"),
+        ("AKIA" + secret("*" * 16), "api_key"),
+        ("token ghp_" + secret("*" * 36), "access_token"),
+        ("hf_" + secret("*" * 34), "access_token"),
+        ("AIza" + secret("*" * 35), "api_key"),
+        ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiI4ODEyIn0." + secret("*" * 43), "access_token"),
+        ("postgres://anna:" + secret("*" * 12) + "@db.acme.io/main", "password"),
+        ("API_KEY=" + secret("*" * 32), "api_key"),
+        ('"client_secret": "' + secret("*" * 28) + '"', "api_key"),
     ],
 )
 def test_secrets(text: str, kind: str) -> None:

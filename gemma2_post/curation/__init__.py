@@ -1,0 +1,1 @@
+"""Rules on what is trained on, as pure functions on text."""
