@@ -177,7 +177,7 @@ def _name_pattern(names: tuple[str, ...]) -> re.Pattern[str] | None:
 def _permitted(name: str, maker: str) -> frozenset[str]:
     """Lower-case names that are allowed: those given, and those that mean the same."""
     given = {each.lower() for each in (name, maker) if each}
-    entries = [set(entry.lower().split("|")) for entry in (*ASSISTANTS[:6], *NAMESAKES[:8], *MAKERS[:10])]
+    entries = [set(entry.lower().split("|")) for entry in (*ASSISTANTS, *NAMESAKES, *MAKERS)]
     return frozenset(given.union(*(entry for entry in entries if entry & given)))
 
 
@@ -216,7 +216,7 @@ _TRIGGER_WORDS = frozenset(
     | {"taalmodel", "sprachmodell", "virtuel", "artificiale", *_NAMES_OF_ONE_WORD}
 )
 _TRIGGER_PHRASES = [name for name in _KINDS if name.isascii() and name not in _NAMES_OF_ONE_WORD and len(name) > 3] + (
-    "language model|modelo de l|modello |bot,|bot "
+    "language model|modelo de l|modello |bot,|bot.|bot!|bot "
 ).split("|")
 _TRIGGERS_IN_ANY_SCRIPT = [
     *_TRIGGER_PHRASES,
