@@ -11,8 +11,8 @@ import pytest
 from gemma2_post.curation.self_identification import find
 
 CASES = [json.loads(line) for line in Path("tests/self_identification.jsonl").read_text(encoding="utf-8").splitlines()]
-"""Turns of an assistant named Gemma, made by Google. Those held out were written before any form of self-identification,
-and no form was changed for them."""
+"""Turns of an assistant named Gemma, made by Google. Those held out were written before any form was, and no form was
+changed for them."""
 
 
 def test_the_cases_are_many_and_half_of_them_only_look_like_it() -> None:

@@ -121,7 +121,8 @@ FORMS = {
         \b(?:(?<!name )I go by|I go by the name|I answer to|I identify as) <who><end>
         \bI, <who>,
         \b(?:as|being) (?:an? |the )?<few><who>(?:'s)?(?: <few>(?:<ai>|model|assistant))?, (?:I|my|I'm)\b
-        \b(?:I am|I'm|I was|I've been|I have been) (?:\w+ )?<made>(?: and <made>)?<more> (?:(?:by|at) <gap><who>|from (?:the )?<model>)
+        \b(?:I am|I'm|I was|I've been|I have been) (?:\w+ )?<made>(?: and <made>)?<more> (?:by|at) <gap><who>
+        \b(?:I am|I'm|I was) (?:\w+ )?<made> from (?:the )?<model>
         <as> <a> (?:[\w-]+,? ){0,5}?<kind>,?<more>,? <made>(?: and <made>)? (?:by|at|from) <gap><who>
         <as> <a> <few><ai>,? (?:from|by|of) <who>
         <as> <a> <few><kind>,? (?:that |which )?<who>(?: has)? <made>
