@@ -432,7 +432,7 @@ _POSTCODE = re.compile(
     r"|\b\d{4}(?:-\d{3})? [A-ZÀ-Ž]"
 )
 _ADDRESS_WORDS = re.compile(
-    r"(?i)\baddress|\blives? (?:at|on|in)|\bliving at|\breside|\bship(?:ped|ping)? to|\bdeliver|\bmail(?:ed)? to"
+    r"(?i)\baddress|\bliv(?:es?|ed|ing) (?:at|on|in)\b|\breside|\bship(?:ped|ping)? to|\bdeliver|\bmail(?:ed)? to"
     r"|\bmoved to"
     r"|\badresse|\bwohn|\bhabite|\bdomicili|\bdirecci[oó]n|\bviv[oe]|\bindirizzo|\babito|\bendere[cç]o|\bmor[oa]\b"
     r"|\badres"

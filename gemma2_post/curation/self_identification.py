@@ -28,6 +28,51 @@ from gemma2_post.curation.identities import (
     SPEAKERS,
 )
 
+_NAMESAKE = "\ue004"
+"""Stands for a name of NAMESAKES until the sentence decides whether it is an assistant's."""
+_KINDS = {
+    name: kind
+    for entries, kind in ((MAKERS, MAKER), (NAMESAKES, _NAMESAKE), (ASSISTANTS, MODEL))
+    for entry in entries
+    for name in entry.lower().split("|")
+}
+"""Each known name in lower case, and its symbol."""
+_LETTERS = "A-Za-zÀ-ÖØ-öø-ÿ"
+_NAME = re.compile(
+    rf"(?<![{_LETTERS}\d])(?P<name>{'|'.join(re.escape(name) for name in sorted(_KINDS, key=len, reverse=True))})"
+    r"(?:(?<=[а-я])[а-я]+)?(?:[ -]?v?\d[\w.]*\w|[ -]?\d|-[A-Z]\w*| (?:Instant|Haiku|Sonnet|Opus|Turbo)\b"
+    r"| AI(?![A-Za-z]))*"
+    rf"(?![{_LETTERS}])",
+    re.IGNORECASE,
+)
+"""A known name with its ending and version. Only Latin letters around it make another word of it."""
+_AI_PATTERN = re.compile(AI_NOUNS, re.IGNORECASE)
+_MAKING_PATTERN = re.compile(MAKING, re.IGNORECASE)
+_HELPS = re.compile(rf"{AI_NOUNS}|\b(?:help|assist|language|models?\b)", re.IGNORECASE)
+_ALONE = re.compile(r"[ .!]*$|です|हू|입니다|이고")
+_NAME_ONLY = re.compile(rf"(?:{'|'.join(map(re.escape, _KINDS))}|[A-Z][\w.-]{{1,20}}) ?[\d.]*", re.IGNORECASE)
+_COMMON_WORDS = set(
+    "meta amazon apple opera inflection perplexity cohere upstage stanford berkeley kimi guanaco".split()
+)
+_WORD = re.compile(r"[a-z]+")
+_NAMES_OF_ONE_WORD = {name for name in _KINDS if _WORD.fullmatch(name) and len(name) > 3}
+_TRIGGER_WORDS = _NAMES_OF_ONE_WORD.union(
+    "gpt llm ki bot chatbot assistant assistent asistente assistente artificial artificielle artificiale".split(),
+    "taalmodel sprachmodell virtuel".split(),
+)
+_TRIGGER_PHRASES = [
+    *(name for name in _KINDS if name.isascii() and name not in _NAMES_OF_ONE_WORD and len(name) > 3),
+    *"language model|modelo de l|modello |bot,|bot.|bot!|bot ".split("|"),
+]
+_TRIGGERS_IN_ANY_SCRIPT = [
+    *_TRIGGER_PHRASES,
+    *(name for name in _KINDS if not name.isascii()),
+    *"modèle de langage|künstliche|модел|интеллект|нейросет|помощник|模型|助手|智能|我是由|我由|，由|了我".split("|"),
+    *"モデル|アシスタント|मॉडल|सहायक|एआई|모델|어시스턴트|인공지능|챗봇".split("|"),
+]
+"""A text without any of these, in lower case, is not looked at. Whole words are found fastest."""
+_SPEAKER = re.compile("|".join(SPEAKERS.values()), re.IGNORECASE)
+
 _QUOTED = re.compile(
     r"\"[^\"\n]{1,600}\"|“[^”\n]{1,600}”|„[^“”\n]{1,600}[“”]|«[^»\n]{1,600}»|「[^」\n]{1,600}」|『[^』\n]{1,600}』"
     r"|```[\s\S]*?```"
@@ -62,7 +107,7 @@ def find(text: str, name: str = "", maker: str = "") -> str | None:
     Args:
         text: one turn of the assistant.
         name: the name that it may give itself, in any script where it is known ("Gemma").
-        maker: who may have made it ("Google" allows "Google DeepMind" and "谷歌", too).
+        maker: who may have made it ("Google" allows "Google DeepMind" and "谷歌", too). What is empty permits nobody.
 
     Returns:
         The sentence without marks of emphasis; None where there is none.
@@ -71,12 +116,10 @@ def find(text: str, name: str = "", maker: str = "") -> str | None:
         return None
     text = _EMPHASIS.sub("", _without_quotations(text.replace("’", "'").strip()))
     text = _AROUND_IDEOGRAPHS.sub("", text)
-    lowered = text.lower()
-    names = _name_pattern(tuple(each for each in _KINDS if each in lowered))
     permitted = _permitted(name, maker)
     for sentence in _SENTENCE_END.split(text):
         speaks = _has_trigger(sentence) and _SPEAKER.search(sentence)
-        if speaks and _states_identity(_with_symbols(sentence, names, permitted), permitted):
+        if speaks and _states_identity(_with_symbols(sentence, permitted), permitted):
             return sentence.strip()
     return None
 
@@ -98,37 +141,28 @@ def _without_quotations(text: str) -> str:
     return _SPOKEN.sub("", text) if len(_SPOKEN.findall(text)) > 1 else text
 
 
-def _with_symbols(sentence: str, names: re.Pattern[str] | None, permitted: frozenset[str]) -> str:
+def _with_symbols(sentence: str, permitted: frozenset[str]) -> str:
     """The sentence with a symbol for each name that is not permitted, each noun for assistants, and verb of making."""
-    lower = sentence.islower()
 
     def symbol(match: re.Match[str]) -> str:
         found = match["name"].lower()
         kind = _KINDS[found]
+        is_common = match["name"][0].islower() and not sentence.islower()
         if found in permitted:
             return match[0]
         if kind == _NAMESAKE:
             rest = sentence[match.end() :]
-            alone = len(sentence.split()) <= 5 and _ALONE.match(rest)
-            helps = (
-                alone
-                or re.search(r"\d", match[0])
-                or _HELPS.search(sentence)
-                or any(_KINDS[each] == MAKER for each in in_sentence)
-            )
-            if not helps or re.match(r"\s[A-ZÀ-Þ][a-zà-ÿ]", rest) or (match["name"][0].islower() and not lower):
+            has_surname = re.match(r"\s[A-ZÀ-Þ][a-zà-ÿ]", rest)
+            is_alone = len(sentence.split()) <= 5 and _ALONE.match(rest)
+            has_version = re.search(r"\d", match[0])
+            if has_surname or is_common or not (is_alone or has_version or speaks_of_assistants):
                 return match[0]
             return MODEL
-        if match["name"].islower() and not lower and found in _COMMON_WORDS:
-            return match[0]
-        return kind
+        return match[0] if is_common and found in _COMMON_WORDS else kind
 
-    if names:
-        in_sentence = {match["name"].lower() for match in names.finditer(sentence)}
-        sentence_with_names = names.sub(symbol, sentence)
-    else:
-        sentence_with_names = sentence
-    return _MAKING_PATTERN.sub(MADE, _AI_PATTERN.sub(AI, sentence_with_names))
+    has_maker = any(_KINDS[match["name"].lower()] == MAKER for match in _NAME.finditer(sentence))
+    speaks_of_assistants = has_maker or _HELPS.search(sentence)
+    return _MAKING_PATTERN.sub(MADE, _AI_PATTERN.sub(AI, _NAME.sub(symbol, sentence)))
 
 
 def _states_identity(symbols: str, permitted: frozenset[str]) -> bool:
@@ -162,67 +196,8 @@ def _compiled_forms() -> list[tuple[re.Pattern[str], list[re.Pattern[str]]]]:
 
 
 @cache
-def _name_pattern(names: tuple[str, ...]) -> re.Pattern[str] | None:
-    """Any of the names as a word, with a version behind it. Only Latin letters make another word of it."""
-    if not names:
-        return None
-    alternatives = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-    letters = "A-Za-zÀ-ÖØ-öø-ÿ"
-    version = r"(?:[ -]?v?\d[\w.]*\w|[ -]?\d|-[A-Z]\w*| (?:Instant|Haiku|Sonnet|Opus|Turbo)\b| AI(?![A-Za-z]))*"
-    ending = r"(?:(?<=[а-я])[а-я]+)?"
-    return re.compile(rf"(?<![{letters}\d])(?P<name>{alternatives}){ending}{version}(?![{letters}])", re.IGNORECASE)
-
-
-@cache
 def _permitted(name: str, maker: str) -> frozenset[str]:
     """Lower-case names that are allowed: those given, and those that mean the same."""
     given = {each.lower() for each in (name, maker) if each}
     entries = [set(entry.lower().split("|")) for entry in (*ASSISTANTS, *NAMESAKES, *MAKERS)]
     return frozenset(given.union(*(entry for entry in entries if entry & given)))
-
-
-_NAMESAKE = "\ue004"
-_KINDS = {
-    name: kind
-    for entries, kind in ((MAKERS, MAKER), (NAMESAKES, _NAMESAKE), (ASSISTANTS, MODEL))
-    for entry in entries
-    for name in entry.lower().split("|")
-}
-"""Each known name in lower case, and its symbol."""
-_AI_PATTERN = re.compile(AI_NOUNS, re.IGNORECASE)
-_MAKING_PATTERN = re.compile(MAKING, re.IGNORECASE)
-_HELPS = re.compile(rf"{AI_NOUNS}|\b(?:help|assist|language|models?\b)", re.IGNORECASE)
-_ALONE = re.compile(r"[ .!]*$|です|हू|입니다|이고")
-_NAME_ONLY = re.compile(rf"(?:{'|'.join(map(re.escape, _KINDS))}|[A-Z][\w.-]{{1,20}}) ?[\d.]*", re.IGNORECASE)
-_COMMON_WORDS = set(
-    "meta amazon apple opera inflection perplexity cohere upstage stanford berkeley kimi guanaco".split()
-)
-_WORD = re.compile(r"[a-z]+")
-_NAMES_OF_ONE_WORD = {name for name in _KINDS if _WORD.fullmatch(name) and len(name) > 3}
-_TRIGGER_WORDS = frozenset(
-    {
-        "gpt",
-        "llm",
-        "ki",
-        "bot",
-        "assistant",
-        "assistent",
-        "asistente",
-        "assistente",
-        "chatbot",
-        "artificial",
-        "artificielle",
-    }
-    | {"taalmodel", "sprachmodell", "virtuel", "artificiale", *_NAMES_OF_ONE_WORD}
-)
-_TRIGGER_PHRASES = [name for name in _KINDS if name.isascii() and name not in _NAMES_OF_ONE_WORD and len(name) > 3] + (
-    "language model|modelo de l|modello |bot,|bot.|bot!|bot "
-).split("|")
-_TRIGGERS_IN_ANY_SCRIPT = [
-    *_TRIGGER_PHRASES,
-    *(name for name in _KINDS if not name.isascii()),
-    *"modèle de langage|künstliche|модел|интеллект|нейросет|помощник|模型|助手|智能|我是由|我由|，由|了我".split("|"),
-    *"モデル|アシスタント|मॉडल|सहायक|एआई|모델|어시스턴트|인공지능|챗봇".split("|"),
-]
-"""A text without any of these, in lower case, is not looked at. Whole words are found fastest."""
-_SPEAKER = re.compile("|".join(SPEAKERS.values()), re.IGNORECASE)
