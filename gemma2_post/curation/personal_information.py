@@ -1,12 +1,14 @@
 """Finds personal information and secrets in a text, and replaces it by typed placeholders.
 
-A text of 300 tokens mostly has none, so each kind begins with a search that costs a microsecond or two: an @, seven digits
-in a row, the prefix of a key. What it lets through is checked by a library: check digits by `python-stdnum`, phone numbers
-by `phonenumbers`, addresses by `ipaddress`.
+A text of 300 tokens mostly has none, so each kind begins with a search that costs a microsecond or two: an @, seven
+digits in a row, the prefix of a key. What it lets through is checked by a library: check digits by `python-stdnum`,
+phone numbers by `phonenumbers`, networks by `ipaddress`. Where a number's form and check digits are weak, a word such
+as "SSN" must stand near it.
 
-What is made for documentation is no finding: domains of RFC 2606, networks of RFC 5737 and RFC 3849, private networks, 555
-and Ofcom's fictional numbers, the card issuers' test numbers, the IBAN registry's examples. Neither are numbers that
-everybody may call: toll-free, premium-rate, and shared-cost ones.
+No finding is what is made for documentation, or belongs to nobody: domains of RFC 2606 and placeholders like `your-
+company.com`, networks of RFC 5737 and RFC 3849, private networks and public name servers, 555 and Ofcom's fictional
+numbers, numbers of services (toll-free, premium-rate, shared-cost), the networks' test cards, the IBAN registry's
+examples.
 """
 
 import ipaddress
@@ -34,7 +36,7 @@ class Finding:
     """`email`, `phone_number`, `payment_card`, `iban`, `national_id`, `ip_address`, `street_address`, `private_key`,
     `api_key`, `access_token`, or `password`."""
     severity: Severity
-    """"sensitive": what harms by itself (cards, accounts, national ids, secrets); "personal": what leads to a person."""
+    """What harms by itself (cards, accounts, ids, secrets) is sensitive, what leads to a person is personal."""
     start: int
     end: int
     text: str
@@ -52,27 +54,26 @@ def find(text: str, countries: Sequence[str] = DEFAULT) -> list[Finding]:
         if not any(start < other.end and other.start < end for other in found):
             found.append(Finding(kind, severity, start, end, text[start:end]))
 
-    for kind, start, end in _secrets(text):
+    lowered = text.lower()
+    for kind, start, end in _secrets(text, lowered):
         add(kind, "sensitive", start, end)
-    if "@" in text or "[at]" in text or "(at)" in text:
+    if "@" in text or "[at]" in lowered or "(at)" in lowered:
         for start, end in _emails(text):
             add("email", "personal", start, end)
-    if _LONG_NUMBER.search(text):
-        for start, end in _ibans(text):
-            add("iban", "sensitive", start, end)
-        for start, end in _payment_cards(text):
-            add("payment_card", "sensitive", start, end)
-        for start, end in _national_ids(text, countries):
-            add("national_id", "sensitive", start, end)
-        for start, end in _phone_numbers(text, countries):
-            add("phone_number", "personal", start, end)
-    elif _LETTERED_ID.search(text):
-        for start, end in _national_ids(text, countries):
-            add("national_id", "sensitive", start, end)
-    for start, end in _ip_addresses(text):
-        add("ip_address", "personal", start, end)
-    for start, end in _street_addresses(text):
-        add("street_address", "personal", start, end)
+    if _DIGIT.search(text):
+        if regions := _number_regions(text):
+            for start, end in _ibans(text, regions):
+                add("iban", "sensitive", start, end)
+            for start, end in _payment_cards(text, regions):
+                add("payment_card", "sensitive", start, end)
+            for start, end in _national_ids(text, regions, countries):
+                add("national_id", "sensitive", start, end)
+            for start, end in _phone_numbers(text, regions, countries):
+                add("phone_number", "personal", start, end)
+        for start, end in _ip_addresses(text):
+            add("ip_address", "personal", start, end)
+        for start, end in _street_addresses(text, lowered):
+            add("street_address", "personal", start, end)
     return sorted(found, key=lambda finding: finding.start)
 
 
@@ -85,10 +86,33 @@ def replace(text: str, findings: Sequence[Finding]) -> str:
 
 Spans = Iterator[tuple[int, int]]
 
-_LONG_NUMBER = re.compile(r"\d(?:[ .\-/()]{0,2}\d){6}")
-"""Seven digits, with at most two separators between any two."""
-_LETTERED_ID = re.compile(r"\b(?:[A-Z]{4,6}\d|[A-Z]{2} ?\d\d ?\d\d ?\d\d)")
-"""How ids begin that have no seven digits in a row: codice fiscale, CURP, PAN, National Insurance number."""
+_DIGIT = re.compile(r"\d")
+_NUMBER = re.compile(
+    r"\d(?:(?:[ .\-/()]{0,2}\d){6}|(?<=[A-Z]{4}\d)\d|(?<=[A-Z]{2}\d)\d(?: ?\d\d){2}|(?<=[A-Z]{2} \d)\d(?: ?\d\d){2})"
+)
+"""Seven digits with at most two separators between any two, or an id that begins with letters. It starts with a digit,
+which `re` finds fastest."""
+_AROUND = 40
+"""Characters around a long number where other parts of it may be."""
+
+
+def _number_regions(text: str) -> list[tuple[int, int]]:
+    """Where long numbers stand, with what is around them; regions do not overlap."""
+    regions: list[tuple[int, int]] = []
+    for match in _NUMBER.finditer(text):
+        start, end = max(0, match.start() - _AROUND), min(len(text), match.end() + _AROUND)
+        if regions and start <= regions[-1][1]:
+            regions[-1] = (regions[-1][0], end)
+        else:
+            regions.append((start, end))
+    return regions
+
+
+def _matches(form: re.Pattern[str], text: str, regions: list[tuple[int, int]]) -> Iterator[re.Match[str]]:
+    for start, end in regions:
+        for match in form.finditer(text, start, end):
+            if match.end() < end or end == len(text):  # What ends where a region ends may be cut.
+                yield match
 
 
 def _has_context(words: re.Pattern[str], text: str, start: int, end: int, before: int = 60, after: int = 25) -> bool:
@@ -103,16 +127,21 @@ _EMAIL = re.compile(
 )
 _NO_DOMAIN = re.compile(
     r"(?:^|\.)(?:example(?:\.\w+)*|test|invalid|localhost|local|png|jpe?g|gif|svg|webp|css|js|py"
-    r"|(?:your|my|the)-?(?:domain|company|email|site|school|business|website|organization)\.\w+|domain\.\w+)$"
+    r"|(?:your|my|the)-?(?:domain|company|email|site|school|business|website|organization)\.\w+|(?:domain"
+    r"|company)\.\w+)$"
 )
 """Reserved by RFC 2606 or a placeholder; or a file (`icon@2x.png`)."""
+_NOBODY = re.compile(r"(?i)^(?:git|example|(?:your|my)[\w.-]*|user(?:name)?|someone|name|firstname.*|email|xxx+)$")
+"""Local parts that stand for any address."""
 
 
 def _emails(text: str) -> Spans:
     for match in _EMAIL.finditer(text):
         start = match.start() + len(match[0]) - len(match[0].lstrip(".'-"))
-        local, _, domain = re.sub(r" ?[\[(]dot[\])] ?", ".", re.sub(r" ?[\[(]at[\])] ?", "@", match[0])).rpartition("@")
-        if local.strip(".'-") not in {"", "git"} and not _NO_DOMAIN.search(domain.lower()):
+        local, _, domain = re.sub(r" ?[\[(]dot[\])] ?", ".", re.sub(r" ?[\[(]at[\])] ?", "@", match[0])).rpartition(
+            "@"
+        )
+        if local.strip(".'-") and not _NOBODY.match(local) and not _NO_DOMAIN.search(domain.lower()):
             yield start, match.end()
 
 
@@ -137,16 +166,17 @@ _ISSUERS_IN_CONTEXT = [
 """Rarer lengths, which other long numbers have as often."""
 _CARD_WORDS = re.compile(r"(?i)card|visa|maestro|credit|karte|carte|tarjeta|carta|cart[ãa]o|卡|カード|카드|карт")
 _TEST_CARDS = set(
-    "4111111111111111 4242424242424242 4012888888881881 4000056655665556 4000000000000002 4222222222222 4917610000000000 "
-    "5555555555554444 5105105105105100 5200828282828210 5454545454545454 2223003122003222 378282246310005 371449635398431 "
-    "378734493671000 6011111111111117 6011000990139424 6011000000000004 30569309025904 38520000023237 36227206271667 "
-    "3530111333300000 3566002020360505 6200000000000005 4012001037141112 4444333322221111 4988438843884305".split()
+    "4111111111111111 4242424242424242 4012888888881881 4000056655665556 4000000000000002 4222222222222 "
+    "4917610000000000 5555555555554444 5105105105105100 5200828282828210 5454545454545454 2223003122003222 "
+    "378282246310005 371449635398431 378734493671000 6011111111111117 6011000990139424 6011000000000004 "
+    "30569309025904 38520000023237 36227206271667 3530111333300000 3566002020360505 6200000000000005 "
+    "4012001037141112 4444333322221111 4988438843884305".split()
 )
 """What the networks and payment services publish for tests."""
 
 
-def _payment_cards(text: str) -> Spans:
-    for match in _CARD.finditer(text):
+def _payment_cards(text: str, regions: list[tuple[int, int]]) -> Spans:
+    for match in _matches(_CARD, text, regions):
         digits = re.sub(r"\D", "", match[0])
         issuers = _ISSUERS
         if _has_context(_CARD_WORDS, text, match.start(), match.end()):
@@ -162,15 +192,16 @@ def _payment_cards(text: str) -> Spans:
 
 _IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d\d(?:[ -]?[A-Z0-9]){11,30}(?![A-Za-z0-9])")
 _EXAMPLE_IBANS = set(
-    "DE89370400440532013000 GB29NWBK60161331926819 GB82WEST12345698765432 GB33BUKB20201555555555 FR1420041010050500013M02606 "
-    "FR7630006000011234567890189 ES9121000418450200051332 IT60X0542811101000000123456 NL91ABNA0417164300 BE68539007547034 "
-    "AT611904300234573201 CH9300762011623852957 PL61109010140000071219812874 DE75512108001245126199".split()
+    "DE89370400440532013000 GB29NWBK60161331926819 GB82WEST12345698765432 GB33BUKB20201555555555 "
+    "FR1420041010050500013M02606 FR7630006000011234567890189 ES9121000418450200051332 "
+    "IT60X0542811101000000123456 NL91ABNA0417164300 BE68539007547034 AT611904300234573201 "
+    "CH9300762011623852957 PL61109010140000071219812874 DE75512108001245126199".split()
 )
 """The registry's examples, and others that documentation repeats."""
 
 
-def _ibans(text: str) -> Spans:
-    for match in _IBAN.finditer(text):
+def _ibans(text: str, regions: list[tuple[int, int]]) -> Spans:
+    for match in _matches(_IBAN, text, regions):
         # Words in capitals may follow: the longest beginning that is an IBAN counts.
         ends = [place.end() for place in re.finditer(r"[A-Z0-9](?![A-Z0-9])|(?<=[A-Z0-9])$", match[0])]
         for end in sorted({len(match[0]), *ends}, reverse=True):
@@ -226,9 +257,7 @@ _NATIONAL_IDS = [
     _national_id("fr", r"[1-478] ?\d\d ?\d\d ?\d[\dAB] ?\d{3} ?\d{3} ?\d\d", "fr.nir"),
     _national_id("es", r"\d{8}[ -]?[A-HJ-NP-TV-Z]", "es.dni", r"\bDNI\b|\bNIF\b|documento|identidad" + _ID),
     _national_id("es", r"[XYZ][ -]?\d{7}[ -]?[A-HJ-NP-TV-Z]", "es.nie"),
-    _national_id(
-        "it", r"[A-Z]{6}[\dL-NP-V]{2}[A-EHLMPRST][\dL-NP-V]{2}[A-Z][\dL-NP-V]{3}[A-Z]", "it.codicefiscale"
-    ),
+    _national_id("it", r"[A-Z]{6}[\dL-NP-V]{2}[A-EHLMPRST][\dL-NP-V]{2}[A-Z][\dL-NP-V]{3}[A-Z]", "it.codicefiscale"),
     _national_id("pt", r"\d{9}|\d{3} \d{3} \d{3}", "pt.nif", r"\bNIF\b|contribuinte|fiscal"),
     _national_id("pt", r"\d{8}[ -]?\d[ -]?[A-Z0-9]{2}\d", "pt.cc", r"cart[ãa]o de cidad|\bCC\b|cidad[ãa]o" + _ID),
     _national_id("br", r"\d{3}\.\d{3}\.\d{3}-\d\d", "br.cpf"),
@@ -253,16 +282,16 @@ _NATIONAL_INSURANCE = re.compile(
 """The United Kingdom's, without check digits."""
 _NATIONAL_INSURANCE_WORDS = re.compile(r"(?i)national insurance|\bNINO\b|\bNI (?:number|no)")
 _EXAMPLE_IDS = set(
-    "123456789 987654321 123456782 123456788 111223333 12345678909 11144477735 12345678Z 00000000T X1234567L 046454286 "
-    "AB123456C QQ123456C".split()
+    "123456789 987654321 123456782 123456788 111223333 12345678909 11144477735 12345678Z 00000000T X1234567L "
+    "046454286 AB123456C QQ123456C".split()
 )
 """What documentation and forms show; many pass their check."""
 
 
-def _national_ids(text: str, countries: Sequence[str]) -> Spans:
+def _national_ids(text: str, regions: list[tuple[int, int]], countries: Sequence[str]) -> Spans:
     for country, form, module, words in _NATIONAL_IDS:
         if country in countries:
-            for match in form.finditer(text):
+            for match in _matches(form, text, regions):
                 compact = re.sub(r"[ ./-]", "", match[0])
                 if (
                     (words is None or _has_context(words, text, *match.span()))
@@ -272,29 +301,34 @@ def _national_ids(text: str, countries: Sequence[str]) -> Spans:
                 ):
                     yield match.span()
     if "gb" in countries:
-        for match in _NATIONAL_INSURANCE.finditer(text):
-            if match[0].replace(" ", "") not in _EXAMPLE_IDS:
-                if _has_context(_NATIONAL_INSURANCE_WORDS, text, *match.span()):
-                    yield match.span()
+        for match in _matches(_NATIONAL_INSURANCE, text, regions):
+            named = _has_context(_NATIONAL_INSURANCE_WORDS, text, *match.span())
+            if named and match[0].replace(" ", "") not in _EXAMPLE_IDS:
+                yield match.span()
 
 
 # Phone numbers
 
-_PHONE = re.compile(r"(?<![\w.,$€£=/#-])(?:\+|\(|\d)[\d ().\-/]{5,22}\d(?!\w|[.,:]\d|[%€$])")
+_PHONE = re.compile(r"(?<![\w.,$€£=/#<-])(?:\+(?=\d|\()|\(|\d)[\d ().\-/]{5,22}\d(?!\w|[.,:]\d|[%€$]| ?[=*+>])")
 _FORMATTED = re.compile(r"(?:1[ .-])?\(\d{3}\) ?\d{3}[ .-]\d{4}|(?:1[ .-])?\d{3}([.-])\d{3}\1\d{4}")
 """North America's own forms, which hardly anything else has."""
+_NO_PHONE = re.compile(r"[ .\-/]{3}|\d{4}[-/.]\d\d[-/.]\d\d(?!\d)|^\(?555[ .-]?\d{4}$|^[1-9]\d+ ?/")
+"""Dates, fractions, arithmetic, and the 555 exchange without an area."""
 _PHONE_WORDS = re.compile(
-    r"(?i)\b(?:tele)?(?:ph|f)ones?\b|\btel\b|\bcall(?:ed|ing)?\b|\bmobile|\bcell|\bwhatsapp|\bfax\b|\bsms\b|\btext me\b"
-    r"|\breach(?:ed)? (?:me|us|him|her)\b|\bdial|\bcontact|\bphone|t[ée]l[ée]phone|\btelef[oó]n|\bhandy|rufnummer|\brufen"
+    r"(?i)\b(?:tele)?(?:ph|f)ones?\b|\btel\b|\bcall(?:ed|ing)?\b|\bmobile|\bcell(?: ?phone)?\b|\bwhatsapp|\bfax\b"
+    r"|\bsms\b|\btext me\b"
+    r"|\b(?:reach(?:ed)?|ring) (?:me|us|him|her)\b|\bdial|\bcontact|\bphone|t[ée]l[ée]phone|\btelef[oó]n|\bhandy"
+    r"|rufnummer|\brufen"
     r"|\bm[óo]vil|celular|\bcellulare|\bportable\b|\bnumm?er[oi]?\b|\btelefoon|\bgsm\b|電話|电话|手机|携帯|전화|фон|फ़?ोन"
 )
 _FICTIONAL = re.compile(
-    r"\+1\d{3}555\d{4}|\+44(?:11[3-8]496|1[2-6]1496|1914980|2079460|2890?496|2920180|1632960|7700900|8081570|9098790|3069990)\d+"
+    r"\+1\d{3}555\d{4}|\+44(?:11[3-8]496|1[2-6]1496|1914980|2079460|2890?496|2920180|1632960|7700900|8081570|9098790"
+    r"|3069990)\d+"
 )
 """The 555 exchange in North America, and the numbers that Ofcom keeps for drama."""
 
 
-def _phone_numbers(text: str, countries: Sequence[str]) -> Spans:
+def _phone_numbers(text: str, regions: list[tuple[int, int]], countries: Sequence[str]) -> Spans:
     import phonenumbers
     from phonenumbers import PhoneNumberType
 
@@ -305,20 +339,20 @@ def _phone_numbers(text: str, countries: Sequence[str]) -> Spans:
         PhoneNumberType.UAN,
         PhoneNumberType.UNKNOWN,
     }
-    for match in _PHONE.finditer(text):
+    for match in _matches(_PHONE, text, regions):
         number, digits = match[0], re.sub(r"\D", "", match[0])
-        if not 7 <= len(digits) <= 15 or re.search(r"[ .\-/]{3}|\d{4}[-/.]\d\d[-/.]\d\d(?!\d)", number):
+        if not 7 <= len(digits) <= 15 or _NO_PHONE.search(number):
             continue
         if number.startswith(("+", "00")):
-            regions: Sequence[str] = ["us"]  # A plus sign or 00 says the country; the region is not used.
+            parse_in: Sequence[str] = ["us"]  # A plus sign or 00 says the country; the region is not used.
             number = "+" + digits.removeprefix("00")
         elif _has_context(_PHONE_WORDS, text, *match.span(), before=40, after=0):
-            regions = countries
+            parse_in = countries
         elif _FORMATTED.fullmatch(number) and {"us", "ca"} & set(countries):
-            regions = ["us"]
+            parse_in = ["us"]
         else:
             continue
-        for region in regions:
+        for region in parse_in:
             try:
                 parsed = phonenumbers.parse(number, region.upper())
             except phonenumbers.NumberParseException:
@@ -332,18 +366,24 @@ def _phone_numbers(text: str, countries: Sequence[str]) -> Spans:
 
 # IP addresses
 
-_IPV4 = re.compile(r"(?<![\w.-])(?<![^/:]/)(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\d|-\d)")
-_IPV6 = re.compile(r"(?<![\w:])[23][0-9a-fA-F]{3}:[0-9a-fA-F:]{2,34}(?![\w:])")
+_OCTETS = re.compile(r"\.\d{1,3}\.\d{1,3}\.\d")
+_IPV4 = re.compile(r"\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d|-\d)")
+_IPV6 = re.compile(r"[23][0-9a-fA-F]{3}:[0-9a-fA-F:]{2,34}(?![\w:])")
+_INSIDE = re.compile(r"[\w.:-]$|(?:^|[^/:])/$")
+"""What stands before a part of something longer, or before a version (`Chrome/69.0.34.12`)."""
 _RESOLVERS = set("8.8.8.8 8.8.4.4 1.1.1.1 1.0.0.1 9.9.9.9 208.67.222.222 208.67.220.220".split())
 _VERSION = re.compile(r"(?i)(?:\bv|version|release|build|firmware|driver|section|chapter|§)[ .:]*$")
-_IP_WORDS = re.compile(r"(?i)\bIP(?:v4)?\b|address|server|host|ping|ssh|https?:|\bDNS\b|login|logged|network|subnet|router")
+_IP_WORDS = re.compile(
+    r"(?i)\bIP(?:v4)?\b|address|server|host|ping|ssh|https?:|\bDNS\b|login|logged|network|subnet|router"
+)
 
 
 def _ip_addresses(text: str) -> Spans:
-    for match in _IPV4.finditer(text) if "." in text else ():
+    for match in _IPV4.finditer(text) if _OCTETS.search(text) else ():
         octets = [int(octet) for octet in match[0].split(".")]
         if (
             max(octets) < 256
+            and not _INSIDE.search(text, max(0, match.start() - 2), match.start())
             and match[0] not in _RESOLVERS
             and not any(octet.startswith("0") and octet != "0" for octet in match[0].split("."))
             and ipaddress.ip_address(match[0]).is_global
@@ -352,55 +392,78 @@ def _ip_addresses(text: str) -> Spans:
             and (max(octets) >= 32 or _has_context(_IP_WORDS, text, *match.span()))
         ):
             yield match.span()
-    for match in _IPV6.finditer(text) if ":" in text else ():
+    for match in _IPV6.finditer(text) if "::" in text or text.count(":") > 6 else ():
         try:
             address = ipaddress.IPv6Address(match[0].rstrip(":") if not match[0].endswith("::") else match[0])
         except ValueError:
             continue
-        if address.is_global:
+        if address.is_global and not _INSIDE.search(text, max(0, match.start() - 2), match.start()):
             yield match.start(), match.start() + len(match[0].rstrip(":"))
 
 
 # Street addresses
 
-_STREET = re.compile(
-    r"\b\d{1,5}[A-Za-z]?,? (?:[NSEW]\.? |North |South |East |West )?(?:[A-Z0-9][\w'.-]{0,20} ){1,3}"
-    r"(?:Street|St|Avenue|Ave|Road|Rd|Boulevard|Blvd|Lane|Ln|Drive|Dr|Court|Ct|Place|Pl|Way|Terrace|Circle|Close|Crescent"
+_NUMBER_AND_STREET = re.compile(
+    r"\d{1,5}[A-Za-z]?,? (?:(?:[NSEW]\.? |North |South |East |West )?(?:[A-Z0-9][\w'.-]{0,20} ){1,3}"
+    r"(?:Street|St|Avenue|Ave|Road|Rd|Boulevard|Blvd|Lane|Ln|Drive|Dr|Court|Ct|Place|Pl|Way|Terrace|Circle|Close"
+    r"|Crescent"
     r"|Parkway|Pkwy|Highway|Hwy|Square|Sq)\b\.?"
-    r"|\b(?:[A-ZÄÖÜ][\w-]{2,25}(?:straße|strasse|str\.|weg|allee|gasse|platz|ufer|straat|laan|plein|gracht)"
+    r"|(?:bis |ter )?(?:rue|avenue|boulevard|allée|impasse|chemin|quai)"
+    r"(?: (?:de|du|des|la|le|les)| d[e'\u2019]| l['\u2019])*"
+    r" ?[A-Z][\w'\u2019.-]*(?: [A-Z][\w'\u2019.-]*)*)"
+)
+_STREET_AND_NUMBER = re.compile(
+    r"\b(?:[A-ZÄÖÜ][\w-]{2,25}(?:straße|strasse|str\.|weg|allee|gasse|platz|ufer|straat|laan|plein|gracht)"
     r"|[A-ZÄÖÜ][\w-]{2,20} (?:Straße|Strasse|Str\.|Allee|Weg|Platz|Gasse)) \d{1,4} ?[a-zA-Z]?\b"
-    r"|\b\d{1,4}(?: ?bis| ?ter)?,? (?:rue|avenue|boulevard|allée|impasse|chemin|quai)(?: (?:de|du|des|la|le|les)| d[e'’]| l['’])*"
-    r" ?[A-Z][\w'’.-]*(?: [A-Z][\w'’.-]*)*"
     r"|\b(?:Calle|C/|Avenida|Avda\.|Paseo|Plaza|Via|Viale|Corso|Piazza|Rua|Travessa|Alameda|ul\.|ulica|al\.)"
-    r"(?: (?:de|del|della|dei|da|das|do|dos|la|las|los|el))* [A-ZÀ-Ž][\w'’.-]*(?: (?:de|da|do|e )?[A-ZÀ-Ž]?[\w'’.-]+){0,4}?"
+    r"(?: (?:de|del|della|dei|da|das|do|dos|la|las|los|el))* [A-ZÀ-Ž][\w'\u2019.-]*(?: (?:de|da|do"
+    r"|e )?[A-ZÀ-Ž]?[\w'\u2019.-]+){0,4}?"
     r",? (?:n\.?[ºo°] ?)?\d{1,5}\b"
 )
+_STREETS = (
+    "straße |strasse |str. |weg |allee |gasse |platz |ufer |straat |laan |plein |gracht |calle |c/|avenida |avda. "
+    "|paseo "
+    "|plaza |via |viale |corso |piazza |rua |travessa |alameda |ul. |ulica |al. "
+).split("|")
 _POSTCODE = re.compile(
-    r"\b[A-Z]{2},? \d{5}(?:-\d{4})?\b|\b[A-Z]{1,2}\d[A-Z\d]? \d[A-Z]{2}\b|\b[A-Z]\d[A-Z] \d[A-Z]\d\b|\b\d{4} ?[A-Z]{2}\b"
-    r"|\b\d{5}(?:-\d{3})? [A-ZÀ-Ž]|\b\d\d-\d{3} [A-ZÀ-Ž]|\b(?:NSW|VIC|QLD|WA|SA|TAS|ACT) \d{4}\b|\b\d{4}(?:-\d{3})? [A-ZÀ-Ž]"
+    r"\b[A-Z]{2},? \d{5}(?:-\d{4})?\b|\b[A-Z]{1,2}\d[A-Z\d]? \d[A-Z]{2}\b|\b[A-Z]\d[A-Z] \d[A-Z]\d\b"
+    r"|\b\d{4} ?[A-Z]{2}\b"
+    r"|\b\d{5}(?:-\d{3})? [A-ZÀ-Ž]|\b\d\d-\d{3} [A-ZÀ-Ž]|\b(?:NSW|VIC|QLD|WA|SA|TAS|ACT) \d{4}\b"
+    r"|\b\d{4}(?:-\d{3})? [A-ZÀ-Ž]"
 )
 _ADDRESS_WORDS = re.compile(
-    r"(?i)\baddress|\blives? (?:at|on|in)|\bliving at|\breside|\bship(?:ped|ping)? to|\bdeliver|\bmail(?:ed)? to|\bmoved to"
-    r"|\badresse|\bwohn|\bhabite|\bdomicili|\bdirecci[oó]n|\bviv[oe]|\bindirizzo|\babito|\bendere[cç]o|\bmor[oa]\b|\badres"
+    r"(?i)\baddress|\bliv(?:es?|ed|ing) (?:at|on|in)\b|\breside|\bship(?:ped|ping)? to|\bdeliver|\bmail(?:ed)? to"
+    r"|\bmoved to"
+    r"|\badresse|\bwohn|\bhabite|\bdomicili|\bdirecci[oó]n|\bviv[oe]|\bindirizzo|\babito|\bendere[cç]o|\bmor[oa]\b"
+    r"|\badres"
     r"|\bmieszka|\bwoon"
 )
-_KNOWN_ADDRESSES = re.compile(r"1600 Pennsylvania|10 Downing|221B? Baker|350 Fifth|1 Infinite Loop|4 Privet|742 Evergreen|123 Main")
-_NUMBER_AND_STREET = re.compile(r"\d")
+_KNOWN_ADDRESSES = re.compile(
+    r"1600 Pennsylvania|10 Downing|221B? Baker|350 Fifth|1 Infinite Loop|4 Privet|742 Evergreen|123 Main"
+)
 
 
-def _street_addresses(text: str) -> Spans:
-    if _NUMBER_AND_STREET.search(text):
-        for match in _STREET.finditer(text):
-            postcode = _POSTCODE.search(text, match.end(), match.end() + 45)
-            named = _ADDRESS_WORDS.search(text, max(0, match.start() - 40), match.start())
-            if (postcode or named) and not _KNOWN_ADDRESSES.match(match[0]):
-                yield match.start(), match.end()
+def _street_addresses(text: str, lowered: str) -> Spans:
+    forms = [_NUMBER_AND_STREET]
+    if any(street in lowered for street in _STREETS):
+        forms.append(_STREET_AND_NUMBER)
+    for form in forms:
+        for match in form.finditer(text):
+            before = text[max(0, match.start() - 40) : match.start()]
+            if before[-1:].isalnum() or _KNOWN_ADDRESSES.match(match[0]):
+                continue
+            if _ADDRESS_WORDS.search(before) or _POSTCODE.search(text, match.end(), match.end() + 45):
+                yield match.span()
 
 
 # Secrets
 
 _SECRETS = [
-    ("private_key", "PRIVATE KEY", r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----[\s\S]{40,}?(?:-----END [A-Z0-9 ]+-----|$)"),
+    (
+        "private_key",
+        "PRIVATE KEY",
+        r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----[\s\S]{40,}?(?:-----END [A-Z0-9 ]+-----|$)",
+    ),
     ("private_key", "PuTTY-User-Key-File", r"PuTTY-User-Key-File-[23]:[\s\S]{100,}"),
     ("access_token", "eyJ", r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{10,}"),  # JSON web token, RFC 7519
     ("api_key", "sk-", r"\bsk-(?:[a-z]+[0-9]{0,2}-)*[A-Za-z0-9_-]{20,}"),  # OpenAI, Anthropic, OpenRouter
@@ -427,25 +490,28 @@ _SECRETS = [
 ]
 _SECRET_PATTERNS = [(kind, literal, re.compile(pattern)) for kind, literal, pattern in _SECRETS]
 _ASSIGNED = re.compile(
-    r"(?i)(?:api[_ -]?key|secret(?:[_ -]?(?:access)?[_ -]?key)?|access[_ -]?token|auth[_ -]?token|bearer|passw(?:or)?d|pwd)"
+    r"(?i)(?:api[_ -]?key|secret(?:[_ -]?(?:access)?[_ -]?key)?|access[_ -]?token|auth[_ -]?token|bearer"
+    r"|passw(?:or)?d|pwd)"
     r"[\"']?\s*(?:=>|[:=]|\bis\b| )\s*[\"'`]?([A-Za-z0-9+/_=.-]{20,200})"
 )
-_ASSIGNED_WORDS = re.compile(r"(?i)api.?key|secret|token|bearer|passw|pwd")
-_PLACEHOLDER = re.compile(r"(?i)example|your|xxxx|placeholder|dummy|test|1234567|abcdef|<|\*\*\*|\.\.\.|password|user:pass")
+_ASSIGNED_WORDS = "api key|api_key|api-key|apikey|secret|token|bearer|passw|pwd".split("|")
+_PLACEHOLDER = re.compile(
+    r"(?i)example|your|xxxx|placeholder|dummy|test|1234567|abcdef|<|\*\*\*|\.\.\.|password|user:pass"
+)
 _EXAMPLE_TOKEN_SIGNATURE = "SflKxwRJSMeKKF2QT4fwpMeJf36POk6yJV_adQssw5c"
 """The signature of the token that jwt.io shows."""
 _MINIMUM_ENTROPY = 3.5
 """Bits for each character; words joined by underscores have about 3, random letters and digits above 4."""
 
 
-def _secrets(text: str) -> Iterator[tuple[str, int, int]]:
+def _secrets(text: str, lowered: str) -> Iterator[tuple[str, int, int]]:
     for kind, literal, pattern in _SECRET_PATTERNS:
         if literal in text:
             for match in pattern.finditer(text):
-                if kind == "private_key" or not _PLACEHOLDER.search(match[0]):
-                    if _EXAMPLE_TOKEN_SIGNATURE not in match[0]:
-                        yield kind, match.start(), match.end()
-    if _ASSIGNED_WORDS.search(text):
+                example = _PLACEHOLDER.search(match[0]) or _EXAMPLE_TOKEN_SIGNATURE in match[0]
+                if kind == "private_key" or not example:
+                    yield kind, match.start(), match.end()
+    if any(word in lowered for word in _ASSIGNED_WORDS):
         for match in _ASSIGNED.finditer(text):
             value = match[1]
             if (
