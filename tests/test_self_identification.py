@@ -3,6 +3,7 @@
 
 import json
 import os
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -90,3 +91,9 @@ def test_real_conversations() -> None:
     ):
         for turn in json.loads(line)["chosen"].split("\n\nAssistant:")[1:]:
             assert find(turn.split("\n\nHuman:")[0], "Gemma", "Google") is None
+
+
+def test_a_text_without_sentence_ends_takes_no_more_time_than_its_length() -> None:
+    began = time.process_time()
+    find("我是由" * 10_000)
+    assert time.process_time() - began < 10  # It took forty seconds when forms saw the whole text.

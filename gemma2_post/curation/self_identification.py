@@ -11,6 +11,7 @@ conditions ("if I were ChatGPT"), and people whose name an assistant has, too ("
 # ruff: noqa: RUF001 (letters of other scripts)
 
 import re
+from collections.abc import Iterator
 from functools import cache
 
 from gemma2_post.curation.identities import (
@@ -81,6 +82,8 @@ _SPOKEN = re.compile(r"(?m)^[ \t]*[A-Z][\w .'-]{0,30}: .*$")
 _EMPHASIS = re.compile(r"[*`]+")
 _AROUND_IDEOGRAPHS = re.compile(r"(?<=[\u4e00-\u9fff，。]) +| +(?=[\u4e00-\u9fff])")
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|\n+|(?<=[。！？।])")
+_LONGEST = 400
+"""Characters of a sentence that are looked at together."""
 _UNREAL_BEFORE = re.compile(
     r"(?:\b(?:if|whether|though|while|when|pretend(?:ing)?(?: that)?|imagine|suppose|wouldn't say|don't think|doubt"
     r"|not|never"
@@ -117,11 +120,17 @@ def find(text: str, name: str = "", maker: str = "") -> str | None:
     text = _EMPHASIS.sub("", _without_quotations(text.replace("’", "'").strip()))
     text = _AROUND_IDEOGRAPHS.sub("", text)
     permitted = _permitted(name, maker)
-    for sentence in _SENTENCE_END.split(text):
+    for sentence in _sentences(text):
         speaks = _has_trigger(sentence) and _SPEAKER.search(sentence)
         if speaks and _states_identity(_with_symbols(sentence, permitted), permitted):
             return sentence.strip()
     return None
+
+
+def _sentences(text: str) -> Iterator[str]:
+    for sentence in _SENTENCE_END.split(text):
+        # The time of a form can grow with the square of the length.
+        yield from (sentence[start : start + _LONGEST] for start in range(0, len(sentence), _LONGEST))
 
 
 def _has_trigger(text: str) -> bool:
