@@ -4,16 +4,19 @@
     python benchmarks/curation.py --num_rows 1000000 --without_peer
     pip install 'datatrove[processing]'                               # for the comparison
 
-The conversations are sequences of words that are as frequent as in English (Zipf's law), a different one each. Of ten of
-them one is an exact duplicate of an earlier one but for case, and one has up to a tenth of its words edited. Both start
-from the same JSON lines, in a fresh process. The stage applies all rules that need no model, with 2,000 test prompts that
-must stay out; datatrove does its four MinHash steps (signatures, buckets, clusters, filter) on two processes.
+The conversations are sequences of words that are as frequent as in English (Zipf's law), a different one each. Of ten
+of them one is an exact duplicate of an earlier one but for case, and one has up to a tenth of its words edited. Both
+start from the same JSON lines, in a fresh process. The stage applies all rules that need no model, with 2,000 test
+prompts that must stay out; datatrove does its four MinHash steps (signatures, buckets, clusters, filter) on two
+processes. Beside the seconds by the clock, seconds of processor time, which do not depend on what else the machine
+does.
 """
 
 import argparse
 import json
 import os
 import random
+import resource
 import string
 import subprocess
 import sys
@@ -131,12 +134,14 @@ def measured(what: str, folder: Path) -> dict[str, float]:
     began = time.monotonic()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     process = subprocess.Popen([sys.executable, __file__, "--run", what, "--folder", str(folder)], env=environment)
-    sampler = Sampler(process.pid)
+    sampler, before = Sampler(process.pid), resource.getrusage(resource.RUSAGE_CHILDREN)
     if process.wait():
         raise SystemExit(f"{what} failed")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     peak, without_files = sampler.peaks["all"]
     return {
         "seconds": round(time.monotonic() - began, 1),
+        "processor_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
         "peak_gb": round(peak / 1e9, 2),
         "peak_gb_without_mapped_files": round(without_files / 1e9, 2),
     }
