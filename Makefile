@@ -6,7 +6,7 @@ VLLM ?= $(shell command -v vllm)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help setup test test-quick lint demo pipeline synthesize sft distill reward rlhf select warp evaluate chat serve
+.PHONY: help setup test test-quick lint demo pipeline synthesize curate sft distill reward rlhf select warp evaluate chat serve
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,6 +38,9 @@ pipeline: $(INSTALLED) ## all stages of recipes/$(RECIPE), to runs/$(RECIPE)
 
 synthesize: $(INSTALLED) ## SFT data written by a teacher: recipes/$(RECIPE) to runs/$(RECIPE)/synthesize
 	@$(BIN)/python -m gemma2_post.synthesize --config recipes/$(RECIPE)/synthesize.yaml $(ARGS)
+
+curate: $(INSTALLED) ## data without duplicates, test prompts, personal data: recipes/$(RECIPE) to runs/$(RECIPE)/curate
+	@$(BIN)/python -m gemma2_post.curate --config recipes/$(RECIPE)/curate.yaml $(ARGS)
 
 sft: $(INSTALLED) ## supervised fine-tuning: recipes/$(RECIPE) to runs/$(RECIPE)/sft
 	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until sft $(ARGS)

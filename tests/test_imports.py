@@ -15,6 +15,7 @@ FLOORS = [
     ["planning"],
     [*STAGES],
     ["training"],
+    ["curation"],
     ["evaluation"],
     ["weights"],
     ["data"],

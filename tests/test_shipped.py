@@ -15,13 +15,14 @@ from gemma2_post.stage.stages import command_of
 from gemma2_post.tiny.data import noise_ceiling, preferences
 
 PIPELINES = sorted(Path("recipes").glob("*/pipeline.yaml"))
-RECIPES = sorted(set(Path("recipes").glob("*/*.yaml")) - set(PIPELINES))
+CURATION = Path("recipes/tiny/curation.yaml")
+RECIPES = sorted({*Path("recipes").glob("*/*.yaml")} - {*PIPELINES, CURATION})
 SHARED = sorted(Path("recipes").glob("*/data/*.yaml"))
 
 
 def test_every_recipe_is_tested_here() -> None:
-    assert len(RECIPES) == 35 and len(PIPELINES) == 5
-    assert sorted(Path("recipes").rglob("*.yaml")) == sorted([*RECIPES, *PIPELINES, *SHARED])
+    assert len(RECIPES) == 41 and len(PIPELINES) == 5
+    assert sorted(Path("recipes").rglob("*.yaml")) == sorted([*RECIPES, *PIPELINES, CURATION, *SHARED])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=str)
@@ -90,13 +91,25 @@ def test_a_shipped_pipeline_names_recipes_stages_and_launchers_that_exist(path: 
     pipeline = load_pipeline(path)
     assert pipeline.run_dir == Path(f"runs/{path.parent.name}")
     for name, entry in pipeline.entries.items():
-        assert (path.parent / entry.recipe).is_file() and Path(f"gemma2_post/{name}.py").is_file()
+        assert (path.parent / entry.recipe).is_file() and Path(f"gemma2_post/{pipeline.stage_of(name)}.py").is_file()
         assert Path(entry.launch or pipeline.launch).is_file()
     read = {name: {other for _, other in pipeline.reads_of(name)} for name in pipeline.entries}
+    if "curate" in pipeline.entries:
+        assert all("curate" in read[name] for name in ("sft", "distill", "rlhf"))
+        assert "curate-preferences" in read["reward"]
+    read = {name: names - {"curate", "curate-preferences"} for name, names in read.items()}
     assert read["distill"] == {"sft"} and read["reward"] == {"sft", "distill"}
     assert read["rlhf"] == {"distill", "reward"} and read["warp"] == {"distill", "rlhf", "reward"}
     assert read["evaluate"] == {"sft", "distill", "reward", "rlhf", "warp"}
     assert pipeline.merged_by("warp") == "rlhf"
+
+
+def test_the_worth_of_curation_is_the_only_difference_of_two_trainings() -> None:
+    pipeline = load_pipeline(CURATION)
+    assert list(pipeline.reads_of("sft-curated")) == [("datasets", "curate")]
+    raw, curated = (load_recipe(CURATION.with_name(f"sft-{name}.yaml")) for name in ("raw", "curated"))
+    assert {name for name in raw if raw[name] != curated[name]} == {"datasets", "output_dir"}
+    assert raw["datasets"] == load_recipe(CURATION.with_name("curate.yaml"))["datasets"]
 
 
 def test_every_accelerate_config_is_read_by_accelerate_and_saves_what_it_shards() -> None:

@@ -148,6 +148,15 @@ def read_margin(row: Row, score_margin: float) -> tuple[float, bool]:
     return float(margin), is_tie
 
 
+def scores_of(row: Row) -> dict[str, float]:
+    """The scores of both answers, as `score_chosen` and `score_rejected`; none if the row has none."""
+    for name, other in _SCORES.items():
+        better, worse = _number(row, name), _number(row, other)
+        if better is not None and worse is not None:
+            return {"score_chosen": better, "score_rejected": worse}
+    return {}
+
+
 def _number(row: Row, column: str) -> float | None:
     """The number in a column, which in a CSV file is a text."""
     value = row.take(column)

@@ -59,6 +59,11 @@ def is_on_hub(path: str) -> bool:
     return not is_function(path) and not _is_local(path)
 
 
+def is_here(path: str) -> bool:
+    """Whether a path is a function, or files that exist: neither on the Hub, nor still to be made by a stage."""
+    return is_function(path) or is_glob(path) or Path(path).exists()
+
+
 def rows_of(source: Source, columns: set[str]) -> Iterator[dict[str, Any]]:
     """The rows of a source as they are; of tables, only these columns.
 

@@ -91,13 +91,16 @@ def _check_step(step: Step, launch: str, made: Models, is_here: bool) -> Job:
 def _check_unseen(job: Job, earlier: list[Job]) -> None:
     """Refuses test prompts that an earlier stage trains on or selects by, and selection prompts that one trains on."""
     read: dict[str, tuple[list[Source], RowFormat, str]] = {}
+    made = {str(each.folder) for each in earlier}
     for each in earlier:
-        if not each.command.is_test:
+        if not each.command.is_test and not each.command.is_filter:
             recipe = values_of(each.checked.recipe)
             for key, row_format in each.command.row_formats.items():
                 is_trained = key == "datasets" and each.trains
                 does = "trains on" if is_trained else "selects by"
                 for source in (recipe.get(key) or []) if is_trained or job.command.is_test else []:
+                    if source.path in made and not Path(source.path).exists():
+                        continue  # when it has been made, the stage before it has removed what is asked here
                     read.setdefault(f"{source} {row_format}", ([source], row_format, f"{each.label} {does}"))
     check_unseen(values_of(job.checked.recipe)["datasets"], job.command.row_formats["datasets"], read.values())
 
@@ -137,7 +140,8 @@ def _check_paths(command: Command, built: Any, values: dict[str, Any], made: Mod
     """Refuses missing data, functions, files and models; returns the configs of the models by key, None if unknown."""
     recipe = values_of(built)
     for key, row_format in command.row_formats.items():
-        if sources := recipe.get(key):
+        # What an earlier stage makes is checked by the stage that reads it.
+        if sources := [source for source in recipe.get(key) or [] if source.path not in made]:
             columns = recipe["columns"] or [] if key in ("datasets", "held_out_datasets") else []
             check_sources(sources, columns, row_format, recipe["max_invalid_share"])
     models: Models = {}

@@ -126,16 +126,19 @@ def forecast(
     found = []
     for _, steps in pipeline.steps(until):
         for step in steps:
-            named = [
-                each for value in step.values.values() for each in (value if isinstance(value, list) else [value])
-            ]
-            named += map(str, step.after)
+            named = [each for value in step.values.values() for each in _named(value)] + [*map(str, step.after)]
             reads = sorted(label for folder, label in made.items() if folder in named)
             decision = decide(pipeline, step, step.command.fingerprint(step.keys), choices.get(step.label))
             if (reads and choices.get(step.label) != Choice.KEEP) or decision.action.makes:
                 made[str(step.folder)] = step.label
             found.append((step, decision, reads))
     return found
+
+
+def _named(value: object) -> list[object]:
+    """The folders that a key may name: of a model, of several, or of sources of data."""
+    listed = value if isinstance(value, list) else [value]
+    return [each.get("path") if isinstance(each, dict) else each for each in listed]
 
 
 # --- what was replaced ---

@@ -22,7 +22,7 @@ def prepare(jobs: list[Job]) -> None:
     """
     tokenizer_of: dict[str, str] = {}
     seen = set()
-    for job in jobs:
+    for job in [each for each in jobs if not each.command.is_filter]:
         model = str(job.values[job.command.needed_models[0]])
         path = tokenizer_of[str(job.folder)] = tokenizer_of.get(model, model)
         recipe = values_of(job.checked.recipe)

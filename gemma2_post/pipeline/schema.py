@@ -7,7 +7,7 @@ import typing
 from dataclasses import MISSING
 from pathlib import Path
 
-from gemma2_post.pipeline.steps import PipelineRecipe, StageEntry, names_of_models
+from gemma2_post.pipeline.steps import PipelineRecipe, StageEntry, names_of_outputs
 from gemma2_post.stage import contract
 from gemma2_post.stage.command import Command
 from gemma2_post.stage.recipe import Key, keys_of
@@ -60,7 +60,7 @@ def pipeline_schema() -> Schema:
         "description": "The earlier stage, or stages, whose output this key of its recipe names.",
     }
     entry = {key.name: _property(key) for key in keys_of(StageEntry).values() if key.name != "reads"}
-    references = dict.fromkeys(names_of_models(), reference)
+    references = dict.fromkeys(names_of_outputs(), reference)
     references["policies"] = {
         "anyOf": [*reference["anyOf"], *entry["members"]["anyOf"]],
         "description": f"{reference['description']} For rlhf: its members.",

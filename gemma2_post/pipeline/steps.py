@@ -16,7 +16,7 @@ from gemma2_post.stage.bounds import COUNT, SEED, Bounds
 from gemma2_post.stage.command import Command
 from gemma2_post.stage.errors import UserError, located
 from gemma2_post.stage.overrides import Overrides, in_words
-from gemma2_post.stage.paths import model_keys
+from gemma2_post.stage.paths import data_keys, model_keys
 from gemma2_post.stage.recipe import build, key, keys_of
 from gemma2_post.stage.recipe_file import load_recipe, load_yaml, renamed
 from gemma2_post.stage.stages import STAGES, command_of
@@ -134,7 +134,8 @@ class Pipeline:
         return [str(folder / f"{what}-{i}") for i in range(len(members))] or [str(folder)]
 
     def named_by(self, value: object) -> str | None:
-        """The entry whose output folder a recipe names; None if it is no entry's."""
+        """The entry whose output folder a recipe names, as a model or as a source; None if it is no entry's."""
+        value = value.get("path") if isinstance(value, dict) else value
         if isinstance(value, str) and (folder := Path(os.path.normpath(value))).is_relative_to(self.named_dir):
             first = folder.relative_to(self.named_dir).parts[:1]
             return first[0] if first and first[0] in self.entries else None
@@ -150,7 +151,8 @@ class Pipeline:
         for i, overrides in enumerate(entry.overrides):
             for read, other in self._named_in(name, overrides):
                 yield f"{member_of(self.stage_of(name))} {i}: {read}", other
-        for read in model_keys(command_of(self.stage_of(name)).recipe):
+        recipe = command_of(self.stage_of(name)).recipe
+        for read in [*model_keys(recipe), *data_keys(recipe)]:
             if read not in entry.reads and not (read == "model_name_or_path" and MODEL in entry.reads):
                 for value in _listed(values.get(read)):
                     if other := self.named_by(value):
@@ -160,12 +162,18 @@ class Pipeline:
         """The recipe's keys that name outputs of earlier stages, with the folders of these in this run."""
         entry, values = self.entries[name], self.values_of(name)
         found: dict[str, object] = {}
-        for read in model_keys(command_of(self.stage_of(name)).recipe):
+        recipe = command_of(self.stage_of(name)).recipe
+        for read in model_keys(recipe):
             if any(map(self.named_by, _listed(values.get(read)))):
                 found[read] = self._moved(values[read])
+        for read in data_keys(recipe):
+            if any(map(self.named_by, _listed(values.get(read)))):
+                found[read] = [self._moved_source(source) for source in values[read]]
         for read, names in entry.reads.items():
             read = "model_name_or_path" if read == MODEL else read
-            if isinstance(names, list):
+            if read in data_keys(recipe):
+                found[read] = [{"path": str(self.run_dir / other)} for other in _listed(names)]
+            elif isinstance(names, list):
                 found[read] = [folder for other in names for folder in self._folders_of(other)]
             else:
                 found[read] = str(self.run_dir / names)
@@ -206,6 +214,10 @@ class Pipeline:
         if isinstance(value, list):
             return [folder for each in value for folder in self._folders(each)]
         return self._folders(value, expands=False)[0]
+
+    def _moved_source(self, source: object) -> object:
+        """A source, with its path moved to this run's folder if it is an entry's output."""
+        return source | {"path": self._moved(source["path"])} if isinstance(source, dict) else source
 
     def _folders(self, value: object, expands: bool = True) -> list:
         name = self.named_by(value)
@@ -405,7 +417,7 @@ def _entry(name: str, values: dict[str, object]) -> StageEntry:
         if (stage := values.get("stage") or name) not in STAGES:
             raise UserError(f"there is no stage {stage}; write stage: and one of {', '.join(STAGES)}")
         values = _with_members(values, stage)
-        reads = {read: value for read, value in values.items() if read in names_of_models()}
+        reads = {read: value for read, value in values.items() if read in names_of_outputs()}
         for read, value in reads.items():
             if not all(isinstance(each, str) for each in _listed(value)):
                 raise UserError(f"{read} is {value!r}; write the name of an earlier stage, or a list of names")
@@ -459,9 +471,10 @@ def member_of(stage: str) -> str:
     return "policy" if "policy" in keys_of(command_of(stage).recipe, of_libraries=False) else "member"
 
 
-def names_of_models() -> list[str]:
-    """The keys by which an entry may name earlier stages: every stage's keys that name models."""
-    return list(dict.fromkeys([MODEL, *(key for name in STAGES for key in model_keys(command_of(name).recipe))]))
+def names_of_outputs() -> list[str]:
+    """The keys by which an entry may name earlier stages: every stage's keys that name models or data."""
+    recipes = [command_of(name).recipe for name in STAGES]
+    return list(dict.fromkeys([MODEL, *(key for each in recipes for key in [*model_keys(each), *data_keys(each)])]))
 
 
 def _listed(value: object) -> list:

@@ -7,7 +7,7 @@ from typing import Any
 
 from gemma2_post.data.keys import Source
 from gemma2_post.data.rows import RowFormat
-from gemma2_post.data.sources import is_on_hub, rows_of
+from gemma2_post.data.sources import is_here, rows_of
 from gemma2_post.data.turns import InvalidRow, Message
 from gemma2_post.models.loading import load_config
 from gemma2_post.models.tokenizer import load_tokenizer
@@ -75,10 +75,10 @@ def lengths(tokens: Iterable[int]) -> Lengths:
 def read(sources: list[Source], row_format: RowFormat, columns: list[str]) -> tuple[int | None, list[dict[str, Any]]]:
     """The number of rows of a mixture (see `data.sources.load_mixture`) and its first valid rows, as they are read.
 
-    The number is None if there are no sources, or some are on the Hub; these are not looked at.
+    The number is None if there are no sources, or some are on the Hub or still to be made; these are not looked at.
     """
     sizes, first = [], []
-    local = [each for each in sources if not is_on_hub(each.path)]
+    local = [each for each in sources if is_here(each.path)]
     for source in local:
         rows = rows_of(source, {*row_format.columns, *columns})
         size = 0

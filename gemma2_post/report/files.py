@@ -29,6 +29,15 @@ class Files:
             self.left_out.append(f"{path}, {damaged[0]}{more}")
         return [each for each in records if not isinstance(each, ValueError)]
 
+    def record(self, path: Path, keys: contract.Keys) -> dict[str, Any] | None:
+        """The JSON object in a file that has these keys; None if it is missing or damaged."""
+        try:
+            found: dict[str, Any] | None = contract.read_json(path, keys)
+        except UserError as error:
+            self.left_out.append(str(error).partition(";")[0])
+            return None
+        return found
+
     def done(self, folder: Path) -> dict[str, Any] | None:
         """The stage file of a finished stage; None if there is none that can be read."""
         try:

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from gemma2_post.pipeline.gates import passes
-from gemma2_post.report import models
+from gemma2_post.report import curation, models
 from gemma2_post.report.files import Files
 from gemma2_post.report.terminal import duration
 from gemma2_post.stage import contract
@@ -68,6 +68,11 @@ def write(run_dir: Path, summary: dict, rows: list[dict], files: Files) -> list[
         "date": date.today().isoformat(),
         "stages": stages,
         "pictured": [stage for stage in reversed(stages) if stage.pictures],
+        "curations": [
+            found
+            for name, each in done.items()
+            if each["stage"] == "curate" and (found := curation.read(name, run_dir / name, files))
+        ],
         "grader": summary["grader"],
         "models": [models.title(name, summary["models"]) for name in summary["models"]],
         "measures": models.measures(summary["models"], summary["grader"]),

@@ -104,6 +104,8 @@ class Command(Generic[R]):
     """Whether a recipe file is required; if not, the command line can give all keys."""
     row_formats: Mapping[str, Any] = field(default_factory=dict)
     """For each key that names data: the `RowFormat` (of `data/rows.py`) that its rows are read as."""
+    is_filter: bool = False
+    """Whether it reads its data only to remove rows from it: invalid ones, and what other stages test on."""
     is_test: bool = False
     """Whether it measures on prompts that no earlier stage of a pipeline may have read."""
     is_selection: bool = False

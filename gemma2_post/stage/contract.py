@@ -32,6 +32,8 @@ KNOWN_SETS = "reward_benchmarks.json"
 """Also written by it: how often the reward model is right on known sets."""
 CHOICE = "select.json"
 """What a selection writes: the candidates, the chosen one, and why."""
+CURATION = "curation.json"
+"""What a curation has removed and kept, for the report."""
 FAILED = "failed.json"
 """Of an evaluation that is not finished: the reason why a part of it could not be measured, by part."""
 PROGRESS = "progress"
@@ -42,7 +44,7 @@ _PACKAGE = Path(__file__).parents[1]
 _CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
 _LEFT_OVER = re.compile(r"\.(.+\.tmp|discarded-.+)")
 """Names of what a kill leaves of a file that was being written, or of a folder that was being deleted."""
-RECORDS = {DONE, BEGUN, HOW_FAR, "log.jsonl", "watch.jsonl", "answers.jsonl"} | {
+RECORDS = {DONE, BEGUN, HOW_FAR, CURATION, "log.jsonl", "watch.jsonl", "answers.jsonl", "removed.parquet"} | {
     f"{name}.json"
     for name in ("before", "metrics", "merge", "front", "models", "gains", "reward_benchmarks", "select", "greedy")
 }

@@ -58,6 +58,16 @@ def model_keys(recipe_class: type) -> list[str]:
     return [key for key, hint in _path_hints(recipe_class).items() if Kind.MODEL in _kinds(hint)]
 
 
+def data_keys(recipe_class: type) -> list[str]:
+    """The keys of a recipe that name sources of data."""
+    return [
+        key
+        for key, hint in _path_hints(recipe_class).items()
+        for part in _alternatives(hint)
+        if is_dataclass(part) and Kind.DATA in _kinds(typing.get_type_hints(part, include_extras=True).get("path"))
+    ]
+
+
 def references(recipe_class: type, values: dict[str, object]) -> Iterator[Reference]:
     """Everything that a recipe names, in the order of its keys, except models behind an endpoint."""
     hints = _path_hints(recipe_class)

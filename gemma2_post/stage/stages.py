@@ -6,6 +6,7 @@ from gemma2_post.stage.command import Command
 
 STAGES = {
     "synthesize": "gemma2_post.synthesize",
+    "curate": "gemma2_post.curate",
     "sft": "gemma2_post.sft",
     "distill": "gemma2_post.distill",
     "reward": "gemma2_post.reward",
