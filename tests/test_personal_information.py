@@ -253,6 +253,7 @@ def test_numbers_that_are_nobodys(text: str) -> None:
         ("2001:db8::1 and 192.0.2.7 are for documentation", 0),
         ("127.0.0.1 10.0.0.3 255.255.255.0", 0),
         ("section 2.3.1.4", 0),
+        ("the host at \u0661\u0662\u0663.\u0662.\u0663.\u0664 in Arabic digits", 0),
         ('the sections "8.2.4.44 Bogus comment state"', 0),
         ("the multicast address 224.1.2.3", 0),
         ("it came from 2a02:908::, our network", 1),

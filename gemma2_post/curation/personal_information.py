@@ -366,8 +366,8 @@ def _phone_numbers(text: str, regions: list[tuple[int, int]], countries: Sequenc
 
 # IP addresses
 
-_OCTETS = re.compile(r"\.\d{1,3}\.\d{1,3}\.\d")
-_IPV4 = re.compile(r"\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d|-\d)")
+_OCTETS = re.compile(r"\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]")
+_IPV4 = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?!\w|\.[0-9]|-[0-9])")
 _IPV6 = re.compile(r"[23][0-9a-fA-F]{3}:[0-9a-fA-F:]{2,34}(?![\w:])")
 _INSIDE = re.compile(r"[\w.:-]$|(?:^|[^/:])/$")
 """What stands before a part of something longer, or before a version (`Chrome/69.0.34.12`)."""
