@@ -312,8 +312,8 @@ def _national_ids(text: str, regions: list[tuple[int, int]], countries: Sequence
 _PHONE = re.compile(r"(?<![\w.,$€£=/#<-])(?:\+(?=\d|\()|\(|\d)[\d ().\-/]{5,22}\d(?!\w|[.,:]\d|[%€$]| ?[=*+>])")
 _FORMATTED = re.compile(r"(?:1[ .-])?\(\d{3}\) ?\d{3}[ .-]\d{4}|(?:1[ .-])?\d{3}([.-])\d{3}\1\d{4}")
 """North America's own forms, which hardly anything else has."""
-_NO_PHONE = re.compile(r"[ .\-/]{3}|\d{4}[-/.]\d\d[-/.]\d\d(?!\d)|^\(?555[ .-]?\d{4}$|^[1-9]\d+ ?/")
-"""Dates, fractions, arithmetic, and the 555 exchange without an area."""
+_NO_PHONE = re.compile(r"[ .\-/]{3}|\d{4}[-/.]\d\d[-/.]\d\d(?!\d)|^\(?555[ .-]?\d{4}$|^[1-9]\d+ ?/|\.\d$")
+"""Dates, fractions, decimals, and the 555 exchange without an area."""
 _PHONE_WORDS = re.compile(
     r"(?i)\b(?:tele)?(?:ph|f)ones?\b|\btel\b|\bcall(?:ed|ing)?\b|\bmobile|\bcell(?: ?phone)?\b|\bwhatsapp|\bfax\b"
     r"|\bsms\b|\btext me\b"
@@ -366,13 +366,15 @@ def _phone_numbers(text: str, regions: list[tuple[int, int]], countries: Sequenc
 
 # IP addresses
 
-_OCTETS = re.compile(r"\.\d{1,3}\.\d{1,3}\.\d")
-_IPV4 = re.compile(r"\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d|-\d)")
+_OCTETS = re.compile(r"\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]")
+_IPV4 = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?!\w|\.[0-9]|-[0-9])")
 _IPV6 = re.compile(r"[23][0-9a-fA-F]{3}:[0-9a-fA-F:]{2,34}(?![\w:])")
 _INSIDE = re.compile(r"[\w.:-]$|(?:^|[^/:])/$")
 """What stands before a part of something longer, or before a version (`Chrome/69.0.34.12`)."""
-_RESOLVERS = set("8.8.8.8 8.8.4.4 1.1.1.1 1.0.0.1 9.9.9.9 208.67.222.222 208.67.220.220".split())
-_VERSION = re.compile(r"(?i)(?:\bv|version|release|build|firmware|driver|section|chapter|§)[ .:]*$")
+_EXAMPLE_ADDRESSES = set(
+    "1.2.3.4 5.6.7.8 8.8.8.8 8.8.4.4 1.1.1.1 1.0.0.1 9.9.9.9 208.67.222.222 208.67.220.220".split()
+)
+_VERSION = re.compile(r"(?i)(?:\bv|version|release|build|firmware|driver|sections?|chapters?|§)[ .:\"']*$")
 _IP_WORDS = re.compile(
     r"(?i)\bIP(?:v4)?\b|address|server|host|ping|ssh|https?:|\bDNS\b|login|logged|network|subnet|router"
 )
@@ -384,21 +386,26 @@ def _ip_addresses(text: str) -> Spans:
         if (
             max(octets) < 256
             and not _INSIDE.search(text, max(0, match.start() - 2), match.start())
-            and match[0] not in _RESOLVERS
+            and match[0] not in _EXAMPLE_ADDRESSES
             and not any(octet.startswith("0") and octet != "0" for octet in match[0].split("."))
-            and ipaddress.ip_address(match[0]).is_global
+            and _is_public(ipaddress.ip_address(match[0]))
             and not _VERSION.search(text, max(0, match.start() - 20), match.start())
             # Four small numbers are a version or a section, unless the text speaks of the network.
             and (max(octets) >= 32 or _has_context(_IP_WORDS, text, *match.span()))
         ):
             yield match.span()
     for match in _IPV6.finditer(text) if "::" in text or text.count(":") > 6 else ():
+        number = match[0] if match[0].endswith("::") else match[0].rstrip(":")
         try:
-            address = ipaddress.IPv6Address(match[0].rstrip(":") if not match[0].endswith("::") else match[0])
+            address = ipaddress.ip_address(number)
         except ValueError:
             continue
-        if address.is_global and not _INSIDE.search(text, max(0, match.start() - 2), match.start()):
-            yield match.start(), match.start() + len(match[0].rstrip(":"))
+        if _is_public(address) and not _INSIDE.search(text, max(0, match.start() - 2), match.start()):
+            yield match.start(), match.start() + len(number)
+
+
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    return address.is_global and not address.is_multicast
 
 
 # Street addresses
@@ -486,7 +493,11 @@ _SECRETS = [
     ("api_key", "key-", r"\bkey-[0-9a-f]{32}\b"),  # Mailgun
     ("api_key", "AccountKey=", r"\bAccountKey=[A-Za-z0-9+/=]{80,}"),  # Azure
     ("access_token", "AA", r"\b\d{8,10}:AA[\w-]{33}\b"),  # Telegram
-    ("password", "://", r"(?<=://)[^\s:/?#\[\]@'\"<>]{1,40}:[^\s:/?#\[\]@'\"<>]{4,60}(?=@[\w.-]+)"),
+    (
+        "password",
+        "://",
+        r"(?<=://)[^\s:/?#\[\]@'\"<>]{1,40}:[^\s:/?#\[\]@'\"<>]{4,60}(?=@(?!localhost|127\.|example\.|host\b)[\w.-]+)",
+    ),
 ]
 _SECRET_PATTERNS = [(kind, literal, re.compile(pattern)) for kind, literal, pattern in _SECRETS]
 _ASSIGNED = re.compile(
