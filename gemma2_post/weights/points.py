@@ -246,7 +246,8 @@ def write_beside(directory: Path, merge: Merge, rule: Rule, eta: float) -> None:
     account = (
         f"{number} {'policy' if number == 1 else 'policies'}, trained from `{init}`, merged by `{rule}` of their task "
         f"vectors with one angle for each {merge.args.angles}; then (1 - eta) `{towards}` + eta merged, with eta\n"
-        f"{eta:g} ([WARP](https://arxiv.org/abs/2406.16768)). Computed in fp32, rounded once to {merge.args.save_dtype}."
+        f"{eta:g} ([WARP](https://arxiv.org/abs/2406.16768)).\nComputed in fp32, rounded once to "
+        f"{merge.args.save_dtype}."
     )
     card.begin(directory, "A WARP merge", merge.init.name, "warp", account)
 
