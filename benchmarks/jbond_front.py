@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arms", choices=list(ARMS), nargs="+", default=["rloo", "jbond"])
-    parser.add_argument("--kls", type=float, nargs="+", default=[0.1, 0.2, 0.5, 1.0])
+    parser.add_argument("--kls", type=float, nargs="+", default=[0.1, 0.2, 0.3])
     parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--max_steps", type=int, default=30)
     parser.add_argument("--num_watched", type=int, default=120)
