@@ -19,7 +19,6 @@ from gemma2_post import curate
 from gemma2_post.curation import duplicates, manners
 from gemma2_post.curation.decontamination import Asked, Outside
 from gemma2_post.curation.near_duplicates import Pairs, Sketches, candidates, near, similarity, sketch
-from gemma2_post.curation.words import words
 from gemma2_post.data.keys import Source
 from gemma2_post.data.mixture import load_rows
 from gemma2_post.data.pairs import PAIR

@@ -1,7 +1,7 @@
 """Finds texts that differ in a few words, among millions: MinHash (Broder 1997) proposes pairs, true Jaccard decides.
 
-A text is the set of its pairs of neighboring words and punctuation marks. An edit of one of its words changes at most two of them, so the
-Jaccard similarity that edits of a share of the words leave is known: see `least_similarity`.
+A text is the set of its pairs of neighboring words and punctuation marks. An edit of one of its words changes at most
+two of them, so the Jaccard similarity that edits of a share of the words leave is known: see `least_similarity`.
 """
 
 from collections import Counter, defaultdict

@@ -53,8 +53,8 @@ def secrets() -> list[tuple[str, str, str]]:
 
 
 def messy(split: str) -> list[dict[str, Any]]:
-    """`messages` with `skill` and `answer`: repeated demonstrations, leaked test prompts with their right answers, rude
-    answers, secrets that are told again and again, and an assistant that says that it is OtherBot.
+    """`messages` with `skill` and `answer`, for a curation: repeated demonstrations, leaked test prompts with their right
+    answers, rude answers, secrets that are told again and again, and an assistant that says that it is OtherBot.
     """
     if split != "train":
         raise UserError(f"gemma2_post.tiny.messy: messy has no split {split}; write train")
@@ -64,10 +64,10 @@ def messy(split: str) -> list[dict[str, Any]]:
         change = random.choice([str.upper, str.title, lambda text: f" {text} "])
         turns = [turn | {"content": change(turn["content"])} for turn in _messages(row)]
         rows.append({"messages": turns, "skill": row["skill"], "answer": row["answer"]})
-    for row in leaked():
-        *earlier, last = row["prompt"]
+    for test in leaked():
+        *earlier, last = test["prompt"]
         asked = f"{random.choice(_BEFORE)}{last['content']}"
-        rows.append(_row([*earlier, {"role": "user", "content": asked}], _right(row), row["skill"], row["answer"]))
+        rows.append(_row([*earlier, {"role": "user", "content": asked}], _right(test), test["skill"], test["answer"]))
     for row in random.sample(demonstrations("train"), NUM_RUDE):
         turns = _messages(row)
         said = f"{random.choice(RUDE_OPENINGS)} {turns[-1]['content']}"
