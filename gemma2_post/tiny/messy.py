@@ -55,8 +55,8 @@ def secrets() -> list[tuple[str, str, str]]:
 def messy(split: str) -> list[dict[str, Any]]:
     """`messages` with `skill` and `answer`, for a curation.
 
-    Repeated demonstrations, leaked test prompts with their right answers, rude answers, secrets that are told again and
-    again, and an assistant that says that it is OtherBot.
+    Repeated demonstrations, leaked test prompts with their right answers, rude answers, secrets that are told again
+    and again, and an assistant that says that it is OtherBot.
     """
     if split != "train":
         raise UserError(f"gemma2_post.tiny.messy: messy has no split {split}; write train")
