@@ -479,9 +479,11 @@ def test_killed_again_and_again_no_answer_is_sampled_and_no_verdict_asked_twice(
     command = [sys.executable, "-m", "gemma2_post.evaluate", "--config", str(tmp_path / "evaluate.yaml")]
     (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(values))
     for is_last in (False, False, False, True):
-        running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        with open(tmp_path / "log", "w") as log:
+            running.append(subprocess.Popen(command, stdout=log, stderr=log))
         assert running[-1].wait() == (0 if is_last else -signal.SIGKILL)
     assert not killing and away_until
+    assert (tmp_path / "log").read_text().count("out of reach or busy; its requests are asked again") == 1
     output = Path(evaluate_recipe["output_dir"])
     answers = (output.with_name("measured") / "answers.jsonl").read_bytes()
     assert [json.loads(line)["model"] for line in answers.splitlines()] == values["models"]

@@ -1,7 +1,10 @@
 """Answers from an OpenAI-compatible endpoint: your own vLLM server, or a provider's."""
 
 import json
+import logging
+import math
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -15,6 +18,8 @@ from gemma2_post.data.turns import Message
 from gemma2_post.evaluation.keys import EndpointArguments
 from gemma2_post.stage.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 FIRST_REFUSALS = 20
 """This many refusals without any answer mean that the endpoint is at fault, not the requests."""
 _THIS_REQUEST_ONLY = {400, 403, 413, 422}
@@ -24,6 +29,22 @@ _THIS_REQUEST_ONLY = {400, 403, 413, 422}
 class RefusedError(Exception):
     """The endpoint will never answer this one request (too long, or against its rules)."""
 
+
+class _SaysThatItIsAway(logging.Handler):
+    """Says on the screen that requests are retried, once in `_SECONDS_BETWEEN` seconds; the client only notes it."""
+
+    said = -math.inf
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "Retrying request" in record.getMessage() and time.monotonic() >= self.said + _SECONDS_BETWEEN:
+            self.said = time.monotonic()
+            logger.warning("an endpoint is out of reach or busy; its requests are asked again")
+
+
+_SECONDS_BETWEEN = 60
+_client_log = logging.getLogger("openai._base_client")
+_client_log.setLevel(logging.INFO)
+_client_log.addHandler(_SaysThatItIsAway())
 
 JUDGE_RETRIES = 10
 """Additional attempts to ask a judge."""
