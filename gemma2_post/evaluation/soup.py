@@ -63,5 +63,7 @@ def of_best(merge: Merge, by: str, measurement: Measurement, cache: Path) -> Mer
 def subset(merge: Merge, members: list[int]) -> Merge:
     """The merge of some of its members."""
     args = replace(merge.args, policies=[merge.args.names[i] for i in members])
-    policies, adapters = ([each[i] for i in members if each] for each in (merge.policies, merge.adapters))
-    return replace(merge, args=args, policies=policies, adapters=adapters)
+    policies = [merge.policies[i] for i in members if merge.policies]
+    return replace(
+        merge, args=args, policies=policies, adapters=[merge.adapters[i] for i in members if merge.adapters]
+    )

@@ -148,8 +148,8 @@ class Pipeline:
         for read, names in entry.reads.items():
             yield from ((read, _first(other)) for other in _listed(names))
         for i, overrides in enumerate(entry.overrides):
-            for read, other in self._named_in(name, overrides):
-                yield f"{member_of(self.stage_of(name))} {i}: {read}", other
+            label = f"{member_of(self.stage_of(name))} {i}"
+            yield from ((f"{label}: {read}", other) for read, other in self._named_in(name, overrides))
         for read in model_keys(command_of(self.stage_of(name)).recipe):
             if read not in entry.reads and not (read == "model_name_or_path" and MODEL in entry.reads):
                 for value in _listed(values.get(read)):
@@ -363,7 +363,7 @@ def _with_candidates(pipeline: Pipeline, name: str, entries: dict[str, StageEntr
     entry = entries[name]
     if (entry.stage or name) != "select":
         return {name: entry}
-    values = load_recipe(pipeline.path.parent / entry.recipe) | pipeline.set_keys.get(name, {})
+    values: dict[str, Any] = load_recipe(pipeline.path.parent / entry.recipe) | pipeline.set_keys.get(name, {})
     stage, recipe = values.get("select"), values.get("recipe")
     if stage not in get_args(Selected):
         raise UserError(f"{entry.recipe}: select is {stage!r}; write one of {', '.join(get_args(Selected))}")
@@ -591,8 +591,10 @@ def _members(pipeline: Pipeline, name: str, output: str, first: int, model: str 
 
 def _own_keys(pipeline: Pipeline, name: str, overrides: Overrides, seeds_on: int = 0) -> dict[str, object]:
     """What overrides change in the keys of a step; their seed is that of the training alone."""
-    values = pipeline.resolved(name, overrides)
-    return values | {"training_seed": values.pop("seed") + seeds_on} if "seed" in values else values
+    values: dict[str, Any] = pipeline.resolved(name, overrides)
+    if "seed" in values:
+        values["training_seed"] = values.pop("seed") + seeds_on
+    return values
 
 
 def _apart(pipeline: Pipeline, name: str) -> int:
