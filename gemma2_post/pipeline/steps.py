@@ -605,7 +605,9 @@ def _members(pipeline: Pipeline, name: str, output: str, first: int, model: str 
 def _own_keys(pipeline: Pipeline, name: str, overrides: Overrides, seeds_on: int = 0) -> dict[str, object]:
     """What overrides change in the keys of a step; their seed is that of the training alone."""
     values: dict[str, Any] = pipeline.resolved(name, overrides)
-    return values | {"training_seed": values.pop("seed") + seeds_on} if "seed" in values else values
+    if "seed" in values:
+        values["training_seed"] = values.pop("seed") + seeds_on
+    return values
 
 
 def _apart(pipeline: Pipeline, name: str) -> int:
