@@ -43,8 +43,8 @@ def secrets() -> list[tuple[str, str, str]]:
         name = NAMES[number % len(NAMES)]
         if number % 2:
             digits = [4, *(random.randrange(10) for _ in range(14))]
-            doubled = [sum(divmod(2 * digit, 10)) if place % 2 == 0 else digit for place, digit in enumerate(digits)]
-            digits.append(-sum(doubled) % 10)  # Luhn's check digit
+            doubled = [sum(divmod(2 * each, 10)) for each in digits[::2]]
+            digits.append(-sum([*doubled, *digits[1::2]]) % 10)  # Luhn's check digit
             text = "".join(map(str, digits))
             found.append((name, "card number", " ".join(text[i : i + 4] for i in range(0, 16, 4))))
         else:
