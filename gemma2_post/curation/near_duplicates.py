@@ -1,8 +1,8 @@
 """Finds rows that differ in a few words, among millions: MinHash (Broder 1997) proposes pairs, true Jaccard decides.
 
-A text is the set of its pairs of neighboring words and punctuation marks. An edit of one of its words changes at most
-two of them, so the Jaccard similarity that edits of a share of the words leave is known: see `least_similarity`. Answers
-must be similar by themselves, too: two short answers to a long prompt may say the opposite.
+A text is the set of its pairs of neighboring words and punctuation marks. An edit of one of its words changes two of
+them at most, so the Jaccard similarity that edits of a share of the words leave is known: see `least_similarity`.
+Answers must be similar by themselves, too: two short answers to a long prompt may say the opposite.
 """
 
 from collections import Counter, defaultdict

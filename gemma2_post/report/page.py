@@ -69,9 +69,9 @@ def write(run_dir: Path, summary: dict, rows: list[dict], files: Files) -> list[
         "stages": stages,
         "pictured": [stage for stage in reversed(stages) if stage.pictures],
         "curations": [
-            found
-            for name, each in done.items()
-            if each["stage"] == "curate" and (found := curation.read(name, run_dir / name, files))
+            each
+            for name in done
+            if done[name]["stage"] == "curate" and (each := curation.read(name, run_dir / name, files))
         ],
         "grader": summary["grader"],
         "models": [models.title(name, summary["models"]) for name in summary["models"]],
