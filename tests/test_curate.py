@@ -88,9 +88,19 @@ def test_short_texts_must_have_the_same_words() -> None:
 
 def test_chosen_and_rejected_the_other_way_round_are_no_duplicate() -> None:
     first, second = texts(2, 60)
-    sketches = sketch([[first, second], [second, first], [first, second]])
+    sketches = sketch([["Who?", first, second], ["Who?", second, first], ["Who?", first, second]])
     assert sketches.bands[0].tolist() == sketches.bands[2].tolist() != sketches.bands[1].tolist()
     assert similarity(sketches.pairs_of(0), sketches.pairs_of(1)) < 0.2
+
+
+def test_different_short_answers_to_a_long_prompt_are_no_duplicates() -> None:
+    (prompt,) = texts(1, 100)
+    talks = [[prompt, "It is offensive."], [prompt, "It is not offensive at all."], [prompt, "it is offensive"]]
+    sketches = sketch(talks)
+    members, groups = candidates(sketches.bands)
+    pairs = Pairs(np.arange(3), [(sketches.pairs_of(i), int(sketches.num_words[i])) for i in range(3)])
+    found = [each for each in near(members, groups, pairs, np.arange(3), 0.1) if each]
+    assert [each[:2] for each in found] == [(2, 0)]
 
 
 def test_which_row_stays_is_by_rank() -> None:

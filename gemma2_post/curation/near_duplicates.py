@@ -1,7 +1,8 @@
-"""Finds texts that differ in a few words, among millions: MinHash (Broder 1997) proposes pairs, true Jaccard decides.
+"""Finds rows that differ in a few words, among millions: MinHash (Broder 1997) proposes pairs, true Jaccard decides.
 
-A text is the set of its pairs of neighboring words and punctuation marks. An edit of one of its words changes at most
-two of them, so the Jaccard similarity that edits of a share of the words leave is known: see `least_similarity`.
+A text is the set of its pairs of neighboring words and punctuation marks. An edit of one of its words changes two of
+them at most, so the Jaccard similarity that edits of a share of the words leave is known: see `least_similarity`.
+Answers must be similar by themselves, too: two short answers to a long prompt may say the opposite.
 """
 
 from collections import Counter, defaultdict
@@ -21,7 +22,8 @@ _MOST_COMPARED = 100
 """Texts that a text is compared with, those with the most common bands first. Near duplicates share some six bands;
 texts with the same long introduction share one, but there may be thousands of them."""
 _SEED = 42
-_OTHER_SIDE = np.uint64(0xA5A5A5A5A5A5A5A5)
+_SIDES = np.array([0, 0, 0xA5A5A5A5A5A5A5A5], np.uint64)
+"""What tells a rejected answer from a prompt and an answer."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Sketches:
     bands: np.ndarray
     """uint32 [texts, NUM_BANDS]; equal bands make a candidate pair. Texts without words have no meaningful bands."""
     pairs: np.ndarray
-    """uint32, the hashes of each text's pairs of neighboring words, sorted, one text after the other."""
+    """uint32, the hashes of each text's pairs of neighboring words, sorted, one text after the other; those in answers
+    are odd, those in prompts even."""
     ends: np.ndarray
     """int64 [texts], where each text's pairs end."""
     num_words: np.ndarray
@@ -49,8 +52,8 @@ def sketch(texts: Iterable[Sequence[str]]) -> Sketches:
     """The sketches of texts, each given in parts.
 
     Args:
-        texts: Parts at even places (a conversation) and at odd places (a rejected answer) differ, even if their words
-            are the same.
+        texts: Each a prompt, or a prompt and what answers it, or also a rejected answer; equal words in different
+            parts differ.
     """
     from rensa import RMinHash  # its threads do not survive a fork, so only the forked processes import it
 
@@ -59,10 +62,12 @@ def sketch(texts: Iterable[Sequence[str]]) -> Sketches:
         tokens = [words(part, with_marks=True) for part in parts]
         hashes = [hashes_of(each) for each in tokens]
         several = [
-            (ngrams(each, 2) if len(each) > 1 else each) ^ _OTHER_SIDE * np.uint64(place % 2)
+            (((ngrams(each, 2) if len(each) > 1 else each) ^ _SIDES[place]) >> np.uint64(32)).astype(np.uint32)
+            & np.uint32(0xFFFFFFFE)
+            | np.uint32(place > 0)
             for place, each in enumerate(hashes)
         ]
-        found.append(np.unique((np.concatenate(several) >> np.uint64(32)).astype(np.uint32)))
+        found.append(np.unique(np.concatenate(several)))
         num_words.append(sum(token[0].isalnum() for each in tokens for token in each))
     pairs = np.concatenate(found) if found else np.empty(0, np.uint32)
     ends = np.cumsum([len(each) for each in found], dtype=np.int64)
@@ -120,7 +125,13 @@ def similarity_if_near(
     if smaller < least * larger:
         return None
     found = similarity(first, second)
-    return found if found >= least else None
+    return found if found >= least and _have_near_answers(first, second) else None
+
+
+def _have_near_answers(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether more than `LEAST_SIMILARITY` of what is in answers is in both; also if there are no answers."""
+    answers, others = first[first & 1 == 1], second[second & 1 == 1]
+    return not (len(answers) or len(others)) or similarity(answers, others) > LEAST_SIMILARITY
 
 
 def candidates(bands: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

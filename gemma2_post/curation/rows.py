@@ -107,7 +107,7 @@ class Said:
     wanted: list[Message]
     """Without the rejected answer of a pair."""
     parts: list[str]
-    """Its text for comparing: of a pair the conversation with the chosen answer, and the rejected answer."""
+    """Its text for comparing: what the user says, what the assistant answers, and the rejected answer of a pair."""
 
     @property
     def users(self) -> list[str]:
@@ -128,15 +128,16 @@ class Said:
 def said(row: dict[str, Any]) -> Said:
     """What is said in a row that `read` has returned."""
     if "messages" in row:
-        return Said(row["messages"], row["messages"], [_text(row["messages"])])
+        return Said(row["messages"], row["messages"], _by_role(row["messages"]))
     if "chosen" in row:
         wanted = [*row["prompt"], *row["chosen"]]
-        return Said([*wanted, *row["rejected"]], wanted, [_text(wanted), _text(row["rejected"])])
-    return Said(row["prompt"], row["prompt"], [_text(row["prompt"])])
+        return Said([*wanted, *row["rejected"]], wanted, [*_by_role(wanted), *_by_role(row["rejected"])[1:]])
+    return Said(row["prompt"], row["prompt"], _by_role(row["prompt"]))
 
 
-def _text(turns: list[Message]) -> str:
-    return "\n".join(turn["content"] for turn in turns)
+def _by_role(turns: list[Message]) -> list[str]:
+    """What the user says, and what the assistant says."""
+    return ["\n".join(turn["content"] for turn in turns if turn["role"] == role) for role in ("user", "assistant")]
 
 
 def rewritten(row: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:

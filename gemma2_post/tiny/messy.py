@@ -43,8 +43,8 @@ def secrets() -> list[tuple[str, str, str]]:
         name = NAMES[number % len(NAMES)]
         if number % 2:
             digits = [4, *(random.randrange(10) for _ in range(14))]
-            doubled = [sum(divmod(2 * digit, 10)) if place % 2 == 0 else digit for place, digit in enumerate(digits)]
-            digits.append(-sum(doubled) % 10)  # Luhn's check digit
+            doubled = [sum(divmod(2 * each, 10)) for each in digits[::2]]
+            digits.append(-sum([*doubled, *digits[1::2]]) % 10)  # Luhn's check digit
             text = "".join(map(str, digits))
             found.append((name, "card number", " ".join(text[i : i + 4] for i in range(0, 16, 4))))
         else:
@@ -53,27 +53,27 @@ def secrets() -> list[tuple[str, str, str]]:
 
 
 def messy(split: str) -> list[dict[str, Any]]:
-    """`messages` with `skill` and `answer`, for a curation.
+    """`messages` with `skill` and `answer`, of five kinds, shuffled.
 
     Repeated demonstrations, leaked test prompts with their right answers, rude answers, secrets that are told again
     and again, and an assistant that says that it is OtherBot.
     """
     if split != "train":
         raise UserError(f"gemma2_post.tiny.messy: messy has no split {split}; write train")
-    random = Random("messy")
-    rows = []
-    for row in random.sample(demonstrations("train"), NUM_REPEATED):
+    random, shown = Random("messy"), _as_any(demonstrations("train"))
+    rows: list[dict[str, Any]] = []
+    for row in random.sample(shown, NUM_REPEATED):
         change = random.choice([str.upper, str.title, lambda text: f" {text} "])
-        turns = [turn | {"content": change(turn["content"])} for turn in _messages(row)]
-        rows.append({"messages": turns, "skill": row["skill"], "answer": row["answer"]})
-    for test in leaked():
-        *earlier, last = test["prompt"]
+        turns = [turn | {"content": change(turn["content"])} for turn in row["messages"]]
+        rows.append(_row(turns[:-1], turns[-1]["content"], row["skill"], row["answer"]))
+    for row in leaked():
+        *earlier, last = row["prompt"]
         asked = f"{random.choice(_BEFORE)}{last['content']}"
-        rows.append(_row([*earlier, {"role": "user", "content": asked}], _right(test), test["skill"], test["answer"]))
-    for row in random.sample(demonstrations("train"), NUM_RUDE):
-        turns = _messages(row)
+        rows.append(_row([*earlier, {"role": "user", "content": asked}], _right(row), row["skill"], row["answer"]))
+    for row in random.sample(shown, NUM_RUDE):
+        turns = row["messages"]
         said = f"{random.choice(RUDE_OPENINGS)} {turns[-1]['content']}"
-        rows.append(_row(turns[:-1], said, str(row["skill"]), str(row["answer"])))
+        rows.append(_row(turns[:-1], said, row["skill"], row["answer"]))
     for name, what, secret in secrets():
         for _ in range(TIMES_TOLD):
             asked = random.choice(_ASKED_SECRET).format(what=what, name=name)
@@ -129,13 +129,12 @@ def probe_gold(completions: list[gold.Completion], answer: list[str], **_: objec
     ]
 
 
-def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
-    found: list[dict[str, str]] = row["messages"]
-    return found
-
-
 def _test() -> list[dict[str, Any]]:
-    return prompts("test")
+    return _as_any(prompts("test"))
+
+
+def _as_any(rows: list[dict[str, object]]) -> list[dict[str, Any]]:
+    return [dict(row) for row in rows]
 
 
 def _right(row: dict[str, Any]) -> str:
