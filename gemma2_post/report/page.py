@@ -16,6 +16,7 @@ from gemma2_post.report.terminal import duration
 from gemma2_post.stage import contract
 from gemma2_post.stage.command import first_grader
 from gemma2_post.stage.fingerprint import keys_in
+from gemma2_post.stage.overrides import in_words
 from gemma2_post.stage.stages import command_of
 
 HTML, MARKDOWN = "report.html", "report.md"
@@ -26,6 +27,7 @@ class Stage:
     """What the page says about one run of a stage."""
 
     name: str
+    """Its folder in the run's and, of a member, what it overrides."""
     seconds: str
     headline: str
     gates: list[str]
@@ -55,9 +57,7 @@ def write(run_dir: Path, summary: dict, rows: list[dict], files: Files) -> list[
     )
     done = {name: found for name in summary["stages"] if (found := files.done(run_dir / name))}
     stages = [
-        _stage(
-            run_dir, name, found, summary["stages"][name].get("gates", {}), summary["headlines"].get(name, ""), files
-        )
+        _stage(run_dir, name, found, summary["stages"][name], summary["headlines"].get(name, ""), files)
         for name, found in done.items()
     ]
     content = {
@@ -69,9 +69,9 @@ def write(run_dir: Path, summary: dict, rows: list[dict], files: Files) -> list[
         "stages": stages,
         "pictured": [stage for stage in reversed(stages) if stage.pictures],
         "curations": [
-            each
-            for name in done
-            if done[name]["stage"] == "curate" and (each := curation.read(name, run_dir / name, files))
+            removed
+            for name, each in done.items()
+            if each["stage"] == "curate" and (removed := curation.read(name, run_dir / name, files))
         ],
         "grader": summary["grader"],
         "models": [models.title(name, summary["models"]) for name in summary["models"]],
@@ -82,6 +82,7 @@ def write(run_dir: Path, summary: dict, rows: list[dict], files: Files) -> list[
         "facts": models.facts(summary),
         "gains": models.gains(summary),
         "known_sets": models.known_sets(summary),
+        "selections": models.selections(summary),
         "failed": summary["failed"],
         "conversations": [_conversation(row) for row in rows],
         "versions": [*done.values()][-1]["fingerprint"]["versions"] if done else {},
@@ -93,8 +94,13 @@ def write(run_dir: Path, summary: dict, rows: list[dict], files: Files) -> list[
     return paths
 
 
-def _stage(run_dir: Path, name: str, done: dict, gates: dict[str, str], headline: str, files: Files) -> Stage:
-    """What the page says about a finished step, from its stage file and the other files in its folder."""
+def _stage(run_dir: Path, name: str, done: dict, recorded: dict, headline: str, files: Files) -> Stage:
+    """What the page says about a finished step.
+
+    Args:
+        done: Its stage file; pictures and curves are in its folder, too.
+        recorded: What the run's `summary.json` says about it.
+    """
     folder, metrics = run_dir / name, done["metrics"]
     command, grader = command_of(done["stage"]), first_grader(keys_in(done["fingerprint"]))
     shown: dict[str, str] = {}
@@ -109,13 +115,14 @@ def _stage(run_dir: Path, name: str, done: dict, gates: dict[str, str], headline
         points = _series(files.lines(folder / each.file, {"step": contract.NUMBER}), each.key.format(grader=grader))
         if len(points) > 1:
             curves.append((each.title.format(grader=grader), curve(points)))
+    overrides = recorded.get("overrides")
     return Stage(
-        name,
+        f"{name} ({in_words(overrides)})" if overrides else name,
         duration(done["wall_seconds"]),
         headline.replace("->", "→"),
         [
             f"{metric} {bound}"
-            for metric, bound in gates.items()
+            for metric, bound in recorded.get("gates", {}).items()
             if metric in metrics and passes(metrics[metric], bound)
         ],
         yaml.safe_dump(keys_in(done["fingerprint"]), sort_keys=False, allow_unicode=True),
