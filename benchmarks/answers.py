@@ -13,12 +13,15 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import mean
 
 import torch
 
 from gemma2_post.data.keys import DataArguments, Source
+from gemma2_post.data.turns import Message
+from gemma2_post.evaluation.answering.endpoint import Completion, Endpoint, RefusedError, Request
 from gemma2_post.evaluation.answering.samples import sample_answers
-from gemma2_post.evaluation.answering.vllm_server import Server, serving
+from gemma2_post.evaluation.answering.vllm_server import Server, differences, log_probabilities, serving
 from gemma2_post.evaluation.keys import AnswerArguments, MeasureArguments, RewardFunctionArguments, SampleArguments
 from gemma2_post.evaluation.measure import Measurement, load
 from gemma2_post.models.loading import load_config
@@ -59,8 +62,27 @@ def main() -> None:
             found = sample(rows, 0.0)
             began = time.monotonic()
             show(f"vLLM, {len(many)} answers", sample(many, 1.0), began)
-        same = sum(one.token_ids == other.token_ids for one, other in zip(greedy, found, strict=True))
-        print(f"\nGreedy answers that are the same: {same} of {len(rows)}.")
+            asked = endpoint_texts(server, rows)
+            texts = [each.prompt_ids + each.token_ids for each in greedy]
+            apart = differences(server, texts, log_probabilities(model, texts))
+        tokens = sum(one.token_ids == other.token_ids for one, other in zip(greedy, found, strict=True))
+        same = sum(one.text == text for one, text in zip(greedy, asked, strict=True))
+        print(
+            f"\nGreedy answers that are transformers': {tokens} of {len(rows)} by vLLM, {same} by it as an endpoint."
+        )
+        print(f"Log-probabilities differ by {mean(apart):.2g} nats on average, by {max(apart):.2g} at most.")
+
+
+def endpoint_texts(server: Server, rows: list[list[Message]]) -> list[str]:
+    """Greedy answers of the server through its chat completions, with its own chat template."""
+    found: dict[int, str] = {}
+
+    def write(number: int, answer: Completion | RefusedError) -> None:
+        found[number] = answer.text if isinstance(answer, Completion) else str(answer)
+
+    requests = [Request(f"prompt {i}", prompt, 0.0, LENGTH, seed=0) for i, prompt in enumerate(rows)]
+    Endpoint(server.client, server.client.models.list().data[0].id).answer_all(requests, 16, write)
+    return [found[number] for number in range(len(rows))]
 
 
 def side_by_side(model: Path, num_models: int, num_prompts: int, num_processes: int) -> float:

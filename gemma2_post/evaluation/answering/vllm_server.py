@@ -167,7 +167,7 @@ def serving(
         UserError: vLLM cannot be started, computes something else, or ends twice.
     """
     texts = [tokenizer.apply_chat_template(each, return_dict=True)["input_ids"] for each in _CHECKED]
-    expected = _log_probabilities(load(), texts)
+    expected = log_probabilities(load(), texts)
     torch.cuda.empty_cache()  # else torch keeps the model's memory from vLLM
     server.start()
     try:
@@ -184,7 +184,7 @@ _CHECKED = [
 """Short conversations, whose log-probabilities are compared."""
 
 
-def _log_probabilities(model: PreTrainedModel, texts: list[list[int]]) -> list[list[float]]:
+def log_probabilities(model: PreTrainedModel, texts: list[list[int]]) -> list[list[float]]:
     """The log-probability of each token after the first one."""
     found = []
     for ids in texts:
@@ -195,15 +195,20 @@ def _log_probabilities(model: PreTrainedModel, texts: list[list[int]]) -> list[l
     return found
 
 
-def _check(server: Server, texts: list[list[int]], expected: list[list[float]]) -> None:
-    differences = []
+def differences(server: Server, texts: list[list[int]], expected: list[list[float]]) -> list[float]:
+    """How far vLLM's log-probability of each token after the first ones is from the expected one, in nats."""
+    found = []
     for ids, ours in zip(texts, expected, strict=True):
         choice = server.complete(ids, max_tokens=1, temperature=0.0, prompt_logprobs=0)
         theirs = [
             each[str(token)]["logprob"] for token, each in zip(ids[1:], choice["prompt_logprobs"][1:], strict=True)
         ]
-        differences += [abs(one - other) for one, other in zip(ours, theirs, strict=True)]
-    found = mean(differences)
+        found += [abs(one - other) for one, other in zip(ours, theirs, strict=True)]
+    return found
+
+
+def _check(server: Server, texts: list[list[int]], expected: list[list[float]]) -> None:
+    found = mean(differences(server, texts, expected))
     logger.info("vLLM's log-probabilities differ from transformers' by %.4f nats per token", found)
     if not found <= TOLERANCE:
         raise UserError(
