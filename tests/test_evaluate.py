@@ -479,7 +479,7 @@ def test_killed_again_and_again_no_answer_is_sampled_and_no_verdict_asked_twice(
     command = [sys.executable, "-m", "gemma2_post.evaluate", "--config", str(tmp_path / "evaluate.yaml")]
     (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(values))
     for is_last in (False, False, False, True):
-        with open(tmp_path / "log", "w") as log:
+        with open(tmp_path / "log", "a") as log:
             running.append(subprocess.Popen(command, stdout=log, stderr=log))
         assert running[-1].wait() == (0 if is_last else -signal.SIGKILL)
     assert not killing and away_until

@@ -234,7 +234,7 @@ def test_stages_that_wait_for_each_other_are_a_circle(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ({"sftt": {"recipe": "sft.yaml"}}, "sftt: there is no stage sftt; write stage: and one of synthesize, sft"),
+        ({"sftt": {"recipe": "sft.yaml"}}, "sftt: there is no stage sftt; write stage: and one of synthesize, curate"),
         (
             WARP_STAGES | {"rlhf-2": {"recipe": "rlhf.yaml", "stage": "rlhf", "num_policies": 3}},
             "runs/x/rlhf-2/policy-2 would be the output of 2 stages",
