@@ -174,7 +174,7 @@ def test_a_selection_is_an_entry_whose_folder_later_stages_read(tmp_path: Path) 
         ({"candidates": [{}, {"learning_rate": 1e-3}]}, "member 0 and select-candidates member 1 are the same"),
         ({"candidates": [{}, {"output_dir": "x"}]}, "candidate 1: output_dir is set by the pipeline; remove it"),
         ({"candidates": [{}, {"lerning_rate": 1}]}, "select-candidates member 1: unknown key lerning_rate"),
-        ({"select": "reward"}, "select is 'reward'; write one of sft, distill, rlhf"),
+        ({"select": "reward"}, "select is reward; write one of sft, distill, rlhf"),
         ({"recipe": "no.yaml"}, r"there is no recipe no\.yaml beside it; write the file that is overridden"),
         ({"by": "silver"}, "by is silver; write reward, judge or gold, or name it in graders"),
         ({"by": "judge"}, "by is judge, and there is none; name a judge"),

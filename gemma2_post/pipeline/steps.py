@@ -376,9 +376,9 @@ def _with_candidates(pipeline: Pipeline, name: str, entries: dict[str, StageEntr
     if (entry.stage or name) != "select":
         return {name: entry}
     values: dict[str, Any] = load_recipe(pipeline.path.parent / entry.recipe) | pipeline.set_keys.get(name, {})
-    stage, recipe = values.get("select"), values.get("recipe")
-    if not isinstance(stage, str) or stage not in get_args(Selected):
-        raise UserError(f"{entry.recipe}: select is {stage!r}; write one of {', '.join(get_args(Selected))}")
+    stage, recipe = str(values.get("select")), values.get("recipe")
+    if stage not in get_args(Selected):
+        raise UserError(f"{entry.recipe}: select is {stage}; write one of {', '.join(get_args(Selected))}")
     recipe = recipe or f"{stage}.yaml"
     if not isinstance(recipe, str) or not (pipeline.path.parent / recipe).is_file():
         raise UserError(f"{entry.recipe}: there is no recipe {recipe} beside it; write the file that is overridden")
