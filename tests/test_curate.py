@@ -9,6 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -441,14 +442,18 @@ def test_a_run_that_was_killed_goes_on_with_its_parts(
     assert len(list(folder.glob("*.rows"))) == 4
     (folder / "00002.rows").unlink()
     (folder / "00002.compared").write_bytes(b"cut")
-    before = (folder / "00001.rows").stat().st_mtime_ns
-    seen = []
-    original = reading._read_part
-    monkeypatch.setattr(
-        reading, "_read_part", lambda mixture, part: seen.append(part.number) or original(mixture, part)
-    )
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.rows")}
+    after: dict[str, int] = {}
+    original = comparing.repeated
+
+    def noted(*args: Any) -> Any:
+        after.update({path.name: path.stat().st_mtime_ns for path in folder.glob("*.rows")})
+        return original(*args)
+
+    monkeypatch.setattr(comparing, "repeated", noted)
     resumed = run(messy)
-    assert before and (resumed / "train.parquet").read_bytes() == (whole / "train.parquet").read_bytes()
+    assert {name for name in after if after[name] != before.get(name)} == {"00002.rows"}
+    assert (resumed / "train.parquet").read_bytes() == (whole / "train.parquet").read_bytes()
     assert (resumed / "removed.parquet").read_bytes() == (whole / "removed.parquet").read_bytes()
 
 

@@ -169,11 +169,8 @@ def test_jbond_samples_as_many_answers_as_rloo_and_reads_a_third_of_them_again()
         for name, n in (("rloo", 4), ("jbond", 3))
     )
     assert jbond.generated == pytest.approx(rloo.generated, rel=0.02)
-    read = {
-        "rloo": 2 + 1,
-        "jbond": 2 / 3 + 1,
-    }  # twice without and once with a gradient, and the prompts while sampling
-    assert 0.6 < jbond.tokens / rloo.tokens < 0.9 and read["jbond"] < read["rloo"]
+    # RLOO reads all answers three times, once of that with a gradient; J-BOND reads two thirds of them only then.
+    assert 0.6 < jbond.tokens / rloo.tokens < 0.9
 
 
 def test_what_is_unknown_is_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,6 +60,7 @@ def soup_recipe(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str,
     }
 
 
+@pytest.mark.slow
 def test_a_broken_member_is_left_out(soup_recipe: dict[str, object], tmp_path: Path) -> None:
     output = run_stage(tmp_path / "warp.yaml", warp.COMMAND, soup_recipe)
     found = json.loads((output / "greedy.json").read_text())
