@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from transformers import PreTrainedTokenizerBase
 from trl import RLOOConfig, RLOOTrainer
 
 from gemma2_post import distill, rlhf
-from gemma2_post.evaluation.answering.samples import sample_answers
 from gemma2_post.evaluation.measure import load
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher
@@ -191,13 +189,11 @@ def test_a_policy_trains_on_what_vllm_samples_and_goes_on_after_a_kill(rlhf_reci
 
 @needs_vllm
 @pytest.mark.slow
-def test_a_student_learns_with_an_adapter_from_what_vllm_samples(
-    distill_recipe: Recipe, run_distill: Callable, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    """The saved model is the one that was trained, so its answers are those of the base with the adapter."""
+def test_a_student_learns_with_an_adapter_from_what_vllm_samples(distill_recipe: Recipe, tmp_path: Path) -> None:
+    """The student moves, and vLLM with it."""
     adapter = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "dtype": "bfloat16", "learning_rate": 1e-3}
     output = trained(distill.COMMAND, distill_recipe | adapter | {"max_steps": 4, "logging_steps": 1}, tmp_path)
     assert 0 < max(differences(output)) < 0.05
-    asked = [row["prompt"] for row in prompts("selection")[:3]]
-    assert all(answer.token_ids for answer in sample_answers(load(output, CPU), tokenizer, asked, 8))
-    assert json.loads((output / "stage.json").read_text())["vllm"].startswith("0.")
+    stage = json.loads((output / "stage.json").read_text())
+    assert stage["vllm"].startswith("0.")
+    assert stage["metrics"]["kl_student_teacher"] != stage["metrics"]["kl_student_teacher_before"]

@@ -16,7 +16,6 @@ from gemma2_post.data.keys import Source
 from gemma2_post.data.overlap import check_unseen
 from gemma2_post.data.rows import RowFormat
 from gemma2_post.data.sources import check_sources
-from gemma2_post.evaluation.answering import vllm_server
 from gemma2_post.evaluation.rewards import as_trained
 from gemma2_post.models.arguments import check_length, check_lora_modules, check_prompt_length
 from gemma2_post.models.folder import LANGUAGE_MODEL, REWARD_MODEL
@@ -32,7 +31,7 @@ from gemma2_post.stage.errors import UserError, located
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.paths import Kind, references
 from gemma2_post.stage.recipe import keys_of, values_of
-from gemma2_post.training import rollouts
+from gemma2_post.training.checks import check_vllm
 
 Models = dict[str, Gemma2Config | None]
 _MADE_FROM = ("model_name_or_path", "init", "models")
@@ -131,8 +130,10 @@ def _check_devices(launch: str, launcher: Launcher) -> None:
 def _check_engine(values: dict[str, Any]) -> None:
     """Refuses vLLM where it is not installed."""
     if values.get("use_vllm"):
-        rollouts.check_installed()
+        check_vllm()
     if values.get("engine") == "vllm":
+        from gemma2_post.evaluation.answering import vllm_server  # a slow import
+
         vllm_server.check_program(values["vllm_program"])
 
 

@@ -106,6 +106,16 @@ def check_sampling(recipe: TrainingRecipe, launcher: Launcher) -> None:
             )
 
 
+def check_vllm() -> None:
+    """Refuses to train with a vLLM that is not there."""
+    from trl.import_utils import is_vllm_available
+
+    if not is_vllm_available():
+        raise UserError(
+            "use_vllm is true, but vLLM is not installed; pip install 'gemma2_post[vllm]', or remove use_vllm"
+        )
+
+
 def complete_training(recipe: TrainingRecipe, launcher: Launcher) -> None:
     """Fills in Gemma 2's defaults and the accumulation steps that the global batch needs."""
     complete_model_arguments(recipe.model)

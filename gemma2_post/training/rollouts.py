@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from trl.import_utils import is_vllm_available
 
 from gemma2_post.evaluation.answering.samples import Answer, evaluating
 from gemma2_post.evaluation.divergence import answer_logits
 from gemma2_post.models.tokens import STOP_TOKEN_IDS
 from gemma2_post.stage.errors import UserError
+from gemma2_post.training.checks import check_vllm
 
 if TYPE_CHECKING:
     from trl import DistillationConfig, DistillationTrainer, RLOOConfig, RLOOTrainer
@@ -36,18 +36,10 @@ def prepare(training: "RLOOConfig | DistillationConfig", longest_prompt: int, is
     training.use_vllm = training.use_vllm and not is_made
     if not training.use_vllm:
         return
-    check_installed()
+    check_vllm()
     if training.vllm_max_model_length is None:
         training.vllm_max_model_length = longest_prompt + training.max_completion_length
     training.generation_kwargs = {"stop_token_ids": STOP_TOKEN_IDS} | (training.generation_kwargs or {})
-
-
-def check_installed() -> None:
-    """Refuses to train with a vLLM that is not there."""
-    if not is_vllm_available():
-        raise UserError(
-            "use_vllm is true, but vLLM is not installed; pip install 'gemma2_post[vllm]', or remove use_vllm"
-        )
 
 
 def compare(trainer: "RLOOTrainer | DistillationTrainer") -> None:
