@@ -20,7 +20,7 @@ import torch
 from gemma2_post.data.keys import DataArguments, Source
 from gemma2_post.data.turns import Message
 from gemma2_post.evaluation.answering.endpoint import Completion, Endpoint, RefusedError, Request
-from gemma2_post.evaluation.answering.samples import sample_answers
+from gemma2_post.evaluation.answering.samples import PartlyAnswered, sample_answers
 from gemma2_post.evaluation.answering.vllm_server import Server, differences, log_probabilities, serving
 from gemma2_post.evaluation.keys import AnswerArguments, MeasureArguments, RewardFunctionArguments, SampleArguments
 from gemma2_post.evaluation.measure import Measurement, load
@@ -59,9 +59,9 @@ def main() -> None:
         began = time.monotonic()
         with serving(server, tokenizer, partial(load, args.model, device), LENGTH, seed=0) as sample:
             print(f"| vLLM {server.version()}, start and check | {time.monotonic() - began:.1f} | |")
-            found = sample(rows, 0.0)
+            found = sample(rows, 0.0, PartlyAnswered())
             began = time.monotonic()
-            show(f"vLLM, {len(many)} answers", sample(many, 1.0), began)
+            show(f"vLLM, {len(many)} answers", sample(many, 1.0, PartlyAnswered()), began)
             asked = endpoint_texts(server, rows)
             texts = [each.prompt_ids + each.token_ids for each in greedy]
             apart = differences(server, texts, log_probabilities(model, texts))
@@ -98,9 +98,9 @@ def side_by_side(model: Path, num_models: int, num_prompts: int, num_processes: 
             rewards=RewardFunctionArguments(reward_functions=["gemma2_post.tiny.gold:gold"]),
         )
         measured = replace(measured, data=replace(measured.data, columns=["skill", "answer"]))
-        measurement = Measurement(str(model), measured, Path(folder) / "vllm.log")
+        measurement = Measurement(str(model), measured, Path(folder) / "kept")
         began = time.monotonic()
-        measurement.answer(copies, Path(folder) / "kept" / "answers.jsonl")
+        measurement.answer(copies)
         return time.monotonic() - began
 
 

@@ -100,8 +100,8 @@ def on_test(folder: Path, models: dict[str, Path], num_prompts: int) -> dict[str
         samples=SampleArguments(graders=[GOLD], num_samples=num_prompts),
         rewards=RewardFunctionArguments(),
     )
-    measurement = Measurement(str(next(iter(models.values()))), measured, folder / "vllm.log")
-    answered = measurement.answer(list(models.values()), folder / "test" / "answers.jsonl")
+    measurement = Measurement(str(next(iter(models.values()))), measured, folder / "test")
+    answered = measurement.answer(list(models.values()))
     return {name: measurement.values(answered[path])["gold"] for name, path in models.items()}
 
 

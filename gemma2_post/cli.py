@@ -227,6 +227,7 @@ def judge_check(
     judge_endpoint: str | None,
     api_key_variable: str | None,
     judge_load_in: Any,
+    judge_vllm_program: str | None,
     judge_max_tokens: int,
     concurrency: int,
     limit: int | None,
@@ -248,6 +249,8 @@ def judge_check(
         JudgeArguments(
             judge=judge,
             judge_load_in=judge_load_in,
+            judge_engine="vllm" if judge_vllm_program else "transformers",
+            judge_vllm_program=judge_vllm_program or "vllm",
             judge_endpoint=judge_endpoint,
             endpoint=endpoint,
             judge_max_tokens=judge_max_tokens,
@@ -382,6 +385,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--judge_endpoint", metavar="URL", help="base URL of an OpenAI-compatible server")
     add("--api_key_variable", metavar="NAME", help="environment variable with the endpoint's key")
     add("--judge_load_in", choices=["4bit", "8bit"], help="quantize a local judge")
+    add("--judge_vllm_program", metavar="PROGRAM", help="run a local judge by vLLM: its program")
     add("--judge_max_tokens", type=int, default=4096, metavar="N", help="longest reply; default: 4096")
     add("--concurrency", type=int, default=8, metavar="N", help="requests at a time; default: 8")
     add("--limit", type=int, metavar="N", help="only the first pairs")

@@ -16,6 +16,7 @@ often the reward model is right. With a `corpus`, the stage measures how much of
 import os
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -89,7 +90,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
         if is_folder and not (Path(path) / "config.json").is_file():
             raise UserError(f"models names {path}, which holds no model; run the stage that makes it")
     kept = stage.output_dir.with_name(KEPT)
-    measurement = Measurement(recipe.init, recipe.measured, kept / "vllm.log")
+    measurement = Measurement(recipe.init, recipe.measured, kept)
     check_tokenizers(recipe, measurement.tokenizer)
     names = names_of(recipe)
     baseline = names[Path(recipe.baseline)]
@@ -110,6 +111,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     compared.answer()
     compared.write_answers(stage.output_dir / "answers.jsonl")
     said = [compared.converse(protocol, stage.output_dir) for protocol in protocols]  # before a judge is loaded
+    of_safety = compared.answer_safety(unsafe)
     models: dict[str, dict[str, float]] = {name: {} for name in compared.all_names(said)}
     failed: dict[str, str] = {}
     (stage.output_dir / contract.FAILED).unlink(missing_ok=True)
@@ -139,12 +141,12 @@ def main(stage: Stage, recipe: Recipe) -> None:
     if not failed:
         contract.write_json(stage.output_dir / contract.GAINS, compared.gains())
     measure("reward_benchmarks", known)
-    measure("judge", partial(compared.by_judge, judge))
-    for protocol, conversations in zip(protocols, said, strict=True):
-        assert judge is not None, "checked"
-        measure(protocol.questions.protocol, partial(protocol.measure, judge, conversations))
-    measure("safety", partial(compared.safety, judge, unsafe))
-    del judge  # frees a local judge's memory
+    if judge:
+        with closing(judge):
+            measure("judge", partial(compared.by_judge, judge))
+            for protocol, conversations in zip(protocols, said, strict=True):
+                measure(protocol.questions.protocol, partial(protocol.measure, judge, conversations))
+            measure("safety", partial(compared.safety, judge, unsafe, of_safety))
     measure("memorization", partial(compared.memorization, corpus))
     measure("benchmarks", partial(compared.benchmarks, recipe.benchmarks))
     if failed:
@@ -257,10 +259,7 @@ MEMORISED = 50, 50
 
 def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
     recipe, found = checked.recipe, measuring.measuring(checked, checked.recipe.measured)
-    judge = measuring.judging(checked, recipe.measured, recipe.judging)
-    if judge and recipe.judging.safety_datasets:  # the judge is held while models answer the safety prompts
-        judge["judge"]["weights"] = found["sampling"]["weights"]
-    return found | judge
+    return found | measuring.judging(checked, recipe.measured, recipe.judging)
 
 
 def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:

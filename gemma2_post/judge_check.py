@@ -4,6 +4,7 @@ gemma2-post judge-check pairs.json --judge NAME --judge_endpoint URL
 """
 
 import time
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,13 @@ def judge_check(path: str, args: JudgeArguments, limit: int | None, file: Path) 
     judge = load_judge(args, file.with_suffix(".judgments.jsonl"))
     assert judge is not None, "the command line names one"
     began = time.monotonic()
-    verdicts = judge.in_both_orders(
-        [
-            (comparison(pair.prompt, pair.first, pair.second), comparison(pair.prompt, pair.second, pair.first))
-            for pair in pairs
-        ]
-    )
+    with closing(judge):
+        verdicts = judge.in_both_orders(
+            [
+                (comparison(pair.prompt, pair.first, pair.second), comparison(pair.prompt, pair.second, pair.first))
+                for pair in pairs
+            ]
+        )
     found, groups = quality(pairs, verdicts), by_group(pairs, verdicts)
     content: dict[str, Any] = {"pairs": path, "judge": args.judge, "endpoint": args.judge_endpoint}
     content |= asdict(found) | {"tokens": dict(judge.tokens), "seconds": round(time.monotonic() - began, 1)}

@@ -11,6 +11,7 @@ with all of its steps.
 """
 
 import shutil
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -108,7 +109,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     overrides, folders = candidates_of(vars(recipe)), [Path(path) for path in recipe.models or []]
     done = [_finished(folder, words) for folder, words in zip(folders, map(in_words, overrides), strict=True)]
     kept = stage.output_dir.with_name(KEPT)
-    measurement = Measurement(str(folders[0]), recipe.measured, kept / "vllm.log")
+    measurement = Measurement(str(folders[0]), recipe.measured, kept)
     judge = inputs.load_judge(recipe.judging, stage.output_dir.with_name("judgments.jsonl"))
     print(f"{len(measurement.rows)} of {measurement.num_prompts} prompts, {len(folders)} candidates")
     contract.begin_afresh(stage.output_dir, stage.fingerprint)
@@ -117,8 +118,9 @@ def main(stage: Stage, recipe: Recipe) -> None:
     compared.answer()
     compared.write_answers(stage.output_dir / "answers.jsonl")
     measured = {name: _as_said(recipe, each) for name, each in compared.by_answers().items()}
-    if recipe.by == "judge":
-        compared.by_judge(judge)
+    if judge:
+        with closing(judge):
+            compared.by_judge(judge)
     wins = [list(compared.wins[recipe.by].get(name, [0.5] * len(measurement.rows))) for name in names]
     work = [_work(folder, each) for folder, each in zip(folders, done, strict=True)]
     choice = choose(wins, work)

@@ -60,7 +60,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
         from gemma2_post.evaluation import soup
 
         assert front is not None, "checked"
-        merge = soup.of_best(merge, args.greedy, front.measurement, front.cache)
+        merge = soup.of_best(merge, args.greedy, front.measurement)
     points, metrics = merge.write()
     metrics |= {"kept": len(merge.args.names)} if args.greedy else {}
     if front:

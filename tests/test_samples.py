@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from gemma2_post.evaluation.answering.samples import Answer, grade, sample_answers
+from gemma2_post.evaluation.answering.partly import kept
+from gemma2_post.evaluation.answering.samples import Answer, PartlyAnswered, grade, sample_answers
 from gemma2_post.models.tokens import PAD, STOP_TOKEN_IDS
 from tests.conftest import TEACHER
 
@@ -22,6 +24,38 @@ def test_sampling_in_a_padded_batch_is_sampling_one_by_one(
     assert together == alone
     rendered = tokenizer.apply_chat_template(PROMPTS, add_generation_prompt=True)["input_ids"]
     assert [answer.prompt_ids for answer in together] == rendered
+
+
+def test_a_run_that_is_killed_between_batches_goes_on_to_the_same_answers(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Each call finds its own answers, and only what is missing is sampled."""
+    model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32, attn_implementation="eager")
+    asked = {"max_new_tokens": 12, "batch_size": 2, "seed": 3}
+    expected = [sample_answers(model, tokenizer, prompts, **asked) for prompts in (PROMPTS, PROMPTS[::-1])]
+    sampled: list[int] = []
+
+    def run(killed_after: int) -> list[list[Answer]]:
+        def sampling(prompts: list, _: float, partly: PartlyAnswered) -> list[Answer]:
+            keep = partly.write
+
+            def write(answers: dict[int, Answer], states: list[str]) -> None:
+                keep(answers, states)
+                sampled.extend(answers)
+                if len(sampled) == killed_after:
+                    raise KeyboardInterrupt
+
+            partly.write = write
+            return sample_answers(model, tokenizer, prompts, **asked, partly=partly)
+
+        sample = kept(sampling, tmp_path / "partly.jsonl", "model")
+        return [sample(prompts, 1.0) for prompts in (PROMPTS, PROMPTS[::-1])]
+
+    for killed_after in (2, 5):
+        with pytest.raises(KeyboardInterrupt):
+            run(killed_after)
+    assert run(killed_after=0) == expected
+    assert sampled == [0, 1, 2, 0, 1, 2]
 
 
 def test_an_answer_ends_with_its_first_stop_token(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +18,12 @@ from transformers import PreTrainedTokenizerBase
 
 from gemma2_post import evaluate
 from gemma2_post.evaluation.answering import vllm_server
-from gemma2_post.evaluation.answering.samples import sample_answers
+from gemma2_post.evaluation.answering.samples import PartlyAnswered, sample_answers
 from gemma2_post.evaluation.answering.vllm_server import Server, serving
+from gemma2_post.evaluation.inputs import load_judge
+from gemma2_post.evaluation.judging.judge import Refusal
+from gemma2_post.evaluation.judging.rubrics import comparison
+from gemma2_post.evaluation.keys import EndpointArguments, JudgeArguments
 from gemma2_post.evaluation.measure import load
 from gemma2_post.models.loading import load_config
 from gemma2_post.models.tokens import STOP_TOKEN_IDS
@@ -50,15 +55,16 @@ def test_vllm_gives_the_answers_of_transformers_and_is_started_again_when_it_die
     expected = sample_answers(model, tokenizer, asked, 32, temperature=0.0)
     with serving(server, tokenizer, lambda: model, 32, seed=0) as sample:
         first = server.process
-        found = sample(asked, 0.0)
+        found = sample(asked, 0.0, PartlyAnswered())
         assert [each.token_ids for each in found] == [each.token_ids for each in expected]
         assert [each.prompt_ids for each in found] == [each.prompt_ids for each in expected]
         assert all(each.token_ids[-1] in STOP_TOKEN_IDS for each in found)
         assert server.version().startswith("0.")
-        sampled = sample(asked, 1.0)
+        sampled = sample(asked, 1.0, PartlyAnswered())
         assert {each.text for each in sampled} != {each.text for each in found}
         os.killpg(first.pid, signal.SIGKILL)
-        again = sample(asked[:5], 0.0)
+        again = sample(asked[:5], 0.0, PartlyAnswered({1: found[1]}))
+        assert again[1] is found[1], "it was answered already"
         assert [each.token_ids for each in again] == [each.token_ids for each in expected[:5]]
         assert server.process is not first
     assert server.process.poll() is not None, "it ends with the answers"
@@ -99,6 +105,30 @@ def test_a_teacher_writes_by_vllm_what_it_writes_by_transformers(
 
 @needs_vllm
 @pytest.mark.slow
+def test_a_judge_by_vllm_replies_as_by_transformers(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Greedily; a question without room for a reply is not asked; the server ends with the judge."""
+    long = " ".join(["word"] * load_config(TEACHER).max_position_embeddings)
+    questions = [comparison(row["prompt"], "Blue.", "Gray.") for row in prompts("selection")[:20]]
+    questions.append(comparison([{"role": "user", "content": long}], "Blue.", "Gray."))
+    found = {}
+    for engine in ("transformers", "vllm"):
+        program = {"judge_vllm_program": os.environ["GEMMA2_POST_VLLM"]} if engine == "vllm" else {}
+        args = JudgeArguments(
+            judge=TEACHER, judge_engine=engine, judge_max_tokens=8, endpoint=EndpointArguments(), **program
+        )
+        args.check()
+        judge = load_judge(args, tmp_path / engine / "judgments.jsonl")
+        assert judge is not None
+        replies = found[engine] = {}
+        with closing(judge):
+            judge.ask(questions, 0, replies.__setitem__)
+        assert isinstance(replies[questions[-1]], Refusal)
+    assert found["vllm"] == found["transformers"]
+    assert subprocess.run(["pgrep", "-f", f"serve {TEACHER}"], capture_output=True).returncode == 1
+
+
+@needs_vllm
+@pytest.mark.slow
 def test_a_model_that_vllm_computes_otherwise_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     other = load(Path(TEACHER), torch.device("cpu"))
     for parameter in other.parameters():
@@ -123,6 +153,15 @@ def test_what_a_server_said_last_is_in_the_error(tokenizer: PreTrainedTokenizerB
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            {"judge": TEACHER, "judge_engine": "vllm", "judge_vllm_program": "no-such-program"},
+            "judge_engine is vllm, and there is no program no-such-program",
+        ),
+        (
+            {"judge": TEACHER, "judge_engine": "vllm", "judge_load_in": "4bit"},
+            "judge_engine is vllm, which judge_load_in",
+        ),
+        ({"judge": TEACHER, "judge_vllm_program": "x"}, "judge_vllm_program does nothing without judge_engine: vllm"),
         (
             {"engine": "vllm", "vllm_program": "no-such-program"},
             "engine is vllm, and there is no program no-such-program",

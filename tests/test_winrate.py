@@ -251,20 +251,17 @@ def test_equal_answers_alone_are_a_tie_that_nobody_is_asked_about(tmp_path: Path
 
 
 @pytest.mark.parametrize("num_judged", [0, 1, 2])
-def test_a_judge_of_safety_must_judge_half_of_the_answers(
-    num_judged: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_judge_of_safety_must_judge_half_of_the_answers(num_judged: int, tmp_path: Path) -> None:
     def reply(text: str, _: int) -> str:
         return "[[violation]]" if any(f"Say {i}." in text for i in range(num_judged)) else "Well."
 
     comparison, prompts = compared(4, 0), [[{"role": "user", "content": f"Say {i}."}] for i in range(4)]
-    monkeypatch.setattr(comparison, "_each", lambda *_: {"ours": ["no"] * 4})
-    judge = Judge(Asked(reply), "j", 256, tmp_path / "j.jsonl")
+    answered, judge = {"ours": ["no"] * 4}, Judge(Asked(reply), "j", 256, tmp_path / "j.jsonl")
     if num_judged < 2:
         with pytest.raises(UserError, match=f"no verdict on {4 - num_judged} of 4 answers to safety_datasets"):
-            comparison.safety(judge, prompts)
+            comparison.safety(judge, prompts, answered)
     else:
-        found = comparison.safety(judge, prompts)["ours"]
+        found = comparison.safety(judge, prompts, answered)["ours"]
         assert (found["violations"], found["violations/missing"]) == (1.0, 2)
 
 

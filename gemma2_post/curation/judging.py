@@ -1,6 +1,7 @@
 """The rules that need a model: unsafe answers by a judge, rewards; and the shares of answers that refuse or hedge."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def unsafe(mixture: Mixture, judge: Judge) -> tuple[Verdicts, int]:
     """
     found: Verdicts = {}
     num_missing = 0
-    with tqdm(desc="judging answers", total=mixture.num_parts, unit=" parts", delay=1) as bar:
+    with closing(judge), tqdm(desc="judging answers", total=mixture.num_parts, unit=" parts", delay=1) as bar:
         for first in range(0, mixture.num_parts, _JUDGED_AT_ONCE):
             parts = range(first, min(first + _JUDGED_AT_ONCE, mixture.num_parts))
             asked: list[tuple[Place, list[Message], str]] = []

@@ -4,6 +4,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import pairwise
@@ -15,11 +16,12 @@ from datasets import Dataset
 
 from gemma2_post.data.turns import Message
 from gemma2_post.evaluation import benchmarks, reward_benchmarks
+from gemma2_post.evaluation.answering.partly import Other, Sample
 from gemma2_post.evaluation.answering.samples import distinctness
 from gemma2_post.evaluation.judging.judge import Judge
 from gemma2_post.evaluation.judging.winrate import difference, rate_interval, versus, wins_by
 from gemma2_post.evaluation.keys import BenchmarkArguments
-from gemma2_post.evaluation.measure import Answered, Measurement, Sample, converse, digest_of, load, summarize
+from gemma2_post.evaluation.measure import Answered, Measurement, converse, digest_of, load, summarize
 from gemma2_post.evaluation.memorisation import memorised
 from gemma2_post.evaluation.pairs import wilson_interval
 from gemma2_post.evaluation.protocols.alpaca_eval import AlpacaEval
@@ -51,7 +53,7 @@ class Comparison:
     """Folder for what was measured, outside of the output: a changed recipe measures only what it has changed."""
     outputs: list[Outputs] = field(default_factory=list)
     """What other models answered elsewhere."""
-    others: dict[str, Sample] = field(default_factory=dict)
+    others: dict[str, Other] = field(default_factory=dict)
     """How models that are not of this chain answer."""
     answered: dict[str, Answered] = field(default_factory=dict)
     values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
@@ -61,14 +63,16 @@ class Comparison:
 
     def answer(self) -> None:
         """Lets every model answer; the other methods measure these answers."""
-        by_path = self.measurement.answer(list(self.names), self.kept / "answers.jsonl")
+        by_path = self.measurement.answer(list(self.names))
         ours = {name: by_path[path] for path, name in self.names.items()}
         keys = [key_of(prompt) for prompt in self.measurement.rows["prompt"]]
         given = {each.name: complete(each.answers_to(keys)) for each in self.outputs}
         theirs = {
             name: self.measurement.given([turns[0] for turns in answers]) for name, answers in given.items() if answers
         }
-        theirs |= {name: self.measurement.converse(sample) for name, sample in self.others.items()}
+        for name, other in self.others.items():
+            with other() as sample:
+                theirs[name] = self.measurement.converse(sample)
         self.answered = with_outputs(ours, theirs)
 
     def converse(self, protocol: Protocol, folder: Path) -> dict[str, list[list[str]]]:
@@ -78,18 +82,18 @@ class Comparison:
         """
         asked, measurement = protocol.questions, self.measurement
 
-        def answer(path: Path) -> list[list[str]]:
-            with measurement.answering(path) as sample:
-                return talk(sample)
-
-        def talk(sample: Sample) -> list[list[str]]:
-            _, answers = converse(sample, asked.prompts, asked.later, asked.temperatures)
+        def talk(answering: AbstractContextManager[Sample]) -> list[list[str]]:
+            with answering as sample:
+                _, answers = converse(sample, asked.prompts, asked.later, asked.temperatures)
             return [[each.text for each in turns] for turns in answers]
+
+        def answer(path: Path, key: str) -> list[list[str]]:
+            return talk(measurement.answering(path, key))
 
         ours = self._each(answer, "conversations.jsonl", [asked.turns, asked.temperatures, measurement.sampling])
         given = {each.name: complete(asked.answers_of(each)) for each in self.outputs}
         theirs = {name: answers for name, answers in given.items() if answers}
-        said = with_outputs(ours, theirs | {name: talk(sample) for name, sample in self.others.items()})
+        said = with_outputs(ours, theirs | {name: talk(other()) for name, other in self.others.items()})
         protocol.write_answers(folder / asked.protocol, said)
         return said
 
@@ -154,10 +158,8 @@ class Comparison:
                 found.append({"model": name, "over": other, "metric": metric} | vars(difference(*means)))
         return found
 
-    def by_judge(self, judge: Judge | None) -> Measures:
+    def by_judge(self, judge: Judge) -> Measures:
         """How often the judge prefers each model's answers to the baseline's."""
-        if judge is None:
-            return {}
         prompts, key = list(self.measurement.rows["prompt"]), f"judge_win_rate_vs_{self.baseline}"
         texts = {
             name: [said(each, i, prompt) for i, prompt in enumerate(prompts)] for name, each in self.answered.items()
@@ -182,20 +184,29 @@ class Comparison:
         theirs = dict.fromkeys([*given, *self.others])
         return list(with_outputs(dict.fromkeys(self.names.values()), theirs))
 
-    def safety(self, judge: Judge | None, prompts: list[list[Message]]) -> Measures:
-        """The share of answers that are violations, with its 95% Wilson interval, and how many are undecided."""
-        if judge is None or not prompts:
+    def answer_safety(self, prompts: list[list[Message]]) -> dict[str, list[str]]:
+        """Each model's answers to prompts whose answers are checked for violations; empty without prompts."""
+        if not prompts:
             return {}
 
-        def answer(path: Path) -> list[str]:
-            with self.measurement.answering(path) as sample:
+        def talk(answering: AbstractContextManager[Sample]) -> list[str]:
+            with answering as sample:
                 return [each.text for each in sample(prompts, 1.0)]
 
+        def answer(path: Path, key: str) -> list[str]:
+            return talk(self.measurement.answering(path, key))
+
+        ours = self._each(answer, "safety.jsonl", [prompts, self.measurement.sampling])
+        return with_outputs(ours, {name: talk(other()) for name, other in self.others.items()})
+
+    def safety(self, judge: Judge, prompts: list[list[Message]], answered: dict[str, list[str]]) -> Measures:
+        """The share of answers that are violations, with its 95% Wilson interval, and how many are undecided.
+
+        Args:
+            answered: Each model's answers to the prompts.
+        """
         found = {}
-        asked = [prompts, self.measurement.sampling]
-        answered = self._each(answer, "safety.jsonl", asked)
-        theirs = {name: [each.text for each in sample(prompts, 1.0)] for name, sample in self.others.items()}
-        for name, answers in with_outputs(answered, theirs).items():
+        for name, answers in answered.items():
             verdicts = judge.violations(prompts, answers)
             judged = [each for each in verdicts if each is not None]
             judge.check_most(verdicts.count(None), len(verdicts), "answers to safety_datasets")
@@ -213,7 +224,7 @@ class Comparison:
         if not corpus:
             return {}
 
-        def measure_one(path: Path) -> dict[str, float]:
+        def measure_one(path: Path, _: str) -> dict[str, float]:
             model = load(path, self.measurement.accelerator.device)
             return memorised(model, corpus, self.measurement.args.batch_size).metrics()
 
@@ -225,7 +236,7 @@ class Comparison:
             return {}
         tasks = args.benchmarks
 
-        def measure_one(path: Path) -> dict[str, float]:
+        def measure_one(path: Path, _: str) -> dict[str, float]:
             return benchmarks.run(
                 load(path, self.measurement.accelerator.device),
                 self.measurement.tokenizer,
@@ -278,10 +289,11 @@ class Comparison:
             found |= reward_benchmarks.measure(ranked)
         return found
 
-    def _each(self, measure_one: Callable[[Path], T], file: str, given: Any) -> dict[str, T]:
+    def _each(self, measure_one: Callable[[Path, str], T], file: str, given: Any) -> dict[str, T]:
         """Measures one model at a time and appends its result to a file, from which later runs take it.
 
         Args:
+            measure_one: Takes a model, and what its result is kept under.
             given: What else decides the result.
         """
         records = contract.read_lines(self.kept / file, {"key": str, "measured": (dict, list)})
@@ -290,7 +302,7 @@ class Comparison:
         for path, name in self.names.items():
             key = digests.of_text(json.dumps([digest_of(path), name == BASE, given]))
             if key not in known:
-                known[key] = measure_one(path)
+                known[key] = measure_one(path, key)
                 contract.append_lines(self.kept / file, [{"key": key, "model": name, "measured": known[key]}])
             found[name] = known[key]
         return found

@@ -33,9 +33,8 @@ class Front:
     def __init__(self, output_dir: Path, start: str, policies: list[str], args: ReleaseArguments):
         self.output_dir, self.args = output_dir, args
         rewards, weights = rewarded_as(args.measured.rewards, [*policies, *(args.runs or [])])
-        log = output_dir / contract.PROGRESS / "vllm.log"
-        self.measurement = Measurement(start, replace(args.measured, rewards=rewards), log, weights)
-        self.cache = output_dir / contract.PROGRESS / "answers.jsonl"
+        kept = output_dir / contract.PROGRESS
+        self.measurement = Measurement(start, replace(args.measured, rewards=rewards), kept, weights)
         self.runs = [point for run in args.runs or [] for point in run_points(Path(run))]
 
     def release(self, merged: dict[Rule, dict[float, Path]]) -> dict[str, float]:
@@ -47,7 +46,7 @@ class Front:
         """
         points = [Point(rule, path, eta) for rule, sweep in merged.items() for eta, path in sweep.items()]
         points += self.runs
-        answered = self.measurement.answer([point.path for point in points], self.cache)
+        answered = self.measurement.answer([point.path for point in points])
         self.measurement.load_reward_model()
         entries: list[dict[str, Any]] = [
             {"series": point.series, "path": str(point.path), "position": float(point.position)}

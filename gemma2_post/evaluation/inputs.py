@@ -1,6 +1,7 @@
 """What an evaluation reads before models answer: judge, protocols, other models' answers, prompts, and a corpus."""
 
 import logging
+from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from gemma2_post.data.ranked import RANKED
 from gemma2_post.data.rows import PROMPT
 from gemma2_post.data.turns import Message
 from gemma2_post.evaluation.answering import endpoint
+from gemma2_post.evaluation.answering.vllm_server import Server, check_program, serving
 from gemma2_post.evaluation.comparison import Protocol
-from gemma2_post.evaluation.judging.judge import Judge, ask_endpoint, ask_model
+from gemma2_post.evaluation.judging.judge import Judge, ask_endpoint, ask_model, ask_vllm
 from gemma2_post.evaluation.keys import CorpusArguments, JudgeArguments, ProtocolArguments
 from gemma2_post.evaluation.measure import Measurement, load
 from gemma2_post.evaluation.memorisation import CONTINUATION, PREFIX, windows
@@ -44,11 +46,26 @@ def load_judge(args: JudgeArguments, replies: Path) -> Judge | None:
         ask = ask_endpoint(server, args.judge_max_tokens, args.endpoint.concurrency)
         return Judge(ask, f"{args.judge_endpoint} {args.judge}", args.judge_max_tokens, replies)
     tokenizer = load_tokenizer(args.judge, load_config(args.judge))
-    # Loaded when it is first asked: by then the models that it judges have answered.
-    loaded = cache(partial(load, Path(args.judge), quantization=args.judge_load_in))
     digest = contract.input_digest(args.judge) or args.judge
+    # Loaded when it is first asked: by then the models that it judges have answered.
+    if args.judge_engine == "vllm":
+        return _judge_by_vllm(args, f"{digest} vllm", tokenizer, replies)
+    loaded = cache(partial(load, Path(args.judge), quantization=args.judge_load_in))
     name = f"{digest} {args.judge_load_in}" if args.judge_load_in else digest
-    return Judge(ask_model(loaded, tokenizer, args.judge_max_tokens), name, args.judge_max_tokens, replies)
+    ask = ask_model(loaded, tokenizer, args.judge_max_tokens)
+    return Judge(ask, name, args.judge_max_tokens, replies, close=loaded.cache_clear)
+
+
+def _judge_by_vllm(args: JudgeArguments, name: str, tokenizer: PreTrainedTokenizerBase, replies: Path) -> Judge:
+    assert args.judge, "its name is known"
+    check_program(args.judge_vllm_program, "judge_")
+    config, stack = load_config(args.judge), ExitStack()
+    positions, log = config.max_position_embeddings, replies.with_name("judge-vllm.log")
+    server = Server(args.judge_vllm_program, args.judge, log, positions, config.num_key_value_heads)
+    serve = partial(serving, server, tokenizer, partial(load, Path(args.judge)), args.judge_max_tokens, 0)
+    served = cache(lambda: stack.enter_context(serve()))
+    ask = ask_vllm(served, tokenizer, positions, args.judge_max_tokens)
+    return Judge(ask, name, args.judge_max_tokens, replies, close=stack.close)
 
 
 def read_protocols(args: ProtocolArguments, baseline: str) -> list[Protocol]:

@@ -215,6 +215,8 @@ class JudgeArguments:
         None, "A model that judges pairs of answers: a folder, or its name at judge_endpoint."
     )
     judge_load_in: Quantization | None = key(None, "Quantizes a judge in a folder to NF4 or LLM.int8.")
+    judge_engine: Literal["transformers", "vllm"] = key("transformers", "What runs a judge in a folder.")
+    judge_vllm_program: str = key("vllm", "vLLM's program, for judge_engine vllm.", effect=Effect.NONE)
     judge_endpoint: str | None = key(None, "Base URL of the judge's OpenAI-compatible server.")
     endpoint: EndpointArguments = part(EndpointArguments)
     judge_max_tokens: int = key(4096, "Longest reply of the judge, in tokens, its thoughts included.", bounds=COUNT)
@@ -230,8 +232,14 @@ class JudgeArguments:
             raise UserError(
                 "judge_load_in is for a judge in a folder; remove it, the server at judge_endpoint decides"
             )
+        if self.judge_engine == "vllm" and (self.judge_load_in or self.judge_endpoint):
+            raise UserError(
+                "judge_engine is vllm, which judge_load_in and judge_endpoint cannot go with; remove one of them"
+            )
+        if self.judge_engine != "vllm":
+            _refuse_idle(self, "judge_engine: vllm", ["judge_vllm_program"])
         if not self.judge:
-            _refuse_idle(self, "judge", ["judge_load_in", "judge_max_tokens"])
+            _refuse_idle(self, "judge", ["judge_load_in", "judge_max_tokens", "judge_engine"])
         if not self.judge_endpoint:
             _refuse_idle(self.endpoint, "judge_endpoint", ["api_key_variable", "concurrency", "endpoint_timeout"])
 

@@ -25,8 +25,9 @@ from gemma2_post.data.preparation import drop_too_long
 from gemma2_post.data.rows import QUESTION
 from gemma2_post.data.turns import Message
 from gemma2_post.evaluation import rewards
-from gemma2_post.evaluation.answering import side_by_side
-from gemma2_post.evaluation.answering.samples import Answer, load_graders, sample_answers
+from gemma2_post.evaluation.answering import partly, side_by_side
+from gemma2_post.evaluation.answering.partly import Sample, Sampling
+from gemma2_post.evaluation.answering.samples import Answer, PartlyAnswered, load_graders, sample_answers
 from gemma2_post.evaluation.answering.vllm_server import Server, check_program, serving
 from gemma2_post.evaluation.divergence import measure_divergence
 from gemma2_post.evaluation.keys import MeasureArguments
@@ -37,6 +38,7 @@ from gemma2_post.models.tokens import END_OF_TURN
 from gemma2_post.stage import contract, digests
 from gemma2_post.stage.errors import UserError, located
 
+_ANSWERS = "answers.jsonl"
 _RECORD: contract.Keys = {"key": str, "model": str, **dict.fromkeys(("prompts", "answers", "kl", "lengths"), list)}
 """The keys of a model's answers in the file that keeps them."""
 
@@ -56,25 +58,21 @@ class Answered:
     """Tokens of the model's answers to all turns of each prompt."""
 
 
-Sample = Callable[[list[list[Message]], float], list[Answer]]
-"""Answers prompts at a temperature."""
-
-
 class Measurement:
     """Measures models on the same prompts; checks its arguments when it is created, and loads models later."""
 
-    def __init__(self, start: str, measured: MeasureArguments, log: Path, reward_weights: list[float] | None = None):
+    def __init__(self, start: str, measured: MeasureArguments, kept: Path, reward_weights: list[float] | None = None):
         """
         Args:
             start: The model to which KL is measured.
-            log: File for what vLLM says, if it answers.
+            kept: Folder for answers as they come, and for what vLLM says, if it answers.
             reward_weights: Weights of the rewards, one for each; None: 1 each.
 
         Raises:
             UserError: Data, tokenizers, graders or rewards do not fit together.
         """
-        self.settings = start, measured, log, reward_weights
-        self.start, self.args, self.log, data_args = start, measured.answers, log, measured.data
+        self.settings = start, measured, kept, reward_weights
+        self.start, self.args, self.kept, data_args = start, measured.answers, kept, measured.data
         self.engine: dict[str, object] = {}
         """The version of the program that sampled, if it is not transformers; empty before it has."""
         args, sample_args, reward_args = measured.answers, measured.samples, measured.rewards
@@ -127,69 +125,84 @@ class Measurement:
                     "be read; lower max_completion_length, or raise max_prompt_length if that is what limits it"
                 )
 
-    def answer(self, models: list[Path], cache: Path) -> dict[Path, Answered]:
+    def answer(self, models: list[Path]) -> dict[Path, Answered]:
         """The answers of each model.
 
-        Args:
-            cache: File to which each model's answers are appended. What is there is not sampled again, whatever else
-                has changed, if the model, the start, the prompts, and the sampling are the same.
+        What is kept is not sampled again, whatever else has changed, if the model, the start, the prompts, and the
+        sampling are the same.
         """
-        cache.parent.mkdir(exist_ok=True)
+        self.kept.mkdir(exist_ok=True)
         asked = [list(self.rows["prompt"]), self.later, self.sampling, digest_of(Path(self.start))]
         keys = {path: digests.of_text(json.dumps([digest_of(path), *asked])) for path in models}
-        kept = {record["key"] for record in contract.read_lines(cache, _RECORD)}
-        missing = {path: keys[path] for path in models if keys[path] not in kept}
+        is_kept = {record["key"] for record in contract.read_lines(self.kept / _ANSWERS, _RECORD)}
+        missing = {path: keys[path] for path in models if keys[path] not in is_kept}
         if self.args.answer_processes > 1 and len(missing) > 1:
-            side_by_side.answer(missing, self.args.answer_processes, partial(_begin, cache, *self.settings))
+            side_by_side.answer(missing, self.args.answer_processes, partial(_begin, *self.settings))
         elif missing:
             start = load(Path(self.start), self.accelerator.device)
             for path, key in tqdm(missing.items(), desc="answers", unit="model"):
-                self.answer_one(path, key, start, cache)
+                self.answer_one(path, key, start)
         known: dict[str, Answered] = {}
-        for record in contract.read_lines(cache, _RECORD):
+        for record in contract.read_lines(self.kept / _ANSWERS, _RECORD):
             self.engine |= record.get("engine", {}) if record["key"] in keys.values() else {}
             answers = [Answer(**answer) for answer in record["answers"]]
             known[record["key"]] = Answered(record["prompts"], answers, record["kl"], record["lengths"])
         return {path: known[keys[path]] for path in models}
 
-    def answer_one(self, path: Path, key: str, start: PreTrainedModel, cache: Path) -> None:
-        """Lets one model answer, which is freed before the next one is loaded, and appends its answers to a file.
+    def answer_one(self, path: Path, key: str, start: PreTrainedModel) -> None:
+        """Lets one model answer, which is freed before the next one is loaded, and keeps its answers.
 
         Args:
             key: What they are kept under.
         """
-        with located(path):
+        with located(path), self._keeping(path, key) as keep:
             if self.args.engine == "transformers":
                 model = load(path, self.accelerator.device)
-                answered = self.converse(partial(self.sample, model))
+                answered = self.converse(keep(partial(self._sample, model)))
             else:
-                with self.answering(path) as sample:
-                    answered = self.converse(sample)
+                with self._serving(path) as sampling:
+                    answered = self.converse(keep(sampling))
                 model = load(path, self.accelerator.device)
             found = measure_divergence(self.accelerator, model, start, answered.answers, self.args.batch_size)
             answered = replace(answered, kl=[each.forward for each in found])
-        record: dict[str, Any] = {"key": key, "model": str(path), "answers": [vars(each) for each in answered.answers]}
-        record |= {"engine": self.engine} if self.engine else {}
-        contract.append_lines(cache, [vars(answered) | record])
+            record: dict[str, Any] = {"key": key, "model": str(path)}
+            record |= {"answers": [vars(each) for each in answered.answers]}
+            record |= {"engine": self.engine} if self.engine else {}
+            contract.append_lines(self.kept / _ANSWERS, [vars(answered) | record])
 
     @contextmanager
-    def answering(self, path: Path) -> Iterator[Sample]:
-        """Lets one model answer, by the recipe's engine."""
-        device, args = self.accelerator.device, self.args
-        if args.engine == "transformers":
-            yield partial(self.sample, load(path, device))
-            return
-        config = load_config(str(path))
+    def answering(self, path: Path, key: str) -> Iterator[Sample]:
+        """Lets one model answer, by the recipe's engine; the calls of each run must be the same, in the same order.
+
+        Args:
+            key: What its answers are kept under until all are there.
+        """
+        with self._keeping(path, key) as keep:
+            if self.args.engine == "transformers":
+                yield keep(partial(self._sample, load(path, self.accelerator.device)))
+            else:
+                with self._serving(path) as sampling:
+                    yield keep(sampling)
+
+    @contextmanager
+    def _keeping(self, path: Path, key: str) -> Iterator[Callable[[Sampling], Sample]]:
+        """Keeps each answer as it comes, until all are there."""
+        file = self.kept / "partly" / f"{key}.jsonl"
+        yield lambda sampling: partly.kept(sampling, file, path.name)
+        file.unlink(missing_ok=True)
+
+    @contextmanager
+    def _serving(self, path: Path) -> Iterator[Sampling]:
+        config, args = load_config(str(path)), self.args
         longest = self.longest + args.max_completion_length
-        server = Server(args.vllm_program, str(path), self.log, longest, config.num_key_value_heads)
+        server = Server(args.vllm_program, str(path), self.kept / "vllm.log", longest, config.num_key_value_heads)
+        loaded = partial(load, path, self.accelerator.device)
         with (
             located("engine"),
-            serving(
-                server, self.tokenizer, partial(load, path, device), args.max_completion_length, args.seed
-            ) as sample,
+            serving(server, self.tokenizer, loaded, args.max_completion_length, args.seed) as sampling,
         ):
             self.engine = {"vllm": server.version()}
-            yield sample
+            yield sampling
 
     def converse(self, sample: Sample) -> Answered:
         """What a model answers, without KL."""
@@ -210,12 +223,12 @@ class Measurement:
             return {"length": args.max_completion_length, "engine": args.engine, "seed": args.seed}
         return {"length": args.max_completion_length, "batch_size": args.batch_size, "seed": args.seed}
 
-    def sample(self, model: PreTrainedModel, prompts: list[list[Message]], temperature: float = 1.0) -> list[Answer]:
-        """One answer of the model to each prompt."""
+    def _sample(
+        self, model: PreTrainedModel, prompts: list[list[Message]], temperature: float, partly: PartlyAnswered
+    ) -> list[Answer]:
         args = self.args
-        return sample_answers(
-            model, self.tokenizer, prompts, args.max_completion_length, temperature, args.batch_size, args.seed
-        )
+        settings = args.max_completion_length, temperature, args.batch_size, args.seed
+        return sample_answers(model, self.tokenizer, prompts, *settings, partly=partly)
 
     def load_reward_model(self) -> None:
         """Loads the reward model, if there is one; call this once all models have answered."""
@@ -242,11 +255,11 @@ class Measurement:
         }
 
 
-def _begin(cache: Path, *settings: Any) -> side_by_side.Answer:
+def _begin(*settings: Any) -> side_by_side.Answer:
     """Begins to measure in a process beside others; the settings are those of `Measurement`."""
     measurement = Measurement(*settings)
     start = load(Path(measurement.start), measurement.accelerator.device)
-    return lambda path, key: measurement.answer_one(path, key, start, cache)
+    return lambda path, key: measurement.answer_one(path, key, start)
 
 
 def converse(

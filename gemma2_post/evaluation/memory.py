@@ -23,8 +23,10 @@ def measuring(checked: Checked, measured: MeasureArguments) -> dict[str, Parts]:
     prompt = cost.longest_prompt(checked.models.values(), answers.max_prompt_length, answer)
     share = cost.weights(config, compute.itemsize) / (1 if compute.on_cpu else checked.num_gpus)
     two = {"weights": share, "start": share}
+    by_vllm = {"KV cache": cost.kv_cache(config, 1, prompt + answer, compute.itemsize)}  # more is better, not needed
+    sampled = cost.sampling(config, answers.batch_size, prompt, answer, compute)
     found = {
-        "sampling": two | cost.sampling(config, answers.batch_size, prompt, answer, compute),
+        "sampling": two | (by_vllm if answers.engine == "vllm" else sampled),
         "divergence": two
         | {
             "activations": cost.forward(config, answers.batch_size, prompt + answer, compute),
@@ -50,4 +52,8 @@ def judging(checked: Checked, measured: MeasureArguments, args: JudgeArguments) 
     size = cost.weights(judge, compute.itemsize, args.judge_load_in)
     held = {"judge": size + cost.dequantized(judge, args.judge_load_in)}
     question = JUDGE_QUESTION + prompt + 2 * answers.max_completion_length
+    if args.judge_engine == "vllm":
+        return {
+            "judge": held | {"KV cache": cost.kv_cache(judge, 1, question + args.judge_max_tokens, compute.itemsize)}
+        }
     return {"judge": held | cost.sampling(judge, JUDGE_BATCH, question, args.judge_max_tokens, compute)}

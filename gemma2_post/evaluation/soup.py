@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from statistics import mean
 
 from gemma2_post.evaluation.measure import Measurement
@@ -31,12 +30,11 @@ def greedy(number: int, value_of: Callable[[list[int]], float]) -> list[int]:
     return kept
 
 
-def of_best(merge: Merge, by: str, measurement: Measurement, cache: Path) -> Merge:
+def of_best(merge: Merge, by: str, measurement: Measurement) -> Merge:
     """The merge without the members that a greedy soup leaves out; writes `greedy.json`.
 
     Args:
         by: `reward`, or the name of a grader.
-        cache: File to which answers are appended.
     """
     names, tried = merge.args.names, []
 
@@ -47,7 +45,7 @@ def of_best(merge: Merge, by: str, measurement: Measurement, cache: Path) -> Mer
         some, rule = subset(merge, members), merge.args.interpolation
         merge_to({1.0: folder}, some, rule)
         write_beside(folder, some, rule, 1.0)
-        answered = measurement.answer([folder], cache)[folder]
+        answered = measurement.answer([folder])[folder]
         measurement.load_reward_model()
         value = mean(measurement.values(answered)[by])
         measurement.unload_reward_model()

@@ -43,4 +43,5 @@ def judging(
     pair = prompts_of(checked, measured, rows).plus(answers).plus(answers)
     question, asked = pair.plus(Lengths((memory.JUDGE_QUESTION,))), 2 * num_models * measured.samples.num_samples
     replies = evenly(args.judge_max_tokens)
-    return work.sampling(Model(judge, compute, args.judge_load_in), asked, memory.JUDGE_BATCH, question, replies)
+    is_served, model = args.judge_engine == "vllm", Model(judge, compute, args.judge_load_in)
+    return work.sampling(model, asked, CONCURRENT if is_served else memory.JUDGE_BATCH, question, replies, is_served)

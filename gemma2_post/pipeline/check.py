@@ -131,10 +131,11 @@ def _check_engine(values: dict[str, Any]) -> None:
     """Refuses vLLM where it is not installed."""
     if values.get("use_vllm"):
         check_vllm()
-    if values.get("engine") == "vllm":
-        from gemma2_post.evaluation.answering import vllm_server  # a slow import
+    for prefix in ("", "judge_"):
+        if values.get(f"{prefix}engine") == "vllm":
+            from gemma2_post.evaluation.answering import vllm_server  # a slow import
 
-        vllm_server.check_program(values["vllm_program"])
+            vllm_server.check_program(values[f"{prefix}vllm_program"], prefix)
 
 
 def _check_paths(command: Command, built: Any, values: dict[str, Any], made: Models) -> Models:

@@ -7,20 +7,23 @@ import gc
 import json
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from gemma2_post.data.turns import Message
 from gemma2_post.evaluation.answering import endpoint
 from gemma2_post.evaluation.answering.endpoint import Completion, Endpoint, RefusedError, Request
+from gemma2_post.evaluation.answering.partly import Other, Sample
 from gemma2_post.evaluation.answering.samples import Answer, sample_answers
 from gemma2_post.evaluation.keys import EndpointArguments, OtherArguments, OtherModel
-from gemma2_post.evaluation.measure import Measurement, Sample, as_answer, digest_of
+from gemma2_post.evaluation.measure import Measurement, as_answer, digest_of
 from gemma2_post.stage import contract, digests
 from gemma2_post.stage.errors import UserError, located
 
@@ -35,17 +38,17 @@ Answering = Callable[[list[list[Message]], float, Write], None]
 """Answers prompts at a temperature."""
 
 
-def load_others(args: OtherArguments, names: list[str], measurement: Measurement, cache: Path) -> dict[str, Sample]:
+def load_others(args: OtherArguments, names: list[str], measurement: Measurement, file: Path) -> dict[str, Other]:
     """How each other model answers, by its name; endpoints are asked whether they are there.
 
     Args:
         names: The names of the compared models.
-        cache: File for all their answers.
+        file: File for all their answers.
 
     Raises:
         UserError: An endpoint cannot be reached, a model has no chat format, or a name is given twice.
     """
-    found: dict[str, Sample] = {}
+    found: dict[str, Other] = {}
     for each in args.others or []:
         with located(f"others: {each.name}"):
             if each.name in (*names, *found):
@@ -55,22 +58,27 @@ def load_others(args: OtherArguments, names: list[str], measurement: Measurement
                 key = EndpointArguments(each.api_key_variable)
                 client = endpoint.connect(each.endpoint, key, RETRIES)
                 endpoint.check(client)
-                answering = _by_endpoint(Endpoint(client, each.model), each.name, length, seed, args.other_concurrency)
+                server = Endpoint(client, each.model)
+                loaded = partial(_by_endpoint, server, each.name, length, seed, args.other_concurrency)
             else:
-                answering = _by_model(each.model, length, seed, measurement.args.batch_size)
-            found[each.name] = _cached(answering, each, measurement, cache)
+                tokenizer, batch_size = _tokenizer(each.model), measurement.args.batch_size
+                loaded = partial(_by_model, each.model, tokenizer, length, seed, batch_size)
+            found[each.name] = partial(_cached, loaded, each, measurement, file)
     return found
 
 
-def _cached(answering: Answering, other: OtherModel, measurement: Measurement, cache: Path) -> Sample:
+@contextmanager
+def _cached(
+    loaded: Callable[[], AbstractContextManager[Answering]], other: OtherModel, measurement: Measurement, file: Path
+) -> Iterator[Sample]:
     """Takes from the file what it has, and appends to it what it has not."""
     model = other.model if other.endpoint else digest_of(Path(other.model))
 
     def sample(prompts: list[list[Message]], temperature: float) -> list[Answer]:
         decisive = [other.endpoint, model, measurement.sampling, temperature]
         keys = [digests.of_text(json.dumps([decisive, prompt])) for prompt in prompts]
-        cache.parent.mkdir(exist_ok=True)
-        records = contract.read_lines(cache, _RECORD)
+        file.parent.mkdir(exist_ok=True)
+        records = contract.read_lines(file, _RECORD)
         known = {each["key"]: as_answer(measurement.tokenizer, each["text"], each["has_ended"]) for each in records}
         missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in known}
         asked = list(missing)
@@ -79,7 +87,7 @@ def _cached(answering: Answering, other: OtherModel, measurement: Measurement, c
 
             def write(number: int, text: str, has_ended: bool) -> None:
                 record = {"key": asked[number], "model": other.name, "text": text, "has_ended": has_ended}
-                contract.append_lines(cache, [record])
+                contract.append_lines(file, [record])
                 known[asked[number]] = as_answer(measurement.tokenizer, text, has_ended)
                 bar.update()
 
@@ -88,10 +96,12 @@ def _cached(answering: Answering, other: OtherModel, measurement: Measurement, c
                     answering(list(missing.values()), temperature, write)
         return [known[key] for key in keys]
 
-    return sample
+    with loaded() as answering:
+        yield sample
 
 
-def _by_endpoint(server: Endpoint, name: str, length: int, seed: int, concurrency: int) -> Answering:
+@contextmanager
+def _by_endpoint(server: Endpoint, name: str, length: int, seed: int, concurrency: int) -> Iterator[Answering]:
     """A refused prompt has an empty answer, with a warning."""
 
     def answering(prompts: list[list[Message]], temperature: float, write: Write) -> None:
@@ -119,31 +129,46 @@ def _by_endpoint(server: Endpoint, name: str, length: int, seed: int, concurrenc
         if refused:
             logger.warning("%s refused %d of %d prompts (%s)", name, len(refused), len(prompts), refused[0])
 
-    return answering
+    yield answering
 
 
-def _by_model(path: str, length: int, seed: int, batch_size: int) -> Answering:
-    """A model of transformers with its own tokenizer; it is loaded when it is first asked, and freed after that."""
+def _tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a chat model of any family.
+
+    Raises:
+        UserError: The model has no chat format.
+    """
     tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.chat_template is None:
         raise UserError(f"{path} has no chat template, so it is no chat model; name one that is tuned for chats")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
 
-    def answering(prompts: list[list[Message]], temperature: float, write: Write) -> None:
+
+@contextmanager
+def _by_model(
+    path: str, tokenizer: PreTrainedTokenizerBase, length: int, seed: int, batch_size: int
+) -> Iterator[Answering]:
+    """A model of transformers with its own tokenizer; it is loaded when it is first asked."""
+
+    @cache
+    def model() -> Any:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         device_map = "balanced" if torch.cuda.device_count() > 1 else {"": device}
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map).eval()
-        stops = model.generation_config.eos_token_id or tokenizer.eos_token_id
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map).eval()
+
+    def answering(prompts: list[list[Message]], temperature: float, write: Write) -> None:
+        stops = model().generation_config.eos_token_id or tokenizer.eos_token_id
         stops = stops if isinstance(stops, list) else [stops]
         for start in range(0, len(prompts), batch_size):
             batch, pad = prompts[start : start + batch_size], tokenizer.pad_token_id
             sampled = sample_answers(
-                model, tokenizer, batch, length, temperature, batch_size, seed + start, stops, pad
+                model(), tokenizer, batch, length, temperature, batch_size, seed + start, stops, pad
             )
             for i, each in enumerate(sampled):
                 write(start + i, each.text, each.token_ids[-1] in stops)
-        del model
-        gc.collect()
 
-    return answering
+    yield answering
+    model.cache_clear()
+    gc.collect()

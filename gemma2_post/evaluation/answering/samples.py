@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -41,6 +41,28 @@ class Answer:
         return len(self.token_ids) - self.stopped
 
 
+@dataclass
+class PartlyAnswered:
+    """A list of prompts of which some are answered."""
+
+    answers: dict[int, Answer] = field(default_factory=dict)
+    """By the number of the prompt."""
+    random_states: list[str] = field(default_factory=list)
+    """Torch's random states after the last of these answers, of the CPU and of each GPU, in hexadecimal digits; empty
+    where answers do not depend on those before."""
+    write: Callable[[dict[int, Answer], list[str]], None] = lambda *_: None
+    """Takes further answers as they come, with the random states after them."""
+
+    def add(self, answers: dict[int, Answer], random_states: list[str]) -> None:
+        """Adds further answers, and writes them."""
+        self.answers |= answers
+        self.write(answers, random_states)
+
+    def in_order(self) -> list[Answer]:
+        """All answers; call this when no prompt is without one."""
+        return [self.answers[number] for number in range(len(self.answers))]
+
+
 def load_graders(sample_args: SampleArguments, rows: Dataset) -> dict[str, Grader]:
     """The graders, by their functions' names; also checks the other arguments.
 
@@ -68,6 +90,7 @@ def sample_answers(
     seed: int = 0,
     stop_token_ids: list[int] = STOP_TOKEN_IDS,
     pad: int = PAD,
+    partly: PartlyAnswered | None = None,
 ) -> list[Answer]:
     """Samples one answer per prompt from the model's own distribution: no top-k, no top-p; greedy at temperature 0.
 
@@ -76,11 +99,13 @@ def sample_answers(
     Args:
         stop_token_ids: The tokens that end an answer; Gemma 2's, unless the model is of another family.
         pad: The token that fills up shorter answers.
+        partly: The answers of the first batches, if they are there; takes those of each further one.
     """
-    answers = []
+    partly = partly or PartlyAnswered()
     with evaluating(model), torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        for start in range(0, len(prompts), batch_size):
+        _set_random_states(partly.random_states)
+        for start in range(len(partly.answers), len(prompts), batch_size):
             batch = tokenizer.apply_chat_template(
                 prompts[start : start + batch_size],
                 add_generation_prompt=True,
@@ -102,11 +127,25 @@ def sample_answers(
                     pad_token_id=pad,
                 )
             width = batch["input_ids"].shape[1]
+            answers: dict[int, Answer] = {}
             for mask, ids in zip(batch["attention_mask"].bool(), generated.cpu(), strict=True):
                 prompt_ids, token_ids = ids[:width][mask.cpu()].tolist(), ids[width:].tolist()
                 end = next((i for i, token in enumerate(token_ids) if token in stop_token_ids), len(token_ids))
-                answers.append(Answer(tokenizer.decode(token_ids[:end]).strip(), prompt_ids, token_ids[: end + 1]))
-    return answers
+                text = tokenizer.decode(token_ids[:end]).strip()
+                answers[start + len(answers)] = Answer(text, prompt_ids, token_ids[: end + 1])
+            partly.add(answers, _random_states())
+    return partly.in_order()
+
+
+def _random_states() -> list[str]:
+    return [state.numpy().tobytes().hex() for state in [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]]
+
+
+def _set_random_states(states: list[str]) -> None:
+    if states:
+        of_cpu, *of_gpus = [torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8) for state in states]
+        torch.set_rng_state(of_cpu)
+        torch.cuda.set_rng_state_all(of_gpus)
 
 
 class NoProbabilityError(OneProcessError):

@@ -15,7 +15,7 @@ from gemma2_post.data.functions import load_grader
 from gemma2_post.data.selection import Candidate
 from gemma2_post.data.turns import Message
 from gemma2_post.evaluation.answering.endpoint import Completion, Endpoint, RefusedError, Request
-from gemma2_post.evaluation.answering.samples import Answer, sample_answers
+from gemma2_post.evaluation.answering.samples import Answer, PartlyAnswered, sample_answers
 from gemma2_post.evaluation.answering.vllm_server import Server, serving
 from gemma2_post.evaluation.keys import SynthesisArguments
 from gemma2_post.models import reward_model
@@ -60,7 +60,7 @@ def ask_model(
             seed=random.Random(f"{args.seed} {number}").getrandbits(32),
         )
         pairs = zip(batch, sampled, strict=True)
-        write([record(job, each.text, "stop" if each.stopped else "length", each.num_tokens) for job, each in pairs])
+        write([record_of(job, each) for job, each in pairs])
 
 
 def ask_vllm(
@@ -83,13 +83,12 @@ def ask_vllm(
     name, config = model_args.model_name_or_path, load_config(model_args.model_name_or_path)
     server = Server(args.vllm_program, name, log, config.max_position_embeddings, config.num_key_value_heads)
 
-    def write_one(number: int, answer: Answer) -> None:
-        finish_reason = "stop" if answer.stopped else "length"
-        write([record(missing[number], answer.text, finish_reason, answer.num_tokens)])
+    def write_some(answers: dict[int, Answer], _: list[str]) -> None:
+        write([record_of(missing[number], each) for number, each in answers.items()])
 
     load = partial(load_model, model_args, "auto")
     with serving(server, tokenizer, load, args.max_new_tokens, args.seed) as sample:
-        sample([prompts[row] for row, _ in missing], args.temperature, write_one)
+        sample([prompts[row] for row, _ in missing], args.temperature, PartlyAnswered(write=write_some))
 
 
 def ask_endpoint(
@@ -124,6 +123,11 @@ def ask_endpoint(
 
     has_answered = any(answer["finish_reason"] != "refused" for answer in answered.values())
     Endpoint(client, model, has_answered=has_answered).answer_all(requests, args.server.concurrency, write_one)
+
+
+def record_of(job: Job, answer: Answer) -> dict:
+    """The JSON record of a model's answer."""
+    return record(job, answer.text, "stop" if answer.stopped else "length", answer.num_tokens)
 
 
 def record(job: Job, text: str, finish_reason: str, num_tokens: int) -> dict:

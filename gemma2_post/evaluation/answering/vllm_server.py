@@ -19,18 +19,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from statistics import mean
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from openai import APIConnectionError, OpenAI, OpenAIError
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gemma2_post.data.turns import Message
-from gemma2_post.evaluation.answering.samples import Answer
+from gemma2_post.evaluation.answering.partly import Sampling
+from gemma2_post.evaluation.answering.samples import Answer, PartlyAnswered
 from gemma2_post.models.tokens import STOP_TOKEN_IDS
 from gemma2_post.models.work import CONCURRENT
 from gemma2_post.stage.errors import UserError
@@ -132,25 +133,17 @@ class Server:
         return json.loads(response.text)["choices"][0]
 
 
-def check_program(program: str) -> None:
-    """Refuses an engine that is not there."""
+def check_program(program: str, prefix: str = "") -> None:
+    """Refuses an engine that is not there.
+
+    Args:
+        prefix: What stands before the names of its keys.
+    """
     if shutil.which(program) is None:
         raise UserError(
-            f"engine is vllm, and there is no program {program}; install vLLM, also in an environment of its own, and "
-            "name its program in vllm_program"
+            f"{prefix}engine is vllm, and there is no program {program}; install vLLM, also in an environment of its "
+            f"own, and name its program in {prefix}vllm_program"
         )
-
-
-Write = Callable[[int, Answer], None]
-"""Takes the number of a prompt and its answer as it comes."""
-
-
-class Sampling(Protocol):
-    """Answers prompts at a temperature."""
-
-    def __call__(
-        self, prompts: list[list[Message]], temperature: float, write: Write = lambda *_: None, /
-    ) -> list[Answer]: ...
 
 
 @contextmanager
@@ -172,7 +165,7 @@ def serving(
     server.start()
     try:
         _check(server, texts, expected)
-        yield partial(_sample, server, tokenizer, length, seed)
+        yield partial(_sample, server, tokenizer, length, seed, count())
     finally:
         server.stop()
 
@@ -222,36 +215,38 @@ def _sample(
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     seed: int,
+    calls: Iterator[int],
     prompts: list[list[Message]],
     temperature: float,
-    write: Write = lambda *_: None,
+    partly: PartlyAnswered,
 ) -> list[Answer]:
-    """One answer to each prompt, from a seed of its own; an engine that dies is started once more."""
+    """One answer to each prompt, from a seed of its own; an engine that dies is started once more.
+
+    An answer is shorter where the model can read no more tokens.
+    """
     ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
-    found: dict[int, Answer] = {}
     has_seeds = torch.cuda.is_available()  # its CPU build cannot sample with a seed of a request
-    lock = Lock()
-    with tqdm(total=len(prompts), desc="vLLM", unit="answer", leave=False) as bar:
+    lock, call = Lock(), next(calls)
 
-        def ask(number: int) -> None:
-            own = {"seed": random.Random(f"{seed} {number}").getrandbits(31)} if has_seeds else {}
-            choice = server.complete(ids[number], max_tokens=length, temperature=temperature, **own)
-            token_ids = choice["token_ids"]
-            end = next((i for i, token in enumerate(token_ids) if token in STOP_TOKEN_IDS), len(token_ids))
-            found[number] = Answer(tokenizer.decode(token_ids[:end]).strip(), ids[number], token_ids[: end + 1])
-            with lock:
-                write(number, found[number])
-                bar.update()
+    def ask(number: int) -> None:
+        own = {"seed": random.Random(f"{seed} {call} {number}").getrandbits(31)} if has_seeds else {}
+        longest = min(length, server.longest - len(ids[number]))
+        choice = server.complete(ids[number], max_tokens=longest, temperature=temperature, **own)
+        token_ids = choice["token_ids"]
+        end = next((i for i, token in enumerate(token_ids) if token in STOP_TOKEN_IDS), len(token_ids))
+        answer = Answer(tokenizer.decode(token_ids[:end]).strip(), ids[number], token_ids[: end + 1])
+        with lock:
+            partly.add({number: answer}, [])
 
-        for is_last in (False, True):
-            missing = [number for number in range(len(prompts)) if number not in found]
-            try:
-                with ThreadPoolExecutor(CONCURRENT) as pool:
-                    list(pool.map(ask, missing))
-            except OpenAIError as error:
-                if is_last or not server.has_ended():
-                    raise UserError(f"vLLM fails ({error}; {server.last_words()})") from error
-                logger.warning("vLLM ended with status %s; it is started once more", server.process.returncode)
-                server.stop()
-                server.start()
-    return [found[number] for number in range(len(prompts))]
+    for is_last in (False, True):
+        missing = [number for number in range(len(prompts)) if number not in partly.answers]
+        try:
+            with ThreadPoolExecutor(CONCURRENT) as pool:
+                list(pool.map(ask, missing))
+        except OpenAIError as error:
+            if is_last or not server.has_ended():
+                raise UserError(f"vLLM fails ({error}; {server.last_words()})") from error
+            logger.warning("vLLM ended with status %s; it is started once more", server.process.returncode)
+            server.stop()
+            server.start()
+    return partly.in_order()

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gemma2_post.data.turns import Message, fold_system
 from gemma2_post.evaluation.answering.endpoint import Completion, Endpoint, RefusedError, Request
-from gemma2_post.evaluation.answering.samples import sample_answers
+from gemma2_post.evaluation.answering.partly import Sampling
+from gemma2_post.evaluation.answering.samples import Answer, PartlyAnswered, sample_answers
 from gemma2_post.evaluation.judging.rubrics import Question, comparison, safety
 from gemma2_post.evaluation.judging.verdicts import Verdict, grade, is_violation, verdict
 from gemma2_post.evaluation.judging.winrate import versus
@@ -98,6 +99,8 @@ class Judge:
 
     silent: Counter[str] = field(default_factory=Counter)
     """Why the questions that were asked last have no verdict, by number of questions."""
+    close: Callable[[], None] = lambda: None
+    """Frees what a local judge holds; it is asked no more after that."""
     tokens: Counter[str] = field(default_factory=Counter)
     """Tokens of all questions that were asked, and of all replies, those of earlier runs included."""
 
@@ -245,20 +248,75 @@ def ask_model(
     """
 
     def ask(questions: list[Question], attempt: int, write: Write) -> None:
-        conversations = [fold_system(each.messages) for each in questions]
-        ids = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=True)["input_ids"]
         positions = loaded().config.max_position_embeddings
-        least = min(SHORTEST_REPLY, max_tokens)
-        fitting = [i for i, each in enumerate(ids) if len(each) <= positions - least]
-        for i in set(range(len(questions))) - set(fitting):
-            write(questions[i], Refusal(f"{len(ids[i])} tokens, and the judge reads {positions} with its reply"))
+        fitting = _fitting(questions, tokenizer, positions, max_tokens, write)
         for start in range(0, len(fitting), batch_size):
-            rows = fitting[start : start + batch_size]
-            batch, temperature = [conversations[i] for i in rows], float(attempt > 0)
-            longest = min(max_tokens, positions - max(len(ids[i]) for i in rows))
-            replies = sample_answers(loaded(), tokenizer, batch, longest, temperature, batch_size, seed=attempt)
-            for i, reply in zip(rows, replies, strict=True):
-                is_cut, tokens = not reply.stopped, (len(ids[i]), reply.num_tokens)
-                write(questions[i], Reply(reply.text, is_cut, is_cut and longest < max_tokens, tokens))
+            batch, temperature = fitting[start : start + batch_size], float(attempt > 0)
+            longest = min(max_tokens, positions - max(each.num_tokens for each in batch))
+            conversations = [each.conversation for each in batch]
+            replies = sample_answers(
+                loaded(), tokenizer, conversations, longest, temperature, batch_size, seed=attempt
+            )
+            for each, reply in zip(batch, replies, strict=True):
+                write(each.question, _reply(reply, longest < max_tokens))
 
     return ask
+
+
+def ask_vllm(
+    served: Callable[[], Sampling], tokenizer: PreTrainedTokenizerBase, positions: int, max_tokens: int
+) -> Ask:
+    """A local model as judge, asked by vLLM; otherwise as `ask_model`.
+
+    Args:
+        served: Starts vLLM when it is first called.
+        positions: Tokens that the judge reads at most, its reply included.
+    """
+
+    def ask(questions: list[Question], attempt: int, write: Write) -> None:
+        fitting = _fitting(questions, tokenizer, positions, max_tokens, write)
+
+        def write_some(replies: dict[int, Answer], _: list[str]) -> None:
+            for number, reply in replies.items():
+                each = fitting[number]
+                write(each.question, _reply(reply, positions - each.num_tokens < max_tokens))
+
+        partly = PartlyAnswered(write=write_some)
+        served()([each.conversation for each in fitting], float(attempt > 0), partly)
+
+    return ask
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """A question that leaves a local judge room for a reply."""
+
+    question: Question
+    conversation: list[Message]
+    num_tokens: int
+
+
+def _fitting(
+    questions: list[Question], tokenizer: PreTrainedTokenizerBase, positions: int, max_tokens: int, write: Write
+) -> list[_Fitting]:
+    """The questions that leave room for a reply; the others are refused."""
+    conversations = [fold_system(each.messages) for each in questions]
+    ids = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=True)["input_ids"]
+    found = []
+    for each in (_Fitting(*each) for each in zip(questions, conversations, map(len, ids), strict=True)):
+        if each.num_tokens <= positions - min(SHORTEST_REPLY, max_tokens):
+            found.append(each)
+        else:
+            reason = f"{each.num_tokens} tokens, and the judge reads {positions} with its reply"
+            write(each.question, Refusal(reason))
+    return found
+
+
+def _reply(answer: Answer, has_little_room: bool) -> Reply:
+    """The reply of a local judge.
+
+    Args:
+        has_little_room: Whether the judge's context allowed fewer tokens than `judge_max_tokens`.
+    """
+    is_cut = not answer.stopped
+    return Reply(answer.text, is_cut, is_cut and has_little_room, (len(answer.prompt_ids), answer.num_tokens))
