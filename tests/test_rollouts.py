@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +144,12 @@ def test_what_vllm_cannot_train_with_is_refused(change: Recipe, message: str, rl
 # --- with vLLM ---
 
 
-def trained(command: Any, values: Recipe, tmp_path: Path, killed_at: str = "") -> Path:
+def trained(command: Any, values: Recipe, tmp_path: Path, killed_at: str = "", launch: Sequence[str] = ()) -> Path:
     """Runs a stage in vLLM's environment; returns its output directory.
 
     Args:
         killed_at: File of the output at which the stage is killed; empty for a run to the end.
+        launch: What starts several processes.
     """
     file, output = tmp_path / "by-vllm.yaml", tmp_path / "by-vllm"
     file.write_text(yaml.safe_dump(values | {"use_vllm": True, "output_dir": str(output)}))
@@ -156,7 +158,10 @@ def trained(command: Any, values: Recipe, tmp_path: Path, killed_at: str = "") -
     environment = os.environ | {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(
-            [str(python), "-m", command.module, "--config", str(file)], stdout=log, stderr=log, env=environment
+            [str(python), *launch, "-m", command.module, "--config", str(file)],
+            stdout=log,
+            stderr=log,
+            env=environment,
         )
     if killed_at:
         while not (output / killed_at).exists() and process.poll() is None:
@@ -197,3 +202,20 @@ def test_a_student_learns_with_an_adapter_from_what_vllm_samples(distill_recipe:
     stage = json.loads((output / "stage.json").read_text())
     assert stage["vllm"].startswith("0.")
     assert stage["metrics"]["kl_student_teacher"] != stage["metrics"]["kl_student_teacher_before"]
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_two_processes_under_zero_3_train_on_what_their_vllm_samples(rlhf_recipe: Recipe, tmp_path: Path) -> None:
+    """Each process has an engine of its own, to which the sharded weights go after each step."""
+    config = yaml.safe_load(Path("accelerate_configs/deepspeed_zero3_cpu.yaml").read_text())
+    (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(config | {"mixed_precision": "no"}))
+    launch = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launch += ["--config_file", str(tmp_path / "accelerate.yaml")]
+    values = rlhf_recipe | {"max_steps": 3, "watch_steps": 3, "learning_rate": 1e-3, "logging_steps": 1}
+    values |= {"per_device_train_batch_size": 4}
+    output = trained(rlhf.COMMAND, values, tmp_path, launch=launch)
+    assert len(differences(output)) == 3
+    assert 0 < max(differences(output)) < 0.05
+    stage = json.loads((output / "stage.json").read_text())
+    assert stage["num_processes"] == 2 and stage["metrics"]["kl_to_start"] > 0.1

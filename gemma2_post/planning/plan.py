@@ -193,7 +193,10 @@ def _with_engine(job: Job, is_served: bool) -> Job:
     values, quantized = values_of(job.checked.recipe), job.trains and job.checked.recipe.quantization
     if job.checked.launcher.use_cpu or quantized or values.get("endpoint"):
         return job
-    keys = {"use_vllm": is_served, "engine": "vllm" if is_served else "transformers"}
+    engine = "vllm" if is_served else "transformers"
+    keys = {"use_vllm": is_served, "engine": engine}
+    if values.get("judge") and not values["judge_endpoint"] and not values["judge_load_in"]:
+        keys["judge_engine"] = engine
     return Change({key: value for key, value in keys.items() if key in values}).apply(job)
 
 
