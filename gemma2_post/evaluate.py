@@ -38,7 +38,7 @@ from gemma2_post.evaluation.keys import (
 )
 from gemma2_post.models import work as passes
 from gemma2_post.stage import contract
-from gemma2_post.stage.bounds import FILLED
+from gemma2_post.stage.bounds import FILLED, Bounds
 from gemma2_post.stage.command import Checked, Command, Parts, Stage
 from gemma2_post.stage.errors import UserError, located
 from gemma2_post.stage.launcher import Launcher
@@ -72,6 +72,11 @@ class Recipe:
     benchmarks: BenchmarkArguments = part(BenchmarkArguments)
     reward_benchmarks: list[Source] | None = key(
         None, "Sets in the layouts of RewardBench and RewardBench 2, or pairs, on which the reward model is measured."
+    )
+    best_of: int | None = key(
+        None,
+        "Answers of baseline to each prompt, among which the reward chooses: best-of-n over n up to this.",
+        bounds=Bounds(at_least=2),
     )
 
 
@@ -123,6 +128,10 @@ def main(stage: Stage, recipe: Recipe) -> None:
         contract.write_json(stage.output_dir / contract.KNOWN_SETS, of_rewards)
         return {}
 
+    def chosen() -> "Measures":
+        of_rewards.update(compared.best_of(recipe.best_of, stage.output_dir))
+        return {}
+
     def measure(part: str, measures: "Callable[[], Measures]") -> None:
         try:
             found = measures()
@@ -141,6 +150,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     if not failed:
         contract.write_json(stage.output_dir / contract.GAINS, compared.gains())
     measure("reward_benchmarks", known)
+    measure("best_of", chosen)
     if judge:
         with closing(judge):
             measure("judge", partial(compared.by_judge, judge))
@@ -241,13 +251,17 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
 
 
 def metrics(recipe: Recipe) -> set[str]:
-    from gemma2_post.evaluation import reward_benchmarks  # a slow import
+    from gemma2_post.evaluation import best_of, reward_benchmarks  # slow imports
 
     found = recipe.measured.metrics | {"win_rate", "distinct_answers", "distinct_bigrams"}
     found |= {f"{grader}_win_rate" for grader in recipe.measured.samples.grader_names}
     found |= {"judge_win_rate"} if recipe.judging.judge else set()
     found |= recipe.protocols.metrics
     found |= reward_benchmarks.SCORES if recipe.reward_benchmarks else set()
+    if recipe.best_of:
+        graded = recipe.measured.samples.grader_names
+        found |= {f"best_of_{n}/{name}" for n in best_of.numbers(recipe.best_of) for name in ("reward", *graded)}
+        found |= {f"best_of_4_accuracy/{name}" for name in graded if recipe.best_of >= best_of.NUM_IN_ACCURACY}
     found |= {"violations"} if recipe.judging.safety_datasets else set()
     found |= {"benchmarks"} if recipe.benchmarks.benchmarks else set()
     return found | ({"memorised_exact", "memorised_approximate"} if recipe.memorizing.corpus else set())
@@ -278,6 +292,8 @@ def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
         prefix, continuation = (Lengths((tokens,)) for tokens in MEMORISED)
         number, model = recipe.memorizing.num_memorised, passes.Model(config, compute)
         found += times(num_models, passes.sampling(model, number, measured.answers.batch_size, prefix, continuation))
+    if recipe.best_of:
+        found += times(recipe.best_of, computed.answering(checked, measured, rows, answers))
     found += computed.judging(checked, measured, recipe.judging, rows, num_models - 1)
     return found
 
@@ -292,6 +308,7 @@ COMMAND = Command(
     row_formats={"datasets": QUESTION, "safety_datasets": PROMPT, "corpus": DOCUMENT, "reward_benchmarks": RANKED},
     is_test=True,
     headline=["win_rate"],
+    pictures={"best-of-n.png": "Does more choice by the reward make better answers?"},
     below_gate="read answers.jsonl next to models.json: which model fails, and on which prompts?",
     needed_models=["init", "reward_model", "judge"],
     memory=memory,

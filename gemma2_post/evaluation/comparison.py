@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 from datasets import Dataset
 
 from gemma2_post.data.turns import Message
-from gemma2_post.evaluation import benchmarks, reward_benchmarks
+from gemma2_post.evaluation import benchmarks, best_of, reward_benchmarks
 from gemma2_post.evaluation.answering.partly import Other, Sample
-from gemma2_post.evaluation.answering.samples import distinctness
+from gemma2_post.evaluation.answering.samples import Answer, distinctness
 from gemma2_post.evaluation.judging.judge import Judge
 from gemma2_post.evaluation.judging.winrate import difference, rate_interval, versus, wins_by
 from gemma2_post.evaluation.keys import BenchmarkArguments
@@ -289,17 +289,53 @@ class Comparison:
             found |= reward_benchmarks.measure(ranked)
         return found
 
-    def _each(self, measure_one: Callable[[Path, str], T], file: str, given: Any) -> dict[str, T]:
+    def best_of(self, num_answers: int | None, folder: Path) -> dict[str, float]:
+        """What the reward's choice among n answers of the baseline to each prompt is worth, over n.
+
+        Args:
+            num_answers: Answers to each prompt; None: nothing is measured.
+            folder: Where `best_of.json` and its picture go.
+        """
+        if num_answers is None:
+            return {}
+        measurement, prompts = self.measurement, list(self.measurement.rows["prompt"])
+        path = next(path for path, name in self.names.items() if name == self.baseline)
+
+        def answer(path: Path, key: str) -> list[dict[str, Any]]:
+            with measurement.answering(path, key) as sample:
+                return [vars(each) for each in sample([each for each in prompts for _ in range(num_answers)], 1.0)]
+
+        given = [prompts, num_answers, measurement.sampling]
+        sampled = self._each(answer, "best_of.jsonl", given, {path: self.baseline})[self.baseline]
+        answers = [Answer(**each) for each in sampled]
+        measurement.load_reward_model()
+        columns: dict[str, list[list[float]]] = defaultdict(lambda: [[] for _ in prompts])
+        for number in range(num_answers):
+            of_each = Answered(prompts, answers[number::num_answers], None, [])
+            for name, values in measurement.values(of_each).items():
+                for row, value in zip(columns[name], values, strict=True):
+                    row.append(value)
+        measurement.unload_reward_model()
+        names = ["reward", *measurement.graders]
+        found = best_of.measure(columns["reward"], {name: columns[name] for name in names})
+        contract.write_json(folder / "best_of.json", found)
+        best_of.plot(found, names, num_answers, folder / "best-of-n.png")
+        return found
+
+    def _each(
+        self, measure_one: Callable[[Path, str], T], file: str, given: Any, names: dict[Path, str] | None = None
+    ) -> dict[str, T]:
         """Measures one model at a time and appends its result to a file, from which later runs take it.
 
         Args:
             measure_one: Takes a model, and what its result is kept under.
             given: What else decides the result.
+            names: The names of the measured models, by path; None: of all.
         """
         records = contract.read_lines(self.kept / file, {"key": str, "measured": (dict, list)})
         known = {record["key"]: record["measured"] for record in records}
         found = {}
-        for path, name in self.names.items():
+        for path, name in (names or self.names).items():
             key = digests.of_text(json.dumps([digest_of(path), name == BASE, given]))
             if key not in known:
                 known[key] = measure_one(path, key)

@@ -18,18 +18,29 @@ def prompts_of(checked: Checked, measured: MeasureArguments, rows: Rows) -> Leng
 
 def measuring(checked: Checked, measured: MeasureArguments, rows: Rows, answers: Lengths) -> list[Pass]:
     """One model: its answers, their logits by it and by the start, and their rewards."""
+    config, batch_size = checked.models["init"], measured.answers.batch_size
+    assert config is not None, "the planner asks only about models whose shapes it knows"
+    model, number = Model(config, memory.compute_of(checked)), _number(measured, rows)
+    both = prompts_of(checked, measured, rows).plus(answers)
+    found = 2 * [work.reading(model, number, batch_size, both, answers.longest(batch_size))]
+    return answering(checked, measured, rows, answers) + found
+
+
+def answering(checked: Checked, measured: MeasureArguments, rows: Rows, answers: Lengths) -> list[Pass]:
+    """One model's answers, and their rewards."""
     config, compute, args = checked.models["init"], memory.compute_of(checked), measured.answers
     assert config is not None, "the planner asks only about models whose shapes it knows"
-    model, prompts = Model(config, compute), prompts_of(checked, measured, rows)
-    number = min(measured.samples.num_samples, rows.known or measured.samples.num_samples)
-    both = prompts.plus(answers)
-    is_served = args.engine == "vllm"
-    found = work.sampling(model, number, CONCURRENT if is_served else args.batch_size, prompts, answers, is_served)
-    found += 2 * [work.reading(model, number, args.batch_size, both, answers.longest(args.batch_size))]
+    number, prompts, is_served = _number(measured, rows), prompts_of(checked, measured, rows), args.engine == "vllm"
+    concurrent, both = CONCURRENT if is_served else args.batch_size, prompts.plus(answers)
+    found = work.sampling(Model(config, compute), number, concurrent, prompts, answers, is_served)
     if scorer := checked.models.get("reward_model"):
         scoring = Model(scorer, compute, quantization=measured.rewards.reward_model_load_in)
         found.append(work.reading(scoring, number, measured.rewards.reward_batch_size, both))
     return found
+
+
+def _number(measured: MeasureArguments, rows: Rows) -> int:
+    return min(measured.samples.num_samples, rows.known or measured.samples.num_samples)
 
 
 def judging(

@@ -46,7 +46,18 @@ _LEFT_OVER = re.compile(r"\.(.+\.tmp|discarded-.+)")
 """Names of what a kill leaves of a file that was being written, or of a folder that was being deleted."""
 RECORDS = {DONE, BEGUN, HOW_FAR, CURATION, "log.jsonl", "watch.jsonl", "answers.jsonl", "removed.parquet"} | {
     f"{name}.json"
-    for name in ("before", "metrics", "merge", "front", "models", "gains", "reward_benchmarks", "select", "greedy")
+    for name in (
+        "before",
+        "metrics",
+        "merge",
+        "front",
+        "models",
+        "gains",
+        "reward_benchmarks",
+        "best_of",
+        "select",
+        "greedy",
+    )
 }
 """Files that record how a stage went; the next stage does not read them, so the output hash leaves them out."""
 
