@@ -9,9 +9,9 @@ The conversations are sequences of words that are as frequent as in English (Zip
 of them one is an exact duplicate of an earlier one but for case, and one has up to a tenth of its words edited. The
 stage applies all rules that need no model, with 2,000 test prompts that must stay out. Beside datatrove, it also runs
 with its rules on duplicates only. datatrove does its four MinHash steps (signatures, buckets, clusters, filter) on two
-processes, with its words for English (spaCy) and with words between spaces. All start from the same rows as JSON lines,
-in a fresh process. Beside the seconds by the clock, seconds of processor time, which depend less on what else the
-machine does.
+processes, with its words for English (spaCy) and with words between spaces. All start from the same rows as JSON
+lines, in a fresh process. Beside the seconds by the clock, seconds of processor time, which depend less on what else
+the machine does.
 """
 
 import argparse

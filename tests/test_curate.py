@@ -19,9 +19,9 @@ from pyarrow import parquet
 from gemma2_post import curate
 from gemma2_post.curation import duplicates, manners
 from gemma2_post.curation.decontamination import Asked, Outside
-from gemma2_post.curation.near_duplicates import Pairs, Sketches, candidates, near, similarity, sketch
 from gemma2_post.data.keys import Source
 from gemma2_post.data.mixture import load_rows
+from gemma2_post.data.near_duplicates import Sketches, candidates, near, similarity, sketch
 from gemma2_post.data.pairs import PAIR
 from gemma2_post.pipeline import check, decisions
 from gemma2_post.pipeline.steps import load_pipeline
@@ -55,11 +55,12 @@ def edited(text: str, share: float, random: Random) -> str:
 
 def near_of(several: list[str], max_edits: float = 0.1) -> dict[int, int]:
     """The texts that are near duplicates of an earlier one, with that one."""
-    sketches = sketch([[text] for text in several])
-    members, groups = candidates(sketches.bands)
-    numbers = np.unique(members)
-    pairs = Pairs(numbers, [(sketches.pairs_of(i), int(sketches.num_words[i])) for i in numbers])
-    found = near(members, groups, pairs, np.arange(len(several)), max_edits)
+    return _near_in(sketch([[text] for text in several]), max_edits)
+
+
+def _near_in(sketches: Sketches, max_edits: float) -> dict[int, int]:
+    compare = partial(sketches.similarity_if_near, max_edits=max_edits)
+    found = near(*candidates(sketches.bands), np.arange(len(sketches)), compare)
     return {each[0]: each[1] for each in found if each}
 
 
@@ -97,11 +98,19 @@ def test_chosen_and_rejected_the_other_way_round_are_no_duplicate() -> None:
 def test_different_short_answers_to_a_long_prompt_are_no_duplicates() -> None:
     (prompt,) = texts(1, 100)
     talks = [[prompt, "It is offensive."], [prompt, "It is not offensive at all."], [prompt, "it is offensive"]]
-    sketches = sketch(talks)
-    members, groups = candidates(sketches.bands)
-    pairs = Pairs(np.arange(3), [(sketches.pairs_of(i), int(sketches.num_words[i])) for i in range(3)])
-    found = [each for each in near(members, groups, pairs, np.arange(3), 0.1) if each]
-    assert [each[:2] for each in found] == [(2, 0)]
+    assert _near_in(sketch(talks), 0.1) == {2: 0}
+
+
+def test_near_duplicates_are_found_among_many_texts_with_the_same_long_introduction() -> None:
+    """Two thirds of the words of 1,200 texts are the same, so they share bands with more texts than are compared."""
+    random, (introduction,) = Random(0), texts(1, 40)
+    originals = [f"{introduction} {each}" for each in texts(1202, 20)[2:]]
+    copies = [f"{introduction} {edited(each[len(introduction) :], 0.1, random)}" for each in originals[-100:]]
+    _, groups = candidates(sketch([[each] for each in originals]).bands)
+    assert np.bincount(groups).max() > 200
+    found = near_of([*originals, *copies])
+    right = sum(found.get(1200 + i) == 1100 + i for i in range(100))
+    assert right >= 98 and sum(i < 1200 for i in found) <= 0.02 * 1200
 
 
 def test_which_row_stays_is_by_rank() -> None:
