@@ -23,8 +23,9 @@ from gemma2_post.data.keys import Source
 from gemma2_post.data.mixture import load_rows
 from gemma2_post.data.near_duplicates import Sketches, candidates, near, similarity, sketch
 from gemma2_post.data.pairs import PAIR
-from gemma2_post.pipeline import check, decisions
+from gemma2_post.pipeline import check, decisions, summary
 from gemma2_post.pipeline.steps import load_pipeline
+from gemma2_post.report import report
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
 from tests.conftest import TEACHER, load_conversations, load_prompts, run_stage
@@ -501,6 +502,38 @@ def test_later_stages_read_it_by_name(messy: Recipe, run: Run, tmp_path: Path) -
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     with pytest.raises(UserError, match="sft: datasets names curate, which comes later; put it before sft"):
         load_pipeline(path)
+
+
+def test_the_report_says_what_was_removed_from_where_and_shows_it(run: Run, messy: Recipe, tmp_path: Path) -> None:
+    """Counts by source and rule, what is left, examples side by side; without what rows say about people."""
+    messy["datasets"][0]["path"] = write(
+        tmp_path / "messy.jsonl", [*MESSY, talk("<b>Red?", "Yes."), talk("<b>red?", "Yes.")]
+    )
+    output = run(messy)
+    path = tmp_path / "pipeline.yaml"
+    content = {"run_dir": str(output.parent), "launch": "accelerate_configs/cpu.yaml"}
+    path.write_text(yaml.safe_dump(content | {"stages": {"curate": {"recipe": "recipe.yaml"}}}))
+    summary.write(load_pipeline(path), "done", 1.0)
+    html, markdown = (each.read_text() for each in report.write(output.parent))
+    columns = ["rows", "kept", "invalid", "exact duplicate", "near duplicate", "contaminated"]
+    columns += ["sensitive information", "pattern", "self identification"]
+    tables = {
+        "messy.jsonl": [14, 5, 2, 2, 1, 1, 1, 1, 1],
+        "other.jsonl": [2, 1, 0, 1, 0, 0, 0, 0, 0],
+        "all": [16, 6, 2, 3, 1, 1, 1, 1, 1],
+    }
+    cells = "".join(f"<th>{each}</th>" for each in ["source", *columns])
+    assert f"<tr>{cells}</tr>" in html and f"| source | {' | '.join(columns)} |" in markdown
+    for name, counts in tables.items():
+        assert f"{name}</td>{''.join(f'<td>{each}</td>' for each in counts)}</tr>" in html
+        assert f"{name} | {' | '.join(map(str, counts))} |" in markdown
+    for text in (html, markdown):
+        assert (
+            "Replaced by placeholders: 1 email." in text and "Languages: en" in text and "User turns: 1 100.0%" in text
+        )
+        assert "100% of its sequences of 8 words" in text and TEST_PROMPT in text
+        assert "[PAYMENT_CARD]" in text and "4539" not in text and "jo.miller" not in text
+        assert "&lt;b&gt;red?" in text and "<b>red" not in text
 
 
 # --- bad input ---
