@@ -23,8 +23,11 @@ _NO_DOMAIN = re.compile(
     r"|company)\.\w+)$"
 )
 """Reserved by RFC 2606 or a placeholder; or a file (`icon@2x.png`)."""
-_NOBODY = re.compile(r"(?i)^(?:git|example|(?:your|my)[\w.-]*|user(?:name)?|someone|name|firstname.*|email|xxx+)$")
-"""Local parts that stand for any address."""
+_NOBODY = re.compile(
+    r"(?i)^(?:git|example|(?:your|my)[\w.-]*|user(?:name)?|someone|name|firstname.*|email|xxx+"
+    r"|(?:do-?not|no)-?reply|alerts?|notifications?|mailer-daemon|postmaster)$"
+)
+"""Local parts that stand for any address, or for a machine."""
 
 
 def emails(text: str) -> Spans:
@@ -73,7 +76,7 @@ def phone_numbers(text: str, regions: list[tuple[int, int]], countries: Sequence
     }
     for match in matches(_PHONE, text, regions):
         number, digits = match[0], re.sub(r"\D", "", match[0])
-        if not 7 <= len(digits) <= 15 or _NO_PHONE.search(number):
+        if not 7 <= len(digits) <= 15 or _NO_PHONE.search(number) or digits.startswith("123456"):
             continue
         if number.startswith(("+", "00")):
             parse_in: Sequence[str] = ["us"]  # A plus sign or 00 says the country; the region is not used.
