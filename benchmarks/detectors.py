@@ -1,10 +1,10 @@
-"""What the detectors of personal information and self-identification find in real text, and what they cost.
+"""What the detectors of personal information, self-identification, refusals and hedging find in real text; times.
 
     GEMMA2_POST_DATA=... python benchmarks/detectors.py             # counts of each kind, time of 300-token texts
     GEMMA2_POST_DATA=... python benchmarks/detectors.py --show      # each finding with what is around it, to read
     GEMMA2_POST_DATA=... python benchmarks/detectors.py --secrets   # and detect-secrets on the same text, if installed
 
-Self-identification is looked for in what assistants say, personal information in everything.
+Personal information is looked for in everything, the others in what assistants say.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 
-from gemma2_post.curation import personal_information, self_identification
+from gemma2_post.curation import manners, personal_information, self_identification
 
 CHARACTERS = 1300
 """Of 300 tokens of English."""
@@ -106,11 +106,15 @@ def main() -> None:
             if args.show:
                 around = text[max(0, finding.start - 50) : finding.end + 30]
                 print(finding.kind, source, repr(finding.text), repr(around), sep=" | ")
-        sentence = self_identification.find(text, "Gemma", "Google") if is_assistant else None
-        if sentence:
-            found["self_identification", source] += 1
-            if args.show:
-                print("self_identification", source, repr(sentence), sep=" | ")
+        if is_assistant:
+            if sentence := self_identification.find(text, "Gemma", "Google"):
+                found["self_identification", source] += 1
+                if args.show:
+                    print("self_identification", source, repr(sentence), sep=" | ")
+            if manner := manners.manner(text):
+                found[manner, source] += 1
+                if args.show:
+                    print(manner, source, repr(text[:300]), sep=" | ")
     print(dict(num_texts))
     for (kind, source), count in sorted(found.items()):
         print(f"{kind} in {source}: {count}")

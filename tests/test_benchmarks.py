@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from pyarrow import parquet
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from gemma2_post import curate
 from gemma2_post.evaluation import benchmarks
 from gemma2_post.evaluation.keys import BenchmarkArguments
 from gemma2_post.evaluation.published import published as published_scores
@@ -18,7 +20,7 @@ from gemma2_post.models.loading import load_config
 from gemma2_post.models.shapes import known_config
 from gemma2_post.models.tokens import BOS, END_OF_TURN
 from gemma2_post.stage.errors import UserError, located
-from tests.conftest import TEACHER
+from tests.conftest import TEACHER, run_stage
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -211,6 +213,30 @@ def test_the_preset_is_what_the_tables_say(
     for name, num_examples in {"mmlu": 5, "gsm8k": 5, "arc_challenge": 25, "hellaswag": 10, "winogrande": 5}.items():
         asked = [text for text in seen if marks[name] in text and (name != "gsm8k" or "####" in text)]
         assert {text.count("<start_of_turn>user") for text in asked} == {num_examples + 1}, name
+
+
+@pytest.mark.slow
+def test_questions_of_benchmarks_stay_out_of_a_curated_mixture(published: Path, tmp_path: Path) -> None:
+    """Those of lm-eval's own tasks, in lower case, some too short for a sequence of eight words."""
+    asked = {
+        "mmlu_virology": "what is 6 plus 3?",
+        "gsm8k": "tell me: what is 6 plus 3?",
+        "arc_challenge": "what is the capital of japan",
+        "hellaswag": "sums: ann is asked for 3 plus 5. she ...",
+        "winogrande": "the owl is small because _ is young. who?",
+    }
+    others = ["Who has asked Ann for 3 plus 5?", "What is the capital of France?", "What is 7 plus 3?"]
+    rows = [{"prompt": prompt, "completion": "It is so."} for prompt in [*asked.values(), *others]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {"output_dir": "curate", "datasets": [{"path": "rows.jsonl"}], "benchmarks": list(asked)}
+    values["near_duplicate_edits"] = 0.0
+    output = run_stage(tmp_path / "recipe.yaml", curate.COMMAND, values)
+    removed = parquet.read_table(output / "removed.parquet").to_pylist()
+    assert {row["rule"] for row in removed} == {"contaminated"}
+    found = [row["other_source"] for row in removed]
+    # MMLU's and GSM8K's are the same question here, so the first of them is named.
+    assert found == ["mmlu_virology", "mmlu_virology", "arc_challenge", "hellaswag", "winogrande"]
+    assert parquet.read_table(output / "train.parquet").num_rows == len(others)
 
 
 # --- constant answers, on the layouts of the real files ---

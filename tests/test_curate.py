@@ -19,12 +19,13 @@ from pyarrow import parquet
 from gemma2_post import curate
 from gemma2_post.curation import duplicates, manners
 from gemma2_post.curation.decontamination import Asked, Outside
-from gemma2_post.curation.near_duplicates import Pairs, Sketches, candidates, near, similarity, sketch
 from gemma2_post.data.keys import Source
 from gemma2_post.data.mixture import load_rows
+from gemma2_post.data.near_duplicates import Sketches, candidates, near, similarity, sketch
 from gemma2_post.data.pairs import PAIR
-from gemma2_post.pipeline import check, decisions
+from gemma2_post.pipeline import check, decisions, summary
 from gemma2_post.pipeline.steps import load_pipeline
+from gemma2_post.report import report
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
 from tests.conftest import TEACHER, load_conversations, load_prompts, run_stage
@@ -55,11 +56,12 @@ def edited(text: str, share: float, random: Random) -> str:
 
 def near_of(several: list[str], max_edits: float = 0.1) -> dict[int, int]:
     """The texts that are near duplicates of an earlier one, with that one."""
-    sketches = sketch([[text] for text in several])
-    members, groups = candidates(sketches.bands)
-    numbers = np.unique(members)
-    pairs = Pairs(numbers, [(sketches.pairs_of(i), int(sketches.num_words[i])) for i in numbers])
-    found = near(members, groups, pairs, np.arange(len(several)), max_edits)
+    return _near_in(sketch([[text] for text in several]), max_edits)
+
+
+def _near_in(sketches: Sketches, max_edits: float) -> dict[int, int]:
+    compare = partial(sketches.similarity_if_near, max_edits=max_edits)
+    found = near(*candidates(sketches.bands), np.arange(len(sketches)), compare)
     return {each[0]: each[1] for each in found if each}
 
 
@@ -97,11 +99,19 @@ def test_chosen_and_rejected_the_other_way_round_are_no_duplicate() -> None:
 def test_different_short_answers_to_a_long_prompt_are_no_duplicates() -> None:
     (prompt,) = texts(1, 100)
     talks = [[prompt, "It is offensive."], [prompt, "It is not offensive at all."], [prompt, "it is offensive"]]
-    sketches = sketch(talks)
-    members, groups = candidates(sketches.bands)
-    pairs = Pairs(np.arange(3), [(sketches.pairs_of(i), int(sketches.num_words[i])) for i in range(3)])
-    found = [each for each in near(members, groups, pairs, np.arange(3), 0.1) if each]
-    assert [each[:2] for each in found] == [(2, 0)]
+    assert _near_in(sketch(talks), 0.1) == {2: 0}
+
+
+def test_near_duplicates_are_found_among_many_texts_with_the_same_long_introduction() -> None:
+    """Two thirds of the words of 1,200 texts are the same, so they share bands with more texts than are compared."""
+    random, (introduction,) = Random(0), texts(1, 40)
+    originals = [f"{introduction} {each}" for each in texts(1202, 20)[2:]]
+    copies = [f"{introduction} {edited(each[len(introduction) :], 0.1, random)}" for each in originals[-100:]]
+    _, groups = candidates(sketch([[each] for each in originals]).bands)
+    assert np.bincount(groups).max() > 200
+    found = near_of([*originals, *copies])
+    right = sum(found.get(1200 + i) == 1100 + i for i in range(100))
+    assert right >= 98 and sum(i < 1200 for i in found) <= 0.02 * 1200
 
 
 def test_which_row_stays_is_by_rank() -> None:
@@ -180,6 +190,10 @@ def test_a_prompt_in_an_answer_is_a_leak_too() -> None:
         ("I'm not sure, but I think that it is Rome.", "hedging"),
         ("To the best of my knowledge it is Rome.", "hedging"),
         ("I can't believe it! What a day.", None),
+        ("I would! I can\u2019t help but feel for those clowns.", None),
+        ("Hello! I will say so if I cannot provide a factual answer.", None),
+        ("I can't help you, but ask a doctor.", "refusal"),
+        ("I don\u2019t know why you need it, but here it is.", None),
         ("I'm sorry for your loss.", None),
         ("He said: sure, I know.", None),
     ],
@@ -492,6 +506,38 @@ def test_later_stages_read_it_by_name(messy: Recipe, run: Run, tmp_path: Path) -
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     with pytest.raises(UserError, match="sft: datasets names curate, which comes later; put it before sft"):
         load_pipeline(path)
+
+
+def test_the_report_says_what_was_removed_from_where_and_shows_it(run: Run, messy: Recipe, tmp_path: Path) -> None:
+    """Counts by source and rule, what is left, examples side by side; without what rows say about people."""
+    messy["datasets"][0]["path"] = write(
+        tmp_path / "messy.jsonl", [*MESSY, talk("<b>Red?", "Yes."), talk("<b>red?", "Yes.")]
+    )
+    output = run(messy)
+    path = tmp_path / "pipeline.yaml"
+    content = {"run_dir": str(output.parent), "launch": "accelerate_configs/cpu.yaml"}
+    path.write_text(yaml.safe_dump(content | {"stages": {"curate": {"recipe": "recipe.yaml"}}}))
+    summary.write(load_pipeline(path), "done", 1.0)
+    html, markdown = (each.read_text() for each in report.write(output.parent))
+    columns = ["rows", "kept", "invalid", "exact duplicate", "near duplicate", "contaminated"]
+    columns += ["sensitive information", "pattern", "self identification"]
+    tables = {
+        "messy.jsonl": [14, 5, 2, 2, 1, 1, 1, 1, 1],
+        "other.jsonl": [2, 1, 0, 1, 0, 0, 0, 0, 0],
+        "all": [16, 6, 2, 3, 1, 1, 1, 1, 1],
+    }
+    cells = "".join(f"<th>{each}</th>" for each in ["source", *columns])
+    assert f"<tr>{cells}</tr>" in html and f"| source | {' | '.join(columns)} |" in markdown
+    for name, counts in tables.items():
+        assert f"{name}</td>{''.join(f'<td>{each}</td>' for each in counts)}</tr>" in html
+        assert f"{name} | {' | '.join(map(str, counts))} |" in markdown
+    for text in (html, markdown):
+        assert (
+            "Replaced by placeholders: 1 email." in text and "Languages: en" in text and "User turns: 1 100.0%" in text
+        )
+        assert "100% of its sequences of 8 words" in text and TEST_PROMPT in text
+        assert "[PAYMENT_CARD]" in text and "4539" not in text and "jo.miller" not in text
+        assert "&lt;b&gt;red?" in text and "<b>red" not in text
 
 
 # --- bad input ---

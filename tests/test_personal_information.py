@@ -238,9 +238,13 @@ def test_phone_numbers(text: str) -> None:
         "3600-1200=2400",
         "1,000,000,000",
         "call quantize('+35236450.6')",
+        "Phone: (123) 456-7891",
+        "Call 123-456-7890 today.",
+        "Sender: alerts@info6.citi.com",
+        "from no-reply@accounts.google.com",
     ],
 )
-def test_numbers_that_are_nobodys(text: str) -> None:
+def test_numbers_and_addresses_that_are_nobodys(text: str) -> None:
     assert find(text) == []
 
 

@@ -285,7 +285,7 @@ def test_a_worker_that_the_system_kills_is_said(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, small_batches: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reading, "_read_batch", _is_killed)
-    with pytest.raises(UserError, match="the system killed a process that prepares its rows"):
+    with pytest.raises(UserError, match=r"the system killed a process while reading and tokenizing .*rows.jsonl"):
         load(write(tmp_path / "rows.jsonl", conversations(100)), tokenizer)
     assert not multiprocessing.active_children()
 

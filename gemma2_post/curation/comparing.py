@@ -7,8 +7,8 @@ from tqdm import tqdm
 
 from gemma2_post.curation import duplicates
 from gemma2_post.curation.keys import DuplicateArguments
-from gemma2_post.curation.near_duplicates import Pairs, candidates, near
 from gemma2_post.curation.reading import Compared, Mixture
+from gemma2_post.data.near_duplicates import candidates, near, similarity_if_near
 
 Repeated = dict[int, tuple[str, int, float]]
 """Rows that repeat others, by number in the mixture: the rule, the number of the row that stays, their similarity."""
@@ -60,12 +60,18 @@ def _near(
         which: The sketches: `whole` or `first`.
         rows: Numbers in the mixture, ascending.
     """
-    bands = _load(mixture, f"{which}_bands")[f"{which}_bands"][rows]
-    texts, groups = candidates(bands)
+    texts, groups = candidates(_load(mixture, f"{which}_bands")[f"{which}_bands"][rows])
     numbers = np.unique(texts)
-    pairs = Pairs(numbers, _pairs_of(mixture, which, rows[numbers]))
+    place_of = np.zeros(len(rows), np.int32)
+    place_of[numbers] = np.arange(len(numbers))
+    pairs = _pairs_of(mixture, which, rows[numbers])
+
+    def compare(number: int, other: int) -> float | None:
+        (first, num_words), (second, other_num_words) = pairs[place_of[number]], pairs[place_of[other]]
+        return similarity_if_near(first, second, num_words, other_num_words, max_edits)
+
     with tqdm(desc=f"comparing {'first prompts' if which == 'first' else 'rows'}", total=len(numbers), delay=1) as bar:
-        for each in near(texts, groups, pairs, order[rows], max_edits):
+        for each in near(texts, groups, order[rows], compare):
             bar.update()
             if each:
                 number, other, value = each
@@ -73,7 +79,7 @@ def _near(
 
 
 def _pairs_of(mixture: Mixture, which: str, rows: np.ndarray) -> list[tuple[np.ndarray, int]]:
-    """The pairs of words, and the number of words, of some rows."""
+    """The pairs of words, and the number of words, of some rows, whose numbers in the mixture ascend."""
     found, first = [], 0
     for number in range(mixture.num_parts):
         sketches = Compared.sketches(mixture.path(number, "compared"), which)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gemma2_post.curation.near_duplicates import Sketches, similarity_if_near
-from gemma2_post.curation.words import hashes_of, ngrams, words
+from gemma2_post.data.near_duplicates import Sketches, similarity_if_near
+from gemma2_post.data.words import hashes_of, ngrams, words
 
 _SHARE_OF_TURN = 0.5
 """What share of a user's turn a prompt of few words must be."""

@@ -14,7 +14,7 @@ from gemma2_post.evaluation.keys import BenchmarkArguments
 from gemma2_post.stage.errors import UserError
 
 _ASKED = (*QUESTIONS, "ctx", "sentence", "goal", "text")
-"""Columns of a benchmark's rows that hold what is asked, where the task does not say so."""
+"""Columns of a benchmark's rows that hold what is asked, where the task names no column."""
 
 
 def benchmark_arguments(args: DecontaminationArguments) -> BenchmarkArguments:
@@ -65,8 +65,8 @@ def _questions_of(name: str, folder: str | None) -> Iterator[Asked]:
     number = 0
     for task in benchmarks.task_manager(folder).load([name])["tasks"].values():
         for document in task.test_docs() if task.has_test_docs() else task.validation_docs():
-            text = task.doc_to_decontamination_query(document) if task.should_decontaminate() else None
-            if not isinstance(text, str):
-                text = next((document[each] for each in _ASKED if isinstance(document.get(each), str)), None)
+            # Its doc_to_decontamination_query reads a text made by a template, as ARC's, as Python, and fails.
+            columns = (task.config.doc_to_decontamination_query, *_ASKED)
+            text = next((document[each] for each in columns if isinstance(document.get(each), str)), None)
             yield Asked(name, number, text if text is not None else str(task.doc_to_text(document)))
             number += 1

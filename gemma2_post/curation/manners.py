@@ -16,8 +16,9 @@ _WHAT_IS_REFUSED = (
 _REFUSALS = [
     r"\bi'?m (?:very |really |so )?(?:sorry|afraid),? (?:but )?(?:that )?i (?:can ?not|can't|won't|am unable)",
     r"\bi'?m (?:very |really |so )?(?:sorry|afraid),? (?:but )?(?:that )?i'm (?:not able|unable)",
-    r"\bi(?: am|'m)? (?:unable to|not able to|not going to|can ?not|can't|won't|will not|refuse to|decline to) "
-    rf"(?:{'|'.join(_WHAT_IS_REFUSED)}|give you|do (?:that|this)|tell you how)\b",
+    r"(?<!if )\bi(?: am|'m)? "
+    r"(?:unable to|not able to|not going to|can ?not|can't|won't|will not|refuse to|decline to) "
+    rf"(?:{'|'.join(_WHAT_IS_REFUSED)}|give you|do (?:that|this)|tell you how)\b(?! but\b)",
     r"\bas an (?:ai|artificial)[^.]{0,80}\bi (?:can ?not|can't|am (?:not able|unable))",
     r"\blo siento\b[^.]{0,60}\bno puedo\b",
     r"\bdésolée?\b[^.]{0,60}\bne (?:peux pas|suis pas en mesure)\b",
@@ -29,7 +30,7 @@ _REFUSALS = [
 ]
 _HEDGING = [
     r"\bi(?:'m| am) not (?:entirely |completely |quite |totally |really |100% )?(?:sure|certain)\b",
-    r"\bi (?:do not|don't) (?:really |actually )?know\b",
+    r"\bi (?:do not|don't) (?:really |actually )?know\b(?! why you)",
     r"\bto the best of my knowledge\b",
     r"\bas far as i (?:know|can tell|am aware)\b",
     r"\bi (?:could|may|might) be (?:wrong|mistaken)\b",

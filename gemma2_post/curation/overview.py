@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from gemma2_post.curation import rows
-from gemma2_post.curation.words import words
+from gemma2_post.data.words import words
 
 _PERCENTILES = (5, 25, 50, 75, 95)
 

@@ -16,9 +16,9 @@ from pyarrow import parquet
 from gemma2_post.curation import rows
 from gemma2_post.curation.keys import Kind, MixtureArguments
 from gemma2_post.curation.kinds import FORMATS
-from gemma2_post.curation.near_duplicates import Sketches, sketch
-from gemma2_post.curation.parts import on_all_cores
+from gemma2_post.curation.parts import work_on
 from gemma2_post.curation.removed import Removed, Verdict, as_json, table, write_table
+from gemma2_post.data.near_duplicates import Sketches, sketch
 from gemma2_post.data.overlap import normalized
 from gemma2_post.data.sources import no_rows, num_rows_in, rows_of
 from gemma2_post.data.turns import InvalidRow
@@ -117,7 +117,7 @@ def read(mixture: Mixture) -> None:
     mixture.folder.mkdir(parents=True, exist_ok=True)
     sizes = [num_rows_in(source) for source in mixture.args.datasets]
     total = None if None in sizes else sum(size or 0 for size in sizes)
-    on_all_cores(partial(_read_part, mixture), _parts(mixture), "reading rows", total)
+    work_on(partial(_read_part, mixture), _parts(mixture), "reading rows", total)
     _check_invalid(mixture)
 
 

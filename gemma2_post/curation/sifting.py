@@ -14,10 +14,10 @@ from gemma2_post.curation import manners, personal_information, rows, self_ident
 from gemma2_post.curation.comparing import Repeated
 from gemma2_post.curation.decontamination import Asked, Outside
 from gemma2_post.curation.keys import CurationArguments
-from gemma2_post.curation.near_duplicates import Sketches, load_sketches, save_sketches, sketch
-from gemma2_post.curation.parts import on_all_cores
+from gemma2_post.curation.parts import work_on
 from gemma2_post.curation.reading import Compared, Mixture
 from gemma2_post.curation.removed import Removed, Verdict, as_json, table, write_table
+from gemma2_post.data.near_duplicates import Sketches, load_sketches, save_sketches, sketch
 
 MANNER, REPLACED = "_manner", "_replaced"
 """Columns of a sifted part: whether the last answer refuses or hedges, and the kinds of what was replaced."""
@@ -51,11 +51,11 @@ def sift(mixture: Mixture, found: Repeated, rules: Sieve) -> None:
     if rules.outside.prompts and rules.outside.max_edits is not None:
         path = mixture.folder / "outside"
         if not path.is_file():
-            on_all_cores(partial(_sketch_outside, path), [rules.outside.prompts], "reading evaluation sets")
+            work_on(partial(_sketch_outside, path), [rules.outside.prompts], "reading evaluation sets")
         rules.outside.add_sketches(load_sketches(path))
     todo = [number for number in range(mixture.num_parts) if not mixture.path(number, "sifted").is_file()]
     work = partial(_sift_part, mixture, found, places, rules, firsts)
-    on_all_cores(work, todo, "applying rules", int(sum(firsts[each + 1] - firsts[each] for each in todo)))
+    work_on(work, todo, "applying rules", int(sum(firsts[each + 1] - firsts[each] for each in todo)))
 
 
 def _places(mixture: Mixture, found: Repeated, firsts: np.ndarray) -> dict[int, Place]:

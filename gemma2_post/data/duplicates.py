@@ -1,48 +1,37 @@
 """Finds conversations in a data set that repeat an earlier one."""
 
-import re
 from typing import Literal
 
-from datasketch import MinHash, MinHashLSH
+import numpy as np
 
-SHINGLE_WORDS = 3
-SIMILARITY = 0.9
-_CANDIDATE_SIMILARITY, _NUM_PERMUTATIONS = 0.8, 128
+from gemma2_post.data.near_duplicates import candidates, near, sketch
+from gemma2_post.data.overlap import normalized
+
+MAX_EDITS = 0.02
+"""Share of the words that may differ: a teacher's answers to similar prompts are similar, and say something else."""
 
 
 def find_duplicates(conversations: list[tuple[str, ...]]) -> list[Literal["exact", "near"] | None]:
     """Whether each conversation, given in parts (history, question, answer), duplicates an earlier one that is kept.
 
-    "exact": equal up to case and white space. "near": for each part, the sets of shingles of three words or
-    punctuation marks have a Jaccard similarity of at least 0.9. Candidates come from MinHash LSH over whole
-    conversations (Broder 1997), which can miss a near duplicate.
+    "exact": equal once normalized. "near": in each part at most `MAX_EDITS` of the words differ.
     """
-    found: list[Literal["exact", "near"] | None] = []
-    seen: set[tuple[str, ...]] = set()
-    index = MinHashLSH(threshold=_CANDIDATE_SIMILARITY, num_perm=_NUM_PERMUTATIONS)
-    kept: dict[int, tuple[str, ...]] = {}
+    found: list[Literal["exact", "near"] | None] = [None] * len(conversations)
+    firsts: dict[tuple[str, ...], int] = {}
     for number, texts in enumerate(conversations):
-        normal = tuple(" ".join(text.casefold().split()) for text in texts)
-        signature = MinHash(num_perm=_NUM_PERMUTATIONS)
-        shingles = set().union(*map(_shingles, normal))
-        signature.update_batch([shingle.encode() for shingle in sorted(shingles)])
-        if normal in seen:
-            found.append("exact")
-        elif any(_are_near(normal, kept[other]) for other in index.query(signature)):
-            found.append("near")
-        else:
-            found.append(None)
-            seen.add(normal)
-            kept[number] = normal
-            index.insert(number, signature)
+        if firsts.setdefault(tuple(map(normalized, texts)), number) != number:
+            found[number] = "exact"
+    different, numbers = list(firsts), list(firsts.values())
+    parts = [sketch([[text] for text in texts]) for texts in zip(*different, strict=True)]
+
+    def compare(number: int, other: int) -> float | None:
+        texts = zip(parts, different[number], different[other], strict=True)
+        are_near = all(
+            one == another or part.similarity_if_near(number, other, MAX_EDITS) for part, one, another in texts
+        )
+        return 1.0 if are_near else None
+
+    for each in near(*candidates(sketch(different).bands), np.arange(len(different)), compare):
+        if each:
+            found[numbers[each[0]]] = "near"
     return found
-
-
-def _shingles(text: str) -> set[str]:
-    words = re.findall(r"\w+|[^\w\s]", text)
-    return {" ".join(words[i : i + SHINGLE_WORDS]) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))}
-
-
-def _are_near(first: tuple[str, ...], second: tuple[str, ...]) -> bool:
-    pairs = [(_shingles(a), _shingles(b)) for a, b in zip(first, second, strict=True)]
-    return all(len(a & b) >= SIMILARITY * len(a | b) for a, b in pairs)

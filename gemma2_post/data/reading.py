@@ -4,16 +4,9 @@ The main process reads rows and hands them out in batches; the others check and 
 file. Only a few batches are in memory, however many rows there are.
 """
 
-import ctypes
-import gc
-import multiprocessing
-import os
-import signal
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -24,11 +17,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from gemma2_post.data.encoding import encode, types_of
+from gemma2_post.data.forked import on_all_cores
 from gemma2_post.data.keys import Source
 from gemma2_post.data.rows import RowFormat
 from gemma2_post.data.sources import num_rows_in, rows_of
 from gemma2_post.data.turns import InvalidRow
-from gemma2_post.stage.digests import num_cores
 from gemma2_post.stage.errors import UserError
 
 DIGEST = "_digest"
@@ -46,8 +39,6 @@ _TYPES = {
 _BATCH_ROWS = 2000
 _ENCODED_ROWS = 100
 """Rows that are tokenized at a time: the tokenizer's result has 100 bytes a token."""
-_DIES_WITH_PARENT = 1
-"""`PR_SET_PDEATHSIG` of Linux's prctl."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +86,9 @@ def read(task: Task) -> Found:
         UserError: The source cannot be read, or a column to keep has values of different types.
     """
     found, schemas = Found(), {}
-    doing = "reading and tokenizing" if task.tokenizer else "reading"
-    with tqdm(desc=f"{doing} {task.source.path}", unit=" rows", delay=1) as bar:
-        for number, batch in enumerate(_results(task)):
+    doing = f"{'reading and tokenizing' if task.tokenizer else 'reading'} {task.source.path}"
+    with tqdm(desc=doing, unit=" rows", delay=1) as bar:
+        for number, batch in enumerate(_results(task, doing)):
             if batch.schema:
                 schemas[number] = batch.schema
                 found.schema = _merged(task.source, found, batch)
@@ -111,55 +102,23 @@ def read(task: Task) -> Found:
     return found
 
 
-def _results(task: Task) -> Iterator[Found]:
+def _results(task: Task, doing: str) -> Iterator[Found]:
     """What was found in each batch, in order."""
     rows = rows_of(task.source, {*task.row_format.columns, *task.columns})
     batches = iter(lambda: list(islice(rows, _BATCH_ROWS)), [])
     first = next(batches, [])
     if len(first) < _BATCH_ROWS:
-        yield _read_batch(task, 0, first)
-        return
-    # Forked processes share the tokenizer, which is large; they never use torch, its threads or a GPU.
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(num_cores(), context, _begin, (task,)) as pool:
-        waiting: deque[Future[Found]] = deque()
-        try:
-            for number, batch in enumerate(chain([first], batches)):
-                waiting.append(pool.submit(_read_shared, number, batch))
-                if len(waiting) > 2 * num_cores():
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                f"{task.source.path}: the system killed a process that prepares its rows, perhaps because memory "
-                "ran out; run it with fewer cores (taskset), or with more memory"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+        yield _read_batch(task, (0, first))
+    else:
+        yield from on_all_cores(partial(_read_batch, task), enumerate(chain([first], batches)), doing)
 
 
 # --- in the other processes ---
 
-_task: Task
-"""Of a forked process."""
 
-
-def _begin(task: Task) -> None:
-    global _task
-    _task = task
-    ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
-    gc.freeze()
-    gc.disable()  # rows make no cycles
-
-
-def _read_shared(number: int, rows: list[dict[str, Any]]) -> Found:
-    return _read_batch(_task, number, rows)
-
-
-def _read_batch(task: Task, number: int, rows: list[dict[str, Any]]) -> Found:
-    """Checks and tokenizes a batch, and writes its file if any row is valid."""
+def _read_batch(task: Task, numbered: tuple[int, list[dict[str, Any]]]) -> Found:
+    """Checks and tokenizes a batch, given with its number, and writes its file if any row is valid."""
+    number, rows = numbered
     batch, numbers, valid = Found(num_rows=len(rows)), [], []
     for row_number, row in enumerate(rows, start=number * _BATCH_ROWS):
         try:

@@ -5,22 +5,22 @@ them at most, so the Jaccard similarity that edits of a share of the words leave
 Answers must be similar by themselves, too: two short answers to a long prompt may say the opposite.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from gemma2_post.curation.words import hashes_of, ngrams, words
+from gemma2_post.data.words import hashes_of, ngrams, words
 
 NUM_BANDS, BAND_ROWS = 32, 4
 """Texts of similarity s are a candidate pair with probability 1 - (1 - s^4)^32: 0.999 at 2/3, 0.988 at 0.6."""
 LEAST_SIMILARITY = 0.5
 """No similarity below this is one of near duplicates, whatever the share of edits."""
 _MOST_COMPARED = 100
-"""Texts that a text is compared with, those with the most common bands first. Near duplicates share some six bands;
-texts with the same long introduction share one, but there may be thousands of them."""
+"""Texts that a text is compared with, those with the most common bands first; and kept texts of which a group knows.
+Texts with the same long introduction share several bands, and there may be a hundred thousand of them. Near duplicates
+share some six bands or more, in most of which a word that only they have decides."""
 _SEED = 42
 _SIDES = np.array([0, 0, 0xA5A5A5A5A5A5A5A5], np.uint64)
 """What tells a rejected answer from a prompt and an answer."""
@@ -47,6 +47,11 @@ class Sketches:
         """The pairs of one text."""
         return self.pairs[self.ends[number - 1] if number else 0 : self.ends[number]]
 
+    def similarity_if_near(self, number: int, other: int, max_edits: float) -> float | None:
+        """The similarity of two of the texts if they are near duplicates; None of others."""
+        words = int(self.num_words[number]), int(self.num_words[other])
+        return similarity_if_near(self.pairs_of(number), self.pairs_of(other), *words, max_edits)
+
 
 def sketch(texts: Iterable[Sequence[str]]) -> Sketches:
     """The sketches of texts, each given in parts.
@@ -55,7 +60,7 @@ def sketch(texts: Iterable[Sequence[str]]) -> Sketches:
         texts: Each a prompt, or a prompt and what answers it, or also a rejected answer; equal words in different
             parts differ.
     """
-    from rensa import RMinHash  # its threads do not survive a fork, so only the forked processes import it
+    from rensa import RMinHash  # Its threads do not survive a fork: forked processes import it, or nothing is forked.
 
     found, num_words = [], []
     for parts in texts:
@@ -160,48 +165,37 @@ def candidates(bands: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return texts[order], numbers[order]
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """The pairs of words of some texts of many."""
-
-    numbers: np.ndarray
-    """The numbers of these texts, ascending."""
-    sketches: list[tuple[np.ndarray, int]]
-    """For each, its pairs and its number of words."""
-
-    def of(self, number: int) -> tuple[np.ndarray, int]:
-        """Those of one of these texts."""
-        return self.sketches[int(np.searchsorted(self.numbers, number))]
-
-
 def near(
-    texts: np.ndarray, groups: np.ndarray, pairs: Pairs, order: np.ndarray, max_edits: float
+    texts: np.ndarray, groups: np.ndarray, order: np.ndarray, compare: Callable[[int, int], float | None]
 ) -> Iterator[tuple[int, int, float] | None]:
     """Goes through texts, the preferred ones first, and drops those that are near duplicates of one that is kept.
 
     Args:
         texts, groups: See `candidates`.
-        pairs: Of all these texts.
         order: The rank of each text of the mixture; the lowest comes first.
+        compare: The similarity of two texts if they are near duplicates, given their numbers.
 
     Yields:
         For each text with candidates: its number, that of the kept text that it repeats, and their similarity; None
         if it is kept.
     """
-    starts = np.flatnonzero(np.concatenate([[True], texts[1:] != texts[:-1]])) if len(texts) else np.empty(0, int)
+    starts = np.flatnonzero(np.diff(texts, prepend=-1))
     ends = np.append(starts[1:], len(texts))
-    kept: defaultdict[int, list[int]] = defaultdict(list)
+    sizes = np.minimum(np.bincount(groups), _MOST_COMPARED)
+    begins = np.cumsum(sizes) - sizes
+    kept = np.empty(sizes.sum(), np.int32)  # Of each group, one after the other; lists take ten times the memory.
+    num_kept = np.zeros(len(sizes), np.int32)
     for place in np.argsort(order[texts[starts]], kind="stable"):
-        number = int(texts[starts[place]])
-        own_groups = groups[starts[place] : ends[place]].tolist()
-        shared = Counter(other for group in own_groups if group in kept for other in kept[group])
-        found, num_words = pairs.of(number) if shared else (np.empty(0), 0)
-        for other, _ in shared.most_common(_MOST_COMPARED):
-            value = similarity_if_near(found, pairs.of(other)[0], num_words, pairs.of(other)[1], max_edits)
-            if value is not None:
+        number, own = int(texts[starts[place]]), groups[starts[place] : ends[place]]
+        spans = zip(begins[own].tolist(), num_kept[own].tolist(), strict=True)
+        shared = [kept[begin : begin + count] for begin, count in spans if count]
+        others, counts = np.unique(np.concatenate(shared), return_counts=True) if shared else (kept[:0], kept[:0])
+        for other in others[np.argsort(-counts, kind="stable")[:_MOST_COMPARED]].tolist():
+            if (value := compare(number, other)) is not None:
                 yield number, other, value
                 break
         else:
-            for group in own_groups:
-                kept[group].append(number)
+            own = own[num_kept[own] < sizes[own]]
+            kept[begins[own] + num_kept[own]] = number
+            num_kept[own] += 1
             yield None
