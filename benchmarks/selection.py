@@ -20,7 +20,7 @@ from gemma2_post.evaluation.judging.winrate import difference
 from gemma2_post.evaluation.keys import AnswerArguments, MeasureArguments, RewardFunctionArguments, SampleArguments
 from gemma2_post.evaluation.measure import Measurement, summarize
 from gemma2_post.pipeline import processes
-from gemma2_post.pipeline.steps import load_selection
+from gemma2_post.pipeline.loading import load_selection
 from gemma2_post.stage import contract
 from gemma2_post.stage.command import Command
 from gemma2_post.stage.recipe_file import load_recipe

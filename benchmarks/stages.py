@@ -28,7 +28,7 @@ from process_memory import Sampler
 from random_model import config_of, write_model, write_pairs, write_rows
 
 from gemma2_post.pipeline.check import check
-from gemma2_post.pipeline.steps import load_pipeline
+from gemma2_post.pipeline.loading import load_pipeline
 from gemma2_post.planning import plan
 from gemma2_post.stage.recipe_file import load_recipe
 

@@ -47,7 +47,7 @@ def run(
     """
     from gemma2_post.pipeline import run as runs
     from gemma2_post.pipeline.decisions import Choice, choices_of
-    from gemma2_post.pipeline.steps import load_pipeline
+    from gemma2_post.pipeline.loading import load_pipeline
     from gemma2_post.report import report as reports
     from gemma2_post.report.terminal import View, terminal
 
@@ -81,7 +81,7 @@ def select(
         settings: Keys of the selection's recipe, `by=judge`, with other values.
     """
     from gemma2_post.pipeline import run as runs
-    from gemma2_post.pipeline.steps import load_selection
+    from gemma2_post.pipeline.loading import load_selection
     from gemma2_post.report import report as reports
     from gemma2_post.report.terminal import View, terminal
 
@@ -94,7 +94,7 @@ def select(
 
 def check(pipelines: list[Path]) -> None:
     """Checks pipeline recipes, and prints what each would run."""
-    from gemma2_post.pipeline.steps import load_pipeline
+    from gemma2_post.pipeline.loading import load_pipeline
 
     loaded = [load_pipeline(path) for path in pipelines]
     silence_libraries()
@@ -133,7 +133,7 @@ def plan(
     Raises:
         UserError: Its speed is not known.
     """
-    from gemma2_post.pipeline.steps import load_pipeline
+    from gemma2_post.pipeline.loading import load_pipeline
     from gemma2_post.report.terminal import terminal
 
     loaded = load_pipeline(pipeline, overrides=overrides)
@@ -149,7 +149,7 @@ def plan(
 
 def prepare(pipeline: Path, until: str | None = None, overrides: Overrides | None = None) -> None:
     """Reads, checks and tokenizes the data of all stages, which then start with it at once."""
-    from gemma2_post.pipeline.steps import load_pipeline
+    from gemma2_post.pipeline.loading import load_pipeline
 
     loaded = load_pipeline(pipeline, overrides=overrides)
     silence_libraries()

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from gemma2_post.pipeline.check import check, report
-from gemma2_post.pipeline.steps import load_pipeline
+from gemma2_post.pipeline.loading import load_pipeline
 from gemma2_post.stage.errors import UserError
 from tests.test_pipeline import gemma2_post
 

@@ -24,7 +24,7 @@ from gemma2_post.data.mixture import load_rows
 from gemma2_post.data.near_duplicates import Sketches, candidates, near, similarity, sketch
 from gemma2_post.data.pairs import PAIR
 from gemma2_post.pipeline import check, decisions, summary
-from gemma2_post.pipeline.steps import load_pipeline
+from gemma2_post.pipeline.loading import load_pipeline
 from gemma2_post.report import report
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from gemma2_post.pipeline import check, processes, summary
 from gemma2_post.pipeline.decisions import forecast
-from gemma2_post.pipeline.steps import DEFAULT_SEED, Step, load_pipeline
+from gemma2_post.pipeline.loading import load_pipeline
+from gemma2_post.pipeline.steps import DEFAULT_SEED, Step
 from gemma2_post.report import report as reports
 from gemma2_post.stage.errors import UserError
 from tests.conftest import TEACHER

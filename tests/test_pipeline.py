@@ -15,7 +15,8 @@ import yaml
 
 from gemma2_post import cli
 from gemma2_post.pipeline import check, devices, gates, lock, processes, run
-from gemma2_post.pipeline.steps import Step, load_pipeline
+from gemma2_post.pipeline.loading import load_pipeline
+from gemma2_post.pipeline.steps import Step
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError, reported
 from gemma2_post.stage.launcher import Launcher

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from gemma2_post.evaluation.choice import choose
 from gemma2_post.pipeline import check, processes, summary
 from gemma2_post.pipeline.decisions import Action, forecast
-from gemma2_post.pipeline.steps import Pipeline, Step, load_pipeline, load_selection
+from gemma2_post.pipeline.loading import load_pipeline, load_selection
+from gemma2_post.pipeline.steps import Pipeline, Step
 from gemma2_post.report import report as reports
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError

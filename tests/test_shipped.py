@@ -7,7 +7,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from gemma2_post import sft
 from gemma2_post.data.functions import load_function
-from gemma2_post.pipeline.steps import load_pipeline
+from gemma2_post.pipeline.loading import load_pipeline
 from gemma2_post.stage import launcher
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.recipe_file import load_recipe

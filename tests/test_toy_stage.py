@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from gemma2_post import cli
-from gemma2_post.pipeline import check, steps
-from gemma2_post.pipeline.steps import load_pipeline
+from gemma2_post.pipeline import check, entries, loading, steps
+from gemma2_post.pipeline.loading import load_pipeline
 from gemma2_post.stage import stages
 from gemma2_post.stage.command import Command
 from gemma2_post.stage.errors import UserError
@@ -180,13 +180,14 @@ def test_a_key_that_names_something_is_hashed_and_looked_for_and_handed_over_by_
     monkeypatch.setitem(stages.STAGES, "toy", "tests.toy")
     commands = {"toy": command(WithLexicon)}
     original = stages.command_of
-    monkeypatch.setattr(steps, "command_of", lambda name: commands.get(name) or original(name))
+    for module in (entries, loading, steps):
+        monkeypatch.setattr(module, "command_of", lambda name: commands.get(name) or original(name))
     run_dir = tmp_path / "run"
     recipe = {"output_dir": str(run_dir / "second"), "experts": [str(run_dir / "first"), BASE]}
     (tmp_path / "first.yaml").write_text(yaml.safe_dump({"output_dir": str(run_dir / "first")}))
     (tmp_path / "second.yaml").write_text(yaml.safe_dump(recipe))
-    entries = {name: {"recipe": f"{name}.yaml", "stage": "toy"} for name in ("first", "second")}
-    content = {"run_dir": str(run_dir), "launch": "accelerate_configs/cpu.yaml", "stages": entries}
+    toys = {name: {"recipe": f"{name}.yaml", "stage": "toy"} for name in ("first", "second")}
+    content = {"run_dir": str(run_dir), "launch": "accelerate_configs/cpu.yaml", "stages": toys}
     path = tmp_path / "pipeline.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     pipeline = load_pipeline(path, tmp_path / "elsewhere")

@@ -15,7 +15,7 @@ from gemma2_post.data.keys import Source
 from gemma2_post.data.mixture import load_rows
 from gemma2_post.data.sources import check_sources
 from gemma2_post.pipeline import check
-from gemma2_post.pipeline.steps import load_pipeline
+from gemma2_post.pipeline.loading import load_pipeline
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.recipe import keys_of

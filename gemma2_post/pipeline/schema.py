@@ -7,7 +7,7 @@ import typing
 from dataclasses import MISSING
 from pathlib import Path
 
-from gemma2_post.pipeline.steps import PipelineRecipe, StageEntry, names_of_outputs
+from gemma2_post.pipeline.entries import PipelineRecipe, StageEntry, names_of_outputs
 from gemma2_post.stage import contract
 from gemma2_post.stage.command import Command
 from gemma2_post.stage.recipe import Key, keys_of
