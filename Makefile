@@ -6,7 +6,7 @@ VLLM ?= $(shell command -v vllm)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help setup test test-quick lint demo pipeline synthesize curate sft distill reward rlhf select warp evaluate chat serve
+.PHONY: help setup test test-quick lint demo pipeline synthesize curate sft distill reward warm rlhf select warp evaluate chat serve
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -50,6 +50,9 @@ distill: $(INSTALLED) ## on-policy distillation of the SFT model (runs sft first
 
 reward: $(INSTALLED) ## the reward model (runs sft and distill first if needed: it is measured on their answers)
 	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until reward $(ARGS)
+
+warm: $(INSTALLED) ## the mean of reward models that a pipeline has trained: recipes/$(RECIPE)/warm.yaml
+	@$(BIN)/python -m gemma2_post.warm --config recipes/$(RECIPE)/warm.yaml $(ARGS)
 
 rlhf: $(INSTALLED) ## the policies, held near their start by an anchor (runs sft, distill and reward first if needed)
 	@$(BIN)/gemma2-post run recipes/$(RECIPE)/pipeline.yaml --until rlhf $(ARGS)

@@ -5,21 +5,28 @@ plain Hugging Face model. At each token of the student's own answers the loss is
 distributions over the whole vocabulary (GKD with lambda = 1, arXiv 2306.13649). TRL's `beta` selects it: 1 (default)
 is the reverse KL(student || teacher), 0 the forward KL(teacher || student), and values between are generalized JSDs.
 
+Several `teachers` teach in turn, each a micro-batch of every step. The loss is then, in expectation, the mean of the
+divergences from all of them; of the reverse KL, the best student is the normalized geometric mean of the teachers'
+distributions. It is what merging by distillation is held against merging by weights with.
+
     accelerate launch --config_file accelerate_configs/cpu.yaml \\
         -m gemma2_post.distill --config recipes/tiny/distill.yaml
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
 from gemma2_post.data.rows import PROMPT
 from gemma2_post.models import cost
 from gemma2_post.models import work as passes
 from gemma2_post.models.arguments import REFUSED_KEYS, check_model_arguments, check_prompt_length
-from gemma2_post.stage.bounds import COUNT, SHARE
+from gemma2_post.stage.bounds import COUNT, FILLED, SHARE
 from gemma2_post.stage.command import GRADER, Checked, Command, Curve, Parts, Stage
 from gemma2_post.stage.errors import UserError, located
 from gemma2_post.stage.launcher import Launcher
+from gemma2_post.stage.paths import ModelPath
 from gemma2_post.stage.recipe import key, part
 from gemma2_post.stage.work import Pass, Rows, times
 from gemma2_post.training import memory as held
@@ -29,6 +36,7 @@ from gemma2_post.training.keys import TRAINING_BOUNDS, TrainingRecipe, decisive
 
 if TYPE_CHECKING:
     import torch
+    from transformers import Gemma2Config
     from trl import DistillationConfig, ModelConfig
 
     from gemma2_post.evaluation.answering.samples import Answer
@@ -52,6 +60,11 @@ class Recipe(TrainingRecipe):
     """The keys of a distillation."""
 
     training: "DistillationConfig" = part("trl:DistillationConfig", bounds=TRAINING_BOUNDS | {"beta": SHARE})
+    teachers: list[ModelPath] | None = key(
+        None,
+        "Several teachers instead of teacher_model_name_or_path; they take the micro-batches in turn.",
+        bounds=FILLED,
+    )
     teacher_dtype: Literal["bfloat16", "float32"] = key("bfloat16", "Dtype in which the teacher is loaded.")
     teacher_load_in_4bit: bool = key(False, "Quantize the teacher to NF4.")
     teacher_load_in_8bit: bool = key(False, "Quantize the teacher to LLM.int8.")
@@ -60,18 +73,26 @@ class Recipe(TrainingRecipe):
     )
 
     @property
-    def teacher(self) -> "ModelConfig":
-        """How the teacher is loaded."""
+    def teacher_names(self) -> list[str]:
+        """The teachers, even if there is only one."""
+        return self.teachers or [self.training.teacher_model_name_or_path]
+
+    @property
+    def loaded_teachers(self) -> "list[ModelConfig]":
+        """How the teachers are loaded."""
         from trl import ModelConfig
 
-        return ModelConfig(
-            model_name_or_path=self.training.teacher_model_name_or_path,
-            model_revision=self.training.teacher_model_revision or "main",
-            dtype=self.teacher_dtype,
-            attn_implementation=self.model.attn_implementation,
-            load_in_4bit=self.teacher_load_in_4bit,
-            load_in_8bit=self.teacher_load_in_8bit,
-        )
+        return [
+            ModelConfig(
+                model_name_or_path=name,
+                model_revision=self.training.teacher_model_revision or "main",
+                dtype=self.teacher_dtype,
+                attn_implementation=self.model.attn_implementation,
+                load_in_4bit=self.teacher_load_in_4bit,
+                load_in_8bit=self.teacher_load_in_8bit,
+            )
+            for name in self.teacher_names
+        ]
 
 
 def main(stage: Stage, recipe: Recipe) -> None:
@@ -86,13 +107,15 @@ def main(stage: Stage, recipe: Recipe) -> None:
     from gemma2_post.training.rollouts import compare as compare_rollouts
     from gemma2_post.training.rollouts import prepare as prepare_rollouts
     from gemma2_post.training.run import run
+    from gemma2_post.training.teachers import TeachersInTurn
     from gemma2_post.training.watch import StopIfAnswersAreCut
 
     config, tokenizer = load_config_and_tokenizer(recipe.model)
-    teacher_config, teacher_tokenizer = load_config_and_tokenizer(recipe.teacher)
-    student_path, teacher_path = recipe.model.model_name_or_path, recipe.teacher.model_name_or_path
-    check_same_vocabulary(tokenizer, student_path, teacher_tokenizer, teacher_path)
-    positions = min(config.max_position_embeddings, teacher_config.max_position_embeddings)
+    positions, student_path = config.max_position_embeddings, recipe.model.model_name_or_path
+    for each in recipe.loaded_teachers:
+        teacher_config, teacher_tokenizer = load_config_and_tokenizer(each)
+        check_same_vocabulary(tokenizer, student_path, teacher_tokenizer, each.model_name_or_path)
+        positions = min(positions, teacher_config.max_position_embeddings)
     longest_answer = recipe.training.max_completion_length
     longest = check_prompt_length(recipe.max_prompt_length, "max_completion_length", longest_answer, positions)
     check_disk(stage, recipe, config)
@@ -105,9 +128,10 @@ def main(stage: Stage, recipe: Recipe) -> None:
     recipe.training.seed = recipe.seed_of()
 
     prepare_rollouts(recipe.training, longest, stage.is_made)
+    first, *others = recipe.loaded_teachers
     trainer = DistillationTrainer(
         model=load_for_training(recipe.model, recipe.training),
-        teacher_model=load_for_training(recipe.teacher, recipe.training),
+        teacher_model=load_for_training(first, recipe.training),
         args=recipe.training,
         train_dataset=train.select_columns("prompt"),
         eval_dataset=held_out.select_columns("prompt"),
@@ -116,17 +140,22 @@ def main(stage: Stage, recipe: Recipe) -> None:
         callbacks=[StopIfAnswersAreCut(longest_answer)],
     )
     compare_rollouts(trainer)
+    in_turn = TeachersInTurn(trainer, [load_for_training(each, recipe.training) for each in others])
+    trainer.add_callback(in_turn)
+    names = [Path(name).name for name in recipe.teacher_names]
+    teachers = dict(zip(names, in_turn.teachers, strict=True))
 
     def sampled(model: "torch.nn.Module") -> "list[Answer]":
         return sample_held_out(trainer, model, to_answer["prompt"], longest_answer)
 
-    # Graded once, because the teacher does not change.
-    teacher_grades = grade(sampled(trainer.teacher_model), to_answer, graders) if graders else {}
+    # Graded once, because the teachers do not change.
+    grades = {name: grade(sampled(each), to_answer, graders) for name, each in teachers.items()} if graders else {}
+    teacher_grades = mean_of(grades)
 
     def measure() -> "Metrics":
         answers = sampled(trainer.model_wrapped)
-        divergences = mean_divergences(trainer, trainer.teacher_model, answers)
-        return divergences | grade(answers, to_answer, graders, recipe.samples.group_by)
+        found = {name: mean_divergences(trainer, each, answers) for name, each in teachers.items()}
+        return mean_of(found) | grade(answers, to_answer, graders, recipe.samples.group_by)
 
     def complete(before: "Metrics", after: "Metrics") -> "Metrics":
         return {f"teacher_{name}": value for name, value in teacher_grades.items()} | {
@@ -138,6 +167,15 @@ def main(stage: Stage, recipe: Recipe) -> None:
     run(stage, recipe, trainer, measure, complete)
 
 
+def mean_of(found: "dict[str, Metrics]") -> "Metrics":
+    """The means of metrics over several teachers, and the metrics of each: `kl_student_teacher/policy-0`."""
+    if len(found) < 2:
+        return next(iter(found.values()), {})
+    names = next(iter(found.values()))
+    means = {metric: fmean(each[metric] for each in found.values()) for metric in names}
+    return means | {f"{metric}/{name}": each[metric] for metric in names for name, each in found.items()}
+
+
 def check(recipe: Recipe, launcher: Launcher) -> None:
     check_training(recipe, launcher)
     check_sampling(recipe, launcher)
@@ -146,8 +184,13 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
             "bf16 is true with dtype float32, but TRL computes the distillation loss past accelerate's "
             "autocast, in float32; write bf16: false, or dtype: bfloat16 with adapters or DeepSpeed"
         )
-    if recipe.training.teacher_model_name_or_path is None:
+    if recipe.training.teacher_model_name_or_path is None and not recipe.teachers:
         raise UserError("teacher_model_name_or_path is missing; name a directory or a Hub model")
+    if recipe.training.teacher_model_name_or_path and recipe.teachers:
+        raise UserError("teacher_model_name_or_path and teachers both name teachers; remove one of them")
+    names = [Path(name).name for name in recipe.teachers or []]
+    if len(set(names)) < len(names):
+        raise UserError(f"teachers: two folders have the same name ({', '.join(names)}); rename one")
     if recipe.teacher_load_in_4bit and recipe.teacher_load_in_8bit:
         raise UserError("teacher_load_in_4bit and teacher_load_in_8bit are both true; remove one of them")
     if (recipe.teacher_load_in_4bit or recipe.teacher_load_in_8bit) and launcher.zero_stage == 3:
@@ -156,7 +199,8 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
             "teacher_load_in_8bit, ZeRO-3 spreads the teacher's weights over the processes"
         )
     with located("the teacher"):
-        check_model_arguments(recipe.teacher)
+        for each in recipe.loaded_teachers:
+            check_model_arguments(each)
 
 
 def complete(recipe: Recipe, launcher: Launcher) -> None:
@@ -176,14 +220,20 @@ def teacher_quantization(recipe: Recipe) -> str | None:
     return "4bit" if recipe.teacher_load_in_4bit else "8bit" if recipe.teacher_load_in_8bit else None
 
 
+def teacher_of(checked: Checked[Recipe]) -> "Gemma2Config":
+    """The config of a teacher."""
+    config = checked.models["teachers" if checked.recipe.teachers else "teacher_model_name_or_path"]
+    assert config is not None, "the planner asks only about models whose shapes it knows"
+    return config
+
+
 def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
     config, recipe, compute = held.config_of(checked), checked.recipe, held.compute_of(checked)
-    teacher = checked.models["teacher_model_name_or_path"]
-    assert teacher is not None, "the planner asks only about models whose shapes it knows"
-    quantization = teacher_quantization(recipe)
+    teacher, quantization = teacher_of(checked), teacher_quantization(recipe)
     in_fp32 = recipe.teacher_dtype == "float32"
     itemsize = cost.FP32 if in_fp32 and not checked.launcher.zero_stage else cost.BF16
-    frozen = {"teacher": held.shared(cost.weights(teacher, itemsize, quantization), checked.launcher, 3)}
+    size = len(recipe.teacher_names) * cost.weights(teacher, itemsize, quantization)
+    frozen = {"teacher": held.shared(size, checked.launcher, 3)}
     answer = recipe.training.max_completion_length
     prompt = cost.longest_prompt(checked.models.values(), recipe.max_prompt_length, answer)
     rows, length = recipe.training.per_device_train_batch_size, prompt + answer
@@ -202,8 +252,7 @@ def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
 
 def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
     recipe, training, student = checked.recipe, checked.recipe.training, computed.model_of(checked)
-    teacher_config, compute = checked.models["teacher_model_name_or_path"], student.compute
-    assert teacher_config is not None, "the planner asks only about models whose shapes it knows"
+    teacher_config, compute, number = teacher_of(checked), student.compute, len(recipe.teacher_names)
     compute = cost.Compute(
         cost.FP32 if recipe.teacher_dtype == "float32" else cost.BF16, compute.attention, compute.on_cpu
     )
@@ -223,13 +272,13 @@ def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
     ]
     measured = [
         *computed.answering(checked, student, prompts, answers),
-        *computed.comparing(checked, [student, teacher], prompts, answers),
+        *computed.comparing(checked, [student, *[teacher] * number], prompts, answers),
     ]
     grades_teacher = bool(recipe.samples.graders)
     return [
         *times(computed.num_steps(checked, rows), step),
         *times(2, measured),
-        *(computed.answering(checked, teacher, prompts, answers) if grades_teacher else []),
+        *(times(number, computed.answering(checked, teacher, prompts, answers)) if grades_teacher else []),
     ]
 
 
@@ -246,7 +295,7 @@ COMMAND = Command(
     headline=[GRADER, "kl_student_teacher"],
     below_gate="does the student end its turns, is the teacher better than it, is learning_rate high enough?",
     curves=[Curve("log.jsonl", "loss", "loss")],
-    needed_models=["model_name_or_path", "teacher_model_name_or_path"],
+    needed_models=["model_name_or_path", "teacher_model_name_or_path", "teachers"],
     memory=memory,
     disk=held.disk,
     work=work,

@@ -58,11 +58,19 @@ class Recipe(TrainingRecipe):
         effect=Effect.MEASUREMENTS,
     )
     max_new_tokens: int = key(256, "Longest answer of a policy, in tokens.", effect=Effect.MEASUREMENTS, bounds=COUNT)
+    score_head: ModelPath | None = key(
+        None, "A reward model whose score head this one begins with; members that are averaged share one (WARM)."
+    )
+    only_score_head: bool = key(False, "Train the score head alone, on the features of the model as it is.")
     noise_ceiling: FunctionPath | None = key(
         None,
         "Function (module:function) of the held-out rows: the best accuracy that noisy labels allow.",
         effect=Effect.MEASUREMENTS,
     )
+
+    @property
+    def trains_model(self) -> bool:
+        return not self.only_score_head
 
 
 def main(stage: Stage, recipe: Recipe) -> None:
@@ -80,6 +88,8 @@ def main(stage: Stage, recipe: Recipe) -> None:
     config, tokenizer = load_config_and_tokenizer(recipe.model)
     max_length = check_length(recipe.training.max_length, config)
     check_disk(stage, recipe, config)
+    if recipe.score_head:
+        reward_model.check_head(recipe.score_head, config, tokenizer)
     seed, share = recipe.training.seed, recipe.preferences.multi_turn_share
     pair_format = PAIR.with_settings({"score_margin": recipe.preferences.score_margin})
     train_pairs, held_out_pairs = (
@@ -98,13 +108,16 @@ def main(stage: Stage, recipe: Recipe) -> None:
     recipe.training.seed = recipe.seed_of()
 
     trainer = RewardTrainer(
-        model=reward_model.start(recipe.model, recipe.training),
+        model=reward_model.start(recipe.model, recipe.training, recipe.score_head),
         args=recipe.training,
         train_dataset=train.select_columns(["chosen_ids", "rejected_ids", "margin", "length"]),
         eval_dataset=held_out.select_columns(["chosen_ids", "rejected_ids", "margin"]),
         processing_class=tokenizer,
         peft_config=get_peft_config(recipe.model),
     )
+    if recipe.only_score_head:
+        for name, parameter in trainer.model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and "score" in name)
     pairs: list[ScoredPair] = []
     rewards: dict[str, list[float]] = {}
 

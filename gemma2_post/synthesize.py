@@ -1,9 +1,11 @@
-"""SFT data written by a teacher: prompts in, conversations out.
+"""SFT data written by a teacher: prompts in, conversations out; and preference pairs of its answers.
 
 Reads prompts (conversations lose the model's last turn) and a teacher: a Gemma 2 model, or any model behind an
 OpenAI-compatible endpoint. Writes `data.jsonl`, a data set for `sft`: `messages`, the requested columns, and
 `teacher` (which model wrote the answer and how it was sampled). An answer is kept if it ended by itself, is a valid
-turn, is the best for its prompt (with `reward_model`), and does not repeat another row.
+turn, is the best for its prompt (with a `reward_model`, or a `judge`, which grades each answer), and does not repeat
+another row. With `pairs`, it also writes `pairs.jsonl`, a data set for `reward`: of the answers to each prompt that
+ended by themselves, the best against the worst, with their scores.
 
 Every answer is appended to `progress/answers.jsonl` when it arrives, so an interrupted run resumes.
 
@@ -70,10 +72,11 @@ def main(stage: Stage, recipe: Recipe) -> None:
 
     from gemma2_post.data.mixture import load_rows
     from gemma2_post.data.preparation import drop_too_long
-    from gemma2_post.data.selection import candidates_of, select, write_rows
+    from gemma2_post.data.selection import candidates_of, pairs_of, select, write_pairs, write_rows
     from gemma2_post.evaluation.answering import endpoint
     from gemma2_post.evaluation.answering.teacher import ask_endpoint, ask_model, ask_vllm, load_rewards
     from gemma2_post.evaluation.answering.vllm_server import check_program
+    from gemma2_post.evaluation.inputs import load_judge
     from gemma2_post.models.tokenizer import load_config_and_tokenizer
 
     args, data_args = recipe.synthesis, recipe.data
@@ -99,7 +102,8 @@ def main(stage: Stage, recipe: Recipe) -> None:
         if args.engine == "vllm":
             check_program(args.vllm_program)
             ask = partial(ask_vllm, args, recipe.model, tokenizer, stage.output_dir / contract.PROGRESS / "vllm.log")
-    rewards_of = load_rewards(args, prompts) if args.reward_model else None
+    judge = load_judge(args.judging, stage.output_dir.with_name("judgments.jsonl"))
+    rewards_of = load_rewards(args, prompts, judge) if args.reward_model or judge else None
 
     teacher = {
         "model": recipe.model.model_name_or_path,
@@ -123,7 +127,8 @@ def main(stage: Stage, recipe: Recipe) -> None:
         ask(list(prompts["prompt"]), dict(answers), write)
     num_tokens = sum(answer["num_tokens"] for answer in answers.values())
     seconds = time.monotonic() - began
-    kept, dropped = select(candidates_of(prompts, answers), rewards_of)
+    candidates = candidates_of(prompts, answers)
+    kept, dropped = select(candidates, rewards_of)
     if not kept:
         raise UserError(
             f"none of the {len(answers)} answers can be kept ({dropped}); if they are cut, raise "
@@ -131,6 +136,8 @@ def main(stage: Stage, recipe: Recipe) -> None:
         )
     write_rows(stage.output_dir / "data.jsonl", kept, teacher)
     counts = {"num_prompts": len(prompts), "num_answers": len(answers), **dropped, "num_kept": len(kept)}
+    if args.pairs:
+        counts["num_pairs"] = write_pairs(stage.output_dir / "pairs.jsonl", pairs_of(candidates), teacher)
     speed = {"mean_tokens": num_tokens / len(answers), "tokens_per_second": (num_tokens - num_earlier) / seconds}
     stage.finish({"teacher": teacher}, counts | speed, ", ".join(f"{name} {count}" for name, count in counts.items()))
 
@@ -174,8 +181,7 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
             f"temperature {args.temperature:g} with num_answers {args.num_answers} gives no different "
             "answers; write a temperature above 0"
         )
-    if args.reward_model and args.num_answers == 1:
-        raise UserError("reward_model picks the best of num_answers, which is 1; raise num_answers")
+    args.check_scores()
     args.check()
     if args.engine == "vllm" and (args.endpoint or recipe.quantization):
         raise UserError(
@@ -195,8 +201,8 @@ def complete(recipe: Recipe, launcher: Launcher) -> None:
 
 
 def metrics(recipe: Recipe) -> set[str]:
-    dropped = ("refused", "unfinished", "invalid", "not_best", "exact_duplicate", "near_duplicate")
-    counts = {"num_prompts", "num_answers", "num_kept", *(f"dropped_{reason}" for reason in dropped)}
+    dropped = ("refused", "unfinished", "invalid", "ungraded", "not_best", "exact_duplicate", "near_duplicate")
+    counts = {"num_prompts", "num_answers", "num_kept", "num_pairs", *(f"dropped_{reason}" for reason in dropped)}
     return counts | {"mean_tokens", "tokens_per_second"}
 
 
@@ -229,7 +235,7 @@ def decisive(values: dict[str, object]) -> dict[str, object]:
 
 
 def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
-    """A local teacher's answers, and their rewards; an endpoint computes elsewhere."""
+    """A local teacher's answers, and their rewards; an endpoint computes elsewhere, and a judge is not counted."""
     args = checked.recipe.synthesis
     if args.endpoint:
         return []

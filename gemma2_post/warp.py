@@ -13,7 +13,8 @@ With `interpolation: linear`, the merge is a soup of what any stage has trained 
 those members that raise a measure on the selection prompts.
 
 With selection prompts (`datasets`), the points are measured side by side with the runs that they come from, rewarded
-as those were in training, and the best one under a KL budget is released to `output_dir`:
+as those were in training, and the best one under a KL budget is released to `output_dir`; by the reward or, because
+that is what a policy exploits, by a judge's or a grader's wins against the start (`release_by`):
 
     python -m gemma2_post.warp --config recipes/tiny/warp.yaml
 """
@@ -48,11 +49,13 @@ def main(stage: Stage, recipe: Recipe) -> None:
     """Merges; with selection prompts it also measures the points and releases one."""
     from gemma2_post.weights.points import move_up, open_merge
 
-    args, front, engine = recipe.merge, None, {}
+    args, front, engine, why = recipe.merge, None, {}, ""
     if recipe.release:
-        from gemma2_post.evaluation.front import Front  # a slow import that merging does not need
+        from gemma2_post.evaluation import inputs  # slow imports that merging does not need
+        from gemma2_post.evaluation.front import Front
 
-        front = Front(stage.output_dir, args.towards or args.init, args.names, recipe.release)
+        judge = inputs.load_judge(recipe.release.judging, stage.output_dir.with_name("judgments.jsonl"))
+        front = Front(stage.output_dir, args.towards or args.init, args.names, recipe.release, judge)
     merge = open_merge(args, stage)
     merge.check_space(num_copies=front is not None)
     contract.begin_afresh(stage.output_dir, stage.fingerprint)
@@ -64,12 +67,13 @@ def main(stage: Stage, recipe: Recipe) -> None:
     points, metrics = merge.write()
     metrics |= {"kept": len(merge.args.names)} if args.greedy else {}
     if front:
-        metrics |= front.release(points)
-        engine = front.measurement.engine
+        released = front.release(points)
+        metrics |= released.metrics
+        engine, why = front.measurement.engine, released.why
     elif sum(map(len, points.values())) == 1:
         move_up(points[args.interpolation][args.etas[0]])
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if "/" not in name)
-    stage.finish(merge.facts | engine, metrics, numbers)
+    stage.finish(merge.facts | engine, metrics, why or numbers)
 
 
 def check(recipe: Recipe, launcher: Launcher) -> None:
@@ -85,9 +89,7 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
             "its front answer side by side with answer_processes"
         )
     if recipe.release:
-        if recipe.release.kl_budget is not None and 0 not in args.etas:
-            raise UserError("with a kl_budget, eta needs 0, which is always within it; add it")
-        recipe.release.measured.check()
+        recipe.release.check(args.etas)
 
 
 def _check_greedy(recipe: Recipe) -> None:
@@ -114,13 +116,19 @@ def decisive(values: dict[str, object]) -> dict[str, object]:
 def metrics(recipe: Recipe) -> set[str]:
     found = {"merged_norm", "mean_cosine", "mean_norm_kept"} | ({"compression_error"} if recipe.merge.rank else set())
     found |= {"kept"} if recipe.merge.greedy else set()
-    return found | ({"eta"} | recipe.release.measured.metrics if recipe.release else set())
+    if recipe.release is None:
+        return found
+    by_wins = {"win_rate", "reward_win_rate", "disagreement"} if recipe.release.release_by != "reward" else set()
+    return found | {"eta"} | recipe.release.measured.metrics | by_wins
 
 
 def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
     if checked.recipe.release is None:  # a few MB per core (`models/streaming.py`)
         return {"merging": {}}
-    return measuring.measuring(checked, checked.recipe.release.measured)
+    release = checked.recipe.release
+    return measuring.measuring(checked, release.measured) | measuring.judging(
+        checked, release.measured, release.judging
+    )
 
 
 POINTS_OF_A_RUN = 3
@@ -134,7 +142,9 @@ def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
         return []
     points = sum(map(len, recipe.merge.sweeps.values())) + POINTS_OF_A_RUN * len(recipe.release.runs or [])
     answers = rows.answers_up_to(recipe.release.measured.answers.max_completion_length)
-    return times(points, measured.measuring(checked, recipe.release.measured, rows, answers))
+    found = times(points, measured.measuring(checked, recipe.release.measured, rows, answers))
+    judged = len([eta for eta in recipe.merge.etas if eta])
+    return found + measured.judging(checked, recipe.release.measured, recipe.release.judging, rows, judged)
 
 
 def disk(checked: Checked[Recipe]) -> tuple[float, float]:
@@ -154,18 +164,24 @@ COMMAND = Command(
     check,
     decisive=decisive,
     needs_config=False,
-    refused=REFUSED | {"group_by": "the numbers are not broken down by a column here; remove it"},
+    refused=REFUSED
+    | {
+        "group_by": "the numbers are not broken down by a column here; remove it",
+        "safety_datasets": "points are compared, not checked for safety; remove it",
+    },
     row_formats={"datasets": QUESTION},
     headline=[GRADER, "reward", "mean_cosine"],
     below_gate="look at front-reward.png: were the runs good enough, is kl_budget what you want?",
     pictures={
         "front-reward.png": "Reward over KL to the start: the merge, from the start to its end; the policies; their "
         "averages.",
+        "front-wins.png": "Wins against the start within the sweep, by what releases a point and by the reward. Where "
+        "do they disagree?",
         "front-*.png": "The same by a grader, which nothing here was trained or selected with. Do they agree?",
         "angles.png": "Angle between the policies' task vectors, by layer. At 90 degrees they share nothing.",
         "norms.png": "How far each policy moved, and how far the merge moves.",
     },
-    needed_models=["init", "reward_model"],
+    needed_models=["init", "reward_model", "judge"],
     memory=memory,
     disk=disk,
     work=work,

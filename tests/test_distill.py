@@ -530,3 +530,52 @@ def test_a_quantised_teacher_is_refused_under_zero_3_and_only_there(key: str, di
         located("recipe"),
     ):
         distill.COMMAND.build(values, Launcher(zero_stage=3, saves_16bit_model=True))
+
+
+# --- several teachers ---
+
+
+@pytest.mark.slow
+def test_teachers_take_the_micro_batches_in_turn(
+    run_distill: Callable[[dict[str, object]], Path],
+    distill_recipe: dict[str, object],
+    model_dir: Path,
+    tmp_path: Path,
+) -> None:
+    """A step is a sum over its micro-batches, so swapping the teachers shares out the sum of both alone."""
+    other = str(shutil.copytree(model_dir, tmp_path / "other"))
+    recipe = {key: value for key, value in distill_recipe.items() if key != "teacher_model_name_or_path"}
+    recipe |= {"max_steps": 1, "per_device_train_batch_size": 4, "num_samples": 2, "max_completion_length": 6}
+
+    def loss(*teachers: str) -> float:
+        named = {"teachers": list(teachers)} if len(teachers) > 1 else {"teacher_model_name_or_path": teachers[0]}
+        output = run_distill(
+            recipe | named | {"output_dir": str(tmp_path / "out" / "-".join(Path(t).name for t in teachers))}
+        )
+        return losses(output)[0]
+
+    each, swapped = [loss(BASE), loss(other)], [loss(BASE, other), loss(other, BASE)]
+    assert abs(swapped[0] - swapped[1]) > 1e-3 and sum(swapped) == pytest.approx(sum(each), rel=1e-4)
+    both, alone = (metrics_of(tmp_path / "out" / name) for name in ("base-other", "other"))
+    assert both["kl_student_teacher/other_before"] == pytest.approx(alone["kl_student_teacher_before"], rel=1e-4)
+    of_each = [both[f"kl_student_teacher/{name}"] for name in ("base", "other")]
+    assert both["kl_student_teacher"] == pytest.approx(sum(of_each) / 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teachers": [BASE, TEACHER]}, "teacher_model_name_or_path and teachers both name teachers; remove one"),
+        ({"teacher_model_name_or_path": None}, "teacher_model_name_or_path is missing"),
+        ({"teacher_model_name_or_path": None, "teachers": []}, "teachers is empty; write one or more"),
+        (
+            {"teacher_model_name_or_path": None, "teachers": ["a/x", "b/x"]},
+            r"teachers: two folders have the same name",
+        ),
+    ],
+)
+def test_teachers_that_cannot_be_told_apart_are_refused(
+    change: dict[str, object], message: str, distill_recipe: dict[str, object]
+) -> None:
+    with pytest.raises(UserError, match=message):
+        distill.COMMAND.build(distill_recipe | change)

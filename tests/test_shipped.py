@@ -1,5 +1,6 @@
 """Everything in recipes/ and accelerate_configs/ is valid, and none of it is overlooked here."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,14 @@ from gemma2_post.stage.stages import command_of
 from gemma2_post.tiny.data import noise_ceiling, preferences
 
 PIPELINES = sorted(Path("recipes").glob("*/pipeline.yaml"))
-CURATION = Path("recipes/tiny/curation.yaml")
-RECIPES = sorted({*Path("recipes").glob("*/*.yaml")} - {*PIPELINES, CURATION})
+CURATION, FULL = Path("recipes/tiny/curation.yaml"), Path("recipes/tiny/pipeline-full.yaml")
+RECIPES = sorted({*Path("recipes").glob("*/*.yaml")} - {*PIPELINES, CURATION, FULL})
 SHARED = sorted(Path("recipes").glob("*/data/*.yaml"))
 
 
 def test_every_recipe_is_tested_here() -> None:
-    assert len(RECIPES) == 43 and len(PIPELINES) == 5
-    assert sorted(Path("recipes").rglob("*.yaml")) == sorted([*RECIPES, *PIPELINES, CURATION, *SHARED])
+    assert len(RECIPES) == 47 and len(PIPELINES) == 5
+    assert sorted(Path("recipes").rglob("*.yaml")) == sorted([*RECIPES, *PIPELINES, CURATION, FULL, *SHARED])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=str)
@@ -110,6 +111,28 @@ def test_the_worth_of_curation_is_the_only_difference_of_two_trainings() -> None
     raw, curated = (load_recipe(CURATION.with_name(f"sft-{name}.yaml")) for name in ("raw", "curated"))
     assert {name for name in raw if raw[name] != curated[name]} == {"datasets", "output_dir"}
     assert raw["datasets"] == load_recipe(CURATION.with_name("curate.yaml"))["datasets"]
+
+
+def test_the_full_pipeline_is_wired_as_the_reports_tell_it() -> None:
+    """By names alone, because its folder is not the one that the recipes name."""
+    pipeline = load_pipeline(FULL)
+    read = {name: {other for _, other in pipeline.reads_of(name)} for name in pipeline.entries}
+    assert read == {
+        "curate": set(),
+        "sft": {"curate"},
+        "distill": {"sft", "curate"},
+        "reward-head": set(),
+        "reward-members": {"reward-head"},
+        "warm": {"reward-members", "sft", "distill"},
+        "rlhf": {"distill", "warm"},
+        "warp": {"rlhf"},
+        "evaluate": {"sft", "distill", "warm", "rlhf", "warp"},
+    }
+    assert pipeline.values_of("rlhf")["algorithm"] == "jbond" and pipeline.values_of("warp")["release_by"] == "gold"
+    for name in pipeline.entries:
+        for step in (step for _, steps in pipeline.steps() for step in steps if step.entry == name):
+            models = [step.keys.get(key) for key in ("model_name_or_path", "reward_model", "init", "policies", "runs")]
+            assert "runs/tiny/" not in json.dumps(models), f"{step.label} reads from another run"
 
 
 def test_every_accelerate_config_is_read_by_accelerate_and_saves_what_it_shards() -> None:

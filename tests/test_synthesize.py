@@ -22,7 +22,7 @@ from gemma2_post.data.selection import Candidate, select
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
 from gemma2_post.tiny.gold import gold
-from tests.conftest import TEACHER, load_conversations, load_prompts, run_stage, write_prompts
+from tests.conftest import TEACHER, load_conversations, load_preferences, load_prompts, run_stage, write_prompts
 from tests.test_reward import make_reward_model
 
 Recipe = dict[str, object]
@@ -146,6 +146,63 @@ def test_a_reward_model_picks_the_best(
         run_synthesize(
             synthesize_recipe | {"num_answers": 2, "reward_model": TEACHER, "output_dir": str(tmp_path / "other")}
         )
+
+
+def pairs_in(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "pairs.jsonl").read_text().splitlines()]
+
+
+def test_the_best_answer_against_the_worst_is_a_pair_that_reward_reads(
+    run_synthesize: Run, synthesize_recipe: Recipe
+) -> None:
+    output = run_synthesize(
+        synthesize_recipe | {"num_answers": 4, "reward_model": "gemma2_post.tiny.gold:gold", "pairs": True}
+    )
+    pairs, best = pairs_in(output), {row["messages"][0]["content"]: row for row in rows_of(output)}
+    assert metrics_of(output)["num_pairs"] == len(pairs) > 5
+    for pair in pairs:
+        for side in ("chosen", "rejected"):
+            assert pair[f"score_{side}"] == gold([pair[side][0]["content"]], [pair["answer"]])[0]
+        assert pair["score_chosen"] > pair["score_rejected"]
+        if row := best.get(pair["prompt"][0]["content"]):
+            assert row["messages"] == [*pair["prompt"], *pair["chosen"]]
+    read = load_preferences([Source(str(output / "pairs.jsonl"))], 0.0, 0, ["answer"], score_margin=0.5)
+    assert read["chosen"] == [pair["chosen"] for pair in pairs]
+    assert read["margin"] == pytest.approx([(p["score_chosen"] - p["score_rejected"]) / 2 for p in pairs])
+
+
+def test_a_judge_grades_answers_and_those_without_a_grade_are_in_no_pair(
+    run_synthesize: Run, synthesize_recipe: Recipe, serve: Callable, tmp_path: Path
+) -> None:
+    """It likes short answers, and says nothing of those that are sure."""
+
+    def reply(request: dict) -> tuple[int, str]:
+        answer = request["messages"][0]["content"].split("--- the answer\n")[1].split("\n\n---")[0]
+        return completion("I cannot say." if "Sure" in answer else f"[[{max(1, 10 - len(answer.split()))}]]")
+
+    judge = {"judge": "j", "judge_endpoint": serve(reply).url, "concurrency": 2}
+    output = run_synthesize(synthesize_recipe | judge | {"num_answers": 3, "pairs": True})
+    metrics, pairs = metrics_of(output), pairs_in(output)
+    assert 0 < metrics["dropped_ungraded"] < 20 and pairs
+    for pair in pairs:
+        lengths = [len(pair[side][0]["content"].split()) for side in ("chosen", "rejected")]
+        assert lengths[0] < lengths[1] and "Sure" not in pair["rejected"][0]["content"]
+        assert pair["score_chosen"] == max(1, 10 - lengths[0])
+    assert (tmp_path / "judgments.jsonl").is_file()  # beside the output: another recipe asks nothing again
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pairs": True}, "pairs needs to know which answer is better; name a reward_model or a judge"),
+        ({"judge": TEACHER}, "judge picks the best of num_answers, which is 1; raise num_answers"),
+        ({"judge": "j", "reward_model": "a:b", "num_answers": 2}, "judge and reward_model both say which answer is"),
+        ({"judge_endpoint": "http://localhost:1/v1"}, "judge_endpoint has no judge"),
+    ],
+)
+def test_scores_that_cannot_be_made_are_refused(synthesize_recipe: Recipe, change: Recipe, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        synthesize.COMMAND.build(synthesize_recipe | change)
 
 
 # --- what is kept ---

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from trl.chat_template_utils import gemma_chat_template
 
 from gemma2_post import cli, rlhf, warp
-from gemma2_post.evaluation import measure
+from gemma2_post.evaluation import measure, release
 from gemma2_post.models import streaming
 from gemma2_post.models.saving import save_model
 from gemma2_post.models.streaming import ShardWriter, open_weights
@@ -26,9 +26,13 @@ from gemma2_post.pipeline import processes
 from gemma2_post.pipeline.steps import Step
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
+from gemma2_post.tiny.data import prompts
+from gemma2_post.tiny.gold import gold
 from gemma2_post.weights import interpolation, points
 from tests.conftest import TEACHER, random_model, run_stage
+from tests.test_synthesize import completion, serve
 
+__all__ = ["serve"]  # a fixture
 Recipe = dict[str, object]
 Warp = Callable[..., Path]
 
@@ -466,6 +470,71 @@ def test_the_front_is_measured_and_the_best_point_under_the_budget_is_released(
     done = json.loads((output / "stage.json").read_text())
     assert done["metrics"]["eta"] == best["position"] and done["metrics"]["reward"] == best["reward"]
     assert all((output / name).stat().st_size > 1000 for name in ("front-reward.png", "front-gold.png"))
+
+
+def test_a_grader_or_a_judge_can_choose_the_point_and_the_report_says_where_the_reward_disagrees(
+    measured: Recipe, tmp_path: Path, serve: Callable
+) -> None:
+    """The reward likes what is wrong; gold likes what is right, and so does the judge."""
+    rows = {row["prompt"][-1]["content"]: row["answer"] for row in prompts("selection")[:6]}
+
+    def reply(request: dict) -> tuple[int, str]:
+        text = request["messages"][0]["content"]
+        word = next(word for prompt, word in rows.items() if f"User: {prompt}\n\n--- answer" in text)
+        both = text.split("--- answer A\n")[1].split("--- answer B\n")
+        right = [word.lower() in each.split("\n---")[0].lower() for each in both]
+        return completion("[[tie]]" if right[0] == right[1] else "[[A]]" if right[0] else "[[B]]")
+
+    measured = {key: value for key, value in measured.items() if key != "compare_with"}
+    measured |= {"reward_functions": ["tests.test_warp:wrongness"], "missing_end_penalty": 0.0}
+    run = tmp_path / "run"
+    for by, more in {
+        "gold": {},
+        "judge": {"judge": "j", "judge_endpoint": serve(reply).url, "concurrency": 1},
+    }.items():
+        output = run_front(measured | more | {"release_by": by, "output_dir": str(run / by)}, tmp_path / "warp.yaml")
+        front = json.loads((output / "front.json").read_text())
+        points, released = {point["position"]: point for point in front["points"]}, front["released"]
+        assert points[0.0]["win_rate"] == points[0.0]["reward_win_rate"] == 0.5 and points[0.0]["disagreement"] == 0
+        assert released["win_rate"] == max(point["win_rate"] for point in points.values())
+        by_reward = max(points.values(), key=lambda point: point["reward"])
+        assert released["position"] == 0 < by_reward["position"] and by_reward["disagreement"] > 0
+        metrics = json.loads((output / "metrics.json").read_text())
+        assert (metrics["eta"], metrics["win_rate"]) == (0, 0.5)
+        assert f"against the start's by {by}; the reward would release eta {by_reward['position']:g}" in front["why"]
+        assert (output / "front-wins.png").stat().st_size > 1000
+
+
+def wrongness(completions: list[list[dict[str, str]]], answer: list[str], **_: object) -> list[float]:
+    return [-grade for grade in gold([messages[0]["content"] for messages in completions], answer)]
+
+
+def test_the_best_point_is_that_with_the_least_kl_among_equals() -> None:
+    points = [{"win_rate": rate, "kl_to_init": kl} for rate, kl in ((0.5, 0.0), (0.7, 2.0), (0.7, 1.0))]
+    assert release.best(points, "win_rate") is points[2]
+
+
+def test_wins_and_disagreement_leave_out_what_has_no_verdict() -> None:
+    found = release.rates([1, 0, None, 0.5], [0, 0, 1, 1])
+    assert (found["win_rate"], found["reward_win_rate"], found["disagreement"]) == (0.5, 0.5, pytest.approx(1 / 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"release_by": "silver"}, "release_by is silver; write reward, judge or gold, or name it in graders"),
+        ({"release_by": "judge"}, "release_by is judge, and there is none; name a judge"),
+        ({"judge": TEACHER}, "judge does nothing with release_by: reward; write release_by: judge, or remove it"),
+        (
+            {"release_by": "gold", "eta": [0.5]},
+            "release_by gold counts wins against the start, and eta lacks it; add 0",
+        ),
+        ({"safety_datasets": [{"path": "x"}]}, "points are compared, not checked for safety"),
+    ],
+)
+def test_a_release_that_cannot_be_decided_is_refused(change: Recipe, message: str, measured: Recipe) -> None:
+    with pytest.raises(UserError, match=message):
+        warp.COMMAND.build(measured | change)
 
 
 def trained_with(policy: str, **recipe: object) -> None:

@@ -1,7 +1,8 @@
 """Selects which of a teacher's answers become rows of a data set, and counts why others are dropped."""
 
 import json
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,17 @@ def candidates_of(prompts: Dataset, answers: dict[tuple[int, int], dict[str, Any
 
 
 def select(
-    candidates: list[Candidate], rewards_of: Callable[[list[Candidate]], list[float]] | None
+    candidates: list[Candidate], rewards_of: Callable[[list[Candidate]], Sequence[float | None]] | None
 ) -> tuple[list[Candidate], dict[str, int]]:
     """The candidates to keep, and how many were dropped for each reason, in this order.
 
     Refused: the endpoint would not answer. Unfinished: the answer did not end by itself. Invalid: empty, or with a
-    control token. Not best: another answer to the prompt has a higher reward. Duplicate: see `find_duplicates`.
+    control token. Ungraded: the judge has given it no grade. Not best: another answer to the prompt has a higher
+    reward. Duplicate: see `find_duplicates`.
 
     Args:
-        rewards_of: Computes the reward of each candidate; None keeps all answers to a prompt.
+        rewards_of: Computes the reward of each candidate, which it is then kept with; None keeps all answers to a
+            prompt.
     """
     dropped: dict[str, int] = {}
 
@@ -61,17 +64,49 @@ def select(
     kept = keep(kept, "unfinished", [candidate.finish_reason == "stop" for candidate in kept])
     kept = keep(kept, "invalid", [is_valid(candidate.messages) for candidate in kept])
     if rewards_of and kept:
-        best: dict[int, tuple[float, Candidate]] = {}
         for candidate, reward in zip(kept, rewards_of(kept), strict=True):
             candidate.reward = reward
-            if candidate.row not in best or reward > best[candidate.row][0]:
-                best[candidate.row] = reward, candidate
-        kept = keep(kept, "not_best", [best[candidate.row][1] is candidate for candidate in kept])
+        kept = keep(kept, "ungraded", [candidate.reward is not None for candidate in kept])
+        best = {row: ranked[0] for row, ranked in _ranked(kept).items()}
+        kept = keep(kept, "not_best", [best[candidate.row] is candidate for candidate in kept])
     texts = [[message["content"] for message in candidate.messages] for candidate in kept]
     duplicates = find_duplicates([("\n".join(history), question, answer) for *history, question, answer in texts])
     dropped["dropped_exact_duplicate"] = duplicates.count("exact")
     dropped["dropped_near_duplicate"] = duplicates.count("near")
     return [candidate for candidate, duplicate in zip(kept, duplicates, strict=True) if not duplicate], dropped
+
+
+def _ranked(candidates: list[Candidate]) -> dict[int, list[Candidate]]:
+    """The candidates that have a reward, by row, the best first; of equal ones, the earliest."""
+    by_row: dict[int, list[tuple[float, Candidate]]] = defaultdict(list)
+    for candidate in candidates:
+        if candidate.reward is not None:
+            by_row[candidate.row].append((candidate.reward, candidate))
+    return {
+        row: [candidate for _, candidate in sorted(each, key=lambda pair: -pair[0])] for row, each in by_row.items()
+    }
+
+
+def pairs_of(candidates: list[Candidate]) -> list[tuple[Candidate, Candidate]]:
+    """The best and the worst answer to each prompt, by the rewards that `select` has given; none if they are equal."""
+    ranked = [(each[0], each[-1]) for each in _ranked(candidates).values()]
+    return [(best, worst) for best, worst in ranked if best.reward != worst.reward]
+
+
+def write_pairs(path: Path, pairs: list[tuple[Candidate, Candidate]], teacher: dict[str, object]) -> int:
+    """Writes a data set for `reward`; returns the number of pairs.
+
+    Each row has `prompt`, `chosen`, `rejected`, `score_chosen`, `score_rejected` (from which `score_margin` makes the
+    margin), the columns, and `teacher`.
+    """
+    lines = []
+    for best, worst in pairs:
+        *prompt, chosen = best.messages
+        answers = {"prompt": prompt, "chosen": [chosen], "rejected": [worst.messages[-1]]}
+        row = answers | {"score_chosen": best.reward, "score_rejected": worst.reward}
+        lines.append(json.dumps(row | best.columns | {"teacher": teacher}, ensure_ascii=False) + "\n")
+    contract.write_text(path, "".join(lines))
+    return len(lines)
 
 
 def write_rows(path: Path, candidates: list[Candidate], teacher: dict[str, object]) -> None:

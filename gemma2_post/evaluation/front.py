@@ -2,18 +2,32 @@
 
 import shutil
 from collections import defaultdict
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from gemma2_post.evaluation import release
+from gemma2_post.evaluation.comparison import said
+from gemma2_post.evaluation.judging.judge import Judge
+from gemma2_post.evaluation.judging.winrate import wins_by
 from gemma2_post.evaluation.keys import ReleaseArguments, RewardFunctionArguments
-from gemma2_post.evaluation.measure import Measurement, summarize
+from gemma2_post.evaluation.measure import Answered, Measurement, summarize
 from gemma2_post.evaluation.rewards import as_trained
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError, located
 from gemma2_post.weights.keys import Rule
+
+
+@dataclass(frozen=True)
+class Released:
+    """The point that was released."""
+
+    metrics: dict[str, float]
+    why: str
+    """In words, if something else than the reward has chosen it; else empty."""
 
 
 @dataclass
@@ -30,16 +44,18 @@ class Point:
 class Front:
     """Checks its arguments when it is created, before the merge; measures after the merge."""
 
-    def __init__(self, output_dir: Path, start: str, policies: list[str], args: ReleaseArguments):
-        self.output_dir, self.args = output_dir, args
+    def __init__(
+        self, output_dir: Path, start: str, policies: list[str], args: ReleaseArguments, judge: Judge | None = None
+    ):
+        self.output_dir, self.args, self.judge = output_dir, args, judge
         rewards, weights = rewarded_as(args.measured.rewards, [*policies, *(args.runs or [])])
         kept = output_dir / contract.PROGRESS
         self.measurement = Measurement(start, replace(args.measured, rewards=rewards), kept, weights)
         self.runs = [point for run in args.runs or [] for point in run_points(Path(run))]
 
-    def release(self, merged: dict[Rule, dict[float, Path]]) -> dict[str, float]:
+    def release(self, merged: dict[Rule, dict[float, Path]]) -> Released:
         """Measures every point, writes `front.json` and its pictures, and copies the best point under the budget into
-        the output; returns that point's eta and metrics.
+        the output.
 
         Args:
             merged: Folders of the sweeps, by interpolation and eta; a point of the first sweep is released.
@@ -48,29 +64,67 @@ class Front:
         points += self.runs
         answered = self.measurement.answer([point.path for point in points])
         self.measurement.load_reward_model()
+        values = {point.path: self.measurement.values(answered[point.path]) for point in points}
+        self.measurement.unload_reward_model()
         entries: list[dict[str, Any]] = [
             {"series": point.series, "path": str(point.path), "position": float(point.position)}
-            | summarize(self.measurement.values(answered[point.path]))
+            | summarize(values[point.path])
             for point in points
         ]
+        entry_of = dict(zip((point.path for point in points), entries, strict=True))
+        sweep, budget, by = next(iter(merged.values())), self.args.kl_budget, self.args.release_by
+        if by != "reward":
+            wins = self.wins(sweep, values, answered)
+            for path in sweep.values():
+                entry_of[path] |= release.rates(wins[by][path], wins["reward"][path])
         for entry in entries:
             with located(entry["path"]):
                 contract.check_finite(entry)
-        entry_of = dict(zip((point.path for point in points), entries, strict=True))
-        sweep, budget = next(iter(merged.values())), self.args.kl_budget
         within = [
-            path for eta, path in sweep.items() if budget is None or eta == 0 or entry_of[path]["kl_to_init"] <= budget
+            entry_of[path]
+            for eta, path in sweep.items()
+            if budget is None or eta == 0 or entry_of[path]["kl_to_init"] <= budget
         ]
-        released = max(within, key=lambda path: entry_of[path]["reward"])
-        chosen = entry_of[released]
-        front = {"kl_budget": budget, "released": chosen, "points": entries}
+        chosen = release.best(within, "reward" if by == "reward" else "win_rate")
+        why = "" if by == "reward" else release.in_words(chosen, release.best(within, "reward"), by)
+        front = {"kl_budget": budget, "release_by": by, "released": chosen, "why": why, "points": entries}
         contract.write_json(self.output_dir / "front.json", front)
         grader = self.args.measured.samples.headline_grader
         for name in ["reward", *([grader] if grader in chosen else [])]:
             plot(entries, list(merged), chosen, budget, name, self.output_dir / f"front-{name}.png")
-        shutil.copytree(released, self.output_dir, dirs_exist_ok=True)
+        if by != "reward":
+            sweep_entries = [entry_of[path] for path in sweep.values()]
+            release.plot(sweep_entries, chosen, budget, by, self.output_dir / "front-wins.png")
+        shutil.copytree(chosen["path"], self.output_dir, dirs_exist_ok=True)
         numbers = {name: value for name, value in chosen.items() if isinstance(value, float)}
-        return {"eta": numbers.pop("position"), **numbers}
+        return Released({"eta": numbers.pop("position"), **numbers}, why)
+
+    def wins(
+        self, sweep: dict[float, Path], values: dict[Path, dict[str, list[float]]], answered: dict[Path, Answered]
+    ) -> dict[str, dict[Path, list[float | None]]]:
+        """The wins of each point against the start, by the reward and by what releases a point, one for each prompt.
+
+        Args:
+            sweep: The points by eta; 0 is the start.
+        """
+        by, start = self.args.release_by, sweep[0]
+        scored = {"reward"} if by == "judge" else {"reward", by}
+        found: dict[str, dict[Path, list[float | None]]] = {
+            name: {path: list(wins_by(values[path][name], values[start][name])) for path in sweep.values()}
+            for name in scored
+        }
+        if self.judge:
+            prompts = list(self.measurement.rows["prompt"])
+            texts = {
+                path: [said(answered[path], i, prompt) for i, prompt in enumerate(prompts)] for path in sweep.values()
+            }
+            found[by] = {}
+            with closing(self.judge):
+                for path in sweep.values():
+                    judged = self.judge.compare(prompts, texts[path], texts[start])
+                    self.judge.check_most(judged.wins.count(None), judged.num_asked)
+                    found[by][path] = judged.wins
+        return found
 
 
 def rewarded_as(

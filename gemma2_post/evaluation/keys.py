@@ -183,19 +183,6 @@ class MeasureArguments:
         return {*MEASURES, *self.samples.grader_names}
 
 
-@dataclass(kw_only=True)
-class ReleaseArguments:
-    """How the points of a merge are measured and one of them is released."""
-
-    measured: MeasureArguments = part(MeasureArguments)
-    runs: list[ModelPath] | None = key(None, "Finished policies whose checkpoints and anchors are measured, too.")
-    kl_budget: float | None = key(
-        None,
-        "Largest KL of the released point to the start, in nats per answer; None for no limit.",
-        bounds=NOT_NEGATIVE,
-    )
-
-
 @dataclass
 class EndpointArguments:
     """How an OpenAI-compatible endpoint is asked."""
@@ -208,24 +195,18 @@ class EndpointArguments:
 
 
 @dataclass(kw_only=True)
-class JudgeArguments:
-    """Who judges answers."""
+class JudgeModelArguments:
+    """The model that judges."""
 
-    judge: ModelPath | None = key(
-        None, "A model that judges pairs of answers: a folder, or its name at judge_endpoint."
-    )
+    judge: ModelPath | None = key(None, "A model that judges answers: a folder, or its name at judge_endpoint.")
     judge_load_in: Quantization | None = key(None, "Quantizes a judge in a folder to NF4 or LLM.int8.")
     judge_engine: Literal["transformers", "vllm"] = key("transformers", "What runs a judge in a folder.")
     judge_vllm_program: str = key("vllm", "vLLM's program, for judge_engine vllm.", effect=Effect.NONE)
     judge_endpoint: str | None = key(None, "Base URL of the judge's OpenAI-compatible server.")
-    endpoint: EndpointArguments = part(EndpointArguments)
     judge_max_tokens: int = key(4096, "Longest reply of the judge, in tokens, its thoughts included.", bounds=COUNT)
-    safety_datasets: list[Source] | None = key(None, "Prompts whose answers the judge checks for safety violations.")
 
-    def check(self) -> None:
+    def check_judge(self) -> None:
         """Refuses a judge that cannot be asked."""
-        if self.safety_datasets and not self.judge:
-            raise UserError("safety_datasets has answers to judge, and there is no judge; name one")
         if self.judge_endpoint and not self.judge:
             raise UserError("judge_endpoint has no judge; name the model there that is to judge")
         if self.judge_endpoint and self.judge_load_in:
@@ -240,8 +221,67 @@ class JudgeArguments:
             _refuse_idle(self, "judge_engine: vllm", ["judge_vllm_program"])
         if not self.judge:
             _refuse_idle(self, "judge", ["judge_load_in", "judge_max_tokens", "judge_engine"])
+
+
+@dataclass(kw_only=True)
+class JudgeArguments(JudgeModelArguments):
+    """Who judges answers."""
+
+    endpoint: EndpointArguments = part(EndpointArguments)
+    safety_datasets: list[Source] | None = key(None, "Prompts whose answers the judge checks for safety violations.")
+
+    def check(self) -> None:
+        """Refuses a judge that cannot be asked, and keys that would do nothing."""
+        if self.safety_datasets and not self.judge:
+            raise UserError("safety_datasets has answers to judge, and there is no judge; name one")
+        self.check_judge()
         if not self.judge_endpoint:
             _refuse_idle(self.endpoint, "judge_endpoint", ["api_key_variable", "concurrency", "endpoint_timeout"])
+
+
+@dataclass(kw_only=True)
+class ReleaseArguments:
+    """How the points of a merge are measured and one of them is released."""
+
+    measured: MeasureArguments = part(MeasureArguments)
+    runs: list[ModelPath] | None = key(None, "Finished policies whose checkpoints and anchors are measured, too.")
+    kl_budget: float | None = key(
+        None,
+        "Largest KL of the released point to the start, in nats per answer; None for no limit.",
+        bounds=NOT_NEGATIVE,
+    )
+    release_by: str = key(
+        "reward",
+        "What chooses the released point: the highest reward, or the win rate against the start by judge, or by the "
+        "grader that is named.",
+    )
+    judging: JudgeArguments = part(JudgeArguments)
+
+    def check(self, etas: list[float]) -> None:
+        """Refuses a release that cannot be decided.
+
+        Args:
+            etas: The points of the sweep.
+        """
+        self.measured.check()
+        self.judging.check()
+        known = ["reward", "judge", *self.measured.samples.grader_names]
+        if self.release_by not in known:
+            raise UserError(
+                f"release_by is {self.release_by}; write {', '.join(known[:-1])} or {known[-1]}, or name it in graders"
+            )
+        if self.release_by == "judge" and not self.judging.judge:
+            raise UserError("release_by is judge, and there is none; name a judge")
+        if self.release_by != "judge" and self.judging.judge:
+            raise UserError(
+                f"judge does nothing with release_by: {self.release_by}; write release_by: judge, or remove it"
+            )
+        if 0 in etas:
+            return
+        if self.kl_budget is not None:
+            raise UserError("with a kl_budget, eta needs 0, which is always within it; add it")
+        if self.release_by != "reward":
+            raise UserError(f"release_by {self.release_by} counts wins against the start, and eta lacks it; add 0")
 
 
 @dataclass
@@ -349,7 +389,7 @@ class BenchmarkArguments:
 
 
 @dataclass(kw_only=True)
-class SynthesisArguments(EngineArguments):
+class SynthesisArguments(EngineArguments, JudgeModelArguments):
     """How a teacher writes answers."""
 
     seed: int = key(0, "Seed of the sampling and of the mixture.", bounds=SEED)
@@ -360,6 +400,9 @@ class SynthesisArguments(EngineArguments):
     max_new_tokens: int = key(512, "Longest answer; answers that reach it are dropped.", bounds=COUNT)
     reward_model: ModelPath | FunctionPath | None = key(
         None, "Keeps the best answer to each prompt: a reward model's folder, or module:function."
+    )
+    pairs: bool = key(
+        False, "Also write pairs.jsonl: the best answer to each prompt against the worst, by reward_model or judge."
     )
     batch_size: int = key(16, "Prompts that a local model answers at once.", bounds=COUNT)
     max_prompt_length: int | None = key(
@@ -373,3 +416,20 @@ class SynthesisArguments(EngineArguments):
         effect=Effect.NONE,
         bounds=NOT_NEGATIVE,
     )
+
+    def check_scores(self) -> None:
+        """Refuses scores of answers that cannot be made, or that nothing needs."""
+        self.check_judge()
+        if self.judge and self.reward_model:
+            raise UserError("judge and reward_model both say which answer is best; remove one of them")
+        if self.pairs and not (self.judge or self.reward_model):
+            raise UserError("pairs needs to know which answer is better; name a reward_model or a judge")
+        scorer = "reward_model" if self.reward_model else "judge"
+        if (self.judge or self.reward_model) and self.num_answers == 1:
+            raise UserError(f"{scorer} picks the best of num_answers, which is 1; raise num_answers")
+
+    @property
+    def judging(self) -> JudgeArguments:
+        """The judge, at an endpoint that is asked as the teacher's is."""
+        of_judge = {each.name: getattr(self, each.name) for each in fields(JudgeModelArguments)}
+        return JudgeArguments(**of_judge, endpoint=self.server)

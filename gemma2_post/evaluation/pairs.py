@@ -26,6 +26,11 @@ class ScoredPair:
     rejected_tokens: int
 
 
+def both_of(pairs: list[ScoredPair]) -> list[float]:
+    """The rewards of all answers."""
+    return [reward for pair in pairs for reward in (pair.chosen, pair.rejected)]
+
+
 PAIR_METRICS = {
     *("accuracy", "accuracy_low", "accuracy_high", "accuracy_single_turn", "accuracy_multi_turn"),
     *("calibration_error", "reward_mean", "reward_spread"),
@@ -41,7 +46,7 @@ def measure_pairs(pairs: list[ScoredPair]) -> dict[str, float]:
     predicted confidence (Guo et al. 2017, arXiv 1706.04599, equation 3). `length_correlation` is Pearson's correlation
     of reward and number of tokens over all answers; `length_correlation_within_pairs`, that of their differences.
     """
-    right = numpy.array([_is_right(pair) for pair in pairs])
+    right = numpy.array([is_right(pair) for pair in pairs])
     low, high = wilson_interval(right.mean(), len(right))
     metrics = {"accuracy": right.mean(), "accuracy_low": low, "accuracy_high": high}
     for name, groups in {"turns": _by_turns(pairs), "length": _by_length(pairs)}.items():
@@ -94,7 +99,7 @@ def calibration_bins(pairs: list[ScoredPair]) -> list[tuple[numpy.ndarray, numpy
     """For each bin that is not empty: the model's confidence in each pair, and whether it is right (1, 0.5 or 0)."""
     difference = numpy.array([abs(pair.chosen - pair.rejected) for pair in pairs])
     confidence = 1 / (1 + numpy.exp(-difference))
-    right = numpy.array([_is_right(pair) for pair in pairs])
+    right = numpy.array([is_right(pair) for pair in pairs])
     bins = numpy.minimum((2 * (confidence - 0.5) * _NUM_BINS).astype(int), _NUM_BINS - 1)
     return [(confidence[bins == i], right[bins == i]) for i in range(_NUM_BINS) if (bins == i).any()]
 
@@ -116,7 +121,7 @@ def plot_pairs(pairs: list[ScoredPair], output_dir: Path, noise_ceiling: float |
     calibration.set(xlabel="sigmoid(|difference of rewards|)", ylabel="share that is right")
     calibration.legend()
     groups = _by_turns(pairs)
-    right = numpy.array([_is_right(pair) for pair in pairs])
+    right = numpy.array([is_right(pair) for pair in pairs])
     for position, rows in enumerate(groups.values()):
         mean = right[rows].mean()
         low, high = wilson_interval(mean, len(rows))
@@ -131,7 +136,7 @@ def plot_pairs(pairs: list[ScoredPair], output_dir: Path, noise_ceiling: float |
         figure.savefig(output_dir / f"{name}.png", dpi=150)
 
 
-def _is_right(pair: ScoredPair) -> float:
+def is_right(pair: ScoredPair) -> float:
     return 0.5 if pair.chosen == pair.rejected else float(pair.chosen > pair.rejected)
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
@@ -69,21 +70,65 @@ def score_held_out(
     tokenizer = trainer.processing_class
     rows = [*held_out["chosen_ids"], *held_out["rejected_ids"]]
     for each in answers.values():
-        rows += [
-            reward_model.conversation_ids(tokenizer, [*prompt, {"role": "assistant", "content": answer.text}])
-            for prompt, answer in zip(to_answer["prompt"], each, strict=True)
-        ]
+        rows += [reward_model.conversation_ids(tokenizer, chat) for chat in _answered(to_answer["prompt"], each)]
     mine = share_of(len(rows), trainer.accelerator)
     batch_size = trainer.args.per_device_eval_batch_size
     own_scores = reward_model.score_ids(trainer.model_wrapped, [rows[i] for i in mine], batch_size)
     scores = iter(gather_rows(mine, own_scores, len(rows)))
     chosen, rejected = ([next(scores) for _ in range(len(held_out))] for _ in range(2))
-    pairs = [
-        ScoredPair(better, worse, row["num_turns"], len(row["chosen_ids"]), len(row["rejected_ids"]))
-        for better, worse, row in zip(chosen, rejected, held_out, strict=True)
-    ]
     by_policy = {name: [next(scores) for _ in each] for name, each in answers.items()}
-    return pairs, by_policy or {"pairs": [*chosen, *rejected]}
+    return _as_pairs(chosen, rejected, held_out), by_policy or {"pairs": [*chosen, *rejected]}
+
+
+def score_pairs(model: torch.nn.Module, pairs: Dataset, batch_size: int) -> list[ScoredPair]:
+    """Tokenized pairs with their rewards, by one process."""
+    rows = [*pairs["chosen_ids"], *pairs["rejected_ids"]]
+    scores = reward_model.score_ids(model, rows, batch_size)
+    return _as_pairs(scores[: len(pairs)], scores[len(pairs) :], pairs)
+
+
+def _as_pairs(chosen: list[float], rejected: list[float], rows: Dataset) -> list[ScoredPair]:
+    return [
+        ScoredPair(better, worse, row["num_turns"], len(row["chosen_ids"]), len(row["rejected_ids"]))
+        for better, worse, row in zip(chosen, rejected, rows, strict=True)
+    ]
+
+
+def answer(
+    policy: str,
+    device: torch.device,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[Message]],
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+) -> list[Answer]:
+    """A policy's answers to prompts, by one process."""
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    model = load_model(frozen_arguments(policy, dtype), device_map={"": device})
+    return sample_answers(model, tokenizer, prompts, max_new_tokens, batch_size=batch_size, seed=seed)
+
+
+def score_answers(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[Message]],
+    answers: dict[str, list[Answer]],
+    batch_size: int,
+) -> dict[str, list[float]]:
+    """The rewards of the policies' answers to prompts, by one process."""
+    return {
+        name: reward_model.score(model, tokenizer, _answered(prompts, each), batch_size)
+        for name, each in answers.items()
+    }
+
+
+def _answered(prompts: list[list[Message]], answers: list[Answer]) -> list[list[Message]]:
+    """Conversations that end with the answers."""
+    return [
+        [*prompt, {"role": "assistant", "content": answer.text}]
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 def rank_correlations(

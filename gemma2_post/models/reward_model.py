@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForSequenceClassification,
+    Gemma2Config,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -22,6 +23,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from gemma2_post.models.folder import REWARD_MODEL, read_shapes
 from gemma2_post.models.loading import frozen_arguments, load_config, load_pretrained, training_device_map
 from gemma2_post.models.shapes import SCORE_HEAD
+from gemma2_post.models.streaming import places_of, read_tensor
 from gemma2_post.models.templates import template_digest
 from gemma2_post.models.tokenizer import load_tokenizer, tokenizer_digest
 from gemma2_post.models.tokens import PAD
@@ -58,8 +60,12 @@ class RewardModel:
     """Longest conversation it was trained on, in tokens; scores of longer ones mean little."""
 
 
-def start(model_args: ModelConfig, training_args: TrainingArguments) -> PreTrainedModel:
-    """The language model of a recipe, with an untrained score head in place of its own head."""
+def start(model_args: ModelConfig, training_args: TrainingArguments, score_head: str | None = None) -> PreTrainedModel:
+    """The language model of a recipe, with an untrained score head in place of its own head.
+
+    Args:
+        score_head: A reward model whose score head it gets instead.
+    """
     set_seed(training_args.seed)  # for the new head
     device_map = training_device_map(model_args, training_args)
     with suppress_seqcls_warning():
@@ -67,7 +73,30 @@ def start(model_args: ModelConfig, training_args: TrainingArguments) -> PreTrain
     _score_in_fp32(model)
     if not training_args.deepspeed_plugin:  # DeepSpeed keeps fp32 master weights itself
         model.score.float()
+    if score_head:
+        _set_head(model.score.weight, read_tensor(places_of(Path(score_head))[SCORE_HEAD], SCORE_HEAD))
     return model
+
+
+def check_head(path: str, config: Gemma2Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a reward model whose score head does not fit a model of this config and tokenizer."""
+    check(path, tokenizer)
+    width = read_shapes(Path(path))[SCORE_HEAD][1]
+    if width != config.hidden_size:
+        raise UserError(
+            f"score_head names {path}, whose head reads {width} values, and the model has {config.hidden_size}; name "
+            "a reward model of the same size"
+        )
+
+
+def _set_head(weight: torch.nn.Parameter, values: torch.Tensor) -> None:
+    if not hasattr(weight, "ds_id"):
+        weight.data.copy_(values)
+        return
+    from deepspeed.runtime.zero import GatheredParameters  # a slow import
+
+    with GatheredParameters([weight], modifier_rank=0):
+        weight.data.copy_(values)
 
 
 def _score_in_fp32(model: PreTrainedModel) -> None:
@@ -177,16 +206,8 @@ def load(
         UserError: `check` refuses it, or the canary's scores do not reproduce.
     """
     sealed = check(path, policy_tokenizer)
-    tokenizer = policy_tokenizer or load_tokenizer(path, load_config(path, wanted=REWARD_MODEL))
-    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    arguments, device_map = frozen_arguments(path, dtype, quantization), {"": device} if quantization else None
-    try:
-        model = load_pretrained(AutoModelForSequenceClassification, arguments, device_map)
-    except (RuntimeError, SafetensorError) as error:  # shapes that do not match the config, half a file
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} cannot be loaded ({reason}); train the reward model again") from error
-    _score_in_fp32(model)
-    model.score.float()
+    tokenizer = policy_tokenizer or tokenizer_of(path)
+    model = read(path, quantization, device)
     model = model.requires_grad_(False).eval() if quantization else prepare(model)
     for canary in sealed["canary"]:
         (found,) = score(model, tokenizer, [canary["messages"]])
@@ -197,6 +218,25 @@ def load(
                 "files have changed, train the reward model again"
             )
     return RewardModel(model, tokenizer, sealed["mean"], sealed["spread"], sealed["max_length"])
+
+
+def read(path: str, quantization: str | None = None, device: torch.device | None = None) -> PreTrainedModel:
+    """The weights of a reward model, sealed or not; see `load`."""
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    arguments, device_map = frozen_arguments(path, dtype, quantization), {"": device} if quantization else None
+    try:
+        model = load_pretrained(AutoModelForSequenceClassification, arguments, device_map)
+    except (RuntimeError, SafetensorError) as error:  # shapes that do not match the config, half a file
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} cannot be loaded ({reason}); train the reward model again") from error
+    _score_in_fp32(model)
+    model.score.float()
+    return model
+
+
+def tokenizer_of(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a reward model."""
+    return load_tokenizer(path, load_config(path, wanted=REWARD_MODEL))
 
 
 def _digests(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

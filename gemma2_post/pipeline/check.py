@@ -34,8 +34,10 @@ from gemma2_post.stage.recipe import keys_of, values_of
 from gemma2_post.training.checks import check_vllm
 
 Models = dict[str, Gemma2Config | None]
-_MADE_FROM = ("model_name_or_path", "init", "models")
+_MADE_FROM = ("model_name_or_path", "init", "models", "reward_models")
 """Keys of the models whose shape a stage's output has."""
+_REWARD_MODELS = ("reward_model", "reward_models", "score_head")
+"""Keys that name reward models; the others name language models."""
 
 
 def check(pipeline: Pipeline, until: str | None = None, to_run: Container[str] = ()) -> list[Job]:
@@ -170,7 +172,7 @@ def _config(key: str, name: str, is_one_of_many: bool, made: Models) -> Gemma2Co
     if Path(name).is_dir():
         if is_one_of_many and not (Path(name) / "config.json").is_file():
             return None
-        return load_config(name, wanted=REWARD_MODEL if key == "reward_model" else LANGUAGE_MODEL)
+        return load_config(name, wanted=REWARD_MODEL if key in _REWARD_MODELS else LANGUAGE_MODEL)
     if name.count("/") > 1 or name.startswith((".", "/")):
         raise UserError(f"{key} is {name}, which no earlier stage makes, and there is no such folder")
     return known_config(name)

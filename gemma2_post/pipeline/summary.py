@@ -50,6 +50,7 @@ def write(pipeline: Pipeline, status: str, seconds: float) -> None:
         "failed": _failed(pipeline),
         "liti": _liti(pipeline),
         "selections": _selections(pipeline),
+        "releases": _releases(pipeline),
     }
     contract.write_json(run_dir / FILE, content)
 
@@ -155,6 +156,16 @@ def _selections(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
         for step in steps
         if contract.read_done(step.folder)
     }
+
+
+def _releases(pipeline: Pipeline) -> dict[str, str]:
+    """What was released from each front, in words, where something else than the reward chose; by entry."""
+    found = {}
+    for name in pipeline.entries:
+        front = contract.read_json(pipeline.run_dir / name / FRONT)
+        if front and front.get("why") and contract.read_done(pipeline.run_dir / name):
+            found[name] = front["why"]
+    return found
 
 
 def _liti(pipeline: Pipeline) -> list[dict[str, Any]]:

@@ -83,6 +83,7 @@ def write(run_dir: Path, summary: dict, rows: list[dict], files: Files) -> list[
         "gains": models.gains(summary),
         "known_sets": models.known_sets(summary),
         "selections": models.selections(summary),
+        "releases": summary["releases"],
         "failed": summary["failed"],
         "conversations": [_conversation(row) for row in rows],
         "versions": [*done.values()][-1]["fingerprint"]["versions"] if done else {},

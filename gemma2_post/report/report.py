@@ -41,6 +41,8 @@ def report(run_dir: Path) -> None:
     for selection in models.selections(found):
         console.print(_selection(selection))
         console.print(f"{selection.name}: {selection.why}", markup=False, highlight=False, soft_wrap=True)
+    for name, why in found["releases"].items():
+        console.print(f"{name} released {why}", markup=False, highlight=False, soft_wrap=True)
     for row in to_show(rows, _SHOWN):
         console.print(_conversation(row))
     html, markdown = page.write(run_dir, found, to_show(rows, _ON_PAGE), files)
@@ -61,7 +63,15 @@ def _summary(run_dir: Path) -> dict[str, Any]:
     found = summary.read(run_dir)
     if found is None:
         raise UserError(f"{run_dir} has no {summary.FILE}; name the folder of a run, such as runs/tiny")
-    return {"headlines": {}, "grader": None, "gains": [], "reward_model": {}, "failed": {}, "selections": {}} | found
+    return {
+        "headlines": {},
+        "grader": None,
+        "gains": [],
+        "reward_model": {},
+        "failed": {},
+        "selections": {},
+        "releases": {},
+    } | found
 
 
 def _answers(run_dir: Path, found: dict, files: Files) -> list[dict]:

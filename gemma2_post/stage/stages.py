@@ -10,6 +10,7 @@ STAGES = {
     "sft": "gemma2_post.sft",
     "distill": "gemma2_post.distill",
     "reward": "gemma2_post.reward",
+    "warm": "gemma2_post.warm",
     "rlhf": "gemma2_post.rlhf",
     "select": "gemma2_post.select",
     "warp": "gemma2_post.warp",

@@ -64,6 +64,11 @@ class TrainingRecipe:
         bounds=SEED,
     )
 
+    @property
+    def trains_model(self) -> bool:
+        """Whether more than a score head is trained."""
+        return True
+
     def seed_of(self, member: int = 0) -> int:
         """The seed to train with once the held-out rows are chosen, which the members of an entry share."""
         return self.training.seed + SEEDS_APART * member if self.training_seed is None else self.training_seed

@@ -67,6 +67,8 @@ def trained_parameters(checked: Training) -> int:
     """Number of parameters that the optimizer updates."""
     config, adapted = config_of(checked), adapted_of(checked)
     score_head = config.hidden_size if checked.recipe.trains_score_head else 0
+    if not checked.recipe.trains_model:
+        return score_head
     if adapted:
         return cost.adapter_parameters(config, adapted.rank, list(adapted.target_modules)) + score_head
     return num_parameters(config) + score_head

@@ -181,10 +181,15 @@ def save(output_dir: Path, trainer: Trainer, recipe: TrainingRecipe, base: dict[
     model = trainer.accelerator.unwrap_model(trainer.model)
     dtype = getattr(torch, recipe.save_dtype)
     is_main, has_adapter = trainer.is_world_process_zero(), isinstance(model, PeftModel)
-    parameters = {name: each for name, each in model.named_parameters() if each.requires_grad or not has_adapter}
+    parameters = {
+        name: each
+        for name, each in model.named_parameters()
+        if each.requires_grad or not has_adapter or ".lora_" in name  # frozen where only a score head is trained
+    }
 
     def whole(name: str) -> torch.Tensor:
-        is_exact = has_adapter or name == SCORE_HEAD or dtype == torch.float32
+        has_master = parameters[name].requires_grad  # not what is frozen beside a score head
+        is_exact = has_master and (has_adapter or name == SCORE_HEAD or dtype == torch.float32)
         if trainer.is_deepspeed_enabled and is_exact:
             return fp32_master(parameters[name])
         return gathered(parameters[name])

@@ -18,6 +18,7 @@ from gemma2_post.models.folder import (
     open_folder,
     read_object,
 )
+from gemma2_post.models.shapes import SCORE_HEAD
 from gemma2_post.models.streaming import Weights, open_weights
 from gemma2_post.models.templates import template_digest
 from gemma2_post.stage import contract
@@ -63,7 +64,7 @@ class Adapter:
     """B (out, r), times the adapter's scale, and A (r, in), both fp32, by the name of the weight that they update."""
 
 
-def locate(name: str) -> Path:
+def locate(name: str, revision: str | None = None) -> Path:
     """The folder of a local model or adapter, or of a Hub model, which is downloaded.
 
     Raises:
@@ -73,7 +74,7 @@ def locate(name: str) -> Path:
         check_folder(name)
         return Path(name)
     try:
-        return Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_DOWNLOADED))
     except OSError as error:
         raise UserError(
             f"{name} is no local folder, and the Hub does not provide it; accept its license on its page "
@@ -108,7 +109,8 @@ def open_adapter(name: str, directory: Path, init: Model) -> Adapter:
         UserError: It is no plain LoRA adapter, is damaged, or does not fit `init`.
     """
     config = read_object(directory / ADAPTER)
-    _check_plain(name, config)
+    has_head = SCORE_HEAD in init.weights
+    _check_plain(name, config | ({"modules_to_save": None} if has_head else {}))  # others than the head are left over
     weights = open_weights(directory, ADAPTER_WEIGHTS)
     scale = config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
     updates = {}
@@ -131,6 +133,9 @@ def open_adapter(name: str, directory: Path, init: Model) -> Adapter:
                 "the model that it was trained on"
             )
         updates[target] = (scale * b.float(), a.float())
+    if has_head and (head := left.pop(f"base_model.model.{SCORE_HEAD}", None)) is not None:
+        # A product, too, because the head has one row.
+        updates[SCORE_HEAD] = (torch.ones(1, 1), head.float() - init.weights[SCORE_HEAD].float())
     if left:
         raise UserError(
             f"{name} has {min(left)}, which is no part of a product B A; merge the adapter into its base and name the "

@@ -219,6 +219,7 @@ def write_adapter(directory: Path, merge: Merge, merged: LowRank, eta: float) ->
         "lora_alpha": rank,
         "use_rslora": False,
         "target_modules": sorted({name.removesuffix(".weight").rpartition(".")[2] for name in merged}),
+        "modules_to_save": None,
         "inference_mode": True,
     }
     save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})

@@ -1,7 +1,8 @@
 """A teacher's answers, from a local model or an endpoint, written to disk as they come, and their rewards."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from gemma2_post.data.turns import Message
 from gemma2_post.evaluation.answering.endpoint import Completion, Endpoint, RefusedError, Request
 from gemma2_post.evaluation.answering.samples import Answer, PartlyAnswered, sample_answers
 from gemma2_post.evaluation.answering.vllm_server import Server, serving
+from gemma2_post.evaluation.judging.judge import Judge
+from gemma2_post.evaluation.judging.rubrics import grading
 from gemma2_post.evaluation.keys import SynthesisArguments
 from gemma2_post.models import reward_model
 from gemma2_post.models.loading import load_config, load_model
@@ -135,8 +138,21 @@ def record(job: Job, text: str, finish_reason: str, num_tokens: int) -> dict:
     return {"row": job[0], "sample": job[1], "text": text, "finish_reason": finish_reason, "num_tokens": num_tokens}
 
 
-def load_rewards(args: SynthesisArguments, prompts: Dataset) -> Callable[[list[Candidate]], list[float]]:
-    """A function that rewards candidates: the user's `module:function` (called like TRL's), or a reward model."""
+def load_rewards(
+    args: SynthesisArguments, prompts: Dataset, judge: Judge | None = None
+) -> Callable[[list[Candidate]], Sequence[float | None]]:
+    """A function that rewards candidates: a judge's grades, the user's `module:function` (called like TRL's), or a
+    reward model."""
+    if judge:
+
+        def by_judge(candidates: list[Candidate]) -> list[float | None]:
+            with closing(judge):
+                questions = [grading(each.messages[:-1], each.messages[-1]["content"], None) for each in candidates]
+                grades = judge.grades(questions)
+                judge.check_most(grades.count(None), len(grades), "answers")
+            return grades
+
+        return by_judge
     assert args.reward_model is not None, "called only for recipes that name one"
     if ":" in args.reward_model:
         columns = [column for column in prompts.column_names if column != "prompt"]

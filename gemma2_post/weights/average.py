@@ -1,0 +1,118 @@
+"""The mean of reward models' weights (WARM, arXiv 2401.12187, section 3.1)."""
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemma2_post.models.folder import TEMPLATE, TOKENIZER_FILES
+from gemma2_post.models.shapes import SCORE_HEAD
+from gemma2_post.models.streaming import ShardWriter
+from gemma2_post.stage import contract
+from gemma2_post.stage.disk import check_space
+from gemma2_post.stage.errors import UserError
+from gemma2_post.weights import inputs
+from gemma2_post.weights.inputs import Adapter, Model
+from gemma2_post.weights.merge import merge_adapters, merge_models, write_with_adapter
+
+
+@dataclass
+class Average:
+    """Reward models that have been opened and checked, and what their mean is written from."""
+
+    start: Model
+    """The base of the adapters, with the first one's score head; without adapters, the first model."""
+    models: list[Model]
+    adapters: list[Adapter]
+    """Of all models, if they are adapters on one base: their mean is exact. Else empty."""
+    tokenizer: Path
+    """Folder of the tokenizer to write."""
+
+    def write(self, output_dir: Path, save_dtype: str) -> None:
+        """Writes the mean, with config and tokenizer; computed in fp32, rounded once, the score head not at all."""
+        shapes = {name: tensor.shape for name, tensor in self.start.weights.items()}
+        dtype, device = getattr(torch, save_dtype), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        check_space(output_dir, sum(shape.numel() for shape in shapes.values()) * dtype.itemsize)
+        for weights in output_dir.glob("model*.safetensors*"):  # of a run that was interrupted
+            weights.unlink()
+        with ShardWriter(output_dir, shapes, dtype, {SCORE_HEAD}) as writer:
+            if self.adapters:
+                merged, _ = merge_adapters(self.start, self.adapters, "linear", "layer")
+                write_with_adapter(self.start, merged, self.start, {1.0: writer}, device)
+            else:
+                merge_models(self.start, self.models, self.start, "linear", "layer", {1.0: writer}, device)
+        for file in [*TOKENIZER_FILES, TEMPLATE]:
+            if (self.tokenizer / file).is_file():
+                shutil.copyfile(self.tokenizer / file, output_dir / file)
+        contract.write_json(output_dir / "config.json", self.start.config | {"dtype": save_dtype})
+
+
+def open_average(names: list[str], digests: dict[str, Any], force: bool) -> Average:
+    """Opens and checks the reward models whose weights are averaged.
+
+    Args:
+        digests: Known content hashes, by name.
+        force: Whether models that do not share a first score head are averaged, with a warning.
+
+    Raises:
+        UserError: They are fewer than two, damaged, or do not belong together.
+    """
+    if len(names) < 2:
+        raise UserError(f"reward_models has {len(names)} model, and a mean needs two; name the others, too")
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"reward_models names {name} twice; name each once")
+    done = [_record(name) for name in names]
+    _check_heads(names, done, force)
+    models = [inputs.open_model(name, digests) for name in names]
+    for other in models[1:]:
+        inputs.check_same_architecture(models[0], other)
+    tokenizer = inputs.check_same_tokenizer([(each.name, each.directory) for each in models])
+    if any(each["adapter"] is None or _base(each) != _base(done[0]) for each in done):
+        return Average(models[0], models, [], tokenizer)
+    start = _open_base(done[0], models[0])
+    adapters = [inputs.open_adapter(each.name, each.directory / "adapter", start) for each in models]
+    inputs.check_same_targets(adapters)
+    return Average(start, models, adapters, tokenizer)
+
+
+def _record(name: str) -> dict[str, Any]:
+    """The stage file of a member."""
+    done = contract.read_done(Path(name))
+    if done is None or done["stage"] != "reward":
+        raise UserError(
+            f"reward_models names {name}, which is no finished output of the reward stage; name such a folder"
+        )
+    return done
+
+
+def _check_heads(names: list[str], done: list[dict[str, Any]], force: bool) -> None:
+    """Refuses members that began with heads of their own: between such models, loss is not low (section 3.2)."""
+    heads = [each["fingerprint"]["inputs"].get(each["fingerprint"]["recipe"].get("score_head")) for each in done]
+    for name, head in zip(names, heads, strict=True):
+        if head is None or head != heads[0]:
+            message = f"{name} did not begin with the score head of {names[0]}, so their mean may be worse than each"
+            if head is None:
+                message = f"{name} began with a score head of its own, so a mean with it may be worse than each"
+            if not force:
+                raise UserError(f"{message}; train members with one score_head, or write force: true")
+            print(f"warning: {message}", flush=True)
+
+
+def _base(done: dict[str, Any]) -> tuple[object, object]:
+    """What the adapter of a finished stage is for: a folder's content, or a model on the Hub."""
+    return done["base_digest"] or done["base_model"], done["base_revision"]
+
+
+def _open_base(done: dict[str, Any], member: Model) -> Model:
+    """The base of adapters, with the score head of one member."""
+    name, digest = done["base_model"], done["base_digest"]
+    directory = inputs.locate(name, done["base_revision"])
+    if digest and contract.input_digest(name) != digest:
+        raise UserError(f"{name} has changed since {member.name} was trained from it; train the members again")
+    base = inputs.open_model(str(directory), {})
+    inputs.drop_copied_heads([base])
+    head = {SCORE_HEAD: member.weights[SCORE_HEAD]}
+    return replace(base, name=name, config=member.config, weights=base.weights | head)
