@@ -42,7 +42,7 @@ def main() -> None:
     rows = [row["prompt"] for row in prompts("test")[: args.prompts]]
     print("| what | seconds | tokens/s |\n|---|---|---|")
     for num_processes in (1, 2):
-        seconds = side_by_side(args.model, args.models, args.prompts, num_processes)
+        seconds = of_models(args.model, args.models, args.prompts, num_processes)
         print(
             f"| {args.models} models, {num_processes} process{'es' if num_processes > 1 else ''} | {seconds:.1f} | |"
         )
@@ -85,7 +85,7 @@ def endpoint_texts(server: Server, rows: list[list[Message]]) -> list[str]:
     return [found[number] for number in range(len(rows))]
 
 
-def side_by_side(model: Path, num_models: int, num_prompts: int, num_processes: int) -> float:
+def of_models(model: Path, num_models: int, num_prompts: int, num_processes: int) -> float:
     """Seconds for copies of a model to answer, their start included."""
     with tempfile.TemporaryDirectory() as folder:
         copies = [Path(folder) / str(number) for number in range(num_models)]

@@ -187,12 +187,14 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
         raise UserError(
             f"engine is vllm, with {'an endpoint' if args.endpoint else 'a quantized teacher'}; remove one of them"
         )
+    if args.answer_processes > 1 and (args.endpoint or args.engine == "vllm"):
+        raise UserError("answer_processes is for a teacher that transformers runs here; remove it")
     if not args.endpoint:
         check_model_arguments(recipe.model)
     if launcher.num_processes > 1:
         raise UserError(
-            "synthesize is one process; start it with accelerate_configs/single_gpu.yaml (one model "
-            "can be spread over several GPUs), or serve the teacher with vLLM and name it as endpoint"
+            "synthesize is one process; start it with accelerate_configs/single_gpu.yaml or cpu.yaml, and let copies "
+            "of the teacher answer side by side with answer_processes"
         )
 
 

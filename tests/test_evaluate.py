@@ -24,7 +24,7 @@ from transformers import (
 from gemma2_post import evaluate
 from gemma2_post.data.keys import Source
 from gemma2_post.evaluation import comparison, inputs, measure
-from gemma2_post.evaluation.answering import side_by_side
+from gemma2_post.evaluation.answering.side_by_side import shares_of
 from gemma2_post.evaluation.keys import CorpusArguments
 from gemma2_post.models.saving import save_model
 from gemma2_post.models.tokenizer import save_tokenizer
@@ -543,4 +543,4 @@ def test_each_process_has_its_share_of_the_gpus(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert side_by_side.shares_of(num_processes) == expected
+    assert shares_of(num_processes) == expected

@@ -620,7 +620,7 @@ def test_an_interrupted_run_ends_its_stages_and_goes_on_later(which: signal.Sign
     while not processes.of_run(tmp_path / "run"):
         time.sleep(0.05)
     chain.send_signal(which)
-    printed, _ = chain.communicate(timeout=20)
+    printed, _ = chain.communicate(timeout=90)
     assert chain.returncode == 130 and "interrupted; the same command resumes" in printed
     assert not processes.of_run(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"

@@ -80,6 +80,16 @@ def test_a_local_teacher_writes_rows_that_sft_reads(run_synthesize: Run, synthes
     assert loaded["messages"] == [row["messages"] for row in rows]
 
 
+def test_copies_of_a_teacher_write_side_by_side_what_it_writes_alone(
+    run_synthesize: Run, synthesize_recipe: Recipe, tmp_path: Path
+) -> None:
+    alone = run_synthesize(synthesize_recipe)
+    together = run_synthesize(
+        synthesize_recipe | {"answer_processes": 2, "output_dir": str(tmp_path / "side-by-side")}
+    )
+    assert [row["messages"] for row in rows_of(together)] == [row["messages"] for row in rows_of(alone)]
+
+
 @pytest.mark.parametrize("quantization", ["load_in_4bit", "load_in_8bit"])
 def test_a_quantised_teacher_answers(run_synthesize: Run, synthesize_recipe: Recipe, quantization: str) -> None:
     output = run_synthesize(synthesize_recipe | {"dtype": "bfloat16", quantization: True})
@@ -489,6 +499,10 @@ def test_a_bad_endpoint_is_one_sentence_that_names_the_prompt(
 
 BAD = {
     "nobody there": ({"endpoint": "http://127.0.0.1:9/v1", "endpoint_retries": 0}, "cannot be reached"),
+    "copies of an endpoint": (
+        {"endpoint": "http://localhost/v1", "answer_processes": 2},
+        "answer_processes is for a teacher that transformers runs here",
+    ),
     "no URL": ({"endpoint": "localhost"}, "write a base URL such as"),
     "a key in the URL": ({"endpoint": "http://me:secret@localhost/v1"}, "endpoint holds a user, a password"),
     "quantised endpoint": ({"endpoint": "http://localhost/v1", "load_in_4bit": True}, "load_in_4bit has no effect"),

@@ -405,6 +405,12 @@ class SynthesisArguments(EngineArguments, JudgeModelArguments):
         False, "Also write pairs.jsonl: the best answer to each prompt against the worst, by reward_model or judge."
     )
     batch_size: int = key(16, "Prompts that a local model answers at once.", bounds=COUNT)
+    answer_processes: int = key(
+        1,
+        "Processes in which a local model answers, each with a copy of it and its share of the GPUs.",
+        effect=Effect.NONE,
+        bounds=COUNT,
+    )
     max_prompt_length: int | None = key(
         None, "Longer prompts are dropped; None for what a local model's positions allow.", bounds=COUNT
     )

@@ -25,9 +25,10 @@ from gemma2_post.data.preparation import drop_too_long
 from gemma2_post.data.rows import QUESTION
 from gemma2_post.data.turns import Message
 from gemma2_post.evaluation import rewards
-from gemma2_post.evaluation.answering import partly, side_by_side
+from gemma2_post.evaluation.answering import partly
 from gemma2_post.evaluation.answering.partly import Sample, Sampling
 from gemma2_post.evaluation.answering.samples import Answer, PartlyAnswered, load_graders, sample_answers
+from gemma2_post.evaluation.answering.side_by_side import side_by_side
 from gemma2_post.evaluation.answering.vllm_server import Server, check_program, serving
 from gemma2_post.evaluation.divergence import measure_divergence
 from gemma2_post.evaluation.keys import MeasureArguments
@@ -137,7 +138,9 @@ class Measurement:
         is_kept = {record["key"] for record in contract.read_lines(self.kept / _ANSWERS, _RECORD)}
         missing = {path: keys[path] for path in models if keys[path] not in is_kept}
         if self.args.answer_processes > 1 and len(missing) > 1:
-            side_by_side.answer(missing, self.args.answer_processes, partial(_begin, *self.settings))
+            done = side_by_side(list(missing.items()), self.args.answer_processes, partial(_begin, *self.settings))
+            for _ in tqdm(done, desc="answers", unit="model", total=len(missing)):
+                pass  # it is in the file
         elif missing:
             start = load(Path(self.start), self.accelerator.device)
             for path, key in tqdm(missing.items(), desc="answers", unit="model"):
@@ -255,11 +258,11 @@ class Measurement:
         }
 
 
-def _begin(*settings: Any) -> side_by_side.Answer:
+def _begin(*settings: Any) -> Callable[[tuple[Path, str]], None]:
     """Begins to measure in a process beside others; the settings are those of `Measurement`."""
     measurement = Measurement(*settings)
     start = load(Path(measurement.start), measurement.accelerator.device)
-    return lambda path, key: measurement.answer_one(path, key, start)
+    return lambda path_and_key: measurement.answer_one(*path_and_key, start)
 
 
 def converse(

@@ -1,49 +1,50 @@
-"""Models that answer side by side: processes take one after the other, each with its share of the GPUs.
+"""Work in several processes, each with its share of the GPUs; they take one item after the other.
 
-A model answers in one process, so its answers do not depend on the number of processes.
+An item is done in one process, so its result does not depend on the number of processes.
 """
 
 import ctypes
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing.queues import Queue
-from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from gemma2_post.stage.digests import num_cores
 from gemma2_post.stage.quiet import silence_libraries
 
-Answer = Callable[[Path, str], None]
-"""Lets a model answer, and keeps its answers under a key."""
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 _DIES_WITH_PARENT = 1
 """`PR_SET_PDEATHSIG` of Linux's prctl."""
 
 
-def answer(keys: dict[Path, str], num_processes: int, begin: Callable[[], Answer]) -> None:
-    """Lets models answer.
+def side_by_side(
+    items: list[Item], num_processes: int, begin: Callable[[], Callable[[Item], Result]]
+) -> Iterator[Result]:
+    """The results of all items, as they come.
 
     Args:
-        keys: What the answers of each model are kept under.
-        begin: Called once in each process, which imports it; returns what answers there.
+        begin: Called once in each process, which imports it, for example to load a model; returns what is done with
+            each item.
 
     Raises:
-        UserError: A model cannot be used; the other processes finish theirs.
+        UserError: An item cannot be done; the other processes finish theirs.
     """
     context = multiprocessing.get_context("spawn")  # a fork cannot use CUDA
     shares: Queue[str] = context.Queue()
-    num_processes = min(num_processes, len(keys))
+    num_processes = min(num_processes, len(items))
     for share in shares_of(num_processes):
         shares.put(share)
     with ProcessPoolExecutor(num_processes, context, _begin, (shares, num_processes, begin)) as pool:
-        asked = [pool.submit(_answer, path, key) for path, key in keys.items()]
+        asked = [pool.submit(_do, item) for item in items]
         try:
-            for each in tqdm(as_completed(asked), desc="answers", unit="model", total=len(asked)):
-                each.result()
+            for each in as_completed(asked):
+                yield each.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -60,18 +61,18 @@ def shares_of(num_processes: int) -> list[str]:
 
 # --- in the other processes ---
 
-_answer_here: Answer
+_do_here: Callable[[Any], Any]
 
 
-def _begin(shares: "Queue[str]", num_processes: int, begin: Callable[[], Answer]) -> None:
-    global _answer_here
+def _begin(shares: "Queue[str]", num_processes: int, begin: Callable[[], Callable[[Any], Any]]) -> None:
+    global _do_here
     ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
     if share := shares.get():
         os.environ["CUDA_VISIBLE_DEVICES"] = share
     torch.set_num_threads(max(1, num_cores() // num_processes))
     silence_libraries()
-    _answer_here = begin()
+    _do_here = begin()
 
 
-def _answer(path: Path, key: str) -> None:
-    _answer_here(path, key)
+def _do(item: object) -> Any:
+    return _do_here(item)

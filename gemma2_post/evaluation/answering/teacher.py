@@ -17,6 +17,7 @@ from gemma2_post.data.selection import Candidate
 from gemma2_post.data.turns import Message
 from gemma2_post.evaluation.answering.endpoint import Completion, Endpoint, RefusedError, Request
 from gemma2_post.evaluation.answering.samples import Answer, PartlyAnswered, sample_answers
+from gemma2_post.evaluation.answering.side_by_side import side_by_side
 from gemma2_post.evaluation.answering.vllm_server import Server, serving
 from gemma2_post.evaluation.judging.judge import Judge
 from gemma2_post.evaluation.judging.rubrics import grading
@@ -43,27 +44,38 @@ def ask_model(
 ) -> None:
     """Answers of a local model, in batches of prompts of similar length; the longest come first, to fail early.
 
-    Each batch is sampled as a whole from its own seed, so an interrupted run gets the same answers again.
+    Each batch is sampled as a whole from its own seed, so an interrupted run gets the same answers again, and several
+    processes get those of one.
     """
     lengths = [sum(len(message["content"]) for message in prompt) for prompt in prompts]
     jobs = sorted(jobs_of(args, prompts), key=lambda job: -lengths[job[0]])
     batches = [jobs[start : start + args.batch_size] for start in range(0, len(jobs), args.batch_size)]
-    model = None
-    for number, batch in enumerate(batches):
-        if all(job in answered for job in batch):
-            continue
-        model = model or load_model(model_args, device_map="auto")
-        sampled = sample_answers(
-            model,
-            tokenizer,
-            [prompts[row] for row, _ in batch],
-            args.max_new_tokens,
-            args.temperature,
-            args.batch_size,
-            seed=random.Random(f"{args.seed} {number}").getrandbits(32),
-        )
-        pairs = zip(batch, sampled, strict=True)
-        write([record_of(job, each) for job, each in pairs])
+    missing = [each for each in enumerate(batches) if not all(job in answered for job in each[1])]
+    begin = partial(_load, args, model_args, tokenizer, prompts)
+    if args.answer_processes > 1 and len(missing) > 1:
+        for records in side_by_side(missing, args.answer_processes, begin):
+            write(records)
+    elif missing:
+        answer = begin()
+        for each in missing:
+            write(answer(each))
+
+
+def _load(
+    args: SynthesisArguments, model_args: ModelConfig, tokenizer: PreTrainedTokenizerBase, prompts: list[list[Message]]
+) -> Callable[[tuple[int, list[Job]]], list[dict]]:
+    """Loads the model, which then answers batches, each given with its number."""
+    model = load_model(model_args, device_map="auto")
+
+    def answer(numbered: tuple[int, list[Job]]) -> list[dict]:
+        number, batch = numbered
+        asked = [prompts[row] for row, _ in batch]
+        settings = args.max_new_tokens, args.temperature, args.batch_size
+        seed = random.Random(f"{args.seed} {number}").getrandbits(32)
+        sampled = sample_answers(model, tokenizer, asked, *settings, seed)
+        return [record_of(job, each) for job, each in zip(batch, sampled, strict=True)]
+
+    return answer
 
 
 def ask_vllm(
