@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationMixin,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -494,6 +495,37 @@ def test_killed_again_and_again_no_answer_is_sampled_and_no_verdict_asked_twice(
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert verdicts.total() == 2 * num_asked and set(verdicts.values()) == {1}
     assert (output.with_name("measured") / "answers.jsonl").read_bytes() == answers
+
+
+def test_an_evaluation_that_is_killed_in_the_middle_of_a_model_samples_nothing_twice(
+    evaluate_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three batches for each of four models; the kill comes in the fifth. It ends with the same answers."""
+    expected = run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, evaluate_recipe)
+    num_batches, generate = 0, GenerationMixin.generate
+
+    def counted(*args: object, **more: object) -> object:
+        nonlocal num_batches
+        num_batches += 1
+        if num_batches == 5:
+            raise KeyboardInterrupt
+        return generate(*args, **more)
+
+    monkeypatch.setattr(GenerationMixin, "generate", counted)
+    values = evaluate_recipe | {"output_dir": str(tmp_path / "again" / "evaluate")}
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values)
+    (begun,) = (tmp_path / "again" / "measured" / "partly").iterdir()
+    assert len(begun.read_text().splitlines()) == 1
+    output = run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values)
+    assert num_batches == 12 + 1
+    assert texts(output) == texts(expected)
+    assert not [*(tmp_path / "again" / "measured" / "partly").iterdir()]
+
+
+def texts(output: Path) -> list[list[str]]:
+    """The answers to each prompt, in the order of the models."""
+    return [[*json.loads(line)["answers"].values()] for line in (output / "answers.jsonl").read_text().splitlines()]
 
 
 # --- side by side ---
