@@ -233,10 +233,14 @@ def sharded_rlhf(recipe: dict[str, object], **values: object) -> dict[str, objec
     return recipe | small | values
 
 
+@pytest.mark.parametrize("algorithm", ["rloo", "jbond"])
 def test_an_interrupted_run_under_zero_3_goes_on_with_its_anchor(
-    rlhf_recipe: dict[str, object], tmp_path: Path
+    algorithm: str, rlhf_recipe: dict[str, object], tmp_path: Path
 ) -> None:
     values = sharded_rlhf(rlhf_recipe, max_steps=3, watch_steps=2, learning_rate=1e-3)
+    if algorithm == "jbond":
+        del values["num_generations"]
+        values |= {"algorithm": algorithm, "global_batch_size": 12, "per_device_train_batch_size": 6}
     whole = in_two_processes("gemma2_post.rlhf", 3, values, tmp_path) / "policy-0"
     resumed = tmp_path / "again" / "sharded" / "policy-0"
     shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
