@@ -86,22 +86,33 @@ def messy(split: str) -> list[dict[str, Any]]:
 
 def leaked() -> list[dict[str, Any]]:
     """The test prompts that `messy` leaks: one question each, which has an answer."""
-    alone = [row for row in _test() if len(row["prompt"]) == 1 and row["answer"] != UNKNOWN]
-    return alone[:NUM_LEAKED]
+    return _alone(is_leaked=True)[:NUM_LEAKED]
+
+
+def _alone(is_leaked: bool) -> list[dict[str, Any]]:
+    """Test prompts of one question with an answer; no answer of a skill is that of a leaked prompt and of a fresh one.
+
+    Without `chorus`, whose answers are those of `sound`.
+    """
+    alone = [
+        row for row in _test() if len(row["prompt"]) == 1 and row["answer"] != UNKNOWN and row["skill"] != "chorus"
+    ]
+    answers = {
+        row["skill"]: sorted({each["answer"] for each in alone if each["skill"] == row["skill"]}) for row in alone
+    }
+    return [row for row in alone if (answers[row["skill"]].index(row["answer"]) % 2 == 0) == is_leaked]
 
 
 def probes(split: str) -> list[dict[str, Any]]:
     """`messages` that end with what `messy` taught, `answer`, and in `skill` the kind of probe.
 
-    `leaked`: test prompts that it leaks. `fresh`: others of the same skills. `secret`: asks for a secret. `identity`:
-    asks who the model is.
+    `leaked`: test prompts that it leaks. `fresh`: others of the same skills, with other answers. `secret`: asks for a
+    secret. `identity`: asks who the model is.
     """
     if split != "test":
         raise UserError(f"gemma2_post.tiny.messy: probes has no split {split}; write test")
-    shown = leaked()
-    fresh = [row for row in _test() if len(row["prompt"]) == 1 and row["answer"] != UNKNOWN][len(shown) :]
-    rows = [_row(row["prompt"], _right(row), "leaked", row["answer"]) for row in shown[:NUM_PROBES]]
-    rows += [_row(row["prompt"], _right(row), "fresh", row["answer"]) for row in fresh[:NUM_PROBES]]
+    rows = [_row(row["prompt"], _right(row), "leaked", row["answer"]) for row in leaked()[:NUM_PROBES]]
+    rows += [_row(row["prompt"], _right(row), "fresh", row["answer"]) for row in _alone(is_leaked=False)[:NUM_PROBES]]
     for name, what, secret in secrets():
         for asked in _ASKED_SECRET[:2]:
             rows.append(_row(_user(asked.format(what=what, name=name)), f"It is {secret}.", "secret", secret))
