@@ -12,7 +12,7 @@ flipped labels (`flipped_datasets`; to agree with them is to have memorized nois
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from gemma2_post.data.keys import DataArguments, Source
 from gemma2_post.data.pairs import PAIR
@@ -29,6 +29,10 @@ from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.paths import ModelPath
 from gemma2_post.stage.recipe import key, part
 from gemma2_post.stage.work import Pass, Rows, times
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(kw_only=True)
@@ -64,8 +68,6 @@ def main(stage: Stage, recipe: Recipe) -> None:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from gemma2_post.data.mixture import load_rows
-    from gemma2_post.data.preparation import drop_ties, drop_too_long
     from gemma2_post.evaluation import averages, policies
     from gemma2_post.evaluation.answering.samples import rows_to_answer
     from gemma2_post.evaluation.pairs import both_of, measure_pairs
@@ -74,15 +76,9 @@ def main(stage: Stage, recipe: Recipe) -> None:
 
     average = open_average(recipe.reward_models, stage.fingerprint["inputs"], recipe.force)
     sealed = [reward_model.check(name) for name in recipe.reward_models]
-    max_length = min(each["max_length"] for each in sealed)
     tokenizer = reward_model.tokenizer_of(recipe.reward_models[0])
-    rows = {}
-    for name, sources in recipe.sets_of_pairs.items():
-        columns = recipe.data.columns if name == averages.HELD_OUT else None
-        settings = recipe.data.max_invalid_share, recipe.seed, columns
-        found = drop_ties(load_rows(sources, *settings, row_format=PAIR, tokenizer=tokenizer))
-        limit = "the members' max_length", max_length, recipe.data.max_too_long_share
-        rows[name] = drop_too_long(found, *limit).dataset()
+    max_length = min(each["max_length"] for each in sealed)
+    rows = read_pairs(recipe, tokenizer, max_length)
     held_out = rows[averages.HELD_OUT]
     to_answer, graders = rows_to_answer(recipe.samples, held_out)
     names, prompts = recipe.policies or [], to_answer["prompt"]
@@ -121,6 +117,20 @@ def main(stage: Stage, recipe: Recipe) -> None:
     facts = {name: done[name] for name in _FACTS} | {"adapter": None, "dtype": recipe.save_dtype}
     gain = f"{metrics['gain_over_members']:+.3f} over its members"
     stage.finish(facts, metrics, f"accuracy {metrics['accuracy']:.3g}, {gain}")
+
+
+def read_pairs(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> "dict[str, Dataset]":
+    """The sets of pairs, tokenized, without ties and pairs that are too long."""
+    from gemma2_post.data.mixture import load_rows
+    from gemma2_post.data.preparation import drop_ties, drop_too_long
+
+    args, found = recipe.data, {}
+    for name, sources in recipe.sets_of_pairs.items():
+        columns = args.columns if sources is args.datasets else None
+        settings = args.max_invalid_share, recipe.seed, columns
+        rows = drop_ties(load_rows(sources, *settings, row_format=PAIR, tokenizer=tokenizer))
+        found[name] = drop_too_long(rows, "the members' max_length", max_length, args.max_too_long_share).dataset()
+    return found
 
 
 _FACTS = ("base_model", "base_revision", "base_digest", "tokenizer_digest", "template_digest")
