@@ -208,6 +208,8 @@ def test_a_judge_grades_answers_and_those_without_a_grade_are_in_no_pair(
         ({"judge": TEACHER}, "judge picks the best of num_answers, which is 1; raise num_answers"),
         ({"judge": "j", "reward_model": "a:b", "num_answers": 2}, "judge and reward_model both say which answer is"),
         ({"judge_endpoint": "http://localhost:1/v1"}, "judge_endpoint has no judge"),
+        ({"concurrency": 2}, "concurrency does nothing without endpoint or judge_endpoint; set"),
+        ({"endpoint_retries": 2}, "endpoint_retries does nothing without endpoint; set endpoint, or remove"),
     ],
 )
 def test_scores_that_cannot_be_made_are_refused(synthesize_recipe: Recipe, change: Recipe, message: str) -> None:

@@ -426,6 +426,11 @@ class SynthesisArguments(EngineArguments, JudgeModelArguments):
     def check_scores(self) -> None:
         """Refuses scores of answers that cannot be made, or that nothing needs."""
         self.check_judge()
+        if not self.endpoint:
+            _refuse_idle(self, "endpoint", ["endpoint_retries"])
+            if not self.judge_endpoint:
+                names = [each.name for each in fields(self.server)]
+                _refuse_idle(self.server, "endpoint or judge_endpoint", names)
         if self.judge and self.reward_model:
             raise UserError("judge and reward_model both say which answer is best; remove one of them")
         if self.pairs and not (self.judge or self.reward_model):
