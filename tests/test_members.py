@@ -194,6 +194,32 @@ def test_a_warp_loop_trains_its_members_with_their_keys_in_each_iteration(tmp_pa
         load_pipeline(write(tmp_path, stages, rlhf=rlhf))
 
 
+def test_a_merge_in_a_loop_reads_what_its_entry_and_its_recipe_name(tmp_path: Path) -> None:
+    """Its judge and its data are in the folder of this run, as those of any other entry."""
+    stages = {
+        "curate": {"recipe": "curate.yaml"},
+        "sft": {"recipe": "sft.yaml"},
+        "reward": {"recipe": "reward.yaml"},
+        "rlhf": {"recipe": "rlhf.yaml", "policies": 2, "reward_model": "reward"},
+        "warp": {"recipe": "warp.yaml", "merges": "rlhf", "iterations": 1, "judge": "sft"},
+    }
+    rlhf = {"save_dtype": "float32", "model_name_or_path": TEACHER}
+    named = tmp_path / "run"
+    warp = {"datasets": [{"path": str(named / "curate")}], "reward_model": str(named / "other")}
+    path, moved = write(tmp_path, stages, rlhf=rlhf, warp=warp), tmp_path / "moved"
+    (merge,) = members(path, "warp", run_dir=moved)
+    assert merge.values["judge"] == str(moved / "sft")
+    assert merge.values["datasets"] == [{"path": str(moved / "curate")}]
+    assert merge.values["reward_model"] == str(moved / "reward")  # that of the policies
+
+    stages["warp"]["reward_model"] = "sft"
+    (merge,) = members(write(tmp_path, stages, rlhf=rlhf, warp=warp), "warp")
+    assert merge.values["reward_model"] == str(named / "sft")  # the check says that it is not that of the policies
+    stages["warp"]["policies"] = ["sft"]
+    with pytest.raises(UserError, match="warp: policies is set by merges or iterations; remove it"):
+        load_pipeline(write(tmp_path, stages, rlhf=rlhf, warp=warp))
+
+
 def run(step: Step) -> None:
     """Runs a step in this process, as the pipeline would start it."""
     given = ["--config", str(step.config), *processes.assignments(step.values)]

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from gemma2_post.pipeline import gates
 from gemma2_post.pipeline.entries import MODEL, OF_PIPELINE, PipelineRecipe, StageEntry, entry_of, override
-from gemma2_post.pipeline.steps import Pipeline, Step, apart, members, seed_of
+from gemma2_post.pipeline.steps import SET_BY_LOOP, Pipeline, Step, apart, members, seed_of
 from gemma2_post.select import Selected, candidates_of, share_of
 from gemma2_post.stage.errors import UserError, located
 from gemma2_post.stage.overrides import in_words
@@ -192,6 +192,8 @@ def _check_members(pipeline: Pipeline, name: str) -> None:
 
 def _check_merge(pipeline: Pipeline, name: str) -> None:
     merged = pipeline.merged_by(name)
+    for read in sorted(pipeline.entries[name].reads.keys() & SET_BY_LOOP):
+        raise UserError(f"{name}: {read} is set by merges or iterations; remove it")
     if not pipeline.entries[merged].overrides:
         raise UserError(f"{name}: merges {merged}, which trains no policies; give that policies")
     for step in members(pipeline, merged, merged, 0):

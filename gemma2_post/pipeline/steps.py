@@ -21,6 +21,9 @@ DEFAULT_SEED = 42
 DEFAULT_EPOCHS = 3.0
 """The number of epochs of transformers, for recipes that set neither that nor steps."""
 
+SET_BY_LOOP = {"init", "towards", "policies", "runs"}
+"""Keys of a merge that WARP's loop sets."""
+
 
 @dataclass
 class Pipeline:
@@ -315,10 +318,10 @@ def _warp_rounds(pipeline: Pipeline, name: str) -> Iterator[tuple[str, list[Step
         yield pipeline.launch_of(merged), steps
         start, policies = str(folder), [str(step.folder) for step in steps]
         runs += policies
-    values = {"init": start, "policies": policies, "runs": runs}
+    values = pipeline.references_of(name) | {"init": start, "policies": policies, "runs": runs}
     if start != first:
         values["towards"] = first
-    if "reward_model" in references:
+    if "reward_model" in references and "reward_model" not in entry.reads:
         values["reward_model"] = references["reward_model"]
     output = pipeline.run_dir / name
     values |= pipeline.set_keys.get(name, {}) | {"output_dir": str(output)}
