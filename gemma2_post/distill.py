@@ -26,7 +26,7 @@ from gemma2_post.stage.bounds import COUNT, FILLED, SHARE
 from gemma2_post.stage.command import GRADER, Checked, Command, Curve, Parts, Stage
 from gemma2_post.stage.errors import UserError, located
 from gemma2_post.stage.launcher import Launcher
-from gemma2_post.stage.paths import ModelPath
+from gemma2_post.stage.paths import ModelPath, check_names
 from gemma2_post.stage.recipe import key, part
 from gemma2_post.stage.work import Pass, Rows, times
 from gemma2_post.training import memory as held
@@ -188,9 +188,7 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
         raise UserError("teacher_model_name_or_path is missing; name a directory or a Hub model")
     if recipe.training.teacher_model_name_or_path and recipe.teachers:
         raise UserError("teacher_model_name_or_path and teachers both name teachers; remove one of them")
-    names = [Path(name).name for name in recipe.teachers or []]
-    if len(set(names)) < len(names):
-        raise UserError(f"teachers: two folders have the same name ({', '.join(names)}); rename one")
+    check_names("teachers", recipe.teachers or [])
     if recipe.teacher_load_in_4bit and recipe.teacher_load_in_8bit:
         raise UserError("teacher_load_in_4bit and teacher_load_in_8bit are both true; remove one of them")
     if (recipe.teacher_load_in_4bit or recipe.teacher_load_in_8bit) and launcher.zero_stage == 3:

@@ -10,7 +10,6 @@ that the model is unchanged. The loss is Bradley-Terry, -log sigmoid(r(chosen) -
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from gemma2_post.data.keys import PreferenceArguments
@@ -22,7 +21,7 @@ from gemma2_post.stage.bounds import COUNT
 from gemma2_post.stage.command import Checked, Command, Curve, Parts, Stage
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher
-from gemma2_post.stage.paths import FunctionPath, ModelPath
+from gemma2_post.stage.paths import FunctionPath, ModelPath, check_names
 from gemma2_post.stage.recipe import Effect, key, part
 from gemma2_post.stage.work import Pass, Rows, times
 from gemma2_post.training import memory as held
@@ -143,9 +142,7 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
         raise UserError("graders grade what policies answer, and there are none; add policies")
     if policies and not recipe.samples.num_samples:
         raise UserError("num_samples is 0, so the policies answer nothing; raise it, or remove policies")
-    names = [Path(path).name for path in policies]
-    if len(set(names)) < len(names):
-        raise UserError(f"policies: two folders have the same name ({', '.join(names)}); rename one")
+    check_names("policies", policies)
 
 
 def complete(recipe: Recipe, launcher: Launcher) -> None:

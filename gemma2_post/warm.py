@@ -26,7 +26,7 @@ from gemma2_post.stage.bounds import COUNT, SEED
 from gemma2_post.stage.command import Checked, Command, Parts, Stage
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher
-from gemma2_post.stage.paths import ModelPath
+from gemma2_post.stage.paths import ModelPath, check_names
 from gemma2_post.stage.recipe import key, part
 from gemma2_post.stage.work import Pass, Rows, times
 
@@ -144,6 +144,7 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
         raise UserError("graders grade what policies answer, and there are none; add policies")
     if recipe.policies and not recipe.samples.num_samples:
         raise UserError("num_samples is 0, so the policies answer nothing; raise it, or remove policies")
+    check_names("policies", recipe.policies or [])
 
 
 def metrics(recipe: Recipe) -> set[str]:

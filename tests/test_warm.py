@@ -139,7 +139,7 @@ def test_members_that_do_not_belong_together_are_refused(
     for named, message in (
         (members[:1], "reward_models has 1 model, and a mean needs two"),
         ([members[0], members[0]], "twice; name each once"),
-        ([members[0], other], "other began with a score head of its own, so a mean with it may be worse than each"),
+        ([members[0], other], "other begins with a score head of its own, so a mean with it may be worse than each"),
         ([members[0], str(reward_recipe["model_name_or_path"])], "is no finished output of the reward stage"),
     ):
         with pytest.raises(UserError, match=message):
@@ -181,6 +181,42 @@ def test_a_pipeline_hands_on_head_members_and_average(tmp_path: Path) -> None:
     assert pipeline.references_of("reward")["score_head"] == str(run / "head")
     assert pipeline.references_of("rlhf")["reward_model"] == str(run / "warm")
     assert yaml.safe_load(Path("recipes/tiny/warm.yaml").read_text())["reward_models"] == ["runs/tiny/reward-members"]
+
+
+_RUN = "runs/tiny-full"
+_MEMBERS = [f"{_RUN}/reward-members/member-{i}" for i in range(3)]
+_OWN_HEADS = {"reward-members": {"score_head": None}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"warm": {"reward_models": _MEMBERS[:1]}}, "warm.yaml: reward_models has 1 model, and a mean needs two"),
+        ({"warm": {"reward_models": [*_MEMBERS, _MEMBERS[0]]}}, f"reward_models names {_MEMBERS[0]} twice"),
+        (_OWN_HEADS, f"warm.yaml: {_MEMBERS[0]} begins with a score head of its own"),
+        ({"warm": {"reward_models": [*_MEMBERS, f"{_RUN}/reward-head"]}}, "reward-head begins with a score head of"),
+        ({"warm": {"reward_models": [f"{_RUN}/sft", *_MEMBERS]}}, f"reward_models names {_RUN}/sft, and sft makes no"),
+        ({"rlhf": {"reward_model": f"{_RUN}/sft"}}, f"reward_model names {_RUN}/sft, and sft makes no reward model"),
+        ({"rlhf": {"model_name_or_path": f"{_RUN}/warm"}}, f"model_name_or_path names {_RUN}/warm, and warm makes a"),
+    ],
+)
+def test_reward_models_that_cannot_be_used_are_refused_before_they_are_trained(
+    changes: dict[str, Recipe], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        check.check(load_pipeline(Path("recipes/tiny/pipeline-full.yaml"), overrides=changes))
+
+
+def test_members_with_heads_of_their_own_can_be_forced() -> None:
+    changes = _OWN_HEADS | {"warm": {"force": True}}
+    assert check.check(load_pipeline(Path("recipes/tiny/pipeline-full.yaml"), overrides=changes))
+
+
+def test_policies_of_one_name_are_refused(reward_recipe: Recipe, tmp_path: Path) -> None:
+    """Their answers and metrics are told apart by it."""
+    recipe = warm_recipe(["a", "b"], reward_recipe, tmp_path) | {"policies": ["one/sft", "two/sft"]}
+    with pytest.raises(UserError, match="policies: two folders have the same name, sft; rename one"):
+        warm.COMMAND.build(recipe)
 
 
 def test_a_check_knows_what_reward_models_are_for(

@@ -32,12 +32,15 @@ from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.paths import Kind, references
 from gemma2_post.stage.recipe import keys_of, values_of
 from gemma2_post.training.checks import check_vllm
+from gemma2_post.weights import average
 
 Models = dict[str, Gemma2Config | None]
 _MADE_FROM = ("model_name_or_path", "init", "models", "reward_models")
 """Keys of the models whose shape a stage's output has."""
 _REWARD_MODELS = ("reward_model", "reward_models", "score_head")
 """Keys that name reward models; the others name language models."""
+_MAKE_REWARD_MODELS = ("reward", "warm")
+"""The stages that make reward models; the others make language models, or none."""
 
 
 def check(pipeline: Pipeline, until: str | None = None, to_run: Container[str] = ()) -> list[Job]:
@@ -59,6 +62,8 @@ def check(pipeline: Pipeline, until: str | None = None, to_run: Container[str] =
                 if job.command.is_test or job.command.is_selection:
                     _check_unseen(job, jobs)
                 _check_rewards(job, jobs)
+                _check_kinds(job, jobs)
+                _check_average(job, jobs)
             jobs.append(job)
     return jobs
 
@@ -114,6 +119,25 @@ def _check_rewards(job: Job, earlier: list[Job]) -> None:
         for each in earlier:
             if str(each.folder) in policies:
                 as_trained(release.measured.rewards, each.values, each.label)
+
+
+def _check_kinds(job: Job, earlier: list[Job]) -> None:
+    """Refuses an earlier stage's reward model where a language model is read, and the other way round."""
+    stages = {str(each.folder): each.command.name for each in earlier}
+    for named in references(job.command.recipe, job.values):
+        stage, is_reward_model = stages.get(named.name), named.key in _REWARD_MODELS
+        if named.kind == Kind.MODEL and stage and is_reward_model != (stage in _MAKE_REWARD_MODELS):
+            made = "no reward model" if is_reward_model else "a reward model, which answers nothing"
+            raise UserError(f"{named.key} names {named.name}, and {stage} makes {made}; name another stage")
+
+
+def _check_average(job: Job, earlier: list[Job]) -> None:
+    """Refuses a mean of reward models, of which earlier stages train some, that do not belong together."""
+    recipe, values = values_of(job.checked.recipe), {str(each.folder): each.values for each in earlier}
+    if names := recipe.get("reward_models"):
+        average.check_number(names)
+        made = [] if recipe["force"] else [name for name in names if name in values]
+        average.check_heads(made, [values[name].get("score_head") for name in made], force=False)
 
 
 def _check_devices(launch: str, launcher: Launcher) -> None:

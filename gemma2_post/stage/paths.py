@@ -13,6 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
+from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.recipe import keys_of
 
 
@@ -85,6 +86,14 @@ def with_members(recipe_class: type, values: dict[str, object]) -> dict[str, obj
         if isinstance(named := values.get(key), list):
             found[key] = [path for each in named for path in _members_in(each)]
     return found
+
+
+def check_names(key: str, folders: list[str]) -> None:
+    """Refuses folders of one name where what is measured is called by it."""
+    names = [Path(folder).name for folder in folders]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{key}: two folders have the same name, {name}; rename one")
 
 
 def _members_in(name: object) -> list[object]:

@@ -59,13 +59,10 @@ def open_average(names: list[str], digests: dict[str, Any], force: bool) -> Aver
     Raises:
         UserError: They are fewer than two, damaged, or do not belong together.
     """
-    if len(names) < 2:
-        raise UserError(f"reward_models has {len(names)} model, and a mean needs two; name the others, too")
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"reward_models names {name} twice; name each once")
+    check_number(names)
     done = [_record(name) for name in names]
-    _check_heads(names, done, force)
+    heads = [each["fingerprint"]["inputs"].get(each["fingerprint"]["recipe"].get("score_head")) for each in done]
+    check_heads(names, heads, force)
     models = [inputs.open_model(name, digests) for name in names]
     for other in models[1:]:
         inputs.check_same_architecture(models[0], other)
@@ -88,14 +85,26 @@ def _record(name: str) -> dict[str, Any]:
     return done
 
 
-def _check_heads(names: list[str], done: list[dict[str, Any]], force: bool) -> None:
-    """Refuses members that began with heads of their own: between such models, loss is not low (section 3.2)."""
-    heads = [each["fingerprint"]["inputs"].get(each["fingerprint"]["recipe"].get("score_head")) for each in done]
+def check_number(names: list[str]) -> None:
+    """Refuses fewer than two members, and one that is named twice."""
+    if len(names) < 2:
+        raise UserError(f"reward_models has {len(names)} model, and a mean needs two; name the others, too")
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"reward_models names {name} twice; name each once")
+
+
+def check_heads(names: list[str], heads: list[str | None], force: bool) -> None:
+    """Refuses members that begin with heads of their own: between such models, loss is not low (section 3.2).
+
+    Args:
+        heads: What each member's `score_head` is; None if it has none.
+    """
     for name, head in zip(names, heads, strict=True):
         if head is None or head != heads[0]:
-            message = f"{name} did not begin with the score head of {names[0]}, so their mean may be worse than each"
+            message = f"{name} does not begin with the score head of {names[0]}, so their mean may be worse than each"
             if head is None:
-                message = f"{name} began with a score head of its own, so a mean with it may be worse than each"
+                message = f"{name} begins with a score head of its own, so a mean with it may be worse than each"
             if not force:
                 raise UserError(f"{message}; train members with one score_head, or write force: true")
             print(f"warning: {message}", flush=True)
