@@ -471,6 +471,13 @@ def test_the_front_is_measured_and_the_best_point_under_the_budget_is_released(
     assert done["metrics"]["eta"] == best["position"] and done["metrics"]["reward"] == best["reward"]
     assert all((output / name).stat().st_size > 1000 for name in ("front-reward.png", "front-gold.png"))
 
+    monkeypatch.setattr(measure, "sample_answers", lambda *_, **__: pytest.fail("answered again"))
+    run_front(measured | {"kl_budget": 0.0}, tmp_path / "warp.yaml")
+    assert json.loads((output / "front.json").read_text()) == result | {
+        "kl_budget": 0.0,
+        "released": points["slerp", 0.0],
+    }
+
 
 def test_a_grader_or_a_judge_can_choose_the_point_and_the_report_says_where_the_reward_disagrees(
     measured: Recipe, tmp_path: Path, serve: Callable

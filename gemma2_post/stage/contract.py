@@ -324,16 +324,15 @@ def begin(output_dir: Path, wanted: Fingerprint) -> str:
 
 
 def begin_afresh(output_dir: Path, wanted: Fingerprint) -> None:
-    """`begin`, after deleting what does not belong to this run.
+    """`begin`, after deleting everything that an unfinished run of another recipe has left.
 
-    That is everything that an unfinished run of another recipe has left, or partial measurements of another kind.
+    What the same recipe has measured stays, also if it is to be measured in another way: each answer is kept by what
+    decides it.
     """
     begun = read_begun(output_dir)
     found = differences(begun["fingerprint"], json.loads(json.dumps(wanted))) if begun else None
     if found and found.output and not (output_dir / DONE).is_file():
         discard(output_dir)
-    elif found is None or found.output or found.measurements:
-        discard(output_dir / PROGRESS)
     begin(output_dir, wanted)
 
 
