@@ -100,6 +100,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
         scores[name] = {of: policies.score_pairs(model, pairs, size) for of, pairs in rows.items()}
         if name == averages.MEAN:
             rewards = policies.score_answers(model, tokenizer, prompts, answers, size)
+        del model  # the next one would be loaded beside it
     metrics = measure_pairs(scores[averages.MEAN][averages.HELD_OUT]) | averages.compare_all(scores, stage.output_dir)
     metrics |= policies.rank_correlations(to_answer, answers, rewards, graders)
     rewards = rewards or {"pairs": both_of(scores[averages.MEAN][averages.HELD_OUT])}

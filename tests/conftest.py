@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import weakref
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -288,6 +289,19 @@ def run_stage(file: Path, command: Command, values: dict[str, object]) -> Path:
     metrics = json.loads((stage.output_dir / "stage.json").read_text())["metrics"]
     assert {name for name in metrics if "/" not in name} <= command.metrics(recipe)
     return stage.output_dir
+
+
+def only_one_at_a_time(load: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
+    """Loads models, of which the last one must be gone when the next one is loaded."""
+    loaded: list[weakref.ref] = []
+
+    def load_one(*arguments: object, **keys: object) -> torch.nn.Module:
+        assert not any(each() is not None for each in loaded), "another model is still in memory"
+        model = load(*arguments, **keys)
+        loaded.append(weakref.ref(model))
+        return model
+
+    return load_one
 
 
 def losses(output_dir: Path) -> list[float]:

@@ -25,6 +25,7 @@ from transformers import (
 from trl import RewardTrainer
 
 from gemma2_post import reward
+from gemma2_post.evaluation import policies
 from gemma2_post.evaluation.answering.samples import sample_answers
 from gemma2_post.evaluation.pairs import ScoredPair, measure_pairs, rank_correlation, rank_correlation_ceiling
 from gemma2_post.models import reward_model
@@ -37,7 +38,7 @@ from gemma2_post.stage.errors import UserError, located
 from gemma2_post.tiny.data import noise_ceiling
 from gemma2_post.tiny.gold import gold
 from gemma2_post.training import run as training
-from tests.conftest import BASE, TEACHER, losses
+from tests.conftest import BASE, TEACHER, losses, only_one_at_a_time
 from tests.test_bad_input import MODEL, USER, make_adapter, with_model, with_rows, with_values
 from tests.test_distill import add_a_token, metrics_of, same_weights, swap_two_tokens
 
@@ -194,10 +195,11 @@ def test_the_head_follows_from_the_seed_alone(
 
 @pytest.mark.slow
 def test_everything_that_is_measured_is_what_the_saved_model_says(
-    run_reward: Run, reward_recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+    run_reward: Run, reward_recipe: Recipe, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policies = {"max_new_tokens": 12, "num_samples": 8, "policies": [BASE, TEACHER], "seed": 3}
-    output = run_reward(reward_recipe | GOLD | policies)
+    monkeypatch.setattr(policies, "load_model", only_one_at_a_time(policies.load_model))
+    answering = {"max_new_tokens": 12, "num_samples": 8, "policies": [BASE, TEACHER], "seed": 3}
+    output = run_reward(reward_recipe | GOLD | answering)
     metrics = metrics_of(output)
     loaded = reward_model.load(str(output), tokenizer)
     rows = held_out(reward_recipe)

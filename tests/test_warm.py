@@ -18,7 +18,7 @@ from gemma2_post.models.loading import load_config
 from gemma2_post.pipeline import check
 from gemma2_post.pipeline.loading import load_pipeline
 from gemma2_post.stage.errors import UserError
-from tests.conftest import TEACHER, run_stage, write_pairs
+from tests.conftest import TEACHER, only_one_at_a_time, run_stage, write_pairs
 from tests.test_members import write
 from tests.test_reward import LORA, conversations, held_out
 
@@ -87,7 +87,12 @@ def warm_recipe(members: list[str], reward_recipe: Recipe, tmp_path: Path) -> Re
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [{}, LORA], ids=["full", "lora"])
 def test_the_mean_of_members_that_begin_with_one_head(
-    method: Recipe, trained: Callable[..., list[str]], reward_recipe: Recipe, model_dir: Path, tmp_path: Path
+    method: Recipe,
+    trained: Callable[..., list[str]],
+    reward_recipe: Recipe,
+    model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     head, *members = trained(method)
     base = load_file(model_dir / "model.safetensors")
@@ -101,7 +106,9 @@ def test_the_mean_of_members_that_begin_with_one_head(
         assert [each[name] for each in begun] == pytest.approx([after[name]] * 2, rel=1e-4)
 
     recipe = warm_recipe(members, reward_recipe, tmp_path)
-    output = run_stage(tmp_path / "warm.yaml", warm.COMMAND, recipe)
+    with monkeypatch.context() as during:
+        during.setattr(reward_model, "read", only_one_at_a_time(reward_model.read))
+        output = run_stage(tmp_path / "warm.yaml", warm.COMMAND, recipe)
     weights = [
         unrounded(Path(each), probed) if method else load_file(Path(each) / "model.safetensors") for each in members
     ]

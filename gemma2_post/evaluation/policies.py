@@ -46,19 +46,11 @@ def sample_policies(
 ) -> dict[str, list[Answer]]:
     """Each policy's answers to held-out prompts, by its folder's name; each process asks its share of the prompts."""
     mine = share_of(len(prompts), training_args.distributed_state)
-    dtype = "bfloat16" if training_args.device.type == "cuda" else "float32"
+    settings = max_new_tokens, training_args.per_device_eval_batch_size, training_args.seed
     answers = {}
     for path in policies:
         with unsharded(training_args):
-            policy = load_model(frozen_arguments(path, dtype), device_map={"": training_args.device})
-        sampled = sample_answers(
-            policy,
-            tokenizer,
-            [prompts[i] for i in mine],
-            max_new_tokens,
-            batch_size=training_args.per_device_eval_batch_size,
-            seed=training_args.seed,
-        )
+            sampled = answer(path, training_args.device, tokenizer, [prompts[i] for i in mine], *settings)
         answers[Path(path).name] = gather_rows(mine, sampled, len(prompts))
     return answers
 
@@ -105,7 +97,7 @@ def answer(
     batch_size: int,
     seed: int,
 ) -> list[Answer]:
-    """A policy's answers to prompts, by one process."""
+    """A policy's answers to prompts, by one process; the policy is freed then."""
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     model = load_model(frozen_arguments(policy, dtype), device_map={"": device})
     return sample_answers(model, tokenizer, prompts, max_new_tokens, batch_size=batch_size, seed=seed)
