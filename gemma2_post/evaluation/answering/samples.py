@@ -145,7 +145,7 @@ def _set_random_states(states: list[str]) -> None:
     if states:
         of_cpu, *of_gpus = [torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8) for state in states]
         torch.set_rng_state(of_cpu)
-        torch.cuda.set_rng_state_all(of_gpus)
+        torch.cuda.set_rng_state_all(of_gpus[: torch.cuda.device_count()])  # of a run that saw more of them
 
 
 class NoProbabilityError(OneProcessError):
