@@ -137,6 +137,13 @@ def main(stage: Stage, recipe: Recipe) -> None:
 
 def check(recipe: Recipe, launcher: Launcher) -> None:
     check_training(recipe, launcher)
+    dropout = recipe.model.lora_dropout
+    if (
+        recipe.model.use_peft
+        and recipe.training.disable_dropout
+        and dropout not in (0, type(recipe.model).lora_dropout)
+    ):
+        raise UserError(f"lora_dropout {dropout:g} does nothing while disable_dropout is true; write it as false")
     policies = recipe.policies or []
     if recipe.samples.graders and not policies:
         raise UserError("graders grade what policies answer, and there are none; add policies")

@@ -22,7 +22,7 @@ from gemma2_post.models import cost
 from gemma2_post.models import work as passes
 from gemma2_post.models.shapes import num_parameters
 from gemma2_post.stage import card, contract
-from gemma2_post.stage.bounds import COUNT, SEED
+from gemma2_post.stage.bounds import COUNT, FILLED, SEED
 from gemma2_post.stage.command import Checked, Command, Parts, Stage
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher
@@ -40,14 +40,18 @@ class Recipe:
     """The keys of an average of reward models."""
 
     reward_models: list[ModelPath] = key(
-        help="What is averaged: folders of reward models, or the folder of an entry's members."
+        help="What is averaged: folders of reward models, or the folder of an entry's members.", bounds=FILLED
     )
     output_dir: str = key(help="Folder of the output.")
     save_dtype: Literal["float32", "bfloat16"] = key("bfloat16", "Type of the saved weights, rounded to once.")
     force: bool = key(False, "Also average reward models that did not begin with one score head.")
     data: DataArguments = part(DataArguments)
-    flipped_datasets: list[Source] | None = key(None, "Pairs that members were trained on and whose labels are wrong.")
-    shifted_datasets: list[Source] | None = key(None, "Pairs of another distribution than those of the training.")
+    flipped_datasets: list[Source] | None = key(
+        None, "Pairs that members were trained on and whose labels are wrong.", bounds=FILLED
+    )
+    shifted_datasets: list[Source] | None = key(
+        None, "Pairs of another distribution than those of the training.", bounds=FILLED
+    )
     samples: SampleArguments = part(SampleArguments)
     policies: list[ModelPath] | None = key(
         None, "Models whose answers to held-out prompts are scored, for normalization and for graders."

@@ -219,6 +219,17 @@ def test_members_with_heads_of_their_own_can_be_forced() -> None:
     assert check.check(load_pipeline(Path("recipes/tiny/pipeline-full.yaml"), overrides=changes))
 
 
+def test_dropout_that_is_off_and_empty_sets_of_pairs_are_refused(reward_recipe: Recipe, tmp_path: Path) -> None:
+    """Members that say they differ in dropout would be the same."""
+    member = reward_recipe | LORA | {"lora_dropout": 0.1}
+    reward.COMMAND.build(member | {"disable_dropout": False})
+    with pytest.raises(UserError, match="lora_dropout 0.1 does nothing while disable_dropout is true"):
+        reward.COMMAND.build(member)
+    for name in ("reward_models", "flipped_datasets", "shifted_datasets"):
+        with pytest.raises(UserError, match=f"{name} is empty; write one or more"):
+            warm.COMMAND.build(warm_recipe(["a", "b"], reward_recipe, tmp_path) | {name: []})
+
+
 def test_policies_of_one_name_are_refused(reward_recipe: Recipe, tmp_path: Path) -> None:
     """Their answers and metrics are told apart by it."""
     recipe = warm_recipe(["a", "b"], reward_recipe, tmp_path) | {"policies": ["one/sft", "two/sft"]}

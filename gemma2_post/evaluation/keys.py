@@ -201,7 +201,7 @@ class JudgeModelArguments:
     judge: ModelPath | None = key(None, "A model that judges answers: a folder, or its name at judge_endpoint.")
     judge_load_in: Quantization | None = key(None, "Quantizes a judge in a folder to NF4 or LLM.int8.")
     judge_engine: Literal["transformers", "vllm"] = key("transformers", "What runs a judge in a folder.")
-    judge_vllm_program: str = key("vllm", "vLLM's program, for judge_engine vllm.", effect=Effect.NONE)
+    judge_vllm_program: str = key("vllm", "vLLM's program, for judge_engine vllm.", effect=Effect.NONE, bounds=FILLED)
     judge_endpoint: str | None = key(None, "Base URL of the judge's OpenAI-compatible server.")
     judge_max_tokens: int = key(4096, "Longest reply of the judge, in tokens, its thoughts included.", bounds=COUNT)
 
