@@ -10,7 +10,7 @@ import argparse
 from math import sqrt
 from pathlib import Path
 
-from gemma2_post.pipeline import check, steps
+from gemma2_post.pipeline import check, loading
 from gemma2_post.planning import hours, plan
 from gemma2_post.stage import contract
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--pipeline", type=Path, default=Path("recipes/tiny/pipeline.yaml"))
     arguments = parser.parse_args()
-    jobs = check.check(steps.load_pipeline(arguments.pipeline, arguments.run_dir))
+    jobs = check.check(loading.load_pipeline(arguments.pipeline, arguments.run_dir))
     rows = plan.plan(jobs)
     estimates = hours.estimate([(row.job, row.num_runs) for row in rows], "H100")
     print("| stage | planned seconds | middle | measured | measured / middle |\n|---|---|---|---|---|")

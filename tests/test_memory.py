@@ -13,7 +13,7 @@ from gemma2_post import rlhf
 from gemma2_post.models import cost
 from gemma2_post.models.cost import Adapted, Compute
 from gemma2_post.models.shapes import SHAPES, known_config, linear_shapes, num_parameters
-from gemma2_post.pipeline import check, steps
+from gemma2_post.pipeline import check, loading
 from gemma2_post.planning import memory, plan
 from gemma2_post.planning.memory import Job
 from gemma2_post.planning.plan import Change
@@ -31,7 +31,7 @@ TARGETS = ("q_proj", "v_proj", "o_proj", "down_proj")
 def checked(size: str, stage: str, **values: object) -> Job:
     """A stage of a shipped pipeline, with other keys."""
     path = Path(f"recipes/gemma-2-{size}/pipeline.yaml")
-    pipeline = steps.load_pipeline(path, overrides={stage: values} if values else {})
+    pipeline = loading.load_pipeline(path, overrides={stage: values} if values else {})
     return next(each for each in check.check(pipeline, until=stage) if each.command.name == stage)
 
 
@@ -189,20 +189,20 @@ def test_more_gpus_and_what_is_not_known() -> None:
 
 
 def test_a_cpu_run_counts_its_libraries() -> None:
-    for row in plan.plan(check.check(steps.load_pipeline(Path("recipes/tiny/pipeline.yaml")))):
+    for row in plan.plan(check.check(loading.load_pipeline(Path("recipes/tiny/pipeline.yaml")))):
         assert row.parts["Python and libraries"] > 0.3 * GB
     plan.show([row.job], Console())
 
 
 def test_the_recipe_for_24_gb_fits_with_room() -> None:
     path = Path("recipes/gemma-2-2b-24gb/pipeline.yaml")
-    rows = plan.plan(check.check(steps.load_pipeline(path)), memory_gb=24)
+    rows = plan.plan(check.check(loading.load_pipeline(path)), memory_gb=24)
     assert [row.job.label for row in rows if row.remedy or row.total > 0.9 * 24 * GB] == []
     assert {row.job.command.name for row in rows} == {"sft", "distill", "reward", "rlhf", "warp", "evaluate"}
 
 
 def test_quantized_frozen_models_are_planned_and_proposed() -> None:
-    chain = check.check(steps.load_pipeline(Path("recipes/gemma-2-2b-24gb/pipeline.yaml")))
+    chain = check.check(loading.load_pipeline(Path("recipes/gemma-2-2b-24gb/pipeline.yaml")))
     jobs = {job.command.name: job for job in chain}
     changes = {"rlhf": {"reward_model_load_in": None}, "evaluate": {"judge_load_in": None}}
     nine = known_config("google/gemma-2-9b")
@@ -219,7 +219,7 @@ def test_quantized_frozen_models_are_planned_and_proposed() -> None:
 def test_a_chain_that_does_not_fit_on_the_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All its outputs and checkpoints together, but for those that are there."""
     run_dir = tmp_path / "run"
-    chain = check.check(steps.load_pipeline(Path("recipes/gemma-2-2b/pipeline.yaml"), run_dir))
+    chain = check.check(loading.load_pipeline(Path("recipes/gemma-2-2b/pipeline.yaml"), run_dir))
     needed = int(sum(sum(each.command.disk(each.checked)) for each in chain))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
@@ -237,7 +237,7 @@ def test_a_chain_that_does_not_fit_on_the_disk_is_refused(tmp_path: Path, monkey
 
 def test_a_stage_that_resumes_needs_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its checkpoints are there already; the stage counts as the chain does."""
-    chain = check.check(steps.load_pipeline(Path("recipes/gemma-2-2b/pipeline.yaml"), tmp_path / "run"))
+    chain = check.check(loading.load_pipeline(Path("recipes/gemma-2-2b/pipeline.yaml"), tmp_path / "run"))
     job = next(each for each in chain if each.command.name == "rlhf")
     recipe, config = job.checked.recipe, job.checked.models["model_name_or_path"]
     needed = int(sum(job.command.disk(job.checked)))

@@ -16,7 +16,7 @@ from gemma2_post.models import work
 from gemma2_post.models.cost import FP32, Adapted, Compute
 from gemma2_post.models.shapes import known_config, num_parameters
 from gemma2_post.models.work import Model
-from gemma2_post.pipeline import check, steps
+from gemma2_post.pipeline import check, loading
 from gemma2_post.planning import hours, machines, plan
 from gemma2_post.planning.hours import Estimate
 from gemma2_post.planning.rows import counter, read, rows_of_job
@@ -89,7 +89,7 @@ def test_lengths() -> None:
 
 
 def of_recipe(pipeline: str, stage: str, **values: object) -> list[Pass]:
-    jobs = check.check(steps.load_pipeline(Path(pipeline), overrides={stage: values} if values else {}), until=stage)
+    jobs = check.check(loading.load_pipeline(Path(pipeline), overrides={stage: values} if values else {}), until=stage)
     job = next(each for each in jobs if each.command.name == stage)
     return job.command.work(job.checked, rows_of_job(job, counter(jobs), None))
 
@@ -123,7 +123,7 @@ def test_tokens_of_a_run_are_those_that_it_logs(tmp_path: Path) -> None:
 def test_adapters_processes_and_epochs_divide_the_work() -> None:
     path = "recipes/gemma-2-2b/pipeline.yaml"
     rows = Rows(known=1600, known_held_out=16)
-    *_, job = check.check(steps.load_pipeline(Path(path)), until="sft")
+    *_, job = check.check(loading.load_pipeline(Path(path)), until="sft")
     found = {}
     for processes in (1, 2):
         changed = plan.Change({}, {"num_processes": processes}).apply(job)
@@ -135,7 +135,7 @@ def test_adapters_processes_and_epochs_divide_the_work() -> None:
 
 
 def estimates(pipeline: str, gpu: str = "H100", **overrides: dict[str, object]) -> list[Estimate]:
-    rows = plan.plan(check.check(steps.load_pipeline(Path(pipeline), overrides=overrides)))
+    rows = plan.plan(check.check(loading.load_pipeline(Path(pipeline), overrides=overrides)))
     return hours.estimate([(row.job, row.num_runs) for row in rows], gpu)
 
 
@@ -154,7 +154,7 @@ def test_hours_have_an_order_and_a_sum() -> None:
 def test_four_policies_take_four_times_as_long_as_one() -> None:
     one, four = (
         next(each for each in hours.estimate([(job, runs)], "H100"))
-        for job in check.check(steps.load_pipeline(Path("recipes/gemma-2-2b/pipeline.yaml")), until="rlhf")[-1:]
+        for job in check.check(loading.load_pipeline(Path("recipes/gemma-2-2b/pipeline.yaml")), until="rlhf")[-1:]
         for runs in (1, 4)
     )
     assert four.seconds == pytest.approx([4 * each for each in one.seconds])
@@ -162,7 +162,7 @@ def test_four_policies_take_four_times_as_long_as_one() -> None:
 
 
 def test_jbond_samples_as_many_answers_as_rloo_and_reads_a_third_of_them_again() -> None:
-    (job,) = check.check(steps.load_pipeline(Path("recipes/tiny/pipeline.yaml")), until="rlhf")[-1:]
+    (job,) = check.check(loading.load_pipeline(Path("recipes/tiny/pipeline.yaml")), until="rlhf")[-1:]
     changes = {"global_batch_size": 48, "per_device_train_batch_size": 48, "watch_steps": 10**6}
     rloo, jbond = (
         hours.estimate([(plan.Change(changes | {"algorithm": name, "num_generations": n}).apply(job), 1)], "H100")[0]
@@ -174,7 +174,7 @@ def test_jbond_samples_as_many_answers_as_rloo_and_reads_a_third_of_them_again()
 
 
 def test_what_is_unknown_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    plan.show(check.check(steps.load_pipeline(Path("recipes/gemma-2-2b/pipeline.yaml"))), Console(width=140))
+    plan.show(check.check(loading.load_pipeline(Path("recipes/gemma-2-2b/pipeline.yaml"))), Console(width=140))
     said = capsys.readouterr().out
     assert "in all without sft, reward: " in said and "--set sft.max_steps=N --set reward.max_steps=N" in said
     assert "assumed, not measured: 20% to 50% of H100's" in said
@@ -230,7 +230,7 @@ def test_durations(range_: tuple[float, float], words: str) -> None:
 
 def test_every_stage_of_every_shipped_pipeline_states_its_work() -> None:
     for path in sorted(Path("recipes").glob("*/pipeline.yaml")):
-        for job in check.check(steps.load_pipeline(path)):
+        for job in check.check(loading.load_pipeline(path)):
             rows = Rows(known=10_000, known_held_out=100)
             passes = job.command.work(job.checked, rows)
             only_merges = job.command.name == "warp" and job.checked.recipe.release is None
