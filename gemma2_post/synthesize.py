@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from gemma2_post.data.keys import DataArguments
 from gemma2_post.data.rows import PROMPT
 from gemma2_post.evaluation.keys import SynthesisArguments
+from gemma2_post.evaluation.memory import judge_of
 from gemma2_post.models import cost
 from gemma2_post.models import work as passes
 from gemma2_post.models.arguments import (
@@ -220,14 +221,16 @@ def teacher_of(checked: Checked[Recipe]) -> passes.Model:
 def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
     args, model = checked.recipe.synthesis, checked.recipe.model
     if args.endpoint:
-        return {"asking": {}}
+        judge = checked.models.get("judge")
+        return {"asking": {}} | judge_of(checked, args, judge.max_position_embeddings if judge else 0)
     teacher = teacher_of(checked)
     config, compute, on_cpu = teacher.config, teacher.compute, teacher.compute.on_cpu
     prompt = cost.longest_prompt([config], args.max_prompt_length, args.max_new_tokens)
     held = {"weights": cost.weights(config, compute.itemsize, checked.recipe.quantization, model.use_bnb_nested_quant)}
     if scorer := checked.models.get("reward_model"):
         held["reward model"] = cost.weights(scorer, cost.FP32 if on_cpu else cost.BF16)
-    return {"sampling": held | cost.sampling(config, args.batch_size, prompt, args.max_new_tokens, compute)}
+    sampling = held | cost.sampling(config, args.batch_size, prompt, args.max_new_tokens, compute)
+    return {"sampling": sampling} | judge_of(checked, args, prompt + args.max_new_tokens)
 
 
 def decisive(values: dict[str, object]) -> dict[str, object]:
@@ -264,7 +267,7 @@ COMMAND = Command(
     refused=REFUSED_KEYS | REFUSED,
     row_formats={"datasets": PROMPT},
     headline=["num_kept"],
-    needed_models=["model_name_or_path", "reward_model"],
+    needed_models=["model_name_or_path", "reward_model", "judge"],
     memory=memory,
     work=work,
 )

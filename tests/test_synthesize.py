@@ -19,7 +19,10 @@ from gemma2_post import synthesize
 from gemma2_post.data.duplicates import find_duplicates
 from gemma2_post.data.keys import Source
 from gemma2_post.data.selection import Candidate, select
-from gemma2_post.stage import contract
+from gemma2_post.models import cost
+from gemma2_post.models.loading import load_config
+from gemma2_post.stage import contract, launcher
+from gemma2_post.stage.command import Checked
 from gemma2_post.stage.errors import UserError
 from gemma2_post.tiny.gold import gold
 from tests.conftest import TEACHER, load_conversations, load_preferences, load_prompts, run_stage, write_prompts
@@ -215,6 +218,18 @@ def test_a_judge_grades_answers_and_those_without_a_grade_are_in_no_pair(
 def test_scores_that_cannot_be_made_are_refused(synthesize_recipe: Recipe, change: Recipe, message: str) -> None:
     with pytest.raises(UserError, match=message):
         synthesize.COMMAND.build(synthesize_recipe | change)
+
+
+@pytest.mark.parametrize("at_endpoint", [False, True], ids=["local teacher", "endpoint"])
+def test_a_local_judge_is_planned(synthesize_recipe: Recipe, at_endpoint: bool) -> None:
+    judged = {"judge": TEACHER, "num_answers": 2, "judge_max_tokens": 32}
+    served = {"endpoint": "http://localhost:1/v1"} if at_endpoint else {}
+    _, recipe = synthesize.COMMAND.build(synthesize_recipe | judged | served)
+    config = load_config(TEACHER)
+    models = {"judge": config} | ({} if at_endpoint else {"model_name_or_path": config})
+    phases = synthesize.memory(Checked(recipe, launcher.of_this_process(None), models))
+    assert phases["judge"]["judge"] == cost.weights(config, cost.BF16)
+    assert "judge" in synthesize.COMMAND.needed_models
 
 
 # --- what is kept ---

@@ -223,7 +223,7 @@ def test_dropout_that_is_off_and_empty_sets_of_pairs_are_refused(reward_recipe: 
     """Members that say they differ in dropout would be the same."""
     member = reward_recipe | LORA | {"lora_dropout": 0.1}
     reward.COMMAND.build(member | {"disable_dropout": False})
-    with pytest.raises(UserError, match="lora_dropout 0.1 does nothing while disable_dropout is true"):
+    with pytest.raises(UserError, match=r"lora_dropout 0\.1 does nothing while disable_dropout is true"):
         reward.COMMAND.build(member)
     for name in ("reward_models", "flipped_datasets", "shifted_datasets"):
         with pytest.raises(UserError, match=f"{name} is empty; write one or more"):

@@ -1,6 +1,6 @@
 """What a stage that measures models holds in memory, in bytes; see `models/cost.py`."""
 
-from gemma2_post.evaluation.keys import JudgeArguments, MeasureArguments
+from gemma2_post.evaluation.keys import JudgeArguments, JudgeModelArguments, MeasureArguments
 from gemma2_post.models import cost
 from gemma2_post.models.cost import BF16, FP32, Compute
 from gemma2_post.stage.command import Checked, Parts
@@ -45,13 +45,23 @@ def measuring(checked: Checked, measured: MeasureArguments) -> dict[str, Parts]:
 
 def judging(checked: Checked, measured: MeasureArguments, args: JudgeArguments) -> dict[str, Parts]:
     """The phase of a local judge; nothing without one."""
-    judge, compute, answers = checked.models.get("judge"), compute_of(checked), measured.answers
+    answers = measured.answers
+    prompt = cost.longest_prompt(checked.models.values(), answers.max_prompt_length, answers.max_completion_length)
+    return judge_of(checked, args, prompt + 2 * answers.max_completion_length)
+
+
+def judge_of(checked: Checked, args: JudgeModelArguments, length: int) -> dict[str, Parts]:
+    """The phase of a local judge; nothing without one.
+
+    Args:
+        length: Tokens of the longest prompt with the answers to it that the judge reads at once.
+    """
+    judge, compute = checked.models.get("judge"), compute_of(checked)
     if judge is None:
         return {}
-    prompt = cost.longest_prompt(checked.models.values(), answers.max_prompt_length, answers.max_completion_length)
     size = cost.weights(judge, compute.itemsize, args.judge_load_in)
     held = {"judge": size + cost.dequantized(judge, args.judge_load_in)}
-    question = JUDGE_QUESTION + prompt + 2 * answers.max_completion_length
+    question = JUDGE_QUESTION + length
     if args.judge_engine == "vllm":
         return {
             "judge": held | {"KV cache": cost.kv_cache(judge, 1, question + args.judge_max_tokens, compute.itemsize)}
