@@ -1,5 +1,8 @@
 """Sampling gives what the model itself says, and leaves it and the random state as they were."""
 
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from gemma2_post.evaluation.answering.partly import kept
 from gemma2_post.evaluation.answering.samples import Answer, PartlyAnswered, grade, sample_answers
+from gemma2_post.evaluation.answering.side_by_side import side_by_side
 from gemma2_post.models.tokens import PAD, STOP_TOKEN_IDS
+from gemma2_post.stage.errors import UserError
 from tests.conftest import TEACHER
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("Hi", "What is 3 plus 5? Please add.", "And plus 2?")]
@@ -90,3 +95,21 @@ def test_grades_are_means_overall_and_by_group() -> None:
         answers, rows, {"length": lambda completions, **_: [float(len(text)) for text in completions]}, "skill"
     )
     assert metrics == {"stop_rate": 2 / 3, "mean_tokens": 3.0, "length": 3.0, "length/a": 3.0, "length/b": 3.0}
+
+
+def cannot_begin() -> Callable[[int], int]:
+    raise UserError("there is no model; make one")
+
+
+def is_killed() -> Callable[[int], int]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("begin", "message"),
+    [(cannot_begin, "there is no model; make one"), (is_killed, "killed a process .* lower answer_processes")],
+)
+def test_a_process_beside_others_that_cannot_begin_says_why(begin: Callable, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        list(side_by_side([1], 1, begin))

@@ -9,12 +9,15 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from multiprocessing.queues import Queue
 from typing import Any, TypeVar
 
 import torch
 
 from gemma2_post.stage.digests import num_cores
+from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.quiet import silence_libraries
 
 Item = TypeVar("Item")
@@ -33,7 +36,7 @@ def side_by_side(
             each item.
 
     Raises:
-        UserError: An item cannot be done; the other processes finish theirs.
+        UserError: An item cannot be done, and the other processes finish theirs; or the system killed a process.
     """
     context = multiprocessing.get_context("spawn")  # a fork cannot use CUDA
     shares: Queue[str] = context.Queue()
@@ -45,6 +48,11 @@ def side_by_side(
         try:
             for each in as_completed(asked):
                 yield each.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "the system killed a process while models answered, perhaps because memory ran out; lower "
+                "answer_processes, or give it more memory"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -61,18 +69,19 @@ def shares_of(num_processes: int) -> list[str]:
 
 # --- in the other processes ---
 
-_do_here: Callable[[Any], Any]
+_begun: Callable[[], Callable[[Any], Any]]
+"""What is done with each item; what the first call raises is that item's error, where the pool would hide it."""
 
 
 def _begin(shares: "Queue[str]", num_processes: int, begin: Callable[[], Callable[[Any], Any]]) -> None:
-    global _do_here
+    global _begun
     ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
     if share := shares.get():
         os.environ["CUDA_VISIBLE_DEVICES"] = share
     torch.set_num_threads(max(1, num_cores() // num_processes))
     silence_libraries()
-    _do_here = begin()
+    _begun = cache(begin)
 
 
 def _do(item: object) -> Any:
-    return _do_here(item)
+    return _begun()(item)
