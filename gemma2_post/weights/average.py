@@ -1,6 +1,7 @@
 """The mean of reward models' weights (WARM, arXiv 2401.12187, section 3.1)."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def check_number(names: list[str]) -> None:
             raise UserError(f"reward_models names {name} twice; name each once")
 
 
-def check_heads(names: list[str], heads: list[str | None], force: bool) -> None:
+def check_heads(names: list[str], heads: Sequence[object], force: bool) -> None:
     """Refuses members that begin with heads of their own: between such models, loss is not low (section 3.2).
 
     Args:
