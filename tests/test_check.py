@@ -192,6 +192,25 @@ def test_an_evaluation_on_prompts_that_were_trained_on_is_refused(
         check(load_pipeline(pipeline))
 
 
+def test_a_stage_reads_a_file_that_an_earlier_stage_makes(
+    recipe: Recipe, reward_recipe: Recipe, tmp_path: Path
+) -> None:
+    """Such as the pairs that a synthesis writes beside its conversations."""
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "reward.yaml").write_text(yaml.safe_dump(reward_recipe | {"columns": None}))
+    stages = {
+        "synthesize": {"recipe": str(Path("recipes/tiny/synthesize.yaml").absolute())},
+        "sft": {"recipe": "sft.yaml", "datasets": "synthesize/data.jsonl"},
+        "reward": {"recipe": "reward.yaml", "datasets": "synthesize/pairs.jsonl"},
+    }
+    content = {"run_dir": str(tmp_path / "run"), "launch": "accelerate_configs/cpu.yaml", "stages": stages}
+    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    pipeline = load_pipeline(tmp_path / "pipeline.yaml")
+    assert len(check(pipeline)) == 3
+    sources = pipeline.references_of("reward")["datasets"]
+    assert sources == [{"path": str(tmp_path / "run" / "synthesize" / "pairs.jsonl")}]
+
+
 def test_a_front_with_another_reward_than_the_training_is_refused() -> None:
     pipeline = load_pipeline(Path("recipes/tiny/pipeline.yaml"), overrides={"rlhf": {"length_penalty": 0.1}})
     check(pipeline)

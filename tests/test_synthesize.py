@@ -79,8 +79,9 @@ def test_a_local_teacher_writes_rows_that_sft_reads(run_synthesize: Run, synthes
     }
     dropped = sum(count for name, count in metrics.items() if name.startswith("dropped"))
     assert metrics["num_kept"] == len(rows) == metrics["num_answers"] - dropped and metrics["num_answers"] == 20
-    loaded = load_conversations([Source(str(output / "data.jsonl"))], 0.0, 0, ["skill", "answer"])
-    assert loaded["messages"] == [row["messages"] for row in rows]
+    for path in (output / "data.jsonl", output):
+        loaded = load_conversations([Source(str(path))], 0.0, 0, ["skill", "answer"])
+        assert loaded["messages"] == [row["messages"] for row in rows]
 
 
 def test_copies_of_a_teacher_write_side_by_side_what_it_writes_alone(

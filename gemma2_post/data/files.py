@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from gemma2_post.stage import contract
 from gemma2_post.stage.digests import DATA_SUFFIXES
 from gemma2_post.stage.errors import UserError
 
@@ -50,6 +51,8 @@ def is_data(path: str) -> bool:
 def files_of(path: str, split: str) -> list[Path]:
     """The data files that a path stands for: itself, those in a folder (not in its subfolders), or those of a glob.
 
+    The records of a stage, in the folder that it has made, are no data.
+
     If files of a folder or a glob are named by splits, only those of `split`.
 
     Raises:
@@ -59,7 +62,9 @@ def files_of(path: str, split: str) -> list[Path]:
         found = [Path(name) for name in sorted(glob.glob(path, recursive=True))]
         files = [file for file in found if file.is_file() and is_data(file.name)]
     elif Path(path).is_dir():
-        files = sorted(file for file in Path(path).iterdir() if file.is_file() and is_data(file.name))
+        records = contract.RECORDS if (Path(path) / contract.DONE).is_file() else set()
+        files = sorted(Path(path).iterdir())
+        files = [file for file in files if file.is_file() and is_data(file.name) and file.name not in records]
     else:
         _refuse_other_split(path, split, ["train"])
         return [Path(path)]

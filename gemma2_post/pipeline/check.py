@@ -105,7 +105,7 @@ def _check_unseen(job: Job, earlier: list[Job]) -> None:
                 is_trained = key == "datasets" and each.trains
                 does = "trains on" if is_trained else "selects by"
                 for source in (recipe.get(key) or []) if is_trained or job.command.is_test else []:
-                    if source.path in made and not Path(source.path).exists():
+                    if _is_made(source.path, made) and not Path(source.path).exists():
                         continue  # when it has been made, the stage before it has removed what is asked here
                     read.setdefault(f"{source} {row_format}", ([source], row_format, f"{each.label} {does}"))
     check_unseen(values_of(job.checked.recipe)["datasets"], job.command.row_formats["datasets"], read.values())
@@ -169,7 +169,7 @@ def _check_paths(command: Command, built: Any, values: dict[str, Any], made: Mod
     recipe = values_of(built)
     for key, row_format in command.row_formats.items():
         # What an earlier stage makes is checked by the stage that reads it.
-        if sources := [source for source in recipe.get(key) or [] if source.path not in made]:
+        if sources := [source for source in recipe.get(key) or [] if not _is_made(source.path, made)]:
             columns = recipe["columns"] or [] if key in ("datasets", "held_out_datasets") else []
             check_sources(sources, columns, row_format, recipe["max_invalid_share"])
     models: Models = {}
@@ -187,6 +187,11 @@ def _check_paths(command: Command, built: Any, values: dict[str, Any], made: Mod
         elif named.kind == Kind.MODEL:
             models[named.key] = _config(named.key, named.name, isinstance(values[named.key], list), made)
     return models
+
+
+def _is_made(path: str, made: Container[str]) -> bool:
+    """Whether a path is the folder of an earlier stage, or in one."""
+    return any(str(each) in made for each in (Path(path), *Path(path).parents))
 
 
 def _config(key: str, name: str, is_one_of_many: bool, made: Models) -> Gemma2Config | None:
