@@ -5,7 +5,7 @@ plain Hugging Face model. At each token of the student's own answers the loss is
 distributions over the whole vocabulary (GKD with lambda = 1, arXiv 2306.13649). TRL's `beta` selects it: 1 (default)
 is the reverse KL(student || teacher), 0 the forward KL(teacher || student), and values between are generalized JSDs.
 
-Several `teachers` teach in turn, each a micro-batch of every step. The loss is then, in expectation, the mean of the
+Several `teachers` take the micro-batches in turn. The loss is then, in expectation, the mean of the
 divergences from all of them; of the reverse KL, the best student is the normalized geometric mean of the teachers'
 distributions. It is what merging by distillation is held against merging by weights with.
 
@@ -188,6 +188,8 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
         raise UserError("teacher_model_name_or_path is missing; name a directory or a Hub model")
     if recipe.training.teacher_model_name_or_path and recipe.teachers:
         raise UserError("teacher_model_name_or_path and teachers both name teachers; remove one of them")
+    if recipe.training.teacher_model_revision and recipe.teachers:
+        raise UserError("teacher_model_revision is for one teacher; remove it, or name a folder of that revision")
     check_names("teachers", recipe.teachers or [])
     if recipe.teacher_load_in_4bit and recipe.teacher_load_in_8bit:
         raise UserError("teacher_load_in_4bit and teacher_load_in_8bit are both true; remove one of them")

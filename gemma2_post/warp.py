@@ -89,6 +89,8 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
             "its front answer side by side with answer_processes"
         )
     if recipe.release:
+        if args.adapter_only:
+            raise UserError("adapter_only writes no models, and datasets has prompts for them; remove one")
         recipe.release.check(args.etas)
 
 
@@ -103,8 +105,6 @@ def _check_greedy(recipe: Recipe) -> None:
     known = ["reward", *release.measured.samples.grader_names]
     if by not in known:
         raise UserError(f"greedy is {by}; write {' or '.join(known)}, or name it in graders")
-    if recipe.merge.adapter_only:
-        raise UserError("adapter_only writes no models, and greedy measures them; remove one")
 
 
 def decisive(values: dict[str, object]) -> dict[str, object]:

@@ -565,6 +565,10 @@ def test_teachers_take_the_micro_batches_in_turn(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            {"teacher_model_name_or_path": None, "teachers": [BASE, TEACHER], "teacher_model_revision": "v2"},
+            "teacher_model_revision is for one teacher; remove it",
+        ),
         ({"teachers": [BASE, TEACHER]}, "teacher_model_name_or_path and teachers both name teachers; remove one"),
         ({"teacher_model_name_or_path": None}, "teacher_model_name_or_path is missing"),
         ({"teacher_model_name_or_path": None, "teachers": []}, "teachers is empty; write one or more"),

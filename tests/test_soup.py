@@ -89,7 +89,7 @@ def test_what_decides_which_members_are_kept_makes_the_merge_again(soup_recipe: 
     ("change", "message"),
     [
         ({"greedy": "silver"}, "greedy is silver; write reward or gold, or name it in graders"),
-        ({"adapter_only": True}, "adapter_only writes no models, and greedy measures them"),
+        ({"adapter_only": True}, "adapter_only writes no models, and datasets has prompts for them"),
         (None, "greedy is gold, and there are no prompts to measure it on; name selection prompts in datasets"),
     ],
 )

@@ -84,6 +84,7 @@ def test_a_local_teacher_writes_rows_that_sft_reads(run_synthesize: Run, synthes
         assert loaded["messages"] == [row["messages"] for row in rows]
 
 
+@pytest.mark.slow
 def test_copies_of_a_teacher_write_side_by_side_what_it_writes_alone(
     run_synthesize: Run, synthesize_recipe: Recipe, tmp_path: Path
 ) -> None:

@@ -69,7 +69,7 @@ def measure(rewards: list[list[float]], metrics: dict[str, list[list[float]]]) -
             found[f"best_of_{n}/{name}"] = mean(each)
             found[f"best_of_{n}/{name}/standard_error"] = stdev(each) / math.sqrt(len(each))
     for name, values in metrics.items():
-        if len(rewards[0]) >= NUM_IN_ACCURACY and values != rewards:
+        if len(rewards[0]) >= NUM_IN_ACCURACY and name != "reward":
             found[f"best_of_4_accuracy/{name}"] = mean(map(accuracy, rewards, values))
             found[f"best_of_4_accuracy/{name}/by_chance"] = mean(map(by_chance, values))
     return found

@@ -340,6 +340,7 @@ class Comparison:
             if key not in known:
                 known[key] = measure_one(path, key)
                 contract.append_lines(self.kept / file, [{"key": key, "model": name, "measured": known[key]}])
+                self.measurement.forget(key)
             found[name] = known[key]
         return found
 

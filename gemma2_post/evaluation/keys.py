@@ -171,7 +171,7 @@ class MeasureArguments:
         if self.samples.num_samples < 2:
             raise UserError(f"num_samples is {self.samples.num_samples}; write 2 or more")
         for name in self.samples.grader_names:
-            if name in MEASURES | {"judge"}:
+            if name in MEASURES | {"judge", "win_rate", "reward_win_rate", "disagreement"}:
                 raise UserError(f"graders: {name} is the name of another measure; call the function something else")
         self.answers.check()
         if is_rewarded:

@@ -158,7 +158,8 @@ class Measurement:
         Args:
             key: What they are kept under.
         """
-        with located(path), self._keeping(path, key) as keep:
+        with located(path):
+            keep = self._keep(path, key)
             if self.args.engine == "transformers":
                 model = load(path, self.accelerator.device)
                 answered = self.converse(keep(partial(self._sample, model)))
@@ -172,27 +173,31 @@ class Measurement:
             record |= {"answers": [vars(each) for each in answered.answers]}
             record |= {"engine": self.engine} if self.engine else {}
             contract.append_lines(self.kept / _ANSWERS, [vars(answered) | record])
+            self.forget(key)
 
     @contextmanager
     def answering(self, path: Path, key: str) -> Iterator[Sample]:
         """Lets one model answer, by the recipe's engine; the calls of each run must be the same, in the same order.
 
         Args:
-            key: What its answers are kept under until all are there.
+            key: What each answer is kept under as it comes, until `forget`.
         """
-        with self._keeping(path, key) as keep:
-            if self.args.engine == "transformers":
-                yield keep(partial(self._sample, load(path, self.accelerator.device)))
-            else:
-                with self._serving(path) as sampling:
-                    yield keep(sampling)
+        keep = self._keep(path, key)
+        if self.args.engine == "transformers":
+            yield keep(partial(self._sample, load(path, self.accelerator.device)))
+        else:
+            with self._serving(path) as sampling:
+                yield keep(sampling)
 
-    @contextmanager
-    def _keeping(self, path: Path, key: str) -> Iterator[Callable[[Sampling], Sample]]:
-        """Keeps each answer as it comes, until all are there."""
-        file = self.kept / "partly" / f"{key}.jsonl"
-        yield lambda sampling: partly.kept(sampling, file, path.name)
-        file.unlink(missing_ok=True)
+    def forget(self, key: str) -> None:
+        """Deletes the answers that were kept one by one; call this once all of them are kept elsewhere."""
+        self._partly(key).unlink(missing_ok=True)
+
+    def _keep(self, path: Path, key: str) -> Callable[[Sampling], Sample]:
+        return partial(partly.kept, file=self._partly(key), name=path.name)
+
+    def _partly(self, key: str) -> Path:
+        return self.kept / "partly" / f"{key}.jsonl"
 
     @contextmanager
     def _serving(self, path: Path) -> Iterator[Sampling]:
