@@ -13,12 +13,12 @@ import argparse
 import json
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import yaml
+from fronts import Point, at_kl
 from over_seeds import interval
 
 EQUAL: list[dict[str, float]] = [{}, {}, {}, {}]
@@ -31,8 +31,6 @@ DIFFERENT: list[dict[str, float]] = [
 ARMS = {"equal": EQUAL, "different": DIFFERENT}
 ETAS = [0.3, 0.5, 0.75, 1.0]
 METRICS = ["gold", "reward", "kl_to_init"]
-
-Point = dict[str, float]
 
 
 def recipes(run: Path, folder: Path, seed: int, num_samples: int) -> Path:
@@ -71,15 +69,6 @@ def measured(folder: Path) -> dict[str, list[Point]]:
         points[f"{arm} merged"] = found[first + len(members) : first + len(members) + len(ETAS)]
         first += len(members) + len(ETAS)
     return points
-
-
-def at_kl(sweep: list[Point], kl: float, name: str) -> float:
-    """A metric of the sweep, which begins at the start, where it passes this KL, on the chord between its points."""
-    for before, after in pairwise(sweep):
-        if before["kl_to_init"] <= kl <= after["kl_to_init"]:
-            share = (kl - before["kl_to_init"]) / (after["kl_to_init"] - before["kl_to_init"])
-            return before[name] + share * (after[name] - before[name])
-    raise ValueError(f"the sweep never passes {kl} nats")
 
 
 def tables(seeds: list[dict[str, list[Point]]]) -> None:

@@ -6,36 +6,28 @@
 For each seed and share of flipped labels the script trains a score head, members that begin with it (in the order of
 pairs, learning rate, and dropout of `MEMBERS`), and averages them. All are measured on held-out pairs, on the training
 pairs whose labels were flipped (agreement with the wrong label), and on answers of the run's `distill` to other
-prompts, the best of four against the worst by gold. Finished stages are skipped. Intervals are 95%: of one seed, by
-bootstrap over pairs; of several, Student's t over seeds.
+prompts, the best of four against the worst by gold. With `--rlhf_share`, policies are trained on the mean of weights
+with this share, and on the member that is most often right on held-out pairs; test prompts say what their gold is
+along the way. Finished stages are skipped. Intervals are 95%: of one seed, by bootstrap over pairs; of several,
+Student's t over seeds.
 """
 
 import argparse
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from random import Random
 from statistics import mean
 
+from fronts import Fronts, draw, stage, tables
 from over_seeds import interval
 
 from gemma2_post.tiny.data import preferences
 
 MEMBERS = [{}, {"learning_rate": 5e-4}, {"lora_dropout": 0.1}, {"learning_rate": 5e-4, "lora_dropout": 0.1}]
+RLOO = {"algorithm": "rloo", "num_generations": 4, "beta": 0.05, "anchor_mu": 0.01, "learning_rate": 3e-4}
 SETS = {"": "held out", "_flipped": "agreement with flipped labels", "_shifted": "the policy's answers, by gold"}
 WHO = {"member_accuracy": "members", "ensemble_accuracy": "mean of scores", "accuracy": "mean of weights"}
-
-
-def stage(name: str, file: str, output: Path, **values: object) -> None:
-    """Runs a stage of ours, unless its output is there."""
-    values |= {"output_dir": str(output)}
-    command = [sys.executable, "-m", f"gemma2_post.{name}", "--config", file]
-    command += [f"--{key}={json.dumps(value)}" for key, value in values.items()]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    if finished.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{finished.stderr[-3000:]}")
-    print(f"{output}: done", flush=True)
 
 
 def write(path: Path, rows: list[dict]) -> str:
@@ -73,7 +65,9 @@ def train(arguments: argparse.Namespace, seed: int, share: float, shifted: str) 
         "reward",
         recipe,
         folder / "head",
-        **given | {"only_score_head": True, "learning_rate": 1e-2, "num_train_epochs": 1, "seed": seed},
+        **given
+        | {"only_score_head": True, "learning_rate": arguments.head_rate, "num_train_epochs": arguments.head_epochs}
+        | {"seed": seed},
     )
     members = []
     for i, changes in enumerate(MEMBERS[: arguments.num_members]):
@@ -105,6 +99,25 @@ def table(found: dict[float, list[dict[str, float]]]) -> None:
             print(f"| {share:.0%} | {words} | {' | '.join(cells)} |")
 
 
+def rlhf(arguments: argparse.Namespace, found: list[dict[str, float]]) -> None:
+    """Trains policies on a member and on the mean of the weights of each seed; prints and draws their fronts."""
+    metrics = dict(zip(arguments.seeds, found, strict=True))
+
+    def keys(seed: int, of_mean: bool) -> dict[str, object]:
+        best = max(range(arguments.num_members), key=lambda i: metrics[seed][f"member_accuracy/member-{i}"])
+        folder = arguments.run / "warm" / f"{arguments.rlhf_share:g}-{seed}"
+        return RLOO | {"reward_model": str(folder / ("warm" if of_mean else f"member-{best}"))}
+
+    arms = {"best member": partial(keys, of_mean=False), "mean of weights": partial(keys, of_mean=True)}
+    folder = arguments.run / "warm" / f"rlhf-{arguments.rlhf_share:g}"
+    policies = Fronts(arguments.run, folder, arms, arguments.seeds, arguments.max_steps, 240)
+    policies.train()
+    fronts = policies.measure()
+    arguments.output.with_suffix(".rlhf.json").write_text(json.dumps(fronts, indent=1) + "\n")
+    tables(fronts, arguments.kls)
+    draw(fronts, arguments.output.with_suffix(".png"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True)
@@ -113,6 +126,11 @@ def main() -> None:
     parser.add_argument("--num_members", type=int, default=3)
     parser.add_argument("--num_pairs", type=int, default=1500)
     parser.add_argument("--num_epochs", type=float, default=3.0)
+    parser.add_argument("--head_rate", type=float, default=1e-2)
+    parser.add_argument("--head_epochs", type=float, default=1.0)
+    parser.add_argument("--rlhf_share", type=float)
+    parser.add_argument("--max_steps", type=int, default=80)
+    parser.add_argument("--kls", type=float, nargs="+", default=[0.25, 0.5, 1.0, 1.5])
     parser.add_argument("--output", type=Path, default=Path("runs/warm.json"))
     arguments = parser.parse_args()
     shifted = pairs_of_policy(arguments, arguments.run / "warm" / "answers")
@@ -121,6 +139,8 @@ def main() -> None:
         found[share] = [train(arguments, seed, share, shifted) for seed in arguments.seeds]
         table(found)
     arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+    if arguments.rlhf_share is not None:
+        rlhf(arguments, found[arguments.rlhf_share])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from gemma2_post.models import reward_model
 from tests import record_anchor
-from tests.conftest import BASE, losses
+from tests.conftest import BASE, TEACHER, losses
 from tests.test_rlhf import average, relative_error, saved_anchor
 
 pytestmark = pytest.mark.slow
@@ -146,6 +146,26 @@ def test_distillation_in_two_processes_with_answers_of_very_different_length_equ
     assert distance(one, two) < 0.3 * distance(start, one)
 
 
+def test_two_teachers_take_the_same_turns_in_two_processes(
+    run_distill: Run, distill_recipe: dict[str, object], tmp_path: Path
+) -> None:
+    """Each step is one micro-batch, so the teacher of a step is the same one; under ZeRO-3 both are sharded."""
+    values = {key: value for key, value in distill_recipe.items() if key != "teacher_model_name_or_path"}
+    student = str(shutil.copytree(TEACHER, tmp_path / "student"))
+    values |= {"teachers": [student, BASE], "max_completion_length": 8, "save_dtype": "bfloat16"}
+    values |= {"generation_kwargs": {"do_sample": False}, "num_samples": 3, "max_steps": 2}
+    alone = run_distill(values)
+    output = in_two_processes(
+        "gemma2_post.distill", 3, values | {"bf16": True, "per_device_train_batch_size": 4}, tmp_path
+    )
+    assert losses(alone)[0] == pytest.approx(0, abs=1e-3) and losses(alone)[1] > 0.1
+    assert losses(output) == pytest.approx(losses(alone), rel=0.03, abs=1e-3)
+    for folder in (alone, output):
+        found = json.loads((folder / "metrics.json").read_text())
+        assert found["kl_student_teacher/student_before"] == pytest.approx(0, abs=1e-2)
+        assert found["kl_student_teacher/base_before"] > 1
+
+
 def without_chance(directory: Path) -> Path:
     """A language model that always says what is likeliest, however its prompts are batched: with huge logits."""
     shutil.copytree(BASE, directory)
@@ -194,6 +214,28 @@ def test_a_reward_model_from_two_processes_equals_one(
     assert not info["missing_keys"] and not info["unexpected_keys"]
     loaded = reward_model.load(str(output))
     assert (loaded.mean, loaded.spread) == (two["answer_reward_mean"], two["answer_reward_spread"])
+
+
+@pytest.mark.parametrize("only_head", [True, False], ids=["the head alone", "a member"])
+def test_a_score_head_is_trained_and_given_in_two_processes_as_in_one(
+    only_head: bool, run_reward: Run, reward_recipe: dict[str, object], tmp_path: Path
+) -> None:
+    """Under ZeRO-3: the head alone, whose frozen features are sharded, and a member that begins with a head."""
+    values = reward_recipe | {"bf16": True, "save_dtype": "bfloat16", "num_samples": 0}
+    head = {"only_score_head": True, "learning_rate": 1e-2, "max_steps": 4}
+    if not only_head:
+        given = run_reward(values | head | {"output_dir": str(tmp_path / "head")})
+        head = {"score_head": str(given), "max_steps": 4}
+    untrained = run_reward(
+        values | head | {"learning_rate": 1e-30, "max_steps": 1, "output_dir": str(tmp_path / "start")}
+    )
+    alone = run_reward(values | head)
+    output = in_two_processes("gemma2_post.reward", 3, values | head | {"per_device_train_batch_size": 2}, tmp_path)
+    assert losses(output) == pytest.approx(losses(alone), rel=0.02)
+    start, one, two = (load_file(directory / "model.safetensors") for directory in (untrained, alone, output))
+    trained = {name for name in start if not torch.equal(start[name], two[name])}
+    assert (trained == {"score.weight"}) == only_head and "score.weight" in trained
+    assert distance(one, two) < 0.3 * distance(start, one)
 
 
 @pytest.mark.parametrize(
