@@ -15,7 +15,6 @@ often the reward model is right. With a `corpus`, the stage measures how much of
 
 import os
 from collections import Counter
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +39,7 @@ from gemma2_post.models import work as passes
 from gemma2_post.stage import contract
 from gemma2_post.stage.bounds import FILLED, Bounds
 from gemma2_post.stage.command import Checked, Command, Parts, Stage
-from gemma2_post.stage.errors import UserError, located
+from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.paths import ModelPath
 from gemma2_post.stage.recipe import key, part
@@ -48,8 +47,6 @@ from gemma2_post.stage.work import Lengths, Pass, Rows, times
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from gemma2_post.evaluation.comparison import Measures
 
 KEPT = "measured"
 """Folder beside the output for what was measured, whatever the recipe says next."""
@@ -88,12 +85,10 @@ def main(stage: Stage, recipe: Recipe) -> None:
     from gemma2_post.evaluation import benchmarks, inputs
     from gemma2_post.evaluation.answering.others import load_others
     from gemma2_post.evaluation.comparison import Comparison
+    from gemma2_post.evaluation.findings import Findings
     from gemma2_post.evaluation.measure import Measurement
 
-    for path in recipe.models:
-        is_folder = Path(path).exists() or path.count("/") != 1
-        if is_folder and not (Path(path) / "config.json").is_file():
-            raise UserError(f"models names {path}, which holds no model; run the stage that makes it")
+    check_models(recipe.models)
     kept = stage.output_dir.with_name(KEPT)
     measurement = Measurement(recipe.init, recipe.measured, kept)
     check_tokenizers(recipe, measurement.tokenizer)
@@ -117,53 +112,26 @@ def main(stage: Stage, recipe: Recipe) -> None:
     compared.write_answers(stage.output_dir / "answers.jsonl")
     said = [compared.converse(protocol, stage.output_dir) for protocol in protocols]  # before a judge is loaded
     of_safety = compared.answer_safety(unsafe)
-    models: dict[str, dict[str, float]] = {name: {} for name in compared.all_names(said)}
-    failed: dict[str, str] = {}
-    (stage.output_dir / contract.FAILED).unlink(missing_ok=True)
-
-    of_rewards: dict[str, float] = {}
-
-    def known() -> "Measures":
-        of_rewards.update(compared.on_known_sets(known_sets))
-        contract.write_json(stage.output_dir / contract.KNOWN_SETS, of_rewards)
-        return {}
-
-    def chosen() -> "Measures":
-        of_rewards.update(compared.best_of(recipe.best_of, stage.output_dir))
-        return {}
-
-    def measure(part: str, measures: "Callable[[], Measures]") -> None:
-        try:
-            found = measures()
-            for name, each in found.items():
-                with located(name):
-                    contract.check_finite(each)
-        except UserError as error:
-            failed[part] = str(error)
-            contract.write_json(stage.output_dir / contract.FAILED, failed)
-            return
-        for name, each in found.items():
-            models[name] |= each
-        contract.write_json(stage.output_dir / contract.MODELS, models)
-
-    measure("rewards", compared.by_answers)
-    if not failed:
+    found = Findings(stage.output_dir, compared.all_names(said))
+    found.add("rewards", compared.by_answers)
+    if not found.failed:
         contract.write_json(stage.output_dir / contract.GAINS, compared.gains())
-    measure("reward_benchmarks", known)
-    measure("best_of", chosen)
+    found.add_of_reward_model("reward_benchmarks", partial(compared.on_known_sets, known_sets))
+    contract.write_json(stage.output_dir / contract.KNOWN_SETS, found.reward_model)
+    found.add_of_reward_model("best_of", partial(compared.best_of, recipe.best_of, stage.output_dir))
     if judge:
         with closing(judge):
-            measure("judge", partial(compared.by_judge, judge))
+            found.add("judge", partial(compared.by_judge, judge))
             for protocol, conversations in zip(protocols, said, strict=True):
-                measure(protocol.questions.protocol, partial(protocol.measure, judge, conversations))
-            measure("safety", partial(compared.safety, judge, unsafe, of_safety))
-    measure("memorization", partial(compared.memorization, corpus))
-    measure("benchmarks", partial(compared.benchmarks, recipe.benchmarks))
-    if failed:
-        raise PartsFailedError(stage.output_dir, failed)
-    last = [*models.values()][-1].items()
+                found.add(protocol.questions.protocol, partial(protocol.measure, judge, conversations))
+            found.add("safety", partial(compared.safety, judge, unsafe, of_safety))
+    found.add("memorization", partial(compared.memorization, corpus))
+    found.add("benchmarks", partial(compared.benchmarks, recipe.benchmarks))
+    found.check()
+    last = [*found.models.values()][-1]
     baselines = [baseline, *(protocol.baseline for protocol in protocols)]
-    stage.finish(measurement.engine, {without_baseline(name, baselines): value for name, value in last} | of_rewards)
+    of_last = {without_baseline(name, baselines): value for name, value in last.items()}
+    stage.finish(measurement.engine, of_last | found.reward_model)
 
 
 def without_baseline(metric: str, baselines: list[str]) -> str:
@@ -173,17 +141,16 @@ def without_baseline(metric: str, baselines: list[str]) -> str:
     return metric
 
 
-class PartsFailedError(UserError):
-    """Some parts of an evaluation could not be measured; the others are written."""
+def check_models(models: list[str]) -> None:
+    """Refuses folders that hold no model.
 
-    status = 4
-
-    def __init__(self, output_dir: Path, failed: dict[str, str]):
-        reasons = "; ".join(f"{part}: {reason}" for part, reason in failed.items())
-        super().__init__(
-            f"{reasons} (what else was measured is in {output_dir / contract.MODELS}, and is kept: the same command, "
-            "also with another judge, measures only what is missing)"
-        )
+    Raises:
+        UserError: A folder of `models` holds none.
+    """
+    for path in models:
+        is_folder = Path(path).exists() or path.count("/") != 1
+        if is_folder and not (Path(path) / "config.json").is_file():
+            raise UserError(f"models names {path}, which holds no model; run the stage that makes it")
 
 
 def check_tokenizers(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> None:

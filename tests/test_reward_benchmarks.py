@@ -12,6 +12,7 @@ from gemma2_post import evaluate
 from gemma2_post.data.ranked import RANKED
 from gemma2_post.data.turns import InvalidRow
 from gemma2_post.evaluation.comparison import Comparison
+from gemma2_post.evaluation.findings import PartsFailedError
 from gemma2_post.evaluation.reward_benchmarks import Ranked, benchmark_of, measure, ties_score
 from gemma2_post.models import reward_model
 from gemma2_post.report import models as reported
@@ -176,7 +177,7 @@ def test_known_sets_that_cannot_be_measured_do_not_stop_the_other_parts(
     values = {key: value for key, value in evaluate_recipe.items() if key != "reward_functions"}
     values |= {"reward_model": str(reward_model_dir), "models": values["models"][:2], "base": None}  # type: ignore
     values |= {"reward_benchmarks": [{"path": str(tmp_path / "pairs.json")}]}
-    with pytest.raises(evaluate.PartsFailedError) as raised:
+    with pytest.raises(PartsFailedError) as raised:
         run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values)
     assert raised.value.status == 4
     output = Path(str(values["output_dir"]))
