@@ -117,7 +117,8 @@ def main(stage: Stage, recipe: Recipe) -> None:
     if not found.failed:
         contract.write_json(stage.output_dir / contract.GAINS, compared.gains())
     found.add_of_reward_model("reward_benchmarks", partial(compared.on_known_sets, known_sets))
-    contract.write_json(stage.output_dir / contract.KNOWN_SETS, found.reward_model)
+    if "reward_benchmarks" not in found.failed:
+        contract.write_json(stage.output_dir / contract.KNOWN_SETS, found.reward_model)
     found.add_of_reward_model("best_of", partial(compared.best_of, recipe.best_of, stage.output_dir))
     if judge:
         with closing(judge):

@@ -10,6 +10,7 @@ that the model is unchanged. The loss is Bradley-Terry, -log sigmoid(r(chosen) -
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from gemma2_post.data.keys import PreferenceArguments
@@ -17,11 +18,14 @@ from gemma2_post.data.pairs import PAIR
 from gemma2_post.models import cost
 from gemma2_post.models import work as passes
 from gemma2_post.models.arguments import REFUSED_KEYS, check_length
+from gemma2_post.models.folder import tensor_digest
+from gemma2_post.models.shapes import SCORE_HEAD
+from gemma2_post.stage import contract
 from gemma2_post.stage.bounds import COUNT
 from gemma2_post.stage.command import Checked, Command, Curve, Parts, Stage
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher
-from gemma2_post.stage.paths import FunctionPath, ModelPath, check_names
+from gemma2_post.stage.paths import FunctionPath, ModelPath, Reference, check_names
 from gemma2_post.stage.recipe import Effect, key, part
 from gemma2_post.stage.work import Pass, Rows, times
 from gemma2_post.training import memory as held
@@ -208,6 +212,13 @@ def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
     return [*found, *times(steps, [step]), *times(2, scored)]
 
 
+def digest_of(named: Reference) -> str | None:
+    """Of a finished score head, the tensor alone: what was measured of its model decides nothing here."""
+    if named.key == "score_head" and contract.read_done(Path(named.name), "output"):
+        return tensor_digest(Path(named.name), SCORE_HEAD)
+    return contract.input_digest(named.name)
+
+
 COMMAND = Command(
     "reward",
     Recipe,
@@ -216,6 +227,7 @@ COMMAND = Command(
     check,
     complete,
     decisive=decisive,
+    digest_of=digest_of,
     refused=REFUSED_KEYS | REFUSED,
     row_formats={"datasets": PAIR, "held_out_datasets": PAIR},
     headline=["accuracy"],

@@ -133,7 +133,8 @@ def read_pairs(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", max_length:
     for name, sources in recipe.sets_of_pairs.items():
         columns = args.columns if sources is args.datasets else None
         settings = args.max_invalid_share, recipe.seed, columns
-        rows = drop_ties(load_rows(sources, *settings, row_format=PAIR, tokenizer=tokenizer))
+        key = "datasets" if sources is args.datasets else f"{name}_datasets"
+        rows = drop_ties(load_rows(sources, *settings, row_format=PAIR, tokenizer=tokenizer), key)
         found[name] = drop_too_long(rows, "the members' max_length", max_length, args.max_too_long_share).dataset()
     return found
 
@@ -175,19 +176,20 @@ def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
 
 
 def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:
-    """Answers of policies, and the held-out pairs scored by all models; other pairs are not counted."""
+    """The held-out pairs, scored by all models, and answers of policies, by the mean; other pairs are not counted."""
     recipe, compute, config = checked.recipe, compute_of(checked), checked.models["reward_models"]
     assert config is not None, "the planner asks only about models whose shapes it knows"
     model, number = passes.Model(config, compute), recipe.samples.num_samples
     lengths = rows.conversations_up_to(config.max_position_embeddings)
     prompts, answers = rows.prompts_up_to(config.max_position_embeddings), rows.answers_up_to(recipe.max_new_tokens)
-    scored, found = [passes.reading(model, 2 * rows.number, recipe.batch_size, lengths)], []
+    pairs = passes.reading(model, 2 * rows.number, recipe.batch_size, lengths)
+    found = times(1 + len(recipe.reward_models), [pairs])
     for _ in recipe.policies or []:
         policy = checked.models["policies"]
         assert policy is not None, "the planner asks only about models whose shapes it knows"
         found += passes.sampling(passes.Model(policy, compute), number, recipe.batch_size, prompts, answers)
-        scored.append(passes.reading(model, number, recipe.batch_size, prompts.plus(answers)))
-    return [*found, *times(1 + len(recipe.reward_models), scored)]
+        found.append(passes.reading(model, number, recipe.batch_size, prompts.plus(answers)))
+    return found
 
 
 def disk(checked: Checked[Recipe]) -> tuple[float, float]:

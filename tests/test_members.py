@@ -116,6 +116,50 @@ def test_members_begin_from_checkpoints_of_their_own(tmp_path: Path) -> None:
     assert models == ["elsewhere/sft/member-1", *(f"elsewhere/rlhf/policy-{i}" for i in range(5))]
 
 
+def test_members_read_data_of_their_own(tmp_path: Path) -> None:
+    """A stage, or its folder as in the recipes, which moves with the run; and what is null is left out."""
+    run = str(tmp_path / "run")
+    sources = [{"path": f"{run}/curate"}, {"path": "other.jsonl", "weight": 2}]
+    overrides = [{"datasets": sources}, {"datasets": "curate"}, {"score_head": None}]
+    stages = {
+        "curate": {"recipe": "curate.yaml"},
+        "head": {"recipe": "head.yaml", "stage": "reward"},
+        "reward": {"recipe": "reward.yaml", "members": overrides, "score_head": "head"},
+    }
+    pipeline = load_pipeline(write(tmp_path, stages), run_dir=Path("elsewhere"))
+    steps = next(steps for _, steps in pipeline.steps() if steps[0].entry == "reward")
+    assert steps[0].values["datasets"] == [{"path": "elsewhere/curate"}, {"path": "other.jsonl", "weight": 2}]
+    assert steps[1].values["datasets"] == [{"path": "elsewhere/curate"}]
+    assert [step.keys["score_head"] for step in steps] == ["elsewhere/head", "elsewhere/head", None]
+    assert list(pipeline.reads_of("reward")) == [
+        ("score_head", "head"), ("member 0: datasets", "curate"), ("member 1: datasets", "curate"),
+    ]  # fmt: skip
+    late = {"reward": {"recipe": "reward.yaml", "members": [{"datasets": sources}, {}]}, "curate": stages["curate"]}
+    with pytest.raises(UserError, match="reward: member 0: datasets names curate, which comes later"):
+        load_pipeline(write(tmp_path, late))
+
+
+def test_a_plan_knows_what_is_read_of_a_stage_below_its_folder(tmp_path: Path) -> None:
+    stages = {
+        "synthesize": {"recipe": "synthesize.yaml"},
+        "warp": {"recipe": "warp.yaml"},
+        "reward": {"recipe": "reward.yaml", "datasets": "synthesize/pairs.jsonl"},
+        "sft": {"recipe": "sft.yaml", "members": [{"model": "warp/eta-0.3"}, {}]},
+    }
+    reads = {step.label: labels for step, _, labels in forecast(load_pipeline(write(tmp_path, stages)), None, {})}
+    assert (reads["reward"], reads["sft member 0"], reads["sft member 1"]) == (["synthesize"], ["warp"], [])
+
+
+def test_a_folder_of_members_outside_of_the_run_is_its_members(tmp_path: Path) -> None:
+    """As the stage reads it, so that what it has made is what the pipeline wants."""
+    for number in range(2):
+        (tmp_path / f"other/rlhf/policy-{number}").mkdir(parents=True)
+    stages = {"evaluate": {"recipe": "evaluate.yaml"}}
+    path = write(tmp_path, stages, evaluate={"models": [str(tmp_path / "other/rlhf")]})
+    (((_, (step,)),)) = load_pipeline(path).steps()
+    assert step.keys["models"] == [str(tmp_path / f"other/rlhf/policy-{number}") for number in range(2)]
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [

@@ -12,7 +12,7 @@ from gemma2_post import evaluate
 from gemma2_post.data.ranked import RANKED
 from gemma2_post.data.turns import InvalidRow
 from gemma2_post.evaluation.comparison import Comparison
-from gemma2_post.evaluation.findings import PartsFailedError
+from gemma2_post.evaluation.findings import Findings, PartsFailedError
 from gemma2_post.evaluation.reward_benchmarks import Ranked, benchmark_of, measure, ties_score
 from gemma2_post.models import reward_model
 from gemma2_post.report import models as reported
@@ -183,6 +183,24 @@ def test_known_sets_that_cannot_be_measured_do_not_stop_the_other_parts(
     output = Path(str(values["output_dir"]))
     assert json.loads((output / "failed.json").read_text()) == {"reward_benchmarks": "no reward"}
     assert all("reward" in each for each in json.loads((output / "models.json").read_text()).values())
+
+
+def test_what_failed_is_found_even_if_nothing_else_was_measured(tmp_path: Path) -> None:
+    """The report looks for an evaluation by `models.json`."""
+    found = Findings(tmp_path, ["sft"])
+
+    def fails() -> dict[str, dict[str, float]]:
+        raise UserError("no reward")
+
+    found.add("rewards", fails)
+    found.add("memorization", dict)
+    assert json.loads((tmp_path / "models.json").read_text()) == {"sft": {}}
+    found.add_of_reward_model("best_of", lambda: {"best_of_2/reward": math.nan})
+    assert found.reward_model == {} and list(found.failed) == ["rewards", "best_of"]
+    with pytest.raises(
+        PartsFailedError, match=r"rewards: no reward; best_of: the reward model: best_of_2/reward is nan"
+    ):
+        found.check()
 
 
 @pytest.mark.slow

@@ -2,13 +2,14 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from gemma2_post import reward, warm
 from gemma2_post.evaluation.averages import compare
@@ -17,7 +18,9 @@ from gemma2_post.models import reward_model
 from gemma2_post.models.loading import load_config
 from gemma2_post.pipeline import check
 from gemma2_post.pipeline.loading import load_pipeline
+from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
+from gemma2_post.stage.paths import Kind, Reference
 from tests.conftest import TEACHER, only_one_at_a_time, run_stage, write_pairs
 from tests.test_members import write
 from tests.test_reward import LORA, conversations, held_out
@@ -146,6 +149,7 @@ def test_members_that_do_not_belong_together_are_refused(
     for named, message in (
         (members[:1], "reward_models has 1 model, and a mean needs two"),
         ([members[0], members[0]], "twice; name each once"),
+        ([members[0], f"{members[0]}/."], "twice; name each once"),
         ([members[0], other], "other begins with a score head of its own, so a mean with it may be worse than each"),
         ([members[0], str(reward_recipe["model_name_or_path"])], "is no finished output of the reward stage"),
     ):
@@ -153,6 +157,47 @@ def test_members_that_do_not_belong_together_are_refused(
             run_stage(tmp_path / "warm.yaml", warm.COMMAND, warm_recipe(named, reward_recipe, tmp_path))
     recipe = warm_recipe([members[0], other], reward_recipe, tmp_path) | {"force": True}
     assert (run_stage(tmp_path / "warm.yaml", warm.COMMAND, recipe) / "reward_model.json").is_file()
+
+
+@pytest.mark.slow
+def test_members_whose_adapters_cannot_be_averaged_are_averaged_as_whole_models(
+    trained: Callable[..., list[str]],
+    reward_recipe: Recipe,
+    run_reward: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One adapts other modules, one changes the norms of columns (DoRA), and of one the adapter has been deleted."""
+    head, first, second = trained(LORA)
+    shutil.rmtree(Path(second) / "adapter")
+    member = reward_recipe | LORA | {"num_samples": 0, "score_head": head, "save_dtype": "bfloat16"}
+    others = [second]
+    for name, keys in {"modules": {"lora_target_modules": ["q_proj"]}, "dora": {"use_dora": True}}.items():
+        others.append(str(run_reward(member | keys | {"output_dir": str(tmp_path / name)})))
+    for other in others:
+        recipe = warm_recipe([first, other], reward_recipe, tmp_path)
+        recipe |= {"output_dir": str(tmp_path / f"warm-{Path(other).name}")}
+        found = load_file(run_stage(tmp_path / "warm.yaml", warm.COMMAND, recipe) / "model.safetensors")
+        weights = [load_file(Path(each) / "model.safetensors") for each in (first, other)]
+        for name, tensor in found.items():
+            mean = (weights[0][name].float() + weights[1][name].float()) / 2
+            torch.testing.assert_close(tensor, mean, rtol=1e-6, atol=1e-7)
+    assert capsys.readouterr().out.count("warning: the mean is one of whole models, some of them saved in bf") == 3
+
+
+def test_a_score_head_is_the_same_one_whatever_was_measured_of_it(reward_model_dir: Path, tmp_path: Path) -> None:
+    """Its canary and normalization follow from the rows it was measured on; its members need not train again."""
+    heads = [str(shutil.copytree(reward_model_dir, tmp_path / name)) for name in ("one", "two", "three")]
+    weights = load_file(Path(heads[2]) / "model.safetensors")
+    weights["score.weight"] += 1
+    save_file(weights, Path(heads[2]) / "model.safetensors", metadata={"format": "pt"})
+    (Path(heads[1]) / "reward_model.json").write_text("{}")
+    for head in heads:
+        (Path(head) / "stage.json").write_text(json.dumps({"output": "x"}))
+    one, two, three = (reward.digest_of(Reference("score_head", Kind.MODEL, head)) for head in heads)
+    assert one == two != three
+    whole = [contract.input_digest(head) for head in heads]
+    assert whole[0] != whole[1]
 
 
 def test_a_head_of_another_width_is_refused(reward_recipe: Recipe, reward_model_dir: Path, run_reward: Run) -> None:
@@ -203,6 +248,10 @@ _OWN_HEADS = {"reward-members": {"score_head": None}}
         (_OWN_HEADS, f"warm.yaml: {_MEMBERS[0]} begins with a score head of its own"),
         ({"warm": {"reward_models": [*_MEMBERS, f"{_RUN}/reward-head"]}}, "reward-head begins with a score head of"),
         ({"warm": {"reward_models": [f"{_RUN}/sft", *_MEMBERS]}}, f"reward_models names {_RUN}/sft, and sft makes no"),
+        (
+            {"warm": {"datasets": [{"path": "gemma2_post.tiny.data:preferences", "split": "train"}]}},
+            "asks what .* asks, which reward-members member 0 trains on",
+        ),
         ({"rlhf": {"reward_model": f"{_RUN}/sft"}}, f"reward_model names {_RUN}/sft, and sft makes no reward model"),
         ({"rlhf": {"model_name_or_path": f"{_RUN}/warm"}}, f"model_name_or_path names {_RUN}/warm, and warm makes a"),
     ],

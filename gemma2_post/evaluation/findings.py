@@ -6,6 +6,8 @@ from pathlib import Path
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError, located
 
+_REWARD_MODEL = "the reward model"
+
 
 class PartsFailedError(UserError):
     """Some parts of an evaluation could not be measured; the others are written."""
@@ -37,20 +39,17 @@ class Findings:
         (folder / contract.FAILED).unlink(missing_ok=True)
 
     def add(self, part: str, measure: Callable[[], dict[str, dict[str, float]]]) -> None:
-        """Measures a part of the evaluation of the models; if it fails, says so in a file."""
-        if found := self._measured(part, measure):
-            for name, each in found.items():
-                self.models[name] |= each
-            contract.write_json(self.folder / contract.MODELS, self.models)
+        """Measures a part that is about the models."""
+        for name, each in self._measured(part, measure).items():
+            self.models[name] |= each
+        contract.write_json(self.folder / contract.MODELS, self.models)
 
     def add_of_reward_model(self, part: str, measure: Callable[[], dict[str, float]]) -> None:
         """Measures a part that is about the reward model."""
-        if found := self._measured(part, lambda: {"the reward model": measure()}):
-            self.reward_model |= found["the reward model"]
+        self.reward_model |= self._measured(part, lambda: {_REWARD_MODEL: measure()}).get(_REWARD_MODEL, {})
 
-    def _measured(
-        self, part: str, measure: Callable[[], dict[str, dict[str, float]]]
-    ) -> dict[str, dict[str, float]] | None:
+    def _measured(self, part: str, measure: Callable[[], dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+        """What a part found; if it fails, nothing, and a file says why."""
         try:
             found = measure()
             for name, each in found.items():
@@ -59,7 +58,7 @@ class Findings:
         except UserError as error:
             self.failed[part] = str(error)
             contract.write_json(self.folder / contract.FAILED, self.failed)
-            return None
+            return {}
         return found
 
     def check(self) -> None:

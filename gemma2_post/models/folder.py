@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from gemma2_post.models.shapes import LM_HEAD, SCORE_HEAD, tensor_shapes
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
@@ -166,6 +168,22 @@ def read_header(file: Path) -> dict[str, tuple[str, Shape]]:
             f"{file} cannot be read: it has {size:,} bytes and should have {8 + length + end:,}; get it again"
         )
     return found
+
+
+def tensor_digest(folder: Path, name: str) -> str:
+    """Content hash of one tensor in a folder's weights, whatever is beside it.
+
+    Raises:
+        UserError: The weights are missing, damaged, or have no such tensor.
+    """
+    for file in files_of(folder):
+        if name in read_header(file):
+            with open(file, "rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                begin, end = json.loads(stream.read(length))[name]["data_offsets"]
+                stream.seek(8 + length + begin)
+                return xxhash.xxh3_64_hexdigest(stream.read(end - begin))
+    raise UserError(f"{folder} has no {name}; get it again")
 
 
 # --- does it fit ---

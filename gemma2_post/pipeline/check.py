@@ -60,7 +60,7 @@ def check(pipeline: Pipeline, until: str | None = None, to_run: Container[str] =
             job = _check_step(step, launch, made, step.label in to_run)
             with located(step.where):
                 if job.command.is_test or job.command.is_selection:
-                    _check_unseen(job, jobs)
+                    _check_unseen(job, jobs, jobs)
                 _check_rewards(job, jobs)
                 _check_kinds(job, jobs)
                 _check_average(job, jobs)
@@ -94,21 +94,22 @@ def _check_step(step: Step, launch: str, made: Models, is_here: bool) -> Job:
     return Job(step.label, step.config, step.folder, command, Checked(built, launcher, models), values, step.overrides)
 
 
-def _check_unseen(job: Job, earlier: list[Job]) -> None:
-    """Refuses test prompts that an earlier stage trains on or selects by, and selection prompts that one trains on."""
+def _check_unseen(job: Job, readers: list[Job], earlier: list[Job]) -> None:
+    """Refuses test prompts that a reader trains on or selects by, and selection prompts that one trains on."""
     read: dict[str, tuple[list[Source], RowFormat, str]] = {}
     made = {str(each.folder) for each in earlier}
-    for each in earlier:
+    for each in readers:
         if not each.command.is_test and not each.command.is_filter:
             recipe = values_of(each.checked.recipe)
             for key, row_format in each.command.row_formats.items():
                 is_trained = key == "datasets" and each.trains
                 does = "trains on" if is_trained else "selects by"
                 for source in (recipe.get(key) or []) if is_trained or job.command.is_test else []:
-                    if _is_made(source.path, made) and not Path(source.path).exists():
+                    if _is_to_be_made(source, made):
                         continue  # when it has been made, the stage before it has removed what is asked here
                     read.setdefault(f"{source} {row_format}", ([source], row_format, f"{each.label} {does}"))
-    check_unseen(values_of(job.checked.recipe)["datasets"], job.command.row_formats["datasets"], read.values())
+    asked = [each for each in values_of(job.checked.recipe)["datasets"] if not _is_to_be_made(each, made)]
+    check_unseen(asked, job.command.row_formats["datasets"], read.values())
 
 
 def _check_rewards(job: Job, earlier: list[Job]) -> None:
@@ -132,12 +133,15 @@ def _check_kinds(job: Job, earlier: list[Job]) -> None:
 
 
 def _check_average(job: Job, earlier: list[Job]) -> None:
-    """Refuses a mean of reward models, of which earlier stages train some, that do not belong together."""
-    recipe, values = values_of(job.checked.recipe), {str(each.folder): each.values for each in earlier}
+    """Refuses a mean of reward models that do not belong together, or that is measured on pairs they trained on."""
+    recipe = values_of(job.checked.recipe)
     if names := recipe.get("reward_models"):
         average.check_number(names)
-        made = [] if recipe["force"] else [name for name in names if name in values]
-        average.check_heads(made, [values[name].get("score_head") for name in made], force=False)
+        members = [each for each in earlier if str(each.folder) in names]
+        if not recipe["force"]:
+            heads = [each.values.get("score_head") for each in members]
+            average.check_heads([str(each.folder) for each in members], heads, force=False)
+        _check_unseen(job, members, earlier)
 
 
 def _check_devices(launch: str, launcher: Launcher) -> None:
@@ -192,6 +196,11 @@ def _check_paths(command: Command, built: Any, values: dict[str, Any], made: Mod
 def _is_made(path: str, made: Container[str]) -> bool:
     """Whether a path is the folder of an earlier stage, or in one."""
     return any(str(each) in made for each in (Path(path), *Path(path).parents))
+
+
+def _is_to_be_made(source: Source, made: Container[str]) -> bool:
+    """Whether an earlier stage will make the rows of a source."""
+    return _is_made(source.path, made) and not Path(source.path).exists()
 
 
 def _config(key: str, name: str, is_one_of_many: bool, made: Models) -> Gemma2Config | None:

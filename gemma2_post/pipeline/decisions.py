@@ -127,7 +127,7 @@ def forecast(
     for _, steps in pipeline.steps(until):
         for step in steps:
             named = [each for value in step.values.values() for each in _named(value)] + [*map(str, step.after)]
-            reads = sorted(label for folder, label in made.items() if folder in named)
+            reads = sorted(label for folder, label in made.items() if any(_is_in(folder, each) for each in named))
             decision = decide(pipeline, step, step.command.fingerprint(step.keys), choices.get(step.label))
             if (reads and choices.get(step.label) != Choice.KEEP) or decision.action.makes:
                 made[str(step.folder)] = step.label
@@ -136,9 +136,14 @@ def forecast(
 
 
 def _named(value: object) -> list[object]:
-    """The folders that a key may name: of a model, of several, or of sources of data."""
+    """The paths that a key may name: of a model, of several, or of sources of data."""
     listed = value if isinstance(value, list) else [value]
     return [each.get("path") if isinstance(each, dict) else each for each in listed]
+
+
+def _is_in(folder: str, named: object) -> bool:
+    """Whether a key names a folder, or a model or file in it."""
+    return isinstance(named, str) and Path(named).is_relative_to(folder)
 
 
 # --- what was replaced ---

@@ -11,7 +11,7 @@ from gemma2_post.stage import contract
 from gemma2_post.stage.command import Command
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.overrides import Overrides
-from gemma2_post.stage.paths import data_keys, model_keys
+from gemma2_post.stage.paths import data_keys, model_keys, with_members
 from gemma2_post.stage.recipe_file import load_recipe
 from gemma2_post.stage.stages import command_of
 from gemma2_post.training.keys import SEEDS_APART
@@ -130,7 +130,8 @@ class Pipeline:
 
     def _named_in(self, name: str, overrides: Overrides) -> Iterator[tuple[str, str]]:
         """Pairs of a key by which overrides of an entry read an output, and the entry that they read."""
-        for read in model_keys(command_of(self.stage_of(name)).recipe):
+        recipe = command_of(self.stage_of(name)).recipe
+        for read in [*model_keys(recipe), *data_keys(recipe)]:
             for value in listed(overrides.get(read)):
                 if other := self.named_by(value) or (first_of(value) if first_of(value) in self.entries else None):
                     yield read, other
@@ -139,9 +140,14 @@ class Pipeline:
 
     def resolved(self, name: str, overrides: Overrides) -> Overrides:
         """Overrides as keys of an entry's recipe: what names an earlier stage becomes a folder of this run."""
-        keys, found = model_keys(command_of(self.stage_of(name)).recipe), {}
+        recipe = command_of(self.stage_of(name)).recipe
+        found: dict[str, object] = {}
         for read, value in overrides.items():
-            if read in (MODEL, *keys):
+            if value is None:
+                found[read] = None
+            elif read in data_keys(recipe):
+                found[read] = [self._source(each) for each in listed(value)]
+            elif read in (MODEL, *model_keys(recipe)):
                 is_list = isinstance(value, list)
                 folders = [folder for each in listed(value) for folder in self._resolved(each, expands=is_list)]
                 found["model_name_or_path" if read == MODEL else read] = folders if is_list else folders[0]
@@ -163,6 +169,12 @@ class Pipeline:
     def _moved_source(self, source: object) -> object:
         """A source, with its path moved to this run's folder if it is an entry's output."""
         return source | {"path": self._moved(source["path"])} if isinstance(source, dict) else source
+
+    def _source(self, value: object) -> object:
+        """A source of a member: the name of an earlier stage, or what a recipe may write."""
+        if isinstance(value, str) and first_of(value) in self.entries:
+            return {"path": str(self.run_dir / value)}
+        return self._moved_source(value)
 
     def _folders(self, value: object, expands: bool = True) -> list:
         name = self.named_by(value)
@@ -215,7 +227,7 @@ class Step:
     @property
     def keys(self) -> dict[str, object]:
         """All keys that the stage will read."""
-        return (load_recipe(self.config) if self.config else {}) | self.values
+        return with_members(self.command.recipe, (load_recipe(self.config) if self.config else {}) | self.values)
 
 
 def rounds(pipeline: Pipeline, name: str) -> Iterator[tuple[str, list[Step]]]:

@@ -17,7 +17,7 @@ from gemma2_post.stage.disk import check_folder
 from gemma2_post.stage.errors import UserError, located, reported
 from gemma2_post.stage.fingerprint import Fingerprint
 from gemma2_post.stage.launcher import Launcher
-from gemma2_post.stage.paths import with_members
+from gemma2_post.stage.paths import Reference, with_members
 from gemma2_post.stage.quiet import silence_libraries
 from gemma2_post.stage.recipe import R
 from gemma2_post.stage.reference import describe_keys, wrapped
@@ -98,6 +98,8 @@ class Command(Generic[R]):
     """Keys that follow from the recipe's keys and override them."""
     decisive: Callable[[dict[str, object]], dict[str, object]] = lambda values: {}
     """Keys, with their values, that decide the output given the recipe's keys, although they usually only measure."""
+    digest_of: Callable[[Reference], str | None] = lambda named: contract.input_digest(named.name)
+    """Content hash of what a key names, as far as it decides the output; None if it is not on this machine."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Keys that must not be set, with the reason."""
     needs_config: bool = True
@@ -203,7 +205,7 @@ class Command(Generic[R]):
     def fingerprint(self, values: dict[str, object]) -> Fingerprint:
         """What the output depends on, given these keys."""
         decisive = self.decisive(values)
-        return fingerprint.fingerprint(self.recipe, self.main, values, contract.input_digest, decisive)
+        return fingerprint.fingerprint(self.recipe, self.main, values, self.digest_of, decisive)
 
     def headline_of(self, values: dict[str, object], metrics: dict[str, float]) -> str:
         """The most important metric, before and after: `accuracy 0.57 -> 0.82`.

@@ -42,7 +42,7 @@ def fingerprint(
     recipe_class: type,
     main: Callable,
     values: dict[str, object],
-    digest_of: Callable[[str], str | None],
+    digest_of: Callable[[Reference], str | None],
     decisive: dict[str, object],
 ) -> Fingerprint:
     """What the output of a stage depends on, in `PARTS`; one of our keys at its default counts as unset.
@@ -50,7 +50,7 @@ def fingerprint(
     Args:
         main: The stage's main function; its module and that module's imports are the code.
         values: The keys of the recipe.
-        digest_of: Returns the content hash of something local, or None if it does not exist.
+        digest_of: Returns the content hash of something local that a key names, or None if it does not exist.
         decisive: Keys, with their values, that decide the output here although they usually only measure, or although
             they are at their defaults.
     """
@@ -80,11 +80,11 @@ def fingerprint(
     }
 
 
-def _contents(named: list[Reference], digest_of: Callable[[str], str | None]) -> dict[str, Any]:
+def _contents(named: list[Reference], digest_of: Callable[[Reference], str | None]) -> dict[str, Any]:
     """Content hashes by path; of what is on the Hub, by `name@revision`, the hash of each file."""
-    paths = list(dict.fromkeys(each.name for each in named))
+    by_path = {each.name: each for each in named}
     with ThreadPoolExecutor() as pool:
-        found: dict[str, Any] = dict(zip(paths, pool.map(digest_of, paths), strict=True))
+        found: dict[str, Any] = dict(zip(by_path, pool.map(digest_of, by_path.values()), strict=True))
     for each in named:
         if found[each.name] is None and each.kind in (Kind.MODEL, Kind.OTHER_MODEL, Kind.DATA):
             files = digests.of_hub(each.name, each.revision, is_dataset=each.kind == Kind.DATA)

@@ -68,12 +68,19 @@ def open_average(names: list[str], digests: dict[str, Any], force: bool) -> Aver
     for other in models[1:]:
         inputs.check_same_architecture(models[0], other)
     tokenizer = inputs.check_same_tokenizer([(each.name, each.directory) for each in models])
-    if any(each["adapter"] is None or _base(each) != _base(done[0]) for each in done):
-        return Average(models[0], models, [], tokenizer)
-    start = _open_base(done[0], models[0])
-    adapters = [inputs.open_adapter(each.name, each.directory / "adapter", start) for each in models]
-    inputs.check_same_targets(adapters)
-    return Average(start, models, adapters, tokenizer)
+    folders = [each.directory / "adapter" for each in models]
+    if len({_base(each) for each in done}) == 1 and all(map(inputs.is_adapter, folders)):
+        start = _open_base(done[0], models[0])
+        adapters = [inputs.open_adapter(*each, start) for each in zip(names, folders, strict=True)]
+        if all(each.updates.keys() == adapters[0].updates.keys() for each in adapters):
+            return Average(start, models, adapters, tokenizer)
+    if any(each["dtype"] != "float32" for each in done):
+        print(
+            "warning: the mean is one of whole models, some of them saved in bfloat16, which rounds what they "
+            "differ in; train adapters for the same modules of one base, or write save_dtype: float32",
+            flush=True,
+        )
+    return Average(models[0], models, [], tokenizer)
 
 
 def _record(name: str) -> dict[str, Any]:
@@ -90,8 +97,9 @@ def check_number(names: list[str]) -> None:
     """Refuses fewer than two members, and one that is named twice."""
     if len(names) < 2:
         raise UserError(f"reward_models has {len(names)} model, and a mean needs two; name the others, too")
-    for name in names:
-        if names.count(name) > 1:
+    folders = [Path(name).resolve() for name in names]
+    for name, folder in zip(names, folders, strict=True):
+        if folders.count(folder) > 1:
             raise UserError(f"reward_models names {name} twice; name each once")
 
 

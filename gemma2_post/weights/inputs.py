@@ -146,15 +146,25 @@ def open_adapter(name: str, directory: Path, init: Model) -> Adapter:
     return Adapter(name, directory, config, updates)
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter whose update is a product B A, but for a score head."""
+    return (folder / ADAPTER).is_file() and not _beyond_lora(read_object(folder / ADAPTER) | {"modules_to_save": None})
+
+
+def _beyond_lora(config: dict[str, Any]) -> str | None:
+    """What of an adapter's config makes its update another one than the product B A; None if nothing does."""
+    if config.get("peft_type") != "LORA":
+        return str(config.get("peft_type"))
+    if str(config.get("init_lora_weights", True)) not in ("True", "False", "gaussian", "orthogonal"):
+        return f"init_lora_weights {config['init_lora_weights']}, which changes the base"
+    if config.get("bias", "none") != "none":
+        return "bias"
+    return next((key for key, value in config.items() if value and key not in _PLAIN), None)
+
+
 def _check_plain(name: str, config: dict[str, Any]) -> None:
     """Refuses an adapter whose update is not the product B A, or is zero."""
-    other = next((key for key, value in config.items() if value and key not in _PLAIN), None)
-    if config.get("bias", "none") != "none":
-        other = "bias"
-    if str(config.get("init_lora_weights", True)) not in ("True", "False", "gaussian", "orthogonal"):
-        other = f"init_lora_weights {config['init_lora_weights']}, which changes the base"
-    if config.get("peft_type") != "LORA" or other:
-        what = other or config.get("peft_type")
+    if what := _beyond_lora(config):
         raise UserError(
             f"{name} is not a plain LoRA adapter ({what}), so its update is not a product B A; merge it into its "
             "base and name the merged models"
