@@ -43,7 +43,7 @@ def pairs_of_policy(arguments: argparse.Namespace, folder: Path) -> str:
         datasets=[{"path": "gemma2_post.tiny.data:prompts", "split": "selection"}], num_answers=4, pairs=True,
         reward_model="gemma2_post.tiny.gold:gold",
     )  # fmt: skip
-    return str(folder / "pairs.jsonl")
+    return str(folder / "pairs")
 
 
 def train(arguments: argparse.Namespace, seed: int, share: float, shifted: str) -> dict[str, float]:

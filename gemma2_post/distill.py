@@ -190,6 +190,11 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
         raise UserError("teacher_model_name_or_path and teachers both name teachers; remove one of them")
     if recipe.training.teacher_model_revision and recipe.teachers:
         raise UserError("teacher_model_revision is for one teacher; remove it, or name a folder of that revision")
+    if recipe.teachers and recipe.training.eval_strategy != "no":
+        raise UserError(
+            "eval_strategy would evaluate with the teacher whose turn it is; remove it, the stage measures all of "
+            "them before and after training"
+        )
     check_names("teachers", recipe.teachers or [])
     if recipe.teacher_load_in_4bit and recipe.teacher_load_in_8bit:
         raise UserError("teacher_load_in_4bit and teacher_load_in_8bit are both true; remove one of them")

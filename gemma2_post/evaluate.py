@@ -92,6 +92,8 @@ def main(stage: Stage, recipe: Recipe) -> None:
     kept = stage.output_dir.with_name(KEPT)
     measurement = Measurement(recipe.init, recipe.measured, kept)
     check_tokenizers(recipe, measurement.tokenizer)
+    if recipe.best_of and any(measurement.later):
+        raise UserError("best_of chooses among answers to one turn, and datasets has questions of several; remove it")
     names = names_of(recipe)
     baseline = names[Path(recipe.baseline)]
     judge = inputs.load_judge(recipe.judging, stage.output_dir.with_name("judgments.jsonl"))

@@ -28,7 +28,7 @@ from gemma2_post.stage.command import Checked, Command, Parts, Stage
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.overrides import Overrides, in_words, of_grid
-from gemma2_post.stage.paths import ModelPath
+from gemma2_post.stage.paths import ModelPath, check_names
 from gemma2_post.stage.recipe import Effect, key, part
 from gemma2_post.stage.work import Pass, Rows, times
 
@@ -230,6 +230,7 @@ def check(recipe: Recipe, launcher: Launcher) -> None:
         )
     if recipe.models is not None and len(recipe.models) != len(overrides):
         raise UserError(f"models has {len(recipe.models)} folders for {len(overrides)} candidates; remove it")
+    check_names("models", recipe.models or [])
     recipe.judging.check()
     recipe.measured.check(is_rewarded=recipe.by == "reward")
 

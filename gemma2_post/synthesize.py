@@ -4,7 +4,7 @@ Reads prompts (conversations lose the model's last turn) and a teacher: a Gemma 
 OpenAI-compatible endpoint. Writes `data.jsonl`, a data set for `sft`: `messages`, the requested columns, and
 `teacher` (which model wrote the answer and how it was sampled). An answer is kept if it ended by itself, is a valid
 turn, is the best for its prompt (with a `reward_model`, or a `judge`, which grades each answer), and does not repeat
-another row. With `pairs`, it also writes `pairs.jsonl`, a data set for `reward`: of the answers to each prompt that
+another row. With `pairs`, it also writes `pairs/`, a data set for `reward`: of the answers to each prompt that
 ended by themselves, the best against the worst, with their scores.
 
 Every answer is appended to `progress/answers.jsonl` when it arrives, so an interrupted run resumes.
@@ -78,6 +78,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     from gemma2_post.evaluation.answering.teacher import ask_endpoint, ask_model, ask_vllm, load_rewards
     from gemma2_post.evaluation.answering.vllm_server import check_program
     from gemma2_post.evaluation.inputs import load_judge
+    from gemma2_post.models import reward_model
     from gemma2_post.models.tokenizer import load_config_and_tokenizer
 
     args, data_args = recipe.synthesis, recipe.data
@@ -94,9 +95,11 @@ def main(stage: Stage, recipe: Recipe) -> None:
     else:
         config, tokenizer = load_config_and_tokenizer(recipe.model)
         revision = getattr(config, "_commit_hash", None)
-        longest = check_prompt_length(
-            args.max_prompt_length, "max_new_tokens", args.max_new_tokens, config.max_position_embeddings
-        )
+        readable, whose = config.max_position_embeddings, "the model's"
+        if args.reward_model and ":" not in args.reward_model:
+            sealed = reward_model.check(args.reward_model)["max_length"]
+            readable, whose = min((readable, whose), (sealed, "the reward model's"))
+        longest = check_prompt_length(args.max_prompt_length, "max_new_tokens", args.max_new_tokens, readable, whose)
         found = load_rows(data_args.datasets, *settings, row_format=PROMPT, tokenizer=tokenizer)
         prompts = drop_too_long(found, "max_prompt_length", longest, data_args.max_too_long_share).dataset()
         ask = partial(ask_model, args, recipe.model, tokenizer)
@@ -138,7 +141,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     write_rows(stage.output_dir / "data.jsonl", kept, teacher)
     counts = {"num_prompts": len(prompts), "num_answers": len(answers), **dropped, "num_kept": len(kept)}
     if args.pairs:
-        counts["num_pairs"] = write_pairs(stage.output_dir / "pairs.jsonl", pairs_of(candidates), teacher)
+        counts["num_pairs"] = write_pairs(stage.output_dir / "pairs" / "data.jsonl", pairs_of(candidates), teacher)
     speed = {"mean_tokens": num_tokens / len(answers), "tokens_per_second": (num_tokens - num_earlier) / seconds}
     stage.finish({"teacher": teacher}, counts | speed, ", ".join(f"{name} {count}" for name, count in counts.items()))
 

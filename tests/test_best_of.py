@@ -11,6 +11,7 @@ import pytest
 
 from gemma2_post import evaluate
 from gemma2_post.evaluation.best_of import accuracy, expected_best, kl, measure, numbers
+from gemma2_post.stage.errors import UserError
 from tests.conftest import run_stage
 from tests.test_evaluate import evaluate_recipe
 
@@ -52,6 +53,16 @@ def test_the_reward_of_the_best_grows_and_a_reward_by_chance_gains_nothing() -> 
 def test_accuracy_is_the_share_of_sets_of_four_whose_best_is_found() -> None:
     assert accuracy([4, 3, 2, 1, 4, 3, 2, 1], [9, 1, 1, 1, 1, 9, 1, 1]) == 0.5
     assert accuracy([1, 1, 1, 1], [1, 1, 0, 0]) == 0.5, "equal rewards choose by chance, equal grades are all best"
+
+
+def test_questions_of_several_turns_have_no_best_of_n(evaluate_recipe: Recipe, tmp_path: Path) -> None:
+    rows = [{"turns": ["What is 3 plus 5?", "And 2 more?"], "skill": "addition", "answer": "8"}] * 3
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = evaluate_recipe | {"datasets": [{"path": str(tmp_path / "questions.jsonl")}], "best_of": 4}
+    with pytest.raises(
+        UserError, match="best_of chooses among answers to one turn, and datasets has questions of sev"
+    ):
+        run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, values)
 
 
 def test_an_evaluation_measures_best_of_n_of_the_baseline(evaluate_recipe: Recipe, tmp_path: Path) -> None:

@@ -201,14 +201,14 @@ def test_a_stage_reads_a_file_that_an_earlier_stage_makes(
     stages = {
         "synthesize": {"recipe": str(Path("recipes/tiny/synthesize.yaml").absolute())},
         "sft": {"recipe": "sft.yaml", "datasets": "synthesize/data.jsonl"},
-        "reward": {"recipe": "reward.yaml", "datasets": "synthesize/pairs.jsonl"},
+        "reward": {"recipe": "reward.yaml", "datasets": "synthesize/pairs"},
     }
     content = {"run_dir": str(tmp_path / "run"), "launch": "accelerate_configs/cpu.yaml", "stages": stages}
     (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     pipeline = load_pipeline(tmp_path / "pipeline.yaml")
     assert len(check(pipeline)) == 3
     sources = pipeline.references_of("reward")["datasets"]
-    assert sources == [{"path": str(tmp_path / "run" / "synthesize" / "pairs.jsonl")}]
+    assert sources == [{"path": str(tmp_path / "run" / "synthesize" / "pairs")}]
 
 
 def test_a_front_with_another_reward_than_the_training_is_refused() -> None:

@@ -571,6 +571,10 @@ def test_teachers_take_the_micro_batches_in_turn(
         ),
         ({"teachers": [BASE, TEACHER]}, "teacher_model_name_or_path and teachers both name teachers; remove one"),
         ({"teacher_model_name_or_path": None}, "teacher_model_name_or_path is missing"),
+        (
+            {"teacher_model_name_or_path": None, "teachers": [BASE, TEACHER], "eval_strategy": "epoch"},
+            "eval_strategy would evaluate with the teacher whose turn it is; remove it",
+        ),
         ({"teacher_model_name_or_path": None, "teachers": []}, "teachers is empty; write one or more"),
         (
             {"teacher_model_name_or_path": None, "teachers": ["a/x", "b/x"]},

@@ -69,6 +69,19 @@ def evaluate_recipe(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Recip
     }
 
 
+def test_models_of_one_content_answer_once_and_need_no_reward(evaluate_recipe: Recipe, tmp_path: Path) -> None:
+    """Two points of a front may be the same one; a selection by a grader may reward nothing."""
+    _, built = evaluate.COMMAND.build(evaluate_recipe | {"missing_end_penalty": 0.0, "num_samples": 3})
+    built.measured.rewards.reward_functions = None
+    first = Path(evaluate_recipe["models"][0])
+    again = Path(shutil.copytree(first, tmp_path / "again"))
+    measurement = measure.Measurement(TEACHER, built.measured, tmp_path / "measured")
+    answered = measurement.answer([first, again])
+    assert answered[first] == answered[again]
+    assert len((tmp_path / "measured" / "answers.jsonl").read_text().splitlines()) == 1
+    assert measurement.values(answered[again])["reward"] == [0.0] * 3
+
+
 def test_models_are_measured_beside_each_other(evaluate_recipe: Recipe, tmp_path: Path) -> None:
     output = run_stage(tmp_path / "evaluate.yaml", evaluate.COMMAND, evaluate_recipe)
     models = json.loads((output / "models.json").read_text())

@@ -187,9 +187,16 @@ class Gradients(TrainerCallback):
         self.steps.append((found, dict(zip(trained, by_hand, strict=True))))
 
 
+def far_apart(completions: list[str], **_: object) -> list[float]:
+    """As a function may reward what cannot be parsed; in float32, a billion takes all that is added to it away."""
+    return [-1e9 - len(completion) for completion in completions]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "rows"), [({}, 12), ({}, 4), (LORA, 12)], ids=["full", "full, accumulated", "LoRA"]
+    ("method", "rows"),
+    [({}, 12), ({}, 4), (LORA, 12), ({"reward_functions": ["tests.test_jbond:far_apart"]}, 12)],
+    ids=["full", "full, accumulated", "LoRA", "rewards far apart"],
 )
 def test_the_gradient_is_the_one_written_by_hand(
     method: Recipe, rows: int, run_rlhf: Run, jbond_recipe: Recipe, monkeypatch: pytest.MonkeyPatch

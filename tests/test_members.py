@@ -143,7 +143,7 @@ def test_a_plan_knows_what_is_read_of_a_stage_below_its_folder(tmp_path: Path) -
     stages = {
         "synthesize": {"recipe": "synthesize.yaml"},
         "warp": {"recipe": "warp.yaml"},
-        "reward": {"recipe": "reward.yaml", "datasets": "synthesize/pairs.jsonl"},
+        "reward": {"recipe": "reward.yaml", "datasets": "synthesize/pairs"},
         "sft": {"recipe": "sft.yaml", "members": [{"model": "warp/eta-0.3"}, {}]},
     }
     reads = {step.label: labels for step, _, labels in forecast(load_pipeline(write(tmp_path, stages)), None, {})}

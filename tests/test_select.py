@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from gemma2_post import select
 from gemma2_post.evaluation.choice import choose
 from gemma2_post.pipeline import check, processes, summary
 from gemma2_post.pipeline.decisions import Action, forecast
@@ -201,6 +202,12 @@ def test_a_selection_that_cannot_be_right_is_refused(
     path = write(tmp_path, recipe, changed)
     with pytest.raises(UserError, match=message):
         check.check(loaded(path))
+
+
+def test_candidates_of_one_name_are_refused(select_recipe: dict[str, object]) -> None:
+    """What they answer and win is told apart by it."""
+    with pytest.raises(UserError, match="models: two folders have the same name, sft; rename one"):
+        select.COMMAND.build(select_recipe | {"models": ["a/sft", "b/sft"]})
 
 
 def test_rlhf_is_not_selected_on_a_share_of_its_steps(

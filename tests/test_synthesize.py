@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from gemma2_post import synthesize
 from gemma2_post.data.duplicates import find_duplicates
 from gemma2_post.data.keys import Source
-from gemma2_post.data.selection import Candidate, select
+from gemma2_post.data.selection import Candidate, pairs_of, select
 from gemma2_post.models import cost
 from gemma2_post.models.loading import load_config
 from gemma2_post.stage import contract, launcher
@@ -164,7 +164,7 @@ def test_a_reward_model_picks_the_best(
 
 
 def pairs_in(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "pairs.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (output / "pairs" / "data.jsonl").read_text().splitlines()]
 
 
 def test_the_best_answer_against_the_worst_is_a_pair_that_reward_reads(
@@ -181,9 +181,39 @@ def test_the_best_answer_against_the_worst_is_a_pair_that_reward_reads(
         assert pair["score_chosen"] > pair["score_rejected"]
         if row := best.get(pair["prompt"][0]["content"]):
             assert row["messages"] == [*pair["prompt"], *pair["chosen"]]
-    read = load_preferences([Source(str(output / "pairs.jsonl"))], 0.0, 0, ["answer"], score_margin=0.5)
+    read = load_preferences([Source(str(output / "pairs"))], 0.0, 0, ["answer"], score_margin=0.5)
     assert read["chosen"] == [pair["chosen"] for pair in pairs]
     assert read["margin"] == pytest.approx([(p["score_chosen"] - p["score_rejected"]) / 2 for p in pairs])
+
+
+def test_answers_of_one_text_are_no_pair_whatever_a_rounding_says() -> None:
+    said = [("It is 8.", 1.0), ("It is 9.", 0.5), ("It is 8.", 1.0 + 1e-8)]
+    found = [
+        Candidate(
+            row, [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}], {}, i, "stop", reward
+        )
+        for row, texts in enumerate((said, said[::2]))
+        for i, (text, reward) in enumerate(texts)
+    ]
+    assert [(best.row, best.sample, worst.sample) for best, worst in pairs_of(found)] == [(0, 2, 1)]
+
+
+def test_a_reward_model_reads_no_more_than_it_was_trained_on(
+    run_synthesize: Run, synthesize_recipe: Recipe, endpoint_recipe: Recipe, reward_model_dir: Path, serve: Callable
+) -> None:
+    """Of a local teacher the answer cannot be too long; of an endpoint, longer ones are dropped."""
+    scored = {"num_answers": 2, "reward_model": str(reward_model_dir)}
+    with pytest.raises(
+        UserError, match="max_new_tokens 192 leaves 0 of the reward model's 192 positions for a prompt"
+    ):
+        run_synthesize(synthesize_recipe | scored | {"max_new_tokens": 192})
+
+    def reply(request: dict) -> tuple[int, str]:
+        return completion("word " * (400 if request["seed"] % 2 else 4))
+
+    output = run_synthesize(endpoint_recipe | scored | {"endpoint": serve(reply).url})
+    assert metrics_of(output)["dropped_ungraded"] > 0
+    assert all(len(row["messages"][-1]["content"]) < 30 for row in rows_of(output))
 
 
 def test_a_judge_grades_answers_and_those_without_a_grade_are_in_no_pair(

@@ -573,6 +573,11 @@ def test_a_front_is_rewarded_as_its_policies_were(measured: Recipe, tmp_path: Pa
             {},
             r"reward_functions is \['gemma2_post.tiny.gold:gold'\], but .* was trained with .*accuracy",
         ),
+        (
+            [{"reward_model": "runs/reward"}] * 2,
+            {},
+            "reward_model is not set, but .*policy-0 was trained with runs/reward, or that has changed; name the one",
+        ),
         ([{}, {"length_penalty": 0.1}], {}, "policy-1 was rewarded in another way than .*policy-0, so no front"),
         ([{}, {"reward_weights": [1.0, 2.0]}], {}, "policy-1 was rewarded in another way"),
     ],

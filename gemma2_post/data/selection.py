@@ -47,8 +47,8 @@ def select(
     """The candidates to keep, and how many were dropped for each reason, in this order.
 
     Refused: the endpoint would not answer. Unfinished: the answer did not end by itself. Invalid: empty, or with a
-    control token. Ungraded: the judge has given it no grade. Not best: another answer to the prompt has a higher
-    reward. Duplicate: see `find_duplicates`.
+    control token. Ungraded: the judge has given it no grade, or the reward model does not read as much. Not best:
+    another answer to the prompt has a higher reward. Duplicate: see `find_duplicates`.
 
     Args:
         rewards_of: Computes the reward of each candidate, which it is then kept with; None keeps all answers to a
@@ -88,9 +88,16 @@ def _ranked(candidates: list[Candidate]) -> dict[int, list[Candidate]]:
 
 
 def pairs_of(candidates: list[Candidate]) -> list[tuple[Candidate, Candidate]]:
-    """The best and the worst answer to each prompt, by the rewards that `select` has given; none if they are equal."""
+    """The best and the worst answer to each prompt, by the rewards that `select` has given; none if they are equal.
+
+    Two answers of one text are equal, too: their rewards may differ by a rounding, which depends on the batch.
+    """
     ranked = [(each[0], each[-1]) for each in _ranked(candidates).values()]
-    return [(best, worst) for best, worst in ranked if best.reward != worst.reward]
+    return [
+        (best, worst)
+        for best, worst in ranked
+        if best.reward != worst.reward and best.messages[-1] != worst.messages[-1]
+    ]
 
 
 def write_pairs(path: Path, pairs: list[tuple[Candidate, Candidate]], teacher: dict[str, object]) -> int:
@@ -105,6 +112,7 @@ def write_pairs(path: Path, pairs: list[tuple[Candidate, Candidate]], teacher: d
         answers = {"prompt": prompt, "chosen": [chosen], "rejected": [worst.messages[-1]]}
         row = answers | {"score_chosen": best.reward, "score_rejected": worst.reward}
         lines.append(json.dumps(row | best.columns | {"teacher": teacher}, ensure_ascii=False) + "\n")
+    path.parent.mkdir(exist_ok=True)
     contract.write_text(path, "".join(lines))
     return len(lines)
 

@@ -142,10 +142,11 @@ def rewarded_as(
         if done is None or done["stage"] != "rlhf":
             continue
         recipe, inputs = done["fingerprint"]["recipe"], done["fingerprint"]["inputs"]
-        if args.reward_model and inputs.get(recipe.get("reward_model")) != contract.input_digest(args.reward_model):
+        was, said = recipe.get("reward_model"), args.reward_model
+        if bool(was) != bool(said) or (said and inputs.get(was) != contract.input_digest(said)):
             raise UserError(
-                f"reward_model is {args.reward_model}, but {policy} was trained with "
-                f"{recipe.get('reward_model', 'none')}, or that has changed; name the one that it was trained with"
+                f"reward_model is {said or 'not set'}, but {policy} was trained with {was or 'none'}, or that has "
+                "changed; name the one that it was trained with"
             )
         each = as_trained(args, recipe, policy)
         if first and each != found:

@@ -402,7 +402,7 @@ class SynthesisArguments(EngineArguments, JudgeModelArguments):
         None, "Keeps the best answer to each prompt: a reward model's folder, or module:function."
     )
     pairs: bool = key(
-        False, "Also write pairs.jsonl: the best answer to each prompt against the worst, by reward_model or judge."
+        False, "Also write pairs/: the best answer to each prompt against the worst, by reward_model or judge."
     )
     batch_size: int = key(16, "Prompts that a local model answers at once.", bounds=COUNT)
     answer_processes: int = key(

@@ -136,7 +136,8 @@ class Measurement:
         asked = [list(self.rows["prompt"]), self.later, self.sampling, digest_of(Path(self.start))]
         keys = {path: digests.of_text(json.dumps([digest_of(path), *asked])) for path in models}
         is_kept = {record["key"] for record in contract.read_lines(self.kept / _ANSWERS, _RECORD)}
-        missing = {path: keys[path] for path in models if keys[path] not in is_kept}
+        once = {key: path for path, key in reversed(keys.items())}  # models with the same content answer once
+        missing = {path: key for key, path in reversed(once.items()) if key not in is_kept}
         if self.args.answer_processes > 1 and len(missing) > 1:
             done = side_by_side(list(missing.items()), self.args.answer_processes, partial(_begin, *self.settings))
             for _ in tqdm(done, desc="answers", unit="model", total=len(missing)):
@@ -256,7 +257,7 @@ class Measurement:
         texts = [answer.text for answer in answered.answers]
         return {
             **({} if answered.kl is None else {"kl_to_init": answered.kl}),
-            "reward": rewards.weighted(by_function, self.reward_weights),
+            "reward": rewards.weighted(by_function, self.reward_weights) if by_function else [0.0] * len(ids),
             **{name: grader(completions=texts, **self.columns) for name, grader in self.graders.items()},
             "stop_rate": [float(answer.stopped) for answer in answered.answers],
             "mean_tokens": [float(answer.num_tokens) for answer in answered.answers],

@@ -28,6 +28,8 @@ from gemma2_post.weights.anchor import REFERENCE_ADAPTER
 
 ROWS = 3
 """Rows of a prompt: the policy's answer, the better answer of the anchor, and the empty row."""
+MOST_LOGGED = 1e3
+"""Rewards beyond this, in size, are logged as this."""
 BELOW_BOTH = -math.log(16)
 """The reward of an answer below both of the anchor's (equation 17).
 
@@ -168,8 +170,10 @@ class Rollout:
         everywhere = trainer.accelerator.gather(local).cpu()
         all_rewards, (log_ratios, lengths) = everywhere[:, :ROWS], everywhere[:, ROWS:].T
         found = advantages(all_rewards, log_ratios, self.backward_weight, self.beta)
-        # TRL averages over the rows and takes away the mean of each group: the policy's reward, which it so logs.
-        found = ROWS * found[first : first + len(prompts)] + rewards[:, :1]
+        # TRL averages over the rows and takes away the mean of each group: the policy's reward, which it so logs. It
+        # does so in float32, in which the advantages beside a reward of a million would be rounded away.
+        logged = rewards[:, :1].clamp(-MOST_LOGGED, MOST_LOGGED)
+        found = ROWS * found[first : first + len(prompts)] + logged
         rows = [row for pair in zip(own, better, strict=True) for row in (*pair, None)]
         return {
             "prompt_ids": [ids for prompt in prompt_ids for ids in (prompt, prompt, [BOS])],

@@ -87,23 +87,24 @@ def ask_vllm(
     answered: dict[Job, dict],
     write: Callable[[list[dict]], None],
 ) -> None:
-    """Answers of a local model by vLLM, written as they come.
+    """Answers of a local model by vLLM, written as they come; each has the seed of its place among all of them.
 
     Args:
         log: File for what vLLM says.
     """
-    missing = [job for job in jobs_of(args, prompts) if job not in answered]
-    if not missing:
+    jobs = jobs_of(args, prompts)
+    given = {i: Answer(answered[job]["text"], [], []) for i, job in enumerate(jobs) if job in answered}
+    if len(given) == len(jobs):
         return
     name, config = model_args.model_name_or_path, load_config(model_args.model_name_or_path)
     server = Server(args.vllm_program, name, log, config.max_position_embeddings, config.num_key_value_heads)
 
     def write_some(answers: dict[int, Answer], _: list[str]) -> None:
-        write([record_of(missing[number], each) for number, each in answers.items()])
+        write([record_of(jobs[number], each) for number, each in answers.items()])
 
     load = partial(load_model, model_args, "auto")
     with serving(server, tokenizer, load, args.max_new_tokens, args.seed) as sample:
-        sample([prompts[row] for row, _ in missing], args.temperature, PartlyAnswered(write=write_some))
+        sample([prompts[row] for row, _ in jobs], args.temperature, PartlyAnswered(given, write=write_some))
 
 
 def ask_endpoint(
@@ -177,10 +178,12 @@ def load_rewards(
         return by_function
     loaded = reward_model.load(args.reward_model)
 
-    def by_model(candidates: list[Candidate]) -> list[float]:
+    def by_model(candidates: list[Candidate]) -> list[float | None]:
         # Moved only now: a local teacher has left the GPU.
         loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        conversations = [each.messages for each in candidates]
-        return reward_model.score(loaded.model, loaded.tokenizer, conversations, args.batch_size)
+        ids = [reward_model.conversation_ids(loaded.tokenizer, each.messages) for each in candidates]
+        readable = [each for each in ids if len(each) <= loaded.max_length]
+        scores = iter(reward_model.score_ids(loaded.model, readable, args.batch_size))
+        return [next(scores) if len(each) <= loaded.max_length else None for each in ids]
 
     return by_model
