@@ -25,7 +25,7 @@ from over_seeds import interval
 from gemma2_post.tiny.data import preferences
 
 MEMBERS = [{}, {"learning_rate": 5e-4}, {"lora_dropout": 0.1}, {"learning_rate": 5e-4, "lora_dropout": 0.1}]
-RLOO = {"algorithm": "rloo", "num_generations": 4, "beta": 0.05, "anchor_mu": 0.01, "learning_rate": 3e-4}
+RLOO = {"algorithm": "rloo", "num_generations": 4, "beta": 0.05, "anchor_mu": 0.01, "learning_rate": 1e-4}
 SETS = {"": "held out", "_flipped": "agreement with flipped labels", "_shifted": "the policy's answers, by gold"}
 WHO = {"member_accuracy": "members", "ensemble_accuracy": "mean of scores", "accuracy": "mean of weights"}
 
