@@ -15,6 +15,7 @@ Every answer is appended to `progress/answers.jsonl` when it arrives, so an inte
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -44,7 +45,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from trl import ModelConfig
 
+    from gemma2_post.data.turns import Message
     from gemma2_post.evaluation.answering.teacher import Job
+
+    Ask = Callable[[list[list[Message]], dict[Job, dict], Callable[[list[dict]], None]], None]
 
 REFUSED = dict.fromkeys(
     ["held_out_datasets", "held_out_share"], "every prompt is answered; give sft the rows to hold out"
@@ -69,43 +73,13 @@ class Recipe:
 def main(stage: Stage, recipe: Recipe) -> None:
     """Asks the teacher, appends each answer to `progress/answers.jsonl`, and writes what is worth keeping."""
     from tqdm import tqdm
-    from trl import ModelConfig
 
-    from gemma2_post.data.mixture import load_rows
-    from gemma2_post.data.preparation import drop_too_long
     from gemma2_post.data.selection import candidates_of, pairs_of, select, write_pairs, write_rows
-    from gemma2_post.evaluation.answering import endpoint
-    from gemma2_post.evaluation.answering.teacher import ask_endpoint, ask_model, ask_vllm, load_rewards
-    from gemma2_post.evaluation.answering.vllm_server import check_program
+    from gemma2_post.evaluation.answering.teacher import load_rewards
     from gemma2_post.evaluation.inputs import load_judge
-    from gemma2_post.models import reward_model
-    from gemma2_post.models.tokenizer import load_config_and_tokenizer
 
-    args, data_args = recipe.synthesis, recipe.data
-    local = {each.name for each in dataclasses.fields(ModelConfig)} | {"batch_size", "max_prompt_length"}
-    without_effect = sorted(stage.fingerprint["recipe"].keys() & local - {"model_name_or_path"})
-    if args.endpoint and without_effect:
-        raise UserError(f"{without_effect[0]} has no effect with an endpoint; remove one of them")
-    settings = data_args.max_invalid_share, args.seed, data_args.columns
-    revision = None
-    if args.endpoint:
-        prompts = load_rows(data_args.datasets, *settings, row_format=PROMPT).dataset()
-        client = endpoint.connect(args.endpoint, args.server, args.endpoint_retries)
-        ask = partial(ask_endpoint, args, recipe.model.model_name_or_path, client)
-    else:
-        config, tokenizer = load_config_and_tokenizer(recipe.model)
-        revision = getattr(config, "_commit_hash", None)
-        readable, whose = config.max_position_embeddings, "the model's"
-        if args.reward_model and ":" not in args.reward_model:
-            sealed = reward_model.check(args.reward_model)["max_length"]
-            readable, whose = min((readable, whose), (sealed, "the reward model's"))
-        longest = check_prompt_length(args.max_prompt_length, "max_new_tokens", args.max_new_tokens, readable, whose)
-        found = load_rows(data_args.datasets, *settings, row_format=PROMPT, tokenizer=tokenizer)
-        prompts = drop_too_long(found, "max_prompt_length", longest, data_args.max_too_long_share).dataset()
-        ask = partial(ask_model, args, recipe.model, tokenizer)
-        if args.engine == "vllm":
-            check_program(args.vllm_program)
-            ask = partial(ask_vllm, args, recipe.model, tokenizer, stage.output_dir / contract.PROGRESS / "vllm.log")
+    args = recipe.synthesis
+    prompts, ask, revision = load_teacher(stage, recipe)
     judge = load_judge(args.judging, stage.output_dir.with_name("judgments.jsonl"))
     rewards_of = load_rewards(args, prompts, judge) if args.reward_model or judge else None
 
@@ -144,6 +118,46 @@ def main(stage: Stage, recipe: Recipe) -> None:
         counts["num_pairs"] = write_pairs(stage.output_dir / "pairs" / "data.jsonl", pairs_of(candidates), teacher)
     speed = {"mean_tokens": num_tokens / len(answers), "tokens_per_second": (num_tokens - num_earlier) / seconds}
     stage.finish({"teacher": teacher}, counts | speed, ", ".join(f"{name} {count}" for name, count in counts.items()))
+
+
+def load_teacher(stage: Stage, recipe: Recipe) -> "tuple[Dataset, Ask, str | None]":
+    """The prompts, the function that asks the teacher, and its revision on the Hub; loads no weights yet.
+
+    Raises:
+        UserError: The teacher cannot be reached, or prompts and answers do not fit.
+    """
+    from trl import ModelConfig
+
+    from gemma2_post.data.mixture import load_rows
+    from gemma2_post.data.preparation import drop_too_long
+    from gemma2_post.evaluation.answering import endpoint
+    from gemma2_post.evaluation.answering.teacher import ask_endpoint, ask_model, ask_vllm
+    from gemma2_post.evaluation.answering.vllm_server import check_program
+    from gemma2_post.models import reward_model
+    from gemma2_post.models.tokenizer import load_config_and_tokenizer
+
+    args, data_args = recipe.synthesis, recipe.data
+    settings = data_args.max_invalid_share, args.seed, data_args.columns
+    if args.endpoint:
+        local = {each.name for each in dataclasses.fields(ModelConfig)} | {"batch_size", "max_prompt_length"}
+        if without_effect := sorted(stage.fingerprint["recipe"].keys() & local - {"model_name_or_path"}):
+            raise UserError(f"{without_effect[0]} has no effect with an endpoint; remove one of them")
+        prompts = load_rows(data_args.datasets, *settings, row_format=PROMPT).dataset()
+        client = endpoint.connect(args.endpoint, args.server, args.endpoint_retries)
+        return prompts, partial(ask_endpoint, args, recipe.model.model_name_or_path, client), None
+    config, tokenizer = load_config_and_tokenizer(recipe.model)
+    readable, whose = config.max_position_embeddings, "the model's"
+    if args.reward_model and ":" not in args.reward_model:
+        sealed = reward_model.check(args.reward_model)["max_length"]
+        readable, whose = min((readable, whose), (sealed, "the reward model's"))
+    longest = check_prompt_length(args.max_prompt_length, "max_new_tokens", args.max_new_tokens, readable, whose)
+    found = load_rows(data_args.datasets, *settings, row_format=PROMPT, tokenizer=tokenizer)
+    prompts = drop_too_long(found, "max_prompt_length", longest, data_args.max_too_long_share).dataset()
+    ask = partial(ask_model, args, recipe.model, tokenizer)
+    if args.engine == "vllm":
+        check_program(args.vllm_program)
+        ask = partial(ask_vllm, args, recipe.model, tokenizer, stage.output_dir / contract.PROGRESS / "vllm.log")
+    return prompts, ask, getattr(config, "_commit_hash", None)
 
 
 def resume(
