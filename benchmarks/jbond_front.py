@@ -6,8 +6,9 @@
 For each seed the script trains a policy by each algorithm from the run's `distill` on its `reward`. Both sample the
 same number of answers in a step: RLOO four to a prompt, J-BOND three, one of which is the policy's. The learning rate
 of each is the one of `--rates` whose run ends with the highest reward on selection prompts, with a seed that is not
-used again. All points of all policies are then measured on the test prompts, which chose nothing. Finished stages are
-skipped. Intervals are 95%, Student's t over seeds, of differences within a seed.
+used again; `--also jbond-0.0001` adds an arm at another of these rates. All points of all policies are then measured
+on the test prompts, which chose nothing. Finished stages are skipped. Intervals are 95%, Student's t over seeds, of
+differences within a seed.
 """
 
 import argparse
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arms", choices=list(ARMS), nargs="+", default=["rloo", "jbond"])
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
+    parser.add_argument("--also", nargs="*", default=[])
     parser.add_argument("--search_seed", type=int, default=100)
     parser.add_argument("--kls", type=float, nargs="+", default=[0.25, 0.5, 1.0, 1.5])
     parser.add_argument("--max_steps", type=int, default=80)
@@ -53,11 +55,11 @@ def main() -> None:
     ends = {name: search.watched(name, arguments.search_seed)[-1] for name in tried}
     for name, end in ends.items():
         print(name, {key: round(end[key], 3) for key in ("reward", "gold", "kl_to_start")}, flush=True)
-    arms = {}
-    for arm in arguments.arms:
-        best = max((f"{arm}-{rate:g}" for rate in arguments.rates), key=lambda name: ends[name]["reward"])
-        print(f"{arm} is trained as {best}", flush=True)
-        arms[arm] = tried[best]
+    best = [
+        max((f"{arm}-{rate:g}" for rate in arguments.rates), key=lambda name: ends[name]["reward"])
+        for arm in arguments.arms
+    ]
+    arms = {name: tried[name] for name in [*best, *arguments.also]}
     policies = Fronts(arguments.run, folder, arms, arguments.seeds, *of_all)
     policies.train()
     fronts = policies.measure()

@@ -1,6 +1,7 @@
 """The `gemma2-post` command. Each subcommand imports what it needs when it is called, so --help is quick."""
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,11 @@ def run(
     from gemma2_post.report.terminal import View, terminal
 
     loaded = load_pipeline(pipeline, run_dir, seed, overrides)
+    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) and (rerun or fresh):
+        print(
+            "Slurm has requeued this job, so it goes on: --rerun and --fresh were followed the first time", flush=True
+        )
+        rerun, fresh = (), ()
     choices = choices_of(loaded, {Choice.RERUN: [*rerun], Choice.KEEP: [*keep], Choice.FRESH: [*fresh]})
     if explain:
         return runs.explain(loaded, until, choices)

@@ -134,6 +134,64 @@ def test_a_changed_rate_trains_again_and_the_old_output_can_come_back(
     assert capsys.readouterr().out.count("what was replaced comes back") == 2
 
 
+def test_what_was_replaced_comes_back_although_it_is_to_be_measured_in_another_way(
+    path: Path, ran: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = path.parent / "run" / "sft" / "model.safetensors"
+    before = weights.read_bytes()
+    start(path, overrides={"sft": {"learning_rate": 0.5}})
+    ran.clear()
+    capsys.readouterr()
+    start(path, overrides={"sft": {"graders": ["gemma2_post.tiny.gold:accuracy"]}})
+    said = capsys.readouterr().out
+    assert ran == ["sft"] and weights.read_bytes() == before
+    assert "sft: what was replaced comes back" in said and "sft: measures again, because " in said
+
+
+def test_a_run_that_was_moved_or_is_named_by_another_path_is_the_same_one(
+    path: Path, ran: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "run").rename(tmp_path / "moved")
+    cli.run(path, None, {}, tmp_path / "moved")
+    cli.run(path, None, {}, Path(os.path.relpath(tmp_path / "moved")))
+    assert ran == []
+    (tmp_path / "moved" / "sft" / "model.safetensors").write_text("another")
+    cli.run(path, None, {}, tmp_path / "moved")
+    assert ran == ["sft"]  # a changed file counts there, too
+
+
+def test_a_recipe_that_is_edited_during_a_run_stops_it_before_the_stage(
+    tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, launch = write_pipeline(tmp_path, STAGES), processes.launch
+
+    def edit_and_launch(step: Step, *arguments: object) -> int:
+        (tmp_path / "sft.yaml").write_text((tmp_path / "sft.yaml").read_text() + "\n# a comment\n")
+        (tmp_path / "distill.yaml").write_text("{learning_rate: 0.5}")
+        return launch(step, *arguments)
+
+    with monkeypatch.context() as during:
+        during.setattr(processes, "launch", edit_and_launch)
+        with pytest.raises(
+            UserError, match=r"distill.yaml was edited since this run began, so distill was not begun; run"
+        ):
+            start(path)
+    assert ran == ["sft"]
+    start(path)
+    assert ran == ["sft", "distill"]
+
+
+def test_a_requeued_job_does_not_make_again_what_it_has_made(
+    path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(path, rerun=["sft"])
+    assert ran == ["sft"]
+    ran.clear()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    start(path, rerun=["sft"])
+    assert ran == [] and "Slurm has requeued this job, so it goes on" in capsys.readouterr().out
+
+
 def test_what_the_user_says_comes_first(path: Path, ran: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     changed = {"sft": {"learning_rate": 0.5}}
     start(path, overrides=changed, keep=["sft"])

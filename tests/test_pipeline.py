@@ -17,9 +17,10 @@ from gemma2_post import cli
 from gemma2_post.pipeline import check, devices, gates, lock, processes, run
 from gemma2_post.pipeline.loading import load_pipeline
 from gemma2_post.pipeline.steps import Step
-from gemma2_post.stage import contract
+from gemma2_post.stage import contract, launcher
 from gemma2_post.stage.errors import UserError, reported
 from gemma2_post.stage.launcher import Launcher
+from gemma2_post.stage.recipe_file import parse_value
 from tests.conftest import TEACHER
 
 CPU_CONFIG = "accelerate_configs/cpu.yaml"
@@ -748,6 +749,48 @@ def test_runs_go_side_by_side_on_devices_of_their_own(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
     assert devices.places(Launcher(**config), num_runs) == expected
+
+
+def test_runs_whose_launcher_names_its_gpus_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate would set CUDA_VISIBLE_DEVICES to these in each of them."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    (tmp_path / "gpus.yaml").write_text("{num_processes: 1, gpu_ids: '2'}")
+    (tmp_path / "all.yaml").write_text("{num_processes: 1, gpu_ids: all, deepspeed_config: null}")
+    assert devices.places(launcher.read(tmp_path / "gpus.yaml"), 4) == [{}]
+    assert len(devices.places(launcher.read(tmp_path / "all.yaml"), 4)) == 4
+    (tmp_path / "text.yaml").write_text("{num_processes: '2'}")
+    with pytest.raises(UserError, match=r"text.yaml: num_processes is '2'; write a whole number"):
+        launcher.read(tmp_path / "text.yaml")
+
+
+@pytest.mark.parametrize(
+    "text", ["runs/\U0001f680/x", "a \\\\ud83d\\ude80 as text", "\U0001d518\U0001f680", "\x85 \x7f é"]
+)
+def test_a_stage_gets_every_character(text: str) -> None:
+    (argument,) = processes.assignments({"key": [text]})
+    assert parse_value(argument.removeprefix("--key=")) == [text]
+
+
+def test_a_run_dir_that_no_recipe_knows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its new sft would be read by nobody, and distill would begin from the old one."""
+    monkeypatch.chdir(tmp_path)
+    stages = {"sft": {"recipe": "sft.yaml"}, "distill": {"recipe": "distill.yaml"}}
+    path = write_pipeline(tmp_path, stages, distill={"model_name_or_path": "runs/old/sft"})
+    load_pipeline(path)
+    Path("runs/old/sft").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"run_dir is runs/x, and .*distill.yaml reads runs/old/sft; leave run_dir as"):
+        load_pipeline(path)
+
+
+def test_a_model_that_the_command_line_sets_moves_with_the_run_and_comes_first(tmp_path: Path) -> None:
+    stages = {
+        "sft": {"recipe": "sft.yaml"}, "other": {"recipe": "sft.yaml", "stage": "sft"},
+        "distill": {"recipe": "distill.yaml", "model": "sft"},
+    }  # fmt: skip
+    overrides = {"distill": {"model_name_or_path": "runs/x/other"}}
+    pipeline = load_pipeline(write_pipeline(tmp_path, stages), run_dir=Path("runs/y"), overrides=overrides)
+    *_, (_, (step,)) = pipeline.steps()
+    assert step.keys["model_name_or_path"] == "runs/y/other"
 
 
 def test_runs_of_several_processes_side_by_side_meet_at_different_ports(monkeypatch: pytest.MonkeyPatch) -> None:

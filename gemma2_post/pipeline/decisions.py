@@ -156,15 +156,19 @@ def replaced_folders(run_dir: Path) -> list[Path]:
 
 
 def replaced_version(pipeline: Pipeline, step: Step, wanted: Fingerprint) -> Path | None:
-    """The newest replaced output that is what is wanted, finished or resumable."""
+    """The newest replaced output that is wanted and finished, however it was measured; else one to resume."""
     name = f"{_name(pipeline, step)}-"
     versions = [
         folder
         for folder in reversed(replaced_folders(pipeline.run_dir))
         if folder.name.startswith(name) and _DATE.fullmatch(folder.name.removeprefix(name))
     ]
-    usable = (State.DONE, State.INTERRUPTED)
-    return next((folder for folder in versions if contract.state_of(folder, wanted)[0] in usable), None)
+    states = [contract.state_of(folder, wanted)[0] for folder in versions]
+    for usable in ((State.DONE, State.UNMEASURED), (State.INTERRUPTED,)):
+        for folder, state in zip(versions, states, strict=True):
+            if state in usable:
+                return folder
+    return None
 
 
 def replace(pipeline: Pipeline, step: Step) -> Path | None:

@@ -23,7 +23,7 @@ def places(launcher: Launcher, num_runs: int) -> list[dict[str, str]]:
         launcher: Launcher of each run.
     """
     num_processes = launcher.num_processes
-    if launcher.num_machines > 1:
+    if launcher.num_machines > 1 or launcher.names_gpus:
         return [{}]
     if launcher.use_cpu:
         cores = num_cores()

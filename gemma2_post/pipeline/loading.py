@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from gemma2_post.pipeline import gates
-from gemma2_post.pipeline.entries import MODEL, OF_PIPELINE, PipelineRecipe, StageEntry, entry_of, override
+from gemma2_post.pipeline.entries import MODEL, OF_PIPELINE, PipelineRecipe, StageEntry, entry_of, listed, override
 from gemma2_post.pipeline.steps import SET_BY_LOOP, Pipeline, Step, apart, members, seed_of
 from gemma2_post.select import Selected, candidates_of, share_of
 from gemma2_post.stage.errors import UserError, located
@@ -104,6 +104,7 @@ def _loaded(
                 _check_members(pipeline, name)
             if entry.merges or entry.iterations is not None:
                 _check_merge(pipeline, name)
+        _check_run_dir(pipeline)
         folders = Counter(str(step.folder) for _, steps in pipeline.steps() for step in steps)
         folder, count = folders.most_common(1)[0]
         if count > 1:
@@ -147,6 +148,22 @@ def _with_candidates(pipeline: Pipeline, name: str, entries: dict[str, StageEntr
         found[selection] = replace(found[selection], gates=None)
         found[name] = StageEntry(recipe=recipe, stage=stage, gates=entry.gates, reads=trained)
     return found
+
+
+def _check_run_dir(pipeline: Pipeline) -> None:
+    """Refuses a run_dir in which no recipe reads anything, while recipes read entries of it in another folder."""
+    names = list(pipeline.entries)
+    if any(True for name in names for _ in pipeline.reads_of(name)):
+        return
+    for i, name in enumerate(names):
+        values = pipeline.values_of(name)
+        for key in model_keys(command_of(pipeline.stage_of(name)).recipe):
+            for value in listed(values.get(key)):
+                if Path(str(value)).name in names[:i] and Path(str(value)).is_dir():
+                    raise UserError(
+                        f"run_dir is {pipeline.named_dir}, and {pipeline.config_of(name)} reads {value}; leave "
+                        "run_dir as the recipes have it and give --run_dir, or change the recipes, too"
+                    )
 
 
 def _check_references(pipeline: Pipeline, name: str) -> None:

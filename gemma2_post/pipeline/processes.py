@@ -26,6 +26,8 @@ RUN_DIR = "GEMMA2_POST_RUN_DIR"
 """Environment variable by which all processes of a run are found, even those whose parents are gone."""
 _GRACE = 45.0
 """Seconds between SIGTERM and SIGKILL; srun takes half a minute to end processes on other nodes."""
+_PAIR = re.compile(r"\\\\|\\u(d[89ab]..)\\ud[c-f]..")
+"""Two escapes of JSON for one character; an escaped backslash is no beginning of one."""
 _BAR = re.compile(r"(?:^|[\r\n])(?:([^\r\n|]+?): +)?\s*\d+%\|[^|]*\| (\d+)/(\d+) \[[^<\]]*<([^,\]]+)")
 
 
@@ -56,8 +58,16 @@ def launch(step: Step, config: str, launcher: Launcher, environment: dict[str, s
 
 
 def assignments(values: dict[str, object]) -> list[str]:
-    """Keys of a recipe as arguments of a stage's command: `--key=value`."""
-    return [f"--{key}={json.dumps(value)}" for key, value in values.items()]  # JSON is YAML
+    """Keys of a recipe as arguments of a stage's command: `--key=value`, in YAML."""
+    return [f"--{key}={_PAIR.sub(_one_character, json.dumps(value))}" for key, value in values.items()]
+
+
+def _one_character(found: re.Match) -> str:
+    """An emoji, which JSON writes as two escapes that YAML would read as two characters, as one escape of YAML."""
+    if found[1] is None:
+        return found[0]
+    (character,) = json.loads('"' + found[0] + '"')
+    return f"\\U{ord(character):08x}"
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from gemma2_post.stage.errors import UserError, located, reported
 from gemma2_post.stage.fingerprint import Fingerprint
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.stage.quiet import silence_libraries
+from gemma2_post.stage.recipe_file import load_recipe
 
 LOGS = "logs"
 _BEAT = 10.0
@@ -73,13 +74,13 @@ def run(pipeline: Pipeline, until: str | None, view: View, choices: dict[str, Ch
     steps = [step for _, each in rounds for step in each]
     began = time.monotonic()
     with lock.held(pipeline.run_dir), _interruptible():
-        if processes.end_all(pipeline.run_dir):
-            print("ended processes that an earlier, killed run had left running", flush=True)
         _check_folders(pipeline, steps)
         view.begin(pipeline.run_dir, [(step, _log(pipeline, step)) for step in steps])
         current = _Run(pipeline, until, view, choices)
         status = "failed"
         try:
+            if processes.end_all(pipeline.run_dir):
+                print("ended processes that an earlier, killed run had left running", flush=True)
             with view.live():
                 for number in range(len(rounds)):  # anew, because what a selection has chosen decides later keys
                     current.round(*pipeline.steps(until)[number])
@@ -97,7 +98,9 @@ def run(pipeline: Pipeline, until: str | None, view: View, choices: dict[str, Ch
                 summary.write(pipeline, status, time.monotonic() - began if current.has_begun else 0.0)
             view.end(status)
             if status == "interrupted":
-                view.say("interrupted; the same command resumes")
+                again = {Choice.RERUN, Choice.FRESH} & {*choices.values()}
+                without = f" without --{' and --'.join(sorted(each.value for each in again))}" if again else ""
+                view.say(f"interrupted; the same command{without} resumes")
     return current.has_begun
 
 
@@ -183,10 +186,13 @@ class _Run:
 
     def __init__(self, pipeline: Pipeline, until: str | None, view: View, choices: dict[str, Choice]):
         self.pipeline, self.until, self.view, self.choices = pipeline, until, view, choices
+        self.recipes = {file: load_recipe(file) for file in map(pipeline.config_of, pipeline.entries)}
         self.has_begun = False
 
     def round(self, config: str, steps: list[Step]) -> None:
         """Runs the steps that are not up to date, side by side if devices allow it; then checks their gates."""
+        for step in steps:
+            self._check_recipe(step)
         launcher = launchers.read(config)
         decisions = {step.label: self._decide(step) for step in steps}
         to_run = [step for step in steps if decisions[step.label].action != Action.KEEP]
@@ -236,6 +242,14 @@ class _Run:
                 raise
             card.end(step.folder, bounds)
 
+    def _check_recipe(self, step: Step) -> None:
+        """Refuses a recipe that was edited during the run: it is not what was checked, nor what came before it."""
+        if step.config in self.recipes and load_recipe(step.config) != self.recipes[step.config]:
+            raise UserError(
+                f"{step.config} was edited since this run began, so {step.label} was not begun; run the same command "
+                "to go on with what it says now, or undo the change first"
+            )
+
     def _decide(self, step: Step) -> Decision:
         """What to do with a step; shows that, and brings back an output that was replaced if it is wanted again."""
         wanted, choice = wanted_of(step), self.choices.get(step.label)
@@ -256,6 +270,7 @@ class _Run:
         self, step: Step, decision: Decision, config: str, launcher: Launcher, environment: dict[str, str]
     ) -> None:
         """Runs a step; what was in its folder is kept among the replaced outputs, or comes back if nothing is made."""
+        self._check_recipe(step)
         log = _log(self.pipeline, step)
         replaced = replace(self.pipeline, step) if decision.action == Action.RUN else None
         self.view.set(step.label, "running", f"log: {log}")

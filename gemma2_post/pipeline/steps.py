@@ -8,6 +8,7 @@ from typing import Any
 
 from gemma2_post.pipeline.entries import MODEL, StageEntry, first_of, listed, member_of
 from gemma2_post.stage import contract
+from gemma2_post.stage.bounds import SEED
 from gemma2_post.stage.command import Command
 from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.overrides import Overrides
@@ -116,6 +117,8 @@ class Pipeline:
                 found[read] = [self._moved_source(source) for source in values[read]]
         for read, names in entry.reads.items():
             read = "model_name_or_path" if read == MODEL else read
+            if read in self.set_keys.get(name, {}):
+                continue  # what the command line sets comes first
             if read in data_keys(recipe):
                 found[read] = [{"path": str(self.run_dir / other)} for other in listed(names)]
             elif isinstance(names, list):
@@ -238,7 +241,7 @@ def rounds(pipeline: Pipeline, name: str) -> Iterator[tuple[str, list[Step]]]:
     elif entry.overrides:
         yield pipeline.launch_of(name), members(pipeline, name, name, 0)
     else:
-        values = pipeline.references_of(name) | pipeline.set_keys.get(name, {})
+        values = pipeline.set_keys.get(name, {}) | pipeline.references_of(name)
         overrides, after = _chosen(pipeline, name)
         values |= _own_keys(pipeline, name, overrides) | {"output_dir": str(output)}
         stage, config, gates = pipeline.stage_of(name), pipeline.config_of(name), entry.gates or {}
@@ -268,8 +271,8 @@ def members(pipeline: Pipeline, name: str, output: str, first: int, model: str |
     """
     folder, entry, stage = pipeline.run_dir / output, pipeline.entries[name], pipeline.stage_of(name)
     what, share = member_of(stage), pipeline.shares.get(name)
-    shared = pipeline.references_of(name) | ({"model_name_or_path": model} if model else {})
-    shared |= pipeline.set_keys.get(name, {})
+    shared = pipeline.set_keys.get(name, {}) | pipeline.references_of(name)
+    shared |= {"model_name_or_path": model} if model else {}
     recipe, steps = pipeline.values_of(name), []
     for number, overrides in enumerate(entry.overrides, start=first):
         values = shared | _own_keys(pipeline, name, overrides, SEEDS_APART * first)
@@ -319,7 +322,11 @@ def _warp_rounds(pipeline: Pipeline, name: str) -> Iterator[tuple[str, list[Step
     merged, config = pipeline.merged_by(name), pipeline.values_of(name)
     how = {"save_dtype": "float32"} | {read: config[read] for read in ("interpolation", "angles") if read in config}
     references = pipeline.references_of(merged)
-    first = references.get("model_name_or_path") or pipeline.values_of(merged)["model_name_or_path"]
+    first = references.get("model_name_or_path") or pipeline.values_of(merged).get("model_name_or_path")
+    if first is None:
+        raise UserError(
+            f"{pipeline.config_of(merged)}: model_name_or_path is missing; name a directory or a Hub model"
+        )
     start, policies = first, [str(step.folder) for step in members(pipeline, merged, merged, 0)]
     runs = list(policies)
     for iteration in range(1, entry.iterations or 1):
@@ -341,5 +348,12 @@ def _warp_rounds(pipeline: Pipeline, name: str) -> Iterator[tuple[str, list[Step
 
 
 def seed_of(values: dict[str, Any]) -> int:
-    """The seed of a recipe."""
-    return values.get("seed", DEFAULT_SEED)
+    """The seed of a recipe.
+
+    Raises:
+        UserError: It is no whole number.
+    """
+    seed = values.get("seed", DEFAULT_SEED)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise UserError(f"seed is {seed!r}; write a whole number, {SEED.words}")
+    return seed

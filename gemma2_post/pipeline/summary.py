@@ -97,13 +97,12 @@ def _grader(pipeline: Pipeline) -> str | None:
 
 def _last_evaluation(pipeline: Pipeline) -> Path | None:
     """The folder of the last evaluation, if the models are unchanged; parts of it may have failed."""
-    for name in reversed(pipeline.entries):
-        folder = pipeline.run_dir / name
+    for step in reversed([step for _, each in pipeline.steps() for step in each]):
+        folder = step.folder
         made = contract.read_done(folder) or ((folder / contract.FAILED).is_file() and contract.read_begun(folder))
         if (folder / contract.MODELS).is_file() and made:
-            inputs = made["fingerprint"]["inputs"]
-            is_valid = all(contract.input_digest(path) == digest for path, digest in inputs.items() if "@" not in path)
-            return folder if is_valid else None
+            inputs, wanted = made["fingerprint"]["inputs"], step.command.fingerprint(step.keys)["inputs"].values()
+            return folder if all(digest in wanted for digest in inputs.values()) else None
     return None
 
 

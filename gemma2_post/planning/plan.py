@@ -95,7 +95,8 @@ def plan(jobs: list[Job], num_gpus: int | None = None, memory_gb: float | None =
             with located(job.config or job.label):
                 accumulation_steps(recipe.global_batch_size, recipe.training.per_device_train_batch_size, num_gpus)
         differs = {name: value for name, value in job.overrides.items() if name != "seed"}
-        key = (job.config or job.label, job.command.name, json.dumps(differs, sort_keys=True))
+        steps = [job.values.get(name) for name in ("max_steps", "num_train_epochs")]  # a selection's are fewer
+        key = (job.config or job.label, job.command.name, json.dumps([differs, steps], sort_keys=True))
         if key in rows:
             rows[key].num_runs += 1
             continue

@@ -10,7 +10,7 @@ from pathlib import Path
 EXIT_STATUS_FILE = "GEMMA2_POST_EXIT_STATUS_FILE"
 """Environment variable with the path of a file for the exit status, which some launchers do not pass on."""
 _NOT_USABLE = {
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.EIO),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.EIO, errno.EXDEV),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
 }
 """Errors of the system at a path that the user has chosen."""

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ Fingerprint = dict[str, dict[str, Any]]
 PARTS = ("recipe", "inputs", "measurements", "code", "versions")
 _OURS = "gemma2_post"
 _CONTENT = "content of "
+_UNSET = "unset"
 _VERSIONS_THAT_MATTER = ["torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "deepspeed"]
 _WITHOUT_EFFECT = {
     *("output_dir", "report_to", "run_name", "logging_steps", "logging_dir", "logging_first_step", "disable_tqdm"),
@@ -114,8 +115,12 @@ class Differences:
 
 
 def differences(old: Fingerprint, new: Fingerprint) -> Differences:
-    """What differs between the fingerprint of something made earlier and what is wanted now."""
-    found = {part: list(_different(old.get(part, {}), new[part])) for part in PARTS}
+    """What differs between the fingerprint of something made earlier and what is wanted now.
+
+    A folder or file that was moved, or is named by another path, is the same one if its content is.
+    """
+    is_same = partial(_is_same, _digests(old), _digests(new))
+    found = {part: list(_different(old.get(part, {}), new[part], is_same)) for part in PARTS}
     return Differences(
         output=found["recipe"] + found["inputs"],
         measurements=found["measurements"],
@@ -123,13 +128,42 @@ def differences(old: Fingerprint, new: Fingerprint) -> Differences:
     )
 
 
-def _different(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+def _digests(fingerprint: Fingerprint) -> dict[str, str]:
+    """Content hashes of the files and folders that a fingerprint names; of the user's functions, the names count."""
+    measured = fingerprint.get("measurements", {}).items()
+    named = {key.removeprefix(_CONTENT): value for key, value in measured if key.startswith(_CONTENT)}
+    named |= fingerprint.get("inputs", {})
+    return {path: digest for path, digest in named.items() if isinstance(digest, str) and ":" not in path}
+
+
+def _is_same(old: dict[str, str], new: dict[str, str], key: str, before: object, after: object) -> bool:
+    """Whether values of a key, or contents of a path, are the same ones, whatever the paths are."""
+    path = key.removeprefix(_CONTENT)
+    if before == _UNSET and path in new:
+        return new[path] in old.values()
+    if after == _UNSET and path in old:
+        return old[path] in new.values()
+    return before == after or _by_content(before, old) == _by_content(after, new)
+
+
+def _by_content(value: object, digests: dict[str, str]) -> object:
+    """A value with the content hash in place of each path."""
+    if isinstance(value, list):
+        return [_by_content(each, digests) for each in value]
+    if isinstance(value, dict):
+        return {key: _by_content(each, digests) for key, each in value.items()}
+    return digests.get(value, value) if isinstance(value, str) else value
+
+
+def _different(
+    old: dict[str, Any], new: dict[str, Any], is_same: Callable[[str, object, object], bool]
+) -> Iterator[str]:
     for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key, "unset"), new.get(key, "unset")
-        if isinstance(before, dict) and isinstance(after, dict):
+        before, after = old.get(key, _UNSET), new.get(key, _UNSET)
+        if isinstance(before, dict) and isinstance(after, dict) and "@" in key:
             # Files on the Hub: what is not downloaded is not known offline.
             yield from (f"{key}: {file} changed" for file in before if before[file] != after.get(file, before[file]))
-        elif before != after:
+        elif not is_same(key, before, after):
             yield f"{key} {before} -> {after}"
 
 

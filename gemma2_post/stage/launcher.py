@@ -27,6 +27,8 @@ class Launcher:
     """0 without DeepSpeed."""
     offloads_optimizer: bool = False
     offloads_parameters: bool = False
+    names_gpus: bool = False
+    """Whether it says itself which GPUs its processes use."""
     saves_16bit_model: bool = False
     """Whether ZeRO-3 gathers the full weights for saving."""
 
@@ -40,7 +42,10 @@ def read(path: str | Path) -> Launcher:
     if not Path(path).is_file():
         raise UserError(f"there is no accelerate config {path}; run from the project's folder, or set launch")
     config: dict[str, Any] = load_yaml(path)
-    deepspeed = config.get("deepspeed_config", {})
+    for key in ("num_processes", "num_machines"):
+        if not isinstance(config.get(key, 1), int):
+            raise UserError(f"{path}: {key} is {config[key]!r}; write a whole number")
+    deepspeed = config.get("deepspeed_config") or {}
     if "deepspeed_config_file" in deepspeed:
         raise UserError(
             f"{path}: deepspeed_config_file hides the ZeRO stage from checks; write its keys here, as in "
@@ -52,6 +57,7 @@ def read(path: str | Path) -> Launcher:
         use_cpu=config.get("use_cpu", False),
         mixed_precision=config.get("mixed_precision", "no"),
         zero_stage=deepspeed.get("zero_stage", 0),
+        names_gpus=str(config.get("gpu_ids", "all")) != "all",
         offloads_optimizer=deepspeed.get("offload_optimizer_device", "none") != "none",
         offloads_parameters=deepspeed.get("offload_param_device", "none") != "none",
         saves_16bit_model=deepspeed.get("zero3_save_16bit_model", False),
