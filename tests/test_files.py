@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
+from gemma2_post.data import sources
 from gemma2_post.data.keys import DataArguments, Source
 from gemma2_post.data.mixture import load_documents
 from gemma2_post.data.preparation import split_held_out
@@ -81,6 +82,28 @@ def test_shards_are_a_folder_or_a_glob(tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "a[1].jsonl").write_text(LINES)
     assert questions(tmp_path / "more" / "a[1].jsonl") == questions(tmp_path / "more") == ALL
+
+
+@pytest.mark.parametrize(
+    ("named", "unnamed", "split"),
+    [("chats-train.jsonl", "alpaca.jsonl", "train"), ("my-test-chats.jsonl", "b.jsonl", "test")],
+)
+def test_files_of_which_only_some_are_named_by_a_split_are_refused(
+    named: str, unnamed: str, split: str, tmp_path: Path
+) -> None:
+    for name in (named, unnamed):
+        (tmp_path / name).write_text(LINES)
+    for path in (tmp_path, tmp_path / "*.jsonl"):
+        with pytest.raises(UserError, match=f"{named} is named by the split {split}, and {unnamed} by none; name the"):
+            load(path)
+
+
+def test_what_describes_data_is_no_data(tmp_path: Path) -> None:
+    """As in folders from the Hub, and in the output of `curate`."""
+    (tmp_path / "train-00000-of-00001.jsonl").write_text(LINES)
+    for name in ("README.md", "dataset_info.json", "dataset_infos.json", contract.DONE, "removed.parquet"):
+        (tmp_path / name).write_text("{}")
+    assert questions(tmp_path) == questions(tmp_path / "*") == ALL
 
 
 def test_a_slice_of_a_file(tmp_path: Path) -> None:
@@ -203,6 +226,46 @@ def test_a_column_is_found_in_whichever_row_has_it(tmp_path: Path) -> None:
         check_sources([Source(str(tmp_path / "rows.jsonl"))], ["depth"], CONVERSATION, 0.0)
 
 
+# --- the Hub ---
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a data set, which is read as if `someone/chats` were it on the Hub."""
+
+    def load_from_folder(path: str, name: str | None, split: str, revision: str | None) -> Dataset:
+        return load_dataset(str(tmp_path / "data"), split=split, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(sources, "load_dataset", load_from_folder)
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
+def test_a_data_set_whose_files_have_different_columns_is_one_sentence(hub: Path) -> None:
+    (hub / "a.jsonl").write_text(LINES)
+    (hub / "b.jsonl").write_text(json.dumps({"note": "x"}) + "\n")
+    with pytest.raises(
+        UserError, match="^someone/chats: its files cannot be read as one table .*note.*; download"
+    ) as refused:
+        load("someone/chats")
+    assert "\n" not in str(refused.value)
+    (hub / "a.jsonl").write_text('{"prompt": "a", "comp')
+    (hub / "b.jsonl").unlink()
+    with pytest.raises(UserError, match="^someone/chats: its files cannot be read as one table"):
+        load("someone/chats")
+
+
+def test_a_data_set_without_a_known_column_is_refused_with_its_columns(hub: Path) -> None:
+    (hub / "a.jsonl").write_text(LINES.replace("prompt", "ask").replace("completion", "say"))
+    with pytest.raises(UserError, match="row 0: the columns ask, say are of no known format"):
+        load("someone/chats")
+    (hub / "a.jsonl").write_text(LINES.replace("prompt", "ask"))
+    with pytest.raises(UserError, match="row 0: the columns .*ask.* are of no known format"):
+        load("someone/chats")
+    (hub / "a.jsonl").write_text(LINES)
+    assert questions("someone/chats") == ALL
+
+
 # --- functions ---
 
 
@@ -242,10 +305,10 @@ def test_a_function_may_generate_its_rows(tmp_path: Path, monkeypatch: pytest.Mo
 def test_plain_text_is_a_document(tmp_path: Path) -> None:
     (tmp_path / "story.txt").write_text("Once upon a time.\n\nThe end.\n")
     (tmp_path / "chat.jsonl").write_text(LINES.splitlines()[0])
-    sources = [Source(str(tmp_path / name)) for name in ("story.txt", "chat.jsonl")]
-    story, chat = load_documents(sources, 0.0, 0)
+    both = [Source(str(tmp_path / name)) for name in ("story.txt", "chat.jsonl")]
+    story, chat = load_documents(both, 0.0, 0)
     assert story == "Once upon a time.\n\nThe end.\n" and chat[0]["content"] == ALL[0]
-    check_sources(sources, [], DOCUMENT, 0.0)
+    check_sources(both, [], DOCUMENT, 0.0)
 
 
 def test_what_is_held_out_is_not_trained_on(

@@ -26,6 +26,8 @@ _COMPRESSED = {".gz", ".zst"}
 _LINES = {".jsonl", ".ndjson"}
 _SPLITS = re.compile(r"(?:^|[-_.])(train|test|validation|valid|val|dev|eval|held_out)(?=[-_.])")
 """A split in the name of a file, as in `train-00000-of-00002.parquet`."""
+_DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json"}
+"""What the Hub and LLaMA-Factory keep beside the data."""
 _STARTS = {
     b"version https://git-lfs.github.com": "is a Git LFS pointer, not the data; run `git lfs pull`",
     b"<": "begins like a web page (HTML); download the file itself",
@@ -53,29 +55,38 @@ def files_of(path: str, split: str) -> list[Path]:
 
     The records of a stage, in the folder that it has made, are no data.
 
-    If files of a folder or a glob are named by splits, only those of `split`.
+    If the files of a folder or a glob are named by splits, only those of `split`.
 
     Raises:
-        UserError: There are none.
+        UserError: There are none, or only some are named by splits.
     """
     if is_glob(path):
         found = [Path(name) for name in sorted(glob.glob(path, recursive=True))]
-        files = [file for file in found if file.is_file() and is_data(file.name)]
     elif Path(path).is_dir():
-        records = contract.RECORDS if (Path(path) / contract.DONE).is_file() else set()
-        files = sorted(Path(path).iterdir())
-        files = [file for file in files if file.is_file() and is_data(file.name) and file.name not in records]
+        found = sorted(Path(path).iterdir())
     else:
         _refuse_other_split(path, split, ["train"])
         return [Path(path)]
+    files = [file for file in found if file.is_file() and is_data(file.name) and not _is_about_data(file)]
     if not files:
         raise UserError(f"{path}: there are no data files ({', '.join(DATA_SUFFIXES)}) here; name their folder")
     splits = {file: match.group(1) for file in files if (match := _SPLITS.search(file.name))}
     if not splits:
         _refuse_other_split(path, split, ["train"])
         return files
+    if unnamed := next((file for file in files if file not in splits), None):
+        named = next(iter(splits))
+        raise UserError(
+            f"{path}: {named.name} is named by the split {splits[named]}, and {unnamed.name} by none; name the files "
+            "one by one in datasets, or rename them so that all or none have a split in their names"
+        )
     _refuse_other_split(path, split, sorted(set(splits.values())))
-    return [file for file in files if splits.get(file) == _name_of(split)]
+    return [file for file in files if splits[file] == _name_of(split)]
+
+
+def _is_about_data(file: Path) -> bool:
+    """Whether a file describes the data beside it, or is a stage's record."""
+    return file.name in _DESCRIPTIONS or (file.name in contract.RECORDS and (file.parent / contract.DONE).is_file())
 
 
 def _refuse_other_split(path: str, split: str, existing: list[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import ReadInstruction, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from gemma2_post.data.files import count_rows, files_of, is_data, is_glob, read_file
 from gemma2_post.data.functions import is_function, load_function, raised
@@ -78,15 +79,22 @@ def rows_of(source: Source, columns: set[str]) -> Iterator[dict[str, Any]]:
     else:
         try:
             dataset = load_dataset(path, source.name, split=source.split, revision=source.revision)
-        except (OSError, ValueError, RuntimeError) as error:
+        except DatasetGenerationError as error:
+            reason = " ".join(str(error.__cause__ or error).split())[:200]
+            raise UserError(
+                f"{path}: its files cannot be read as one table ({reason}); download them and give their folder, whose "
+                "files may have different columns"
+            ) from error
+        except (DatasetsError, OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{path}: cannot get this data set ({' '.join(str(error).split())[:200]}); check its name "
                 "and split, your login (`hf auth login`) and the network, or give a local file"
             ) from error
         read = [name for name in dataset.column_names if name in columns]
         others: dict[str, Any] = dict.fromkeys(name for name in dataset.column_names if name not in columns)
-        for batch in dataset.select_columns(read).with_format("arrow").iter(1000):
-            yield from (others | row for row in batch.to_pylist())  # an error can name all columns
+        some = read or dataset.column_names[:1]  # without any column, there would be no rows
+        for batch in dataset.select_columns(some).with_format("arrow").iter(1000):
+            yield from (row | others for row in batch.to_pylist())  # an error can name all columns
 
 
 def _rows_of_files(source: Source, columns: set[str]) -> Iterator[dict[str, Any]]:
