@@ -140,9 +140,11 @@ def test_a_column_that_would_be_lost_is_refused_unless_graders_need_it(row: Row,
 
 
 def test_an_answer_that_is_marked_as_bad_is_not_trained_on() -> None:
-    with pytest.raises(InvalidRow, match="label is false"):
-        CONVERSATION.read({"prompt": "Hi", "completion": "x", "label": False})
-    assert CONVERSATION.read({"prompt": "Hi", "completion": "x", "label": True})["trained"] == [False, True]
+    for label in (False, 0, 0.0, "False", "false", "0"):
+        with pytest.raises(InvalidRow, match=rf"label is {str(label).lower()}, so the answer is one to avoid"):
+            CONVERSATION.read({"prompt": "Hi", "completion": "x", "label": label})
+    for label in (True, 1, 1.0, "True", "1", None, "", "science"):
+        assert CONVERSATION.read({"prompt": "Hi", "completion": "x", "label": label})["trained"] == [False, True]
 
 
 def test_a_prompt_may_have_any_name_and_needs_no_answer() -> None:

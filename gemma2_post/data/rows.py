@@ -26,6 +26,8 @@ ADDITIONS = ("input", "context")
 """What follows a question: Alpaca's input, Dolly's context."""
 ANSWERS = ("completion", "response", "output", "answer")
 SYSTEM = ("system", "system_prompt", "system_message")
+_AVOIDED = ("false", "0", "0.0")
+"""Labels of answers that KTO learns to avoid, also as numbers and as texts of a CSV file."""
 HISTORY = "history"
 """Earlier turns: a list of [question, answer], or messages."""
 UNSUPPORTED = ("tools", "functions", "tool_calls", "documents", "image", "images", "audio", "video", "videos")
@@ -174,8 +176,12 @@ def to_messages(row: Row) -> list[Turn]:
     if row.has(*CONVERSATIONS):
         turns = _conversation(row)
     elif row.has(*QUESTIONS, *ADDITIONS) and row.has(*ANSWERS):
-        if row.take("label") is False:
-            raise InvalidRow("label is false, so the answer is one to avoid; leave such rows out")
+        label = str(row.take("label")).strip().lower()
+        if label in _AVOIDED:
+            raise InvalidRow(
+                f"label is {label}, so the answer is one to avoid; leave such rows out, or rename the column if it "
+                "means something else"
+            )
         answer = as_turns(row.take(*ANSWERS), "assistant")
         turns = [*question_turns(row), *answer]
         row.refuse_lost(ANSWERS, turns)
