@@ -245,13 +245,13 @@ def test_a_data_set_whose_files_have_different_columns_is_one_sentence(hub: Path
     (hub / "a.jsonl").write_text(LINES)
     (hub / "b.jsonl").write_text(json.dumps({"note": "x"}) + "\n")
     with pytest.raises(
-        UserError, match="^someone/chats: its files cannot be read as one table .*note.*; download"
+        UserError, match=r"^someone/chats: its files cannot be read as one table .*note.*; download"
     ) as refused:
         load("someone/chats")
     assert "\n" not in str(refused.value)
     (hub / "a.jsonl").write_text('{"prompt": "a", "comp')
     (hub / "b.jsonl").unlink()
-    with pytest.raises(UserError, match="^someone/chats: its files cannot be read as one table"):
+    with pytest.raises(UserError, match=r"^someone/chats: its files cannot be read as one table"):
         load("someone/chats")
 
 
@@ -260,7 +260,7 @@ def test_a_data_set_without_a_known_column_is_refused_with_its_columns(hub: Path
     with pytest.raises(UserError, match="row 0: the columns ask, say are of no known format"):
         load("someone/chats")
     (hub / "a.jsonl").write_text(LINES.replace("prompt", "ask"))
-    with pytest.raises(UserError, match="row 0: the columns .*ask.* are of no known format"):
+    with pytest.raises(UserError, match=r"row 0: the columns .*ask.* are of no known format"):
         load("someone/chats")
     (hub / "a.jsonl").write_text(LINES)
     assert questions("someone/chats") == ALL

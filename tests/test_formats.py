@@ -192,6 +192,55 @@ def test_a_transcript_is_the_conversation_that_it_is(text: str) -> None:
     assert pair["prompt"] == [USER, MODEL, AGAIN] and pair["chosen"] == [BYE]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "### Human: Hi\n### Assistant: Hello!### Human: And now?### Assistant: Bye!",
+        "### Human: Hi\n\n### Assistant: Hello!### Human: And now?\n### Assistant: Bye!",
+        "###Human: Hi ### Assistant: Hello!\n\n### Human: And now?### Assistant: Bye!",
+    ],
+)
+def test_marks_with_hashes_begin_turns_wherever_they_stand(text: str) -> None:
+    assert CONVERSATION.read({"text": text})["messages"] == CHAT
+
+
+@pytest.mark.parametrize(
+    ("text", "turn", "mark"),
+    [
+        ("Human: a\n\nAssistant: b\nHuman: c\nAssistant: d", 1, "Human:"),
+        ("Human: a\n\nAssistant: b\n  Human: c", 1, "Human:"),
+        ("User: a\n\nAI: b\n\nUser: c\nAI: d", 2, "AI:"),
+        ("Human: a\n\nAssistant: b ### Human: c ### Assistant: d", 1, "### Human:"),
+        ("### Human: a### Assistant: b\nHuman: c\nAssistant: d", 1, "Human:"),
+    ],
+)
+def test_a_transcript_that_may_be_split_in_two_ways_is_refused(text: str, turn: int, mark: str) -> None:
+    for row in ({"text": text}, {"prompt": text, "completion": "e"}):
+        with pytest.raises(
+            InvalidRow, match=f"turn {turn} of a transcript holds '{mark}', which may begin a turn of its"
+        ):
+            CONVERSATION.read(row)
+
+
+def test_a_mark_within_a_turn_is_content() -> None:
+    """As in HH, where it may follow another mark, and in an indented dialogue or code."""
+    for content in ("Human: why?", "Say 'Human: hi'.", "```\n    Human: str\n```", "> Human: hi\n> Assistant: hi"):
+        row = CONVERSATION.read({"text": f"\n\nHuman: Hi\n\nAssistant: {content}"})
+        assert row["messages"] == [USER, {"role": "assistant", "content": content}]
+
+
+def test_a_text_that_begins_like_a_turn_is_a_transcript_only_if_both_speak() -> None:
+    question = "User: I cannot log in\nPassword: is it case-sensitive?"
+    for answer in ("AI: the study of machines.", "AI: a field.\n\nAI: also a film.", "### AI: an overview\n\nIt is."):
+        assert conversation({"prompt": question, "completion": answer}) == [("user", question), ("assistant", answer)]
+        pair = PAIR.read({"prompt": question, "chosen": answer, "rejected": "User: b"})
+        assert [pair[key][0]["content"] for key in ("prompt", "chosen", "rejected")] == [question, answer, "User: b"]
+        assert DOCUMENT.read({"text": answer})["text"] == answer
+    for prompt, answer in (("\n\nHuman: Hi", "\n\nAssistant: Hello!"), ("Human: Hi", "Assistant: Hello!")):
+        assert CONVERSATION.read({"prompt": prompt, "completion": answer})["messages"] == [USER, MODEL]
+    assert CONVERSATION.read({"prompt": "\n\nUser: Hi", "completion": "\n\nAI: Hello!"})["messages"] == [USER, MODEL]
+
+
 @pytest.mark.parametrize("text", [TRANSCRIPTS[name] for name in ("HH", "without leading newlines", "Guanaco")])
 def test_two_transcripts_are_a_pair(text: str) -> None:
     pair = PAIR.read({"chosen": f"{text} Bye!", "rejected": f"{text} Go!"})

@@ -82,8 +82,8 @@ def rows_of(source: Source, columns: set[str]) -> Iterator[dict[str, Any]]:
         except DatasetGenerationError as error:
             reason = " ".join(str(error.__cause__ or error).split())[:200]
             raise UserError(
-                f"{path}: its files cannot be read as one table ({reason}); download them and give their folder, whose "
-                "files may have different columns"
+                f"{path}: its files cannot be read as one table ({reason}); download them and give their "
+                "folder, whose files may have different columns"
             ) from error
         except (DatasetsError, OSError, ValueError, RuntimeError) as error:
             raise UserError(

@@ -18,6 +18,9 @@ _CHATML_TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\s*", re.DOTAL
 _OPEN_CHATML_TURN = re.compile(r"<\|im_start\|>assistant\s*$")
 """The start of the model's answer, at the end of a prompt."""
 _BEGINS_AS_TRANSCRIPT = re.compile(r"\s*(?:#{3} ?)?(Human|User|Assistant|AI):")
+_BEGINS_AS_ONE_TURN = re.compile(r"\s*(?:#{3} ?)?(?:Human|Assistant):|\s*\n\n(?:User|AI):")
+"""A mark that is no content even if the text has no other: many texts begin with "AI:" or "User:"."""
+_HASHES = r"(?<!#)#{3} ?"
 _TURN_STARTS = [r"(?:^|\n\n)", r"(?:^|\n)\s*", r"(?:^|\s+|(?=#{3}))"]
 """Where a turn of a transcript begins: after an empty line, as in Anthropic's HH data, or else a line, or anywhere."""
 _INNER_TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
@@ -41,7 +44,8 @@ def is_empty(value: object) -> bool:
 def as_turns(value: object, role: str) -> list[Turn]:
     """The turns of a message, a list of messages, or a text.
 
-    A text is one turn of `role`, a transcript ("Human: ... Assistant: ..."), or ChatML. In a message, `weight: 0` or
+    A text is one turn of `role`, a transcript ("Human: ... Assistant: ..."), or ChatML. "User:" or "AI:" begins a
+    transcript only if both speak, or after an empty line. In a message, `weight: 0` or
     `train: false` keeps its tokens out of the loss.
 
     Raises:
@@ -114,8 +118,10 @@ def _turns_of_text(text: str, role: str) -> list[Turn]:
     unified = text.replace("\r\n", "\n")
     if "<|im_start|>" in unified:
         return _chatml(unified)
-    if found := _BEGINS_AS_TRANSCRIPT.match(unified):
-        return _transcript(unified, found.group(1))
+    turns = _transcript(unified)
+    if _has_both_speakers(turns) or _BEGINS_AS_ONE_TURN.match(unified):
+        _refuse_unsplit(turns, unified)
+        return turns
     if _INNER_TRANSCRIPT.search(unified):
         raise InvalidRow(f"a transcript follows other text, {text[:40]!r}; give its turns as messages")
     if found := _FOREIGN_FORMAT.match(unified):
@@ -125,9 +131,7 @@ def _turns_of_text(text: str, role: str) -> list[Turn]:
 
 def is_chat(text: str) -> bool:
     """Whether a text is written as a conversation: ChatML, or a transcript with both speakers."""
-    if "<|im_start|>" in text:
-        return True
-    return bool(_BEGINS_AS_TRANSCRIPT.match(text)) and bool(re.search(r"(Assistant|AI):", text))
+    return "<|im_start|>" in text or _has_both_speakers(_transcript(text.replace("\r\n", "\n")))
 
 
 def _chatml(text: str) -> list[Turn]:
@@ -138,23 +142,54 @@ def _chatml(text: str) -> list[Turn]:
     return [{"role": _role(role), "content": content} for role, content in turns]
 
 
-def _transcript(text: str, first: str) -> list[Turn]:
-    """The turns of a transcript.
-
-    Args:
-        first: Who speaks first: Human, User, Assistant or AI.
-    """
+def _speakers(text: str) -> tuple[str, str] | None:
+    """What a transcript calls user and model, by who speaks first; None for a text that does not begin as one."""
+    found = _BEGINS_AS_TRANSCRIPT.match(text)
+    if found is None:
+        return None
+    first = found.group(1)
     user = first if first in ("Human", "User") else "Human"
-    model = first if first in ("Assistant", "AI") else "Assistant" if "Assistant:" in text else "AI"
+    return user, first if first in ("Assistant", "AI") else "Assistant" if "Assistant:" in text else "AI"
+
+
+def _transcript(text: str) -> list[Turn]:
+    """The turns of a transcript; none of a text that does not begin as one.
+
+    If the first mark has hashes, those with hashes begin turns wherever they stand.
+    """
+    speakers = _speakers(text)
+    if speakers is None:
+        return []
+    text, mark = text.strip(), f"({'|'.join(speakers)}):"
+    begins_with_hashes = [_HASHES + mark] if text.startswith("###") else []
     parts: list[str] = []
-    for start in _TURN_STARTS:
-        parts = re.split(rf"{start}(?:#{{3}} ?)?({user}|{model}):", text.strip())
+    for pattern in (*begins_with_hashes, *(f"{start}(?:#{{3}} ?)?{mark}" for start in _TURN_STARTS)):
+        parts = re.split(pattern, text)
         if len(parts) > 3:
             break
     return [
-        {"role": "user" if speaker == user else "assistant", "content": content.strip()}
+        {"role": "user" if speaker == speakers[0] else "assistant", "content": content.strip()}
         for speaker, content in zip(parts[1::2], parts[2::2], strict=True)
     ]
+
+
+def _has_both_speakers(turns: list[Turn]) -> bool:
+    return len({turn["role"] for turn in turns}) == 2
+
+
+def _refuse_unsplit(turns: list[Turn], text: str) -> None:
+    """Refuses a transcript in which a turn holds a mark, after which the other one may speak.
+
+    One at the beginning of a turn follows another mark, as in some rows of HH, and begins nothing.
+    """
+    mark = f"(?:{'|'.join(_speakers(text) or ())}):"
+    unsplit = re.compile(rf"\n {{0,3}}{mark}|.{_HASHES}{mark}", re.DOTALL)
+    for number, turn in enumerate(turns):
+        if found := unsplit.search(turn["content"]):
+            raise InvalidRow(
+                f"turn {number} of a transcript holds {found.group()[1:].strip()!r}, which may begin a turn of its "
+                "own; give the turns as messages"
+            )
 
 
 def as_prompt(value: object) -> list[Turn]:
