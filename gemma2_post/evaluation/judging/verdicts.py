@@ -56,11 +56,22 @@ _KEYS = {
 """Keys that hold the decision in a JSON object."""
 _OBJECT = re.compile(r"\{[^{}]*\}")
 
+_IS_NOT = (
+    r"(?:(?:^\W*|\b(?!(?:do|does|did|can|could|will|would|has|have|had)\b)\w+\W+)not|"
+    r"\b(?:no longer|(?:is|was|are|were)n't))"
+)
+"""The negation in "it is not"; the one of "A does not" says nothing of what follows."""
 _DENIED_BEFORE = re.compile(
-    r"\b(?:not|never|neither|nor|cannot|no longer|instead of|than|\w+n't)\b(?:\s+[\w'\"]+){0,3}\s*[\"'(]*$",
+    rf"(?:{_IS_NOT}|\b(?:neither|nor|instead of|than)|\b(?:not|never|cannot|\w+n't)\s+"
+    r"(?:be|choose|choosing|pick|select|say|call|give|prefer|go|rate|think|believe)(?:\s+(?:it|that))?)"
+    r"(?:\s+(?:is|be|as|with|for))*(?:\s+an?|(?:\s+the)?(?:\s+(?:final|better))?"
+    r"\s+(?:answer|response|assistant|verdict|winner|grade|rating)(?:\s+(?:is|be))?)?\s*[\"'(]*$",
     re.IGNORECASE,
 )
-"""A negation up to three words before a mark, in the same clause: "it is not", "I would not choose", "rather than"."""
+"""A negation before a mark, in the same clause: "it is not", "I would not choose", "rather than". Between them, there are
+no words that say anything of the answers."""
+_DENIED_TIE = re.compile(rf"(?:{_IS_NOT}|\b(?:nor|instead of|than))(?:\s+an?)?\s*[\"'(]*$", re.IGNORECASE)
+"""The same before a tie or no violation, which other negations lead to: "Which is better I cannot say [[tie]]"."""
 _CLAUSE = re.compile(
     r"[,;:.!?\n]|\b(?:so|but|hence|thus|therefore|because|since|whereas|while|and|then)\b", re.IGNORECASE
 )
@@ -132,7 +143,8 @@ def _last(text: str, is_cut: bool, read: Callable[[str], T | None]) -> T | None:
     for i, (match, value) in enumerate(marks):
         before = text[marks[i - 1][0].end() if i else 0 : match.start()]
         after = text[match.end() : marks[i + 1][0].start() if i + 1 < len(marks) else len(text)]
-        if not _DENIED_BEFORE.search(_CLAUSE.split(before)[-1]) and not _DENIED_AFTER.search(after):
+        denial = _DENIED_TIE if value in (Verdict(0.5), _VIOLATES["no violation"]) else _DENIED_BEFORE
+        if not denial.search(_CLAUSE.split(before)[-1]) and not _DENIED_AFTER.search(after):
             held.append((match, value))
     listed = {
         number
