@@ -64,6 +64,8 @@ READ = {
     "I can't choose [[tie]]": TIE,
     "Answer A is more accurate than answer B [[A]]": A,
     "A is better than B [[A]]": A,
+    "B is worse than A [[A]]": A,
+    "It is not A [[B]]": B,
     "A is better than the other one [[A]]": A,
     "A answers the question which B does not [[A]]": A,
     "B does not answer [[A]]": A,

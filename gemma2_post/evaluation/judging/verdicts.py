@@ -64,13 +64,13 @@ _IS_NOT = (
 _DENIED_BEFORE = re.compile(
     rf"(?:{_IS_NOT}|\b(?:neither|nor|instead of|than)|\b(?:not|never|cannot|\w+n't)\s+"
     r"(?:be|choose|choosing|pick|select|say|call|give|prefer|go|rate|think|believe)(?:\s+(?:it|that))?)"
-    r"(?:\s+(?:is|be|as|with|for))*(?:\s+an?|(?:\s+the)?(?:\s+(?:final|better))?"
+    r"(?:\s+(?:is|be|as|with|for))*(?:\s+(?-i:an?)|(?:\s+the)?(?:\s+(?:final|better))?"
     r"\s+(?:answer|response|assistant|verdict|winner|grade|rating)(?:\s+(?:is|be))?)?\s*[\"'(]*$",
     re.IGNORECASE,
 )
-"""A negation before a mark, in the same clause: "it is not", "I would not choose", "rather than". Between them, there are
-no words that say anything of the answers."""
-_DENIED_TIE = re.compile(rf"(?:{_IS_NOT}|\b(?:nor|instead of|than))(?:\s+an?)?\s*[\"'(]*$", re.IGNORECASE)
+"""A negation before a mark, in the same clause: "it is not", "I would not choose", "rather than". What stands
+between them says nothing of the answers; "than A" names one, and "than a" does not."""
+_DENIED_TIE = re.compile(rf"(?:{_IS_NOT}|\b(?:nor|instead of|than))(?:\s+(?-i:an?))?\s*[\"'(]*$", re.IGNORECASE)
 """The same before a tie or no violation, which other negations lead to: "Which is better I cannot say [[tie]]"."""
 _CLAUSE = re.compile(
     r"[,;:.!?\n]|\b(?:so|but|hence|thus|therefore|because|since|whereas|while|and|then)\b", re.IGNORECASE
