@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import ReadInstruction, load_dataset
-from datasets.exceptions import DatasetGenerationError, DatasetsError
+from datasets.exceptions import DatasetGenerationCastError, DatasetGenerationError, DatasetsError
 
 from gemma2_post.data.files import count_rows, files_of, is_data, is_glob, read_file
 from gemma2_post.data.functions import is_function, load_function, raised
@@ -80,7 +80,8 @@ def rows_of(source: Source, columns: set[str]) -> Iterator[dict[str, Any]]:
         try:
             dataset = load_dataset(path, source.name, split=source.split, revision=source.revision)
         except DatasetGenerationError as error:
-            reason = " ".join(str(error.__cause__ or error).split())[:200]
+            cause = error if isinstance(error, DatasetGenerationCastError) else error.__cause__ or error
+            reason = " ".join(str(cause).split())[:200]
             raise UserError(
                 f"{path}: its files cannot be read as one table ({reason}); download them and give their "
                 "folder, whose files may have different columns"

@@ -45,8 +45,8 @@ def as_turns(value: object, role: str) -> list[Turn]:
     """The turns of a message, a list of messages, or a text.
 
     A text is one turn of `role`, a transcript ("Human: ... Assistant: ..."), or ChatML. "User:" or "AI:" begins a
-    transcript only if both speak, or after an empty line. In a message, `weight: 0` or
-    `train: false` keeps its tokens out of the loss.
+    transcript only if both speak, or after an empty line. In a message, `weight: 0` or `train: false` keeps its tokens
+    out of the loss.
 
     Raises:
         InvalidRow: Something in it is not understood.
