@@ -5,12 +5,20 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from trl import RLOOTrainer
 
 from gemma2_post import rlhf
@@ -22,6 +30,7 @@ from gemma2_post.stage.errors import UserError
 from gemma2_post.stage.launcher import Launcher
 from gemma2_post.training import policy as policies
 from gemma2_post.training import run as training
+from gemma2_post.weights.anchor import EmaAnchor
 from tests.conftest import TEACHER, write_prompts
 from tests.test_bad_input import with_model, with_values
 from tests.test_distill import metrics_of, same_weights, swap_two_tokens
@@ -450,3 +459,15 @@ def test_a_mistake_is_one_sentence_with_status_2_before_the_policy_is_loaded(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_restored_anchor_lives_where_the_fp32_policy_does(tmp_path: Path) -> None:
+    """ZeRO-2 may offload it; here it is on the device `meta`, and the trainer on the CPU."""
+    accelerator = SimpleNamespace(device=torch.device("cpu"), process_index=0)
+    anchor = EmaAnchor(SimpleNamespace(accelerator=accelerator, is_deepspeed_enabled=False), mu=0.5)
+    policy, reference = (torch.nn.Parameter(torch.zeros(3, device="meta")) for _ in range(2))
+    anchor.tracked = {"weight": (policy, reference)}
+    save_file({"weight": torch.ones(3)}, tmp_path / "anchor-00000.safetensors")
+    anchor.restore(tmp_path)
+    assert anchor.shadows["weight"].device == policy.device
+    anchor.on_step_end(TrainingArguments(str(tmp_path)), TrainerState(), TrainerControl())

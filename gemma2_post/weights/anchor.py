@@ -70,11 +70,11 @@ class EmaAnchor(TrainerCallback):
         if not self._part(checkpoint).is_file():
             raise UserError(f"{checkpoint} holds no anchor of process {accelerator.process_index}; {advice}")
         saved = load_file(self._part(checkpoint))
-        expected = {name: _local_fp32(policy).shape for name, (policy, _) in self.tracked.items()}
-        if {name: each.shape for name, each in saved.items()} != expected:
+        masters = {name: _local_fp32(policy) for name, (policy, _) in self.tracked.items()}
+        if {name: each.shape for name, each in saved.items()} != {name: each.shape for name, each in masters.items()}:
             raise UserError(f"{checkpoint} was sharded differently; {advice}")
-        # Moved here, because safetensors does not accept a device such as "cpu:0".
-        self.shadows = {name: each.to(accelerator.device) for name, each in saved.items()}
+        # ZeRO-2 may offload the masters, which the shadows follow, to the CPU.
+        self.shadows = {name: each.to(masters[name].device) for name, each in saved.items()}
         self._write_reference()
 
     def _part(self, checkpoint: Path) -> Path:
