@@ -1,5 +1,6 @@
 """What is saved one tensor at a time are the files that transformers and PEFT would write from whole models."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from gemma2_post.models.folder import copy_tokenizer
 from gemma2_post.models.loading import load_config
 from gemma2_post.models.saving import save_model, save_sum
 from gemma2_post.models.shapes import SCORE_HEAD
 from gemma2_post.models.streaming import places_of, write_tensors
+from gemma2_post.models.templates import INFERENCE_TEMPLATE
 from gemma2_post.models.tokenizer import load_tokenizer, save_tokenizer, tokenizer_digest
 from gemma2_post.stage.errors import UserError
 from tests.conftest import BASE, random_model
@@ -110,3 +113,23 @@ def test_a_tokenizer_is_saved_with_the_bytes_of_its_files(tokenizer: PreTrainedT
     again = load_tokenizer(str(tmp_path / "out"), load_config(BASE))
     assert again.chat_template == (tmp_path / "out" / "chat_template.jinja").read_text() == tokenizer.chat_template
     assert tokenizer_digest(again) == tokenizer_digest(tokenizer)
+
+
+def test_the_template_beside_a_tokenizer_is_its_only_one(tmp_path: Path) -> None:
+    """llama.cpp's converter would prefer the one that Google's checkpoints have in `tokenizer_config.json`."""
+    shutil.copytree(BASE, tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
+    google = json.dumps(config | {"chat_template": "Google's"})
+    (tmp_path / "base" / "tokenizer_config.json").write_text(google)
+    save_tokenizer(load_tokenizer(str(tmp_path / "base"), load_config(BASE)), tmp_path / "trained")
+    assert json.loads((tmp_path / "trained" / "tokenizer_config.json").read_text()) == config
+    assert (tmp_path / "trained" / "chat_template.jinja").read_text() == INFERENCE_TEMPLATE
+
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "base" / "chat_template.jinja").unlink(missing_ok=True)
+    copy_tokenizer(tmp_path / "base", tmp_path / "merged")
+    assert (tmp_path / "merged" / "tokenizer_config.json").read_text() == google  # there is no other
+    (tmp_path / "base" / "chat_template.jinja").write_text("ours")
+    copy_tokenizer(tmp_path / "base", tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text()) == config
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == "ours"

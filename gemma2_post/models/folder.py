@@ -5,6 +5,7 @@ Every stage, the merge tool and chat open models through here. Nothing here impo
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,24 @@ def read_object(file: Path) -> dict[str, Any]:
     """The object in a JSON file of a model, which must exist."""
     found: dict[str, Any] = contract.read_json(file, keys={}, advice="get it again")
     return found
+
+
+def copy_tokenizer(source: Path, output_dir: Path, template: str | None = None) -> None:
+    """Copies a tokenizer's files byte for byte, but leaves only one chat template.
+
+    Of two, llama.cpp's converter would read the one in `tokenizer_config.json`, transformers the one beside it.
+
+    Args:
+        template: The chat template to write; None for the folder's own.
+    """
+    for file in [source / name for name in [*TOKENIZER_FILES, TEMPLATE]]:
+        if file.is_file():
+            shutil.copyfile(file, output_dir / file.name)
+    if template is not None:
+        contract.write_text(output_dir / TEMPLATE, template)
+    config = output_dir / "tokenizer_config.json"
+    if (output_dir / TEMPLATE).is_file() and config.is_file() and "chat_template" in (content := read_object(config)):
+        contract.write_json(config, {key: value for key, value in content.items() if key != "chat_template"})
 
 
 # --- weights ---

@@ -1,7 +1,6 @@
 """Gemma 2's tokenizer and chat format: loading, checking, saving, rendering."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +9,11 @@ from transformers import AutoTokenizer, Gemma2Config, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from gemma2_post.models.arguments import check_lora_modules
-from gemma2_post.models.folder import TEMPLATE, TOKENIZER_FILES, is_hub_name
+from gemma2_post.models.folder import TOKENIZER_FILES, copy_tokenizer, is_hub_name
 from gemma2_post.models.loading import load_config, load_error
 from gemma2_post.models.templates import INFERENCE_TEMPLATE, TRAINING_TEMPLATE
 from gemma2_post.models.tokens import SPECIAL_TOKENS
-from gemma2_post.stage import contract, digests
+from gemma2_post.stage import digests
 from gemma2_post.stage.errors import UserError
 
 
@@ -109,17 +108,13 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, output_dir: Path) -> None:
-    """Copies the tokenizer's files, and writes the chat template beside them.
+    """Copies the tokenizer's files, and writes its chat template as the only one.
 
     What transformers 5 would write lacks `tokenizer.model` and `added_tokens_decoder`, which llama.cpp needs, and
     cannot be read by transformers 4.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    source = Path(tokenizer.name_or_path)
-    for file in [source / name for name in TOKENIZER_FILES]:
-        if file.is_file():
-            shutil.copyfile(file, output_dir / file.name)
-    contract.write_text(output_dir / TEMPLATE, tokenizer.chat_template)
+    copy_tokenizer(Path(tokenizer.name_or_path), output_dir, tokenizer.chat_template)
 
 
 def render(

@@ -1,6 +1,5 @@
 """The mean of reward models' weights (WARM, arXiv 2401.12187, section 3.1)."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gemma2_post.models.folder import TEMPLATE, TOKENIZER_FILES
+from gemma2_post.models.folder import copy_tokenizer
 from gemma2_post.models.shapes import SCORE_HEAD
 from gemma2_post.models.streaming import ShardWriter
 from gemma2_post.stage import contract
@@ -44,9 +43,7 @@ class Average:
                 write_with_adapter(self.start, merged, self.start, {1.0: writer}, device)
             else:
                 merge_models(self.start, self.models, self.start, "linear", "layer", {1.0: writer}, device)
-        for file in [*TOKENIZER_FILES, TEMPLATE]:
-            if (self.tokenizer / file).is_file():
-                shutil.copyfile(self.tokenizer / file, output_dir / file)
+        copy_tokenizer(self.tokenizer, output_dir)
         contract.write_json(output_dir / "config.json", self.start.config | {"dtype": save_dtype})
 
 

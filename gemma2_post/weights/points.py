@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from gemma2_post.models.folder import TEMPLATE, TOKENIZER_FILES, absolute
+from gemma2_post.models.folder import absolute, copy_tokenizer
 from gemma2_post.models.streaming import ShardWriter
 from gemma2_post.models.tokens import BOS, EOS, PAD, STOP_TOKEN_IDS
 from gemma2_post.stage import card, contract
@@ -228,9 +228,7 @@ def write_adapter(directory: Path, merge: Merge, merged: LowRank, eta: float) ->
 
 def write_beside(directory: Path, merge: Merge, rule: Rule, eta: float) -> None:
     """Writes config, generation config, tokenizer with its template, and a card that says how the model was made."""
-    for file in [*TOKENIZER_FILES, TEMPLATE]:
-        if (merge.tokenizer / file).is_file():
-            shutil.copyfile(merge.tokenizer / file, directory / file)
+    copy_tokenizer(merge.tokenizer, directory)
     config = merge.init.config
     if config["model_type"] == "gemma2":
         config = config | {"eos_token_id": EOS, "bos_token_id": BOS, "pad_token_id": PAD}
