@@ -58,6 +58,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
 
     from gemma2_post.data.preparation import check_enough, drop_too_long, split_held_out
     from gemma2_post.evaluation.answering.samples import grade, rows_to_answer, sample_held_out
+    from gemma2_post.evaluation.likelihood import mean_nll
     from gemma2_post.models.loading import load_for_training
     from gemma2_post.models.tokenizer import load_config_and_tokenizer
     from gemma2_post.training.run import run
@@ -87,7 +88,7 @@ def main(stage: Stage, recipe: Recipe) -> None:
     def measure() -> dict[str, float]:
         answers = sample_held_out(trainer, trainer.model_wrapped, prompts, recipe.max_new_tokens)
         grades = grade(answers, to_answer, graders, recipe.samples.group_by)
-        return {"held_out_nll": trainer.evaluate()["eval_loss"]} | grades
+        return {"held_out_nll": mean_nll(trainer, held_out)} | grades
 
     run(stage, recipe, trainer, measure)
 

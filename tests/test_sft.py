@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from gemma2_post.models.templates import INFERENCE_TEMPLATE
+from gemma2_post.models.tokenizer import load_tokenizer, render
 from gemma2_post.stage import contract
 from gemma2_post.stage.errors import UserError
 from tests.conftest import losses
@@ -115,6 +116,34 @@ def test_prepared_rows_are_not_copied_by_the_trainer(
     monkeypatch.setattr(Dataset, "map", lambda *rows, **options: mapped.append(options) or map_rows(*rows, **options))
     run_sft(recipe | {"max_steps": 1})
     assert not mapped
+
+
+def test_held_out_nll_is_the_mean_over_tokens_at_any_batch(
+    run_sft: Run, recipe: Recipe, model_dir: Path, tmp_path: Path
+) -> None:
+    """Also with packing, whose collator would make one row of a batch."""
+    alone, together, packed = (
+        json.loads((run_sft(recipe | {"output_dir": str(tmp_path / name)} | values) / "metrics.json").read_text())
+        for name, values in {
+            "alone": {"per_device_eval_batch_size": 1},
+            "together": {"per_device_eval_batch_size": 4},
+            "packed": {"packing": True, "per_device_train_batch_size": 1, "global_batch_size": 1},
+        }.items()
+    )
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
+    tokenizer = load_tokenizer(str(model_dir), model.config)
+    rows = [json.loads(line)["messages"] for line in (tmp_path / "held_out.jsonl").read_text().splitlines()]
+    rendered = render(tokenizer, rows)
+    sum_nll = num_tokens = 0
+    for input_ids, labels in zip(rendered["input_ids"], rendered["labels"], strict=True):
+        targets = torch.tensor(labels)[1:].long()
+        with torch.no_grad():
+            scores = model(torch.tensor(input_ids)[None].long()).logits[0, :-1]
+        sum_nll += torch.nn.functional.cross_entropy(scores, targets, reduction="sum").item()
+        num_tokens += (targets != -100).sum().item()
+    for metrics in (alone, together, packed):
+        assert metrics["held_out_nll_before"] == pytest.approx(sum_nll / num_tokens, rel=1e-5)
+    assert alone["held_out_nll"] == pytest.approx(together["held_out_nll"], rel=1e-5)
 
 
 @pytest.mark.slow
