@@ -95,11 +95,26 @@ def main(stage: Stage, recipe: Recipe) -> None:
 
 def check(recipe: Recipe, launcher: Launcher) -> None:
     check_training(recipe, launcher)
-    is_eager = attention_of(recipe.model) == "eager"
-    if recipe.training.packing and is_eager and recipe.training.per_device_train_batch_size > 1:
+    if recipe.training.packing:
+        _check_packing(recipe)
+
+
+def _check_packing(recipe: Recipe) -> None:
+    """Refuses what does not fit: TRL makes one row of a batch, also where it evaluates while it trains."""
+    training, is_eager = recipe.training, attention_of(recipe.model) == "eager"
+    evaluates = training.eval_strategy != "no" or training.eval_on_start
+    if training.max_length is None:
+        raise UserError("max_length is none, and packing needs the length of a packed row; write a number of tokens")
+    if is_eager and training.per_device_train_batch_size > 1:
         raise UserError(
             "packing with eager attention needs memory for (batch x length) squared; write "
             "per_device_train_batch_size: 1, or attn_implementation: flash_attention_2 or flex_attention"
+        )
+    if is_eager and evaluates and training.per_device_eval_batch_size > 1:
+        raise UserError(
+            f"per_device_eval_batch_size is {training.per_device_eval_batch_size}, and eval_strategy or eval_on_start "
+            "with packing and eager attention needs memory for (batch x length) squared; write 1, or remove them (the "
+            "stage measures before and after training anyway)"
         )
 
 
@@ -116,12 +131,17 @@ def metrics(recipe: Recipe) -> set[str]:
 
 def memory(checked: Checked[Recipe]) -> dict[str, Parts]:
     config, recipe, compute = held.config_of(checked), checked.recipe, held.compute_of(checked)
-    rows = recipe.training.per_device_train_batch_size
+    rows, eval_rows = recipe.training.per_device_train_batch_size, recipe.training.per_device_eval_batch_size
     length = recipe.training.max_length or config.max_position_embeddings
     loss = cost.fused_loss(config, rows * length, compute, trains_all=not recipe.model.use_peft)
     parts = held.held(checked)
-    sampling = held.sampling(checked, parts, length, recipe.max_new_tokens)
-    return held.training_step(checked, parts, rows, length, loss) | sampling
+    reading = cost.forward(config, eval_rows, length, compute) + cost.dequantized(config, recipe.quantization)
+    scoring = cost.fused_loss(config, eval_rows * length, compute, trains_all=False)
+    return {
+        **held.training_step(checked, parts, rows, length, loss),
+        **held.sampling(checked, parts, length, recipe.max_new_tokens),
+        "held-out loss": parts | {"activations": max(reading, scoring), "gathered": held.gathered(checked)},
+    }
 
 
 def work(checked: Checked[Recipe], rows: Rows) -> list[Pass]:

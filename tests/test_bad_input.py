@@ -167,6 +167,14 @@ BAD = {
         "lr_scheduler_type cosine_with_min_lr does not work with lr_scheduler_kwargs {}",
     ),
     "packing": (with_values(packing=True), "packing with eager attention needs memory"),
+    "packing and evaluating": (
+        with_values(packing=True, per_device_train_batch_size=1, eval_strategy="steps"),
+        "per_device_eval_batch_size is 4, and eval_strategy or eval_on_start with packing and eager attention needs memory",
+    ),
+    "packing without a length": (
+        with_values(packing=True, per_device_train_batch_size=1, max_length=None),
+        "max_length is none, and packing needs the length of a packed row; write a number of tokens",
+    ),
     "grader": (
         with_values(graders=["gemma2_post.tiny.gold:silver"]),
         "gemma2_post.tiny.gold:silver: there is no such function",

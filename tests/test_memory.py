@@ -141,6 +141,12 @@ def test_zero_divides_what_it_shards() -> None:
     assert not offloaded["optimizer"]
 
 
+def test_the_held_out_loss_of_sft_is_counted() -> None:
+    """Also where no answers are sampled."""
+    one, many = (total(checked("2b", "sft", num_samples=0, per_device_eval_batch_size=n)) for n in (1, 64))
+    assert many > 2 * one
+
+
 def test_frozen_models_of_rlhf() -> None:
     """All weights: reference, start and fp32 shadow beside the policy; with LoRA only the adapter once more."""
     parameters = num_parameters(known_config("google/gemma-2-9b"))
