@@ -169,7 +169,7 @@ BAD = {
     "packing": (with_values(packing=True), "packing with eager attention needs memory"),
     "packing and evaluating": (
         with_values(packing=True, per_device_train_batch_size=1, eval_strategy="steps"),
-        "per_device_eval_batch_size is 4, and eval_strategy or eval_on_start with packing and eager attention needs memory",
+        "per_device_eval_batch_size is 4, and eval_strategy or eval_on_start with packing and eager attention",
     ),
     "packing without a length": (
         with_values(packing=True, per_device_train_batch_size=1, max_length=None),
