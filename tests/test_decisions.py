@@ -160,6 +160,12 @@ def test_a_run_that_was_moved_or_is_named_by_another_path_is_the_same_one(
     assert ran == ["sft"]  # a changed file counts there, too
 
 
+def test_a_summary_says_what_another_recipe_has_made(path: Path, ran: list[str]) -> None:
+    cli.run(path, "sft", {"sft": {"learning_rate": 0.5}}, path.parent / "run")
+    stages = json.loads((path.parent / "run" / "summary.json").read_text())["stages"]
+    assert ran == ["sft"] and [stages[name]["status"] for name in ("sft", "distill")] == ["done", "out of date"]
+
+
 def test_a_recipe_that_is_edited_during_a_run_stops_it_before_the_stage(
     tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

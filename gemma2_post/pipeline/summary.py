@@ -7,6 +7,7 @@ from typing import Any
 from gemma2_post.pipeline.steps import Pipeline, Step
 from gemma2_post.stage import contract
 from gemma2_post.stage.command import first_grader
+from gemma2_post.stage.contract import State
 
 FILE = "summary.json"
 _KEYS: contract.Keys = {
@@ -72,8 +73,11 @@ def _stages(pipeline: Pipeline) -> dict[str, dict]:
 
 
 def _stage(step: Step) -> dict:
-    done = contract.read_done(step.folder)
-    found = {"status": "done", "wall_seconds": done["wall_seconds"]} if done else {"status": "not done"}
+    done, status = contract.read_done(step.folder), "not done"
+    if done:
+        state, _ = contract.state_of(step.folder, step.command.fingerprint(step.keys))
+        status = "out of date" if state == State.OTHER else "done"
+    found = {"status": status} | ({"wall_seconds": done["wall_seconds"]} if done else {})
     found |= {"output_dir": str(step.folder), "metrics": done["metrics"] if done else {}}
     found |= {"gates": step.gates} if step.gates else {}
     return found | ({"overrides": step.overrides} if step.overrides else {})
