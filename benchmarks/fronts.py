@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -38,7 +38,6 @@ class Fronts:
     seeds: list[int]
     max_steps: int
     num_samples: int
-    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def start(self) -> Path:
@@ -59,7 +58,7 @@ class Fronts:
                     "per_device_train_batch_size": 48, "watch_steps": self.max_steps // NUM_POINTS,
                     "save_total_limit": NUM_POINTS, "kl_budget": 1000, "graders": GRADERS, "num_samples": 120,
                 }  # fmt: skip
-                stage("rlhf", file, self.folder / f"{arm}-{seed}", **values | self.settings | own(seed))
+                stage("rlhf", file, self.folder / f"{arm}-{seed}", **values | own(seed))
 
     def models(self, arm: str, seed: int) -> list[Path]:
         """The points of a run: what it has saved on its way, and its end."""
