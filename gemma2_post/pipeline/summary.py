@@ -105,8 +105,9 @@ def _last_evaluation(pipeline: Pipeline) -> Path | None:
         folder = step.folder
         made = contract.read_done(folder) or ((folder / contract.FAILED).is_file() and contract.read_begun(folder))
         if (folder / contract.MODELS).is_file() and made:
-            inputs, wanted = made["fingerprint"]["inputs"], step.command.fingerprint(step.keys)["inputs"].values()
-            return folder if all(digest in wanted for digest in inputs.values()) else None
+            local = [each for each in made["fingerprint"]["inputs"].values() if isinstance(each, str)]  # not on the Hub
+            wanted = step.command.fingerprint(step.keys)["inputs"].values()
+            return folder if all(digest in wanted for digest in local) else None
     return None
 
 
