@@ -105,7 +105,8 @@ def _last_evaluation(pipeline: Pipeline) -> Path | None:
         folder = step.folder
         made = contract.read_done(folder) or ((folder / contract.FAILED).is_file() and contract.read_begun(folder))
         if (folder / contract.MODELS).is_file() and made:
-            local = [each for each in made["fingerprint"]["inputs"].values() if isinstance(each, str)]  # not on the Hub
+            # Of models on the Hub, the hashes of files, which are not known offline.
+            local = [each for each in made["fingerprint"]["inputs"].values() if isinstance(each, str)]
             wanted = step.command.fingerprint(step.keys)["inputs"].values()
             return folder if all(digest in wanted for digest in local) else None
     return None
