@@ -126,7 +126,8 @@ def test_the_anchor_is_the_closed_form_of_the_average_and_so_is_the_reference(
 def test_the_anchor_begins_at_the_start_and_the_policy_leaves_both(run_rlhf: Run, rlhf_recipe: Recipe) -> None:
     output = run_rlhf(rlhf_recipe | {"max_steps": 3, "learning_rate": 1e-3, "anchor_mu": 0.5})
     metrics = metrics_of(output)
-    assert metrics["kl_to_start_before"] == metrics["kl_to_anchor_before"] == pytest.approx(0.0, abs=1e-6)
+    before = [metrics[f"kl_to_{name}_before"] for name in ("start", "anchor")]
+    assert before == pytest.approx([0.0, 0.0], abs=1e-6)  # some processors' kernels round by the batch
     assert metrics["kl_to_start"] > metrics["kl_to_anchor"] > 1e-4
     log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     assert log[0]["step"] == 1 and log[0]["kl"] == pytest.approx(0.0, abs=1e-6) and log[2]["kl"] != 0
