@@ -17,7 +17,7 @@ from gemma2_post.stage.command import Stage
 from gemma2_post.stage.contract import State
 from gemma2_post.stage.disk import check_folder
 from gemma2_post.stage.errors import UserError, reported
-from gemma2_post.stage.fingerprint import Differences, differences
+from gemma2_post.stage.fingerprint import Differences, Fingerprint, differences
 from gemma2_post.stage.recipe import build
 from gemma2_post.training.checks import check_disk
 
@@ -51,6 +51,24 @@ def test_the_content_of_inputs_counts(tmp_path: Path) -> None:
     file.write_text("{ }\n")
     (change,) = differences(before, sft.COMMAND.fingerprint({"datasets": [{"path": str(file)}]})).output
     assert change.startswith(f"{file} {before['inputs'][str(file)]} -> ")
+
+
+def test_a_key_that_is_a_mapping_counts_whole_and_a_path_by_its_content(tmp_path: Path) -> None:
+    """A file that was moved is the same one."""
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.jsonl").write_text("{}\n")
+
+    def wanted(folder: str, **more: object) -> Fingerprint:
+        source = {"path": str(tmp_path / folder / "rows.jsonl"), "weight": 2.0}
+        return sft.COMMAND.fingerprint({"datasets": [source], "model_kwargs": {"top_k": 5} | more})
+
+    assert not differences(wanted("one"), wanted("two")).output
+    (change,) = differences(wanted("one"), wanted("two", top_p=0.9)).output
+    assert change == "model_kwargs {'top_k': 5} -> {'top_k': 5, 'top_p': 0.9}"
+    before = wanted("one")
+    (tmp_path / "two" / "rows.jsonl").write_text("{ }\n")
+    assert len(differences(before, wanted("two")).output) == 3  # the key, and both contents
 
 
 def test_a_function_counts_with_its_whole_package() -> None:
