@@ -757,7 +757,9 @@ def test_runs_whose_launcher_names_its_gpus_take_turns(tmp_path: Path, monkeypat
     (tmp_path / "gpus.yaml").write_text("{num_processes: 1, gpu_ids: '2'}")
     (tmp_path / "all.yaml").write_text("{num_processes: 1, gpu_ids: all, deepspeed_config: null}")
     assert devices.places(launcher.read(tmp_path / "gpus.yaml"), 4) == [{}]
-    assert len(devices.places(launcher.read(tmp_path / "all.yaml"), 4)) == 4
+    (tmp_path / "null.yaml").write_text("{num_processes: 1, gpu_ids: null}")
+    for name in ("all.yaml", "null.yaml"):
+        assert len(devices.places(launcher.read(tmp_path / name), 4)) == 4
     (tmp_path / "text.yaml").write_text("{num_processes: '2'}")
     with pytest.raises(UserError, match=r"text.yaml: num_processes is '2'; write a whole number"):
         launcher.read(tmp_path / "text.yaml")

@@ -136,8 +136,10 @@ class Measurement:
         asked = [list(self.rows["prompt"]), self.later, self.sampling, digest_of(Path(self.start))]
         keys = {path: digests.of_text(json.dumps([digest_of(path), *asked])) for path in models}
         is_kept = {record["key"] for record in contract.read_lines(self.kept / _ANSWERS, _RECORD)}
-        once = {key: path for path, key in reversed(keys.items())}  # models with the same content answer once
-        missing = {path: key for key, path in reversed(once.items()) if key not in is_kept}
+        first: dict[str, Path] = {}  # models with the same content answer once
+        for path, key in keys.items():
+            first.setdefault(key, path)
+        missing = {path: key for key, path in first.items() if key not in is_kept}
         if self.args.answer_processes > 1 and len(missing) > 1:
             done = side_by_side(list(missing.items()), self.args.answer_processes, partial(_begin, *self.settings))
             for _ in tqdm(done, desc="answers", unit="model", total=len(missing)):

@@ -117,7 +117,7 @@ class Differences:
 def differences(old: Fingerprint, new: Fingerprint) -> Differences:
     """What differs between the fingerprint of something made earlier and what is wanted now.
 
-    A folder or file that was moved, or is named by another path, is the same one if its content is.
+    A folder or file that was moved, or is named by another path, is the same one: content and file names count.
     """
     is_same = partial(_is_same, _digests(old), _digests(new))
     found = {part: list(_different(old.get(part, {}), new[part], is_same)) for part in PARTS}

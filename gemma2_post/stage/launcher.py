@@ -57,7 +57,7 @@ def read(path: str | Path) -> Launcher:
         use_cpu=config.get("use_cpu", False),
         mixed_precision=config.get("mixed_precision", "no"),
         zero_stage=deepspeed.get("zero_stage", 0),
-        names_gpus=str(config.get("gpu_ids", "all")) != "all",
+        names_gpus=config.get("gpu_ids") not in (None, "all"),
         offloads_optimizer=deepspeed.get("offload_optimizer_device", "none") != "none",
         offloads_parameters=deepspeed.get("offload_param_device", "none") != "none",
         saves_16bit_model=deepspeed.get("zero3_save_16bit_model", False),
